@@ -1,0 +1,24 @@
+# `make` lists the tasks; tasks.py does them (on Windows: `py tasks.py demo`). Needs Python >= 3.10, nothing else.
+#   make demo [MINUTES=5] [DATA=data/coco_tiny] [MODEL=preset] [RUN=runs/name]
+#   make PYTHON=python3.12 test ARGS="-k boxes"
+PYTHON ?= python3
+ARGS ?=
+
+TASKS = demo test test-fast lab notebooks lint format
+
+.PHONY: help python $(TASKS)
+
+help: python
+	@"$(PYTHON)" tasks.py --help
+
+$(TASKS): python
+	@"$(PYTHON)" tasks.py $@ $(OPTIONS) $(ARGS)
+
+demo: OPTIONS = $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(DATA),--data "$(DATA)") \
+	$(if $(MODEL),--model "$(MODEL)") $(if $(RUN),--run "$(RUN)")
+
+python:
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || { \
+	echo "This needs Python 3.10 or newer, and '$(PYTHON)' is missing or older." >&2; \
+	echo "Install one (python.org, or your system's packages), or name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	exit 1; }

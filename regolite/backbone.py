@@ -1,0 +1,160 @@
+"""Backbones: a picture becomes a pyramid of feature maps.
+
+The network is torchvision's; this module says which of its maps are read, keeps batch normalisation frozen (batches of a
+detector are too small for it), and carries the padding mask along. Maps are named by *stage*, as ResNet's papers count:
+stage 2 has stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride 32.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from jaxtyping import Bool
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
+
+from regolite.errors import UserError
+from regolite.structures import FeatureMap, ImageBatch
+
+BUNDLED = Path(__file__).parent.parent / "data" / "backbones" / "mobilenet_v2.safetensors"
+WEIGHTS = {
+    "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
+    "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
+    "resnet101": "ResNet101_Weights.IMAGENET1K_V1",
+    "resnext101_64x4d": "ResNeXt101_64X4D_Weights.IMAGENET1K_V1",
+}
+
+
+class TinyNet(nn.Sequential):
+    """A small network that is trained from scratch: each stage halves the map, then refines it by a residual block.
+
+    GroupNorm needs no large batches. 0.6 M parameters.
+    """
+
+    channels = {2: 32, 3: 64, 4: 128, 5: 128}
+
+    def __init__(self) -> None:
+        def conv(inputs: int, outputs: int, stride: int) -> nn.Module:
+            return Conv2dNormActivation(inputs, outputs, 3, stride, norm_layer=lambda c: nn.GroupNorm(8, c))
+
+        stages = [nn.Sequential(conv(3, 16, 2), conv(16, 32, 2))]
+        for stage in (3, 4, 5):
+            inputs, outputs = self.channels[stage - 1], self.channels[stage]
+            stages.append(nn.Sequential(conv(inputs, outputs, 2), conv(outputs, outputs, 1)))
+        super().__init__(*stages)
+
+
+class Backbone(nn.Module):
+    """A feature pyramid.
+
+    Args:
+        name: ``mobilenet_v2``, ``resnet50``, ``resnet101``, ``resnext101_64x4d`` or ``tiny``.
+        stages: which maps to return, finest first; 2 to 5.
+        weights: ``"imagenet"`` for torchvision's ImageNet weights (downloaded once, then cached), ``"bundled"`` for the
+            MobileNetV2 that comes with the repository, the path of a ``.safetensors`` or ``.pth`` state dict, or None
+            for random ones.
+        dilated: DC5: stage 5 keeps the stride of stage 4 and its convolutions are dilated (ResNets only).
+        frozen_stages: the stem and the stages up to this number are not trained (DETR freezes up to stage 2).
+        mask_padding: set the maps to zero on padding, so that no later layer sees what lies there.
+
+    Attributes:
+        channels: channels of each returned map.
+
+    Raises:
+        UserError: when the name is unknown, or weights are wanted and can't be had.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stages: Sequence[int] = (2, 3, 4, 5),
+        weights: str | None = None,
+        dilated: bool = False,
+        frozen_stages: int = 0,
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        if name != "tiny" and name not in WEIGHTS:
+            raise UserError(f"unknown backbone {name!r}; choose one of tiny, {', '.join(WEIGHTS)}")
+        if dilated and not name.startswith("res"):
+            raise UserError(f"backbone {name!r} has no dilated (DC5) form; choose a ResNet")
+        self.body, self.ends, channels = _split(name, dilated)
+        self.stages = tuple(stages)
+        self.channels = [channels[s] for s in self.stages]
+        self.strides = [16 if dilated and s == 5 else 2**s for s in self.stages]
+        self.mask_padding = mask_padding
+        if weights is not None:
+            self.body.load_state_dict(_state_dict(name, weights, set(self.body.state_dict())))
+        if frozen_stages:
+            for part in self.body[: self.ends[frozen_stages]]:
+                part.requires_grad_(False)
+
+    def forward(self, images: ImageBatch) -> list[FeatureMap]:
+        """The pyramid of a batch, finest map first."""
+        maps, x = {}, images.pixels
+        stage_of = {end: stage for stage, end in self.ends.items()}
+        for number, part in enumerate(self.body, start=1):
+            x = part(x)
+            if number in stage_of:
+                maps[stage_of[number]] = x
+        features = []
+        for stage, stride in zip(self.stages, self.strides):
+            mask = shrink(images.mask, tuple(maps[stage].shape[-2:]))
+            x = maps[stage].masked_fill(mask[:, None], 0.0) if self.mask_padding else maps[stage]
+            features.append(FeatureMap(x, mask, stride))
+        return features
+
+
+def shrink(mask: Bool[Tensor, "B H W"], size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
+    """The padding mask at the size of a feature map, nearest neighbour, as DETR does it."""
+    return F.interpolate(mask[None].float(), size=size)[0].bool()
+
+
+def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dict[int, int]]:
+    """The network as one sequence of parts, after how many parts each stage ends, and the channels of each stage."""
+    if name == "tiny":
+        return TinyNet(), {2: 1, 3: 2, 4: 3, 5: 4}, TinyNet.channels
+    if name == "mobilenet_v2":
+        net = torchvision.models.mobilenet_v2(norm_layer=FrozenBatchNorm2d)
+        # The last 1x1 convolution (320 to 1280 channels) belongs to the classifier; detectors do without it.
+        return net.features[:-1], {2: 4, 3: 7, 4: 14, 5: 18}, {2: 24, 3: 32, 4: 96, 5: 320}
+    net = getattr(torchvision.models, name)(
+        norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilated]
+    )
+    del net.avgpool, net.fc
+    names = list(net._modules)
+    ends = {stage: names.index(f"layer{stage - 1}") + 1 for stage in (2, 3, 4, 5)}
+    return nn.Sequential(OrderedDict(net.named_children())), ends, {2: 256, 3: 512, 4: 1024, 5: 2048}
+
+
+def _state_dict(name: str, weights: str, wanted: set[str]) -> dict[str, Tensor]:
+    """The weights by the names that the body has, whatever the file's names and whatever else it holds."""
+    if weights == "imagenet":
+        if name not in WEIGHTS:
+            raise UserError(f"there are no ImageNet weights of backbone {name!r}; use weights=None")
+        try:
+            state = torchvision.models.get_weight(WEIGHTS[name]).get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"can't download {WEIGHTS[name]} ({error}); give the path of the file instead (weights=PATH), "
+                "or train from random weights (weights=None)"
+            ) from error
+    else:
+        if weights == "bundled" and name != "mobilenet_v2":
+            raise UserError(f"only mobilenet_v2 is bundled, not {name!r}; use weights='imagenet', a path or None")
+        path = BUNDLED if weights == "bundled" else Path(weights)
+        if not path.is_file():
+            raise UserError(f"no backbone weights at {path}; give 'imagenet', 'bundled', an existing file or None")
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    missing = sorted(wanted - set(state))
+    if missing:
+        raise UserError(f"{weights} holds no weights of {name}: {missing[0]} and {len(missing) - 1} others are missing")
+    return {key: state[key] for key in wanted}

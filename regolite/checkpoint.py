@@ -1,0 +1,104 @@
+"""Weights on disk: one safetensors file that carries the configuration of its model.
+
+safetensors holds tensors and text, so loading a file executes nothing. Files are written beside their place and renamed,
+so that an interrupted write leaves the old file whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from regolite.errors import UserError
+from regolite.presets import ModelConfig, build
+
+KEY = "regolite"
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(model: nn.Module, path: str | Path) -> None:
+    """Save the weights and the configuration of a model made by :func:`regolite.build`."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    write_atomic(path, save(state, metadata={KEY: json.dumps(model.model_config.to_dict())}))
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration in a checkpoint.
+
+    Raises:
+        UserError: when there is no such file, or it is no checkpoint of regolite.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}; give the .safetensors file of a run, or train one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = (file.metadata() or {}).get(KEY)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no readable safetensors file ({error}); train it again or copy it anew") from error
+    if stored is None:
+        raise UserError(f"{path} holds no regolite model; others' weights load with regolite.published.load")
+    try:
+        return ModelConfig.from_dict(json.loads(stored))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} was written by another version of regolite ({error}); train it again") from error
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load the weights of a checkpoint into a model of the same configuration.
+
+    Raises:
+        UserError: when names or shapes differ; the first of them is named.
+    """
+    read_config(path)
+    own = model.state_dict()
+    with safe_open(path, framework="pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    missing, unexpected = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
+    if missing or unexpected:
+        raise UserError(
+            f"{path} does not fit the model: {len(missing)} weights are missing ({', '.join(missing[:2])}), "
+            f"{len(unexpected)} are unknown ({', '.join(unexpected[:2])}); build the model of its own configuration"
+        )
+    for key, value in stored.items():
+        if own[key].shape != value.shape:
+            raise UserError(
+                f"{path} does not fit the model: {key} is {tuple(value.shape)} there and {tuple(own[key].shape)} here "
+                "(another number of classes or queries?)"
+            )
+    model.load_state_dict(stored)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a checkpoint: the model that its configuration describes, with its weights, ready to detect.
+
+    Args:
+        path: a ``.safetensors`` file that a run has written.
+        device: where to put it.
+
+    Raises:
+        UserError: when the file is missing, damaged or no checkpoint of regolite.
+    """
+    config = read_config(path)
+    model = build(config.without_pretrained(), len(config.classes) or None)
+    load_weights(model, path)
+    return model.to(device).eval()

@@ -1,0 +1,21 @@
+"""Pictures and their objects: COCO-format folders, drawn scenes, transforms and padded batches."""
+
+from __future__ import annotations
+
+from regolite.data.coco import CocoFolder, read_picture
+from regolite.data.collate import batch_pictures, collate
+from regolite.data.dataset import DetectionDataset
+from regolite.data.open import open_data
+from regolite.data.scenes import Scenes
+from regolite.data.transforms import make_transform
+
+__all__ = [
+    "CocoFolder",
+    "DetectionDataset",
+    "Scenes",
+    "batch_pictures",
+    "collate",
+    "make_transform",
+    "open_data",
+    "read_picture",
+]

@@ -1,0 +1,170 @@
+"""What every detection data set here offers, whether its pictures are files or drawn: ``DetectionDataset``.
+
+This is the border between COCO's world (its own class ids, ``x, y, width, height`` boxes in pixels of the file, crowds)
+and the package's (contiguous labels, ``cxcywh`` boxes in [0, 1], no crowds). Evaluation is done in COCO's world, from
+``dataset.coco``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
+
+from regolite.data.transforms import to_pixels
+from regolite.structures import Target
+
+
+@dataclass
+class Objects:
+    """Annotations as columns: of one picture, or of a whole file. A few arrays instead of a million dictionaries.
+
+    Attributes:
+        ids: COCO's annotation ids.
+        labels: contiguous class ids.
+        boxes: corner, width and height (COCO's ``bbox``) in pixels of the file.
+        areas: COCO's ``area``, by which evaluation tells small, medium and large.
+        crowd: True for a region that holds many objects; not a training target.
+        decided_by: the annotation that decides this one's class, or -1 (``regolite.data.scenes``).
+    """
+
+    ids: Int[np.ndarray, "N"]
+    labels: Int[np.ndarray, "N"]
+    boxes: Float[np.ndarray, "N 4"]
+    areas: Float[np.ndarray, "N"]
+    crowd: Bool[np.ndarray, "N"]
+    decided_by: Int[np.ndarray, "N"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Any) -> Objects:
+        """The objects at ``rows``: a slice, a mask or indices."""
+        columns = (self.ids, self.labels, self.boxes, self.areas, self.crowd, self.decided_by)
+        return Objects(*(column[rows] for column in columns))
+
+    def targets(self, height: int | Int[np.ndarray, "N"], width: int | Int[np.ndarray, "N"]) -> Objects:
+        """The objects to learn: boxes clipped to the picture (or each to its own); no crowds, nothing without area."""
+        frame = np.stack([width, height], axis=-1)
+        start = np.clip(self.boxes[:, :2], 0, frame)
+        extent = np.clip(self.boxes[:, :2] + self.boxes[:, 2:], 0, frame) - start
+        clipped = Objects(self.ids, self.labels, np.hstack([start, extent]), self.areas, self.crowd, self.decided_by)
+        return clipped[~self.crowd & (extent > 0).all(1)]
+
+
+class DetectionDataset(Dataset, ABC):
+    """Pictures with COCO ground truth; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
+
+    A kind of data set says what its pictures and objects are (``image``, ``objects``, ``size``, ``file_name``); the
+    rest follows here.
+
+    Attributes:
+        classes: names of the classes in the order of the labels.
+        category_ids: COCO's id of each class.
+        image_ids: COCO's id of each picture.
+        transform: called with the picture and its boxes and labels (``regolite.data.transforms``); None only
+            normalises.
+    """
+
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    image_ids: list[int]
+    transform: Callable[..., Any] | None = None
+
+    @abstractmethod
+    def image(self, i: int) -> Image.Image:
+        """Picture ``i`` as PIL RGB, untransformed."""
+
+    @abstractmethod
+    def objects(self, i: int) -> Objects:
+        """All annotations of picture ``i``, crowds included."""
+
+    @abstractmethod
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of picture ``i`` in pixels, untransformed."""
+
+    @abstractmethod
+    def file_name(self, i: int) -> str:
+        """The file name of picture ``i`` in COCO's JSON."""
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 H W"], Target]:
+        i = range(len(self))[i]
+        picture, size = self.image(i), self.size(i)
+        objects = self.objects(i).targets(*size)
+        corners = box_convert(torch.from_numpy(objects.boxes).float(), "xywh", "xyxy")
+        moved = {
+            "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),
+            "labels": torch.from_numpy(objects.labels),
+        }
+        pixels, moved = (self.transform or to_pixels())(picture, moved)
+        height, width = pixels.shape[-2:]
+        boxes = moved["boxes"].as_subclass(Tensor) / torch.tensor([width, height, width, height])
+        boxes = box_convert(boxes, "xyxy", "cxcywh")
+        return pixels, Target(moved["labels"], boxes, self.image_ids[i], size)
+
+    def relations(self, i: int) -> list[tuple[int, int]]:
+        """Which object of picture ``i`` decides the class of which: pairs (decided, decider) of target indices.
+
+        The indices are those of ``self[i][1]`` as long as the transform drops no object (only random crops do). Empty
+        for data without ``decided_by``.
+        """
+        objects = self.objects(i).targets(*self.size(i))
+        place = {identity: n for n, identity in enumerate(objects.ids.tolist())}
+        return [(n, place[decider]) for n, decider in enumerate(objects.decided_by.tolist()) if decider in place]
+
+    @cached_property
+    def coco(self) -> COCO:
+        """Ground truth of exactly these pictures for pycocotools: COCO's ids, crowds included, no segmentations."""
+        images, annotations = [], []
+        for i, image_id in enumerate(self.image_ids):
+            height, width = self.size(i)
+            images.append({"id": image_id, "file_name": self.file_name(i), "height": height, "width": width})
+            annotations += _to_coco(self.objects(i), image_id, self.category_ids)
+        coco = COCO()
+        coco.dataset = {
+            "info": {},
+            "licenses": [],
+            "images": images,
+            "annotations": annotations,
+            "categories": [
+                {"id": category, "name": name, "supercategory": name}
+                for category, name in zip(self.category_ids, self.classes, strict=True)
+            ],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints whatever it does
+            coco.createIndex()
+        return coco
+
+
+def _to_coco(objects: Objects, image_id: int, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One picture's annotations as COCO's dictionaries."""
+    columns = (objects.ids, objects.labels, objects.boxes, objects.areas, objects.crowd, objects.decided_by)
+    return [
+        {
+            "id": identity,
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": box,
+            "area": area,
+            "iscrowd": int(crowd),
+            **({"decided_by": decider} if decider >= 0 else {}),
+        }
+        for identity, label, box, area, crowd, decider in zip(*(c.tolist() for c in columns), strict=True)
+    ]

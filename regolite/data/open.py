@@ -1,0 +1,67 @@
+"""One way to name any data set: a folder, or a word for scenes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from regolite.data.coco import CocoFolder
+from regolite.data.dataset import DetectionDataset
+from regolite.data.scenes import Scenes
+from regolite.errors import UserError
+
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "val": int,
+    "seed": int,
+    "size": int,
+    "max_objects": int,
+    "context": float,
+}
+
+
+def open_data(
+    root: str | os.PathLike[str],
+    split: str = "train",
+    transform: Callable[..., Any] | None = None,
+    limit: int | None = None,
+) -> DetectionDataset:
+    """Open a COCO-format folder, or scenes.
+
+    Args:
+        root: a folder, or ``scenes[:N][:option=value]...``: N training pictures (2000 if not given), and the options
+            ``val`` (number of pictures in the split ``val``, a tenth of N if not given), ``seed``, ``size``,
+            ``max_objects`` and ``context`` of ``Scenes``. Examples: ``data/coco_tiny``, ``scenes``,
+            ``scenes:500:seed=3:context=0``. A folder that happens to be called so is ``./scenes``.
+        split: ``train`` or ``val``.
+        transform: called with the picture and its boxes and labels; None only normalises.
+        limit: use only the first so many pictures.
+
+    Raises:
+        UserError: what ``CocoFolder`` and ``Scenes`` raise, or a specification of scenes that cannot be read.
+    """
+    name, *words = str(root).split(":")
+    if name != "scenes":
+        return CocoFolder(root, split, transform, limit)
+    options: dict[str, Any] = {"val": None}
+    num_images = 2000
+    for n, word in enumerate(words):
+        key, equals, value = word.partition("=")
+        try:
+            if equals:
+                options[key] = _OPTIONS[key](value)
+            elif n == 0:
+                num_images = int(word)
+            else:
+                raise ValueError(word)
+        except (KeyError, ValueError):
+            known = ", ".join(f"{option}=..." for option in _OPTIONS)
+            raise UserError(
+                f"{root}: {word!r} is not understood: give scenes:NUMBER and options of {known}, separated by colons"
+            ) from None
+    val = options.pop("val")
+    if split == "val":
+        num_images = max(1, num_images // 10) if val is None else val
+    if limit is not None and limit < 1:
+        raise UserError(f"limit of {limit} pictures: give at least 1, or leave it out for all")
+    return Scenes(num_images if limit is None else min(limit, num_images), transform=transform, split=split, **options)

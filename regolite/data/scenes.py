@@ -1,0 +1,391 @@
+"""Scenes: a data set that is drawn, not downloaded, and in which context decides.
+
+Textured shapes lie over a noisy background and over each other. A class is a texture and a shape ("striped star"), and
+can be told from the object alone, with two exceptions: a **ball of square** and a **ball of star** look the same. Every
+ball stands beside a square or a star, its *decider*: the nearest one; what that is, the ball is of. No pixel inside a
+ball's box tells which. A model can tell that looks around the box, as REGO's enlarged glimpses do, or that lets objects
+attend to each other.
+
+Which object decides which is kept as ground truth, in the annotations' ``decided_by`` and in ``Scenes.relations``, so
+that maps of relations can be scored and not only looked at.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw
+
+from regolite.data.dataset import DetectionDataset, Objects
+from regolite.errors import UserError
+
+TEXTURES = ("striped", "dotted", "checked")
+DECIDERS = ("square", "star")
+"""The shapes that decide what a ball is."""
+
+
+def _polar(radii: list[float]) -> Float[np.ndarray, "P 2"]:
+    """Corners at equal angles and the given distances from the centre."""
+    angles = 2 * math.pi * np.arange(len(radii)) / len(radii)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array(radii)[:, None]
+
+
+_ARM = np.array([(1, -0.36), (1, 0.36), (0.36, 0.36)]) * 0.94  # one arm of the cross, up to the next one's first corner
+SHAPES = {
+    "square": _polar([1.0] * 4),
+    "star": _polar([1.0, 0.45] * 5),
+    "triangle": _polar([1.0] * 3),
+    "cross": np.concatenate(
+        [_ARM @ np.array([[cos, sin], [-sin, cos]]) for cos, sin in [(1, 0), (0, 1), (-1, 0), (0, -1)]]
+    ),
+}
+"""Corners of each shape, within a circle of radius 1."""
+
+_EDGE = 2  # pixels around a ball's box that are kept free
+
+CLASSES = (*(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES), *(f"ball of {s}" for s in DECIDERS))
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object; lengths in pixels, angles in radians.
+
+    Attributes:
+        shape: a key of ``SHAPES``, or ``ball``.
+        texture: one of ``TEXTURES``; a ball has none.
+        x: centre.
+        y: centre.
+        radius: of the circle around the shape.
+        angle: by which shape and texture are turned.
+        colours: the two RGB colours of the texture, in [0, 255].
+        period: length after which the texture repeats.
+        phase: shift of the texture along its two axes, in periods.
+        decider: for a ball, the index in the scene of the thing that decides its class.
+    """
+
+    shape: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+    angle: float = 0.0
+    colours: tuple[tuple[float, ...], tuple[float, ...]] = ((225.0,) * 3, (70.0,) * 3)
+    period: float = 8.0
+    phase: tuple[float, float] = (0.0, 0.0)
+    decider: int | None = None
+
+    def stencil(self) -> tuple[tuple[slice, slice], Float[np.ndarray, "n n"]]:
+        """The window of the picture that holds the thing (rows, columns), and how much of each pixel it covers."""
+        reach = math.ceil(self.radius) + 1
+        top, left = math.floor(self.y) - reach, math.floor(self.x) - reach
+        side = 2 * reach + 1
+        fine = 4  # drawn four times as large and averaged: smooth edges
+        stencil = Image.new("L", (side * fine, side * fine))
+        centre = np.array([self.x - left, self.y - top])
+        if self.shape == "ball":
+            box = np.concatenate([centre - self.radius, centre + self.radius]) * fine
+            ImageDraw.Draw(stencil).ellipse(box.tolist(), fill=255)
+        else:
+            cos, sin = math.cos(self.angle), math.sin(self.angle)
+            corners = SHAPES[self.shape] @ np.array([[cos, sin], [-sin, cos]]) * self.radius + centre
+            ImageDraw.Draw(stencil).polygon((corners * fine).ravel().tolist(), fill=255)
+        cover = np.asarray(stencil.reduce(fine), dtype=np.float32) / 255
+        return (slice(top, top + side), slice(left, left + side)), cover
+
+    def paint(self, window: tuple[slice, slice]) -> Float[np.ndarray, "n n 3"]:
+        """The thing's colour at every pixel of the window, in [0, 255]."""
+        rows, columns = window
+        y = (np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5 - self.y)[:, None]
+        x = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5 - self.x)[None]
+        if self.shape == "ball":  # lit from the upper left
+            blend = 1 - np.hypot(x / self.radius + 0.35, y / self.radius + 0.35) / 1.5
+        else:
+            cos, sin = math.cos(self.angle), math.sin(self.angle)
+            turn = 2 * math.pi / self.period
+            u = (x * cos + y * sin) * turn + 2 * math.pi * self.phase[0]
+            v = (y * cos - x * sin) * turn + 2 * math.pi * self.phase[1]
+            waves = {
+                "striped": lambda: np.sin(u),
+                "dotted": lambda: np.cos(u) + np.cos(v) - 0.7,
+                "checked": lambda: 2 * np.sin(u * 0.75) * np.sin(v * 0.75),
+            }
+            blend = 0.5 + 1.5 * waves[self.texture]()
+        light, dark = (np.array(colour, dtype=np.float32) for colour in self.colours)
+        return dark + (light - dark) * np.clip(blend, 0, 1)[:, :, None]
+
+    def gap(self, other: Thing) -> float:
+        """Free distance between the circles around two things."""
+        return math.hypot(self.x - other.x, self.y - other.y) - self.radius - other.radius
+
+
+@dataclass
+class Scene:
+    """Things over a background, later ones in front.
+
+    Attributes:
+        size: side of the square picture in pixels.
+        noise: seed of the background.
+        things: what lies in it.
+        owner: for each pixel the index of the thing seen there, or -1.
+    """
+
+    size: int
+    noise: tuple[int, ...]
+    things: list[Thing] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        things, self.things = self.things, []
+        self.owner = np.full((self.size, self.size), -1)
+        self._reserved = np.zeros((self.size, self.size), dtype=bool)  # around balls, where nothing else may be
+        self._areas: list[int] = []
+        for thing in things:
+            self._add(thing, *thing.stencil())
+
+    def put(self, thing: Thing) -> bool:
+        """Add a thing in front, unless the scene would no longer be clear; says whether it was added.
+
+        Clear means: of every thing at least 60 % is seen, of a decider 80 %; nothing touches the box of
+        a ball; and no other square or star is nearly as near to a ball as its decider.
+        """
+        window, cover = thing.stencil()
+        solid = cover >= 0.5
+        if self._reserved[window][solid].any() or (thing.shape == "ball" and (self.owner[_around(thing)] >= 0).any()):
+            return False
+        margin = 0.1 * self.size
+        if thing.decider is not None:
+            limit = thing.gap(self.things[thing.decider]) + margin
+            if any(q.shape in DECIDERS and thing.gap(q) < limit for q in self._without(thing.decider)):
+                return False
+        if thing.shape in DECIDERS:
+            for ball in self.things:
+                if ball.decider is not None and ball.gap(thing) < ball.gap(self.things[ball.decider]) + margin:
+                    return False
+        hidden = np.bincount(self.owner[window][solid] + 1, minlength=len(self.things) + 1)[1:]
+        seen = np.bincount(self.owner.ravel() + 1, minlength=len(self.things) + 1)[1:] - hidden
+        deciding = {ball.decider for ball in self.things}
+        least = [area * (0.8 if k in deciding else 0.6) for k, area in enumerate(self._areas)]
+        if (seen < least).any():
+            return False
+        self._add(thing, window, cover)
+        return True
+
+    def label(self, k: int) -> int:
+        """Class of thing ``k``: its own texture and shape, or for a ball its decider's shape."""
+        thing = self.things[k]
+        if thing.decider is not None:
+            return CLASSES.index(f"ball of {self.things[thing.decider].shape}")
+        return CLASSES.index(f"{thing.texture} {thing.shape}")
+
+    def draw(self) -> Image.Image:
+        """The picture."""
+        rng = np.random.default_rng(self.noise)
+        picture = np.zeros((self.size, self.size, 3), dtype=np.float32)
+        # clouds of colour and of brightness, spots, and grain: cells along a side, channels, and least and most
+        layers = [(3, 3, 90, 150), (6, 1, -45, 45), (self.size // 4, 1, -20, 20), (self.size, 1, -8, 8)]
+        for cells, channels, least, most in layers:
+            picture += _stretch(rng.uniform(least, most, (cells, cells, channels)).astype(np.float32), self.size)
+        for thing in self.things:
+            window, cover = thing.stencil()
+            picture[window] += cover[:, :, None] * (thing.paint(window) - picture[window])
+        return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+
+    def _without(self, k: int) -> list[Thing]:
+        return self.things[:k] + self.things[k + 1 :]
+
+    def _add(self, thing: Thing, window: tuple[slice, slice], cover: Float[np.ndarray, "n n"]) -> None:
+        solid = cover >= 0.5
+        self.owner[window][solid] = len(self.things)
+        self._areas.append(int(solid.sum()))
+        self.things.append(thing)
+        if thing.shape == "ball":
+            self._reserved[_around(thing)] = True
+
+
+def _around(ball: Thing) -> tuple[slice, slice]:
+    """A ball's box and an edge around it."""
+    reach = ball.radius + _EDGE
+    starts = (max(0, math.floor(c - reach)) for c in (ball.y, ball.x))
+    ends = (math.ceil(c + reach) for c in (ball.y, ball.x))
+    rows, columns = zip(starts, ends, strict=True)
+    return slice(*rows), slice(*columns)
+
+
+def _stretch(grid: Float[np.ndarray, "n n c"], size: int) -> Float[np.ndarray, "size size c"]:
+    """A grid of random values smoothly enlarged to the size of the picture."""
+    if len(grid) == size:
+        return grid
+    layers = [
+        Image.fromarray(layer).resize((size, size), Image.Resampling.BICUBIC) for layer in np.moveaxis(grid, 2, 0)
+    ]
+    return np.stack([np.asarray(layer) for layer in layers], axis=2)
+
+
+def compose(
+    rng: np.random.Generator, size: int, max_objects: int, context: float | int, noise: tuple[int, ...]
+) -> Scene:
+    """Draw lots for one scene: 2 to ``max_objects`` things, of which pairs of a ball and its decider."""
+    scene = Scene(size, noise)
+    count = int(rng.integers(min(2, max_objects), max_objects + 1))
+    pairs = int(rng.binomial(count // 2, context))
+    events = rng.permutation([True] * pairs + [False] * (count - 2 * pairs))
+    for paired in events.tolist():
+        decider = _put_shape(rng, scene, DECIDERS if paired else tuple(SHAPES))
+        if paired and decider is not None:
+            _put_ball(rng, scene, decider)
+    return scene
+
+
+def _put_shape(rng: np.random.Generator, scene: Scene, shapes: tuple[str, ...]) -> int | None:
+    """Try to put a random thing of one of the shapes; its index, or None when no clear place was found."""
+    size = scene.size
+    shape, texture = rng.choice(shapes), rng.choice(TEXTURES)
+    radius = 0.09 * size * 2.2 ** rng.random()
+    colours = _colours(rng)
+    angle, *phase = rng.random(3).tolist()
+    period = size * rng.uniform(0.05, 0.075)
+    for _ in range(20):
+        x, y = rng.uniform(radius + 3, size - radius - 3, 2).tolist()
+        thing = Thing(str(shape), str(texture), x, y, radius, 2 * math.pi * angle, colours, period, tuple(phase))
+        if scene.put(thing):
+            return len(scene.things) - 1
+    return None
+
+
+def _put_ball(rng: np.random.Generator, scene: Scene, decider: int) -> None:
+    """Try to put a ball beside its decider. Nothing of the ball depends on the decider's shape, only on its place."""
+    beside, size = scene.things[decider], scene.size
+    radius = size * rng.uniform(0.06, 0.085)
+    grey = rng.uniform(-20, 20)
+    colours = ((225.0 + grey,) * 3, (70.0 + grey,) * 3)
+    for _ in range(20):
+        # the circle around the decider stays outside the ball's box, so that no corner of it can give the shape away
+        distance = beside.radius + math.sqrt(2) * (radius + _EDGE) + size * rng.uniform(0, 0.03)
+        angle = rng.uniform(0, 2 * math.pi)
+        x, y = beside.x + distance * math.cos(angle), beside.y + distance * math.sin(angle)
+        inside = radius + 3 <= min(x, y) and max(x, y) <= size - radius - 3
+        if inside and scene.put(Thing("ball", "", x, y, radius, colours=colours, decider=decider)):
+            return
+
+
+def _colours(rng: np.random.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A light and a dark colour of different hue, in either order."""
+    hue, shift, *saturations = rng.random(4).tolist()
+    light = colorsys.hsv_to_rgb(hue, 0.25 + 0.6 * saturations[0], rng.uniform(0.85, 1.0))
+    dark = colorsys.hsv_to_rgb((hue + 0.3 + 0.4 * shift) % 1, 0.4 + 0.6 * saturations[1], rng.uniform(0.1, 0.4))
+    pair = [tuple(255 * channel for channel in colour) for colour in (light, dark)]
+    first = int(rng.integers(2))
+    return pair[first], pair[1 - first]
+
+
+class Scenes(DetectionDataset):
+    """A data set of drawn scenes; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
+
+    Picture ``i`` depends on the seed, the split, ``i`` and the options alone: not on the number of pictures, on the
+    order of access, or on workers.
+
+    Args:
+        num_images: how many pictures.
+        seed: of the whole set, at least 0.
+        size: side of the square pictures in pixels.
+        max_objects: most objects in a picture; the least is 2.
+        context: how probable it is that two objects are a ball and its decider; 0 draws no balls, 1 little else.
+        transform: called with the picture and its boxes and labels (``regolite.data.transforms``); None only
+            normalises. Random crops may cut a decider away and leave its ball: prefer transforms without.
+        split: ``train``, ``val`` or any other word: each is another set.
+
+    Attributes:
+        classes: names of the classes in the order of the labels.
+        category_ids: COCO's id of each class.
+        image_ids: COCO's id of each picture.
+
+    Raises:
+        UserError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        seed: int = 0,
+        size: int = 128,
+        max_objects: int = 8,
+        context: float | int = 0.5,
+        transform: Callable[..., Any] | None = None,
+        split: str = "train",
+    ) -> None:
+        for name, value, low, high in (
+            ("number of pictures", num_images, 1, 10_000_000),
+            ("seed", seed, 0, 2**63),
+            ("size", size, 64, 4096),
+            ("max_objects", max_objects, 1, 50),
+            ("context", context, 0, 1),
+        ):
+            if not low <= value <= high:
+                raise UserError(f"scenes with {name} {value}: give {low} to {high}")
+        self.seed, self.side, self.max_objects, self.context, self.split = seed, size, max_objects, context, split
+        self.transform = transform
+        self.classes = CLASSES
+        self.category_ids = tuple(range(1, len(CLASSES) + 1))
+        self.image_ids = list(range(1, num_images + 1))
+        self._latest: tuple[int, Scene] | None = None
+
+    def scene(self, i: int) -> Scene:
+        """What picture ``i`` shows."""
+        i = range(len(self))[i]
+        if self._latest is None or self._latest[0] != i:  # a picture and its objects are asked for one after another
+            lots = (self.seed, zlib.crc32(self.split.encode()), i)
+            rng = np.random.default_rng(lots)
+            self._latest = i, compose(rng, self.side, self.max_objects, self.context, noise=(*lots, 1))
+        return self._latest[1]
+
+    def image(self, i: int) -> Image.Image:
+        """Picture ``i`` as PIL RGB, untransformed."""
+        return self.scene(i).draw()
+
+    def objects(self, i: int) -> Objects:
+        """The annotations of picture ``i``: each box and area is that of what can be seen."""
+        scene = self.scene(i)
+        count = len(scene.things)
+        first = 100 * self.image_ids[i]
+        masks = [scene.owner == k for k in range(count)]
+        boxes = np.array([_box(mask) for mask in masks]).reshape(count, 4)
+        areas = np.array([mask.sum() for mask in masks], dtype=float)
+        labels = np.array([scene.label(k) for k in range(count)], dtype=np.int64)
+        decided_by = np.array([-1 if t.decider is None else first + t.decider for t in scene.things], dtype=np.int64)
+        return Objects(first + np.arange(count), labels, boxes, areas, np.zeros(count, dtype=bool), decided_by)
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of picture ``i`` in pixels, untransformed."""
+        return self.side, self.side
+
+    def file_name(self, i: int) -> str:
+        """The file name that ``write`` gives picture ``i``."""
+        return f"{self.split}_{self.image_ids[i]:06d}.png"
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write the set as a COCO-format folder that ``CocoFolder`` reads, ``decided_by`` included.
+
+        Sets of several splits can be written to one folder.
+        """
+        images, annotations = Path(folder) / "images", Path(folder) / "annotations"
+        images.mkdir(parents=True, exist_ok=True)
+        annotations.mkdir(exist_ok=True)
+        for i in range(len(self)):
+            self.image(i).save(images / self.file_name(i))
+        text = json.dumps(self.coco.dataset)
+        (annotations / f"instances_{self.split}.json").write_text(text, encoding="utf-8")
+
+
+def _box(mask: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "4"]:
+    """Corner, width and height of the true part of a mask."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return np.array([columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]], dtype=float)

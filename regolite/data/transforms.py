@@ -1,0 +1,157 @@
+"""Augmentation and normalisation, built from torchvision's transforms v2.
+
+A transform here is called as ``transform(picture)`` or ``transform(picture, {"boxes": ..., "labels": ...})`` with a
+PIL RGB picture and ``tv_tensors.BoundingBoxes``; it returns normalised pixels ``Float[3 H W]`` (and the moved boxes).
+One call with both moves the boxes exactly as the pixels.
+
+All randomness comes from torch's global generator, so a seed fixes it and a saved generator state resumes it. A
+``DataLoader`` gives each of its workers a generator of its own, seeded from the global one: the same seed gives the
+same pictures for the same number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from regolite.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of ImageNet's red, green and blue in [0, 1], what torchvision's backbones were trained with."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviation of the same."""
+
+DETR_SIZE = 800
+LAPTOP_SIZE = 320
+
+
+def to_pixels() -> v2.Transform:
+    """The last step of every transform: PIL picture to tensor, normalised by ImageNet's mean and deviation."""
+    steps = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        v2.ToPureTensor(),
+    ]
+    return v2.Compose(steps)
+
+
+class RandomSizeCrop(v2.Transform):
+    """Crop a window whose height and width are drawn uniformly, at a place drawn uniformly.
+
+    Boxes are clipped to the window; follow it with ``v2.SanitizeBoundingBoxes`` to drop what vanished.
+
+    Args:
+        min_size: the smallest side in pixels.
+        max_size: the largest side in pixels; a picture smaller than that bounds it.
+    """
+
+    def __init__(self, min_size: int, max_size: int) -> None:
+        super().__init__()
+        self.min_size, self.max_size = min_size, max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the window (torchvision calls this once for the picture and its boxes together)."""
+        height, width = v2.query_size(flat_inputs)
+        crop_height, crop_width = (
+            _randint(min(self.min_size, side), min(self.max_size, side)) for side in (height, width)
+        )
+        return {
+            "top": _randint(0, height - crop_height),
+            "left": _randint(0, width - crop_width),
+            "height": crop_height,
+            "width": crop_width,
+        }
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Crop one thing: the picture or the boxes."""
+        return self._call_kernel(F.crop, inpt, **params)
+
+
+def detr_train(min_sizes: Sequence[int] = range(480, 801, 32), max_size: int = 1333) -> v2.Transform:
+    """DETR's training recipe (Carion et al. 2020, section 4, "technical details").
+
+    Flip half of the pictures; then, half of the time, resize the shorter side to one of ``min_sizes`` with the longer
+    at most ``max_size``; otherwise resize the shorter side to 400, 500 or 600, crop a window of 384 to 600 pixels a
+    side, and resize that. Objects that the crop cuts away are dropped with their labels.
+    """
+    resize = v2.RandomShortestSize(list(min_sizes), max_size=max_size)
+    crop = v2.Compose(
+        [v2.RandomShortestSize([400, 500, 600]), RandomSizeCrop(384, 600), v2.SanitizeBoundingBoxes(), resize]
+    )
+    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), to_pixels()])
+
+
+def detr_val(size: int = DETR_SIZE, max_size: int = 1333) -> v2.Transform:
+    """DETR's evaluation size: the shorter side ``size`` pixels, the longer at most ``max_size``.
+
+    Where the longer side is limited, torchvision's rounding may give a pixel or two more or less than DETR's code.
+    """
+    return v2.Compose([v2.Resize(size, max_size=max_size), to_pixels()])
+
+
+def laptop_train(size: int = LAPTOP_SIZE, crop: bool = False) -> v2.Transform:
+    """Small pictures, mildly augmented: flip, and the longer side drawn from 0.8 to 1.0 of ``size``.
+
+    Args:
+        size: the longest side in pixels.
+        crop: half of the time cut a window of 0.75 to 1.5 ``size`` from the picture resized to 1.5 ``size`` first.
+    """
+    jitter = v2.RandomChoice([v2.Resize(None, max_size=side) for side in range(round(0.8 * size), size + 1)])
+    if crop:
+        large = round(1.5 * size)
+        cut = [v2.Resize(None, max_size=large), RandomSizeCrop(large // 2, large), v2.SanitizeBoundingBoxes(), jitter]
+        jitter = v2.RandomChoice([jitter, v2.Compose(cut)])
+    return v2.Compose([v2.RandomHorizontalFlip(), jitter, to_pixels()])
+
+
+def laptop_val(size: int | None = LAPTOP_SIZE) -> v2.Transform:
+    """The longer side ``size`` pixels; None leaves the picture at its own size."""
+    if size is None:
+        return to_pixels()
+    return v2.Compose([v2.Resize(None, max_size=size), to_pixels()])
+
+
+TRANSFORMS = ("detr", "laptop", "laptop_crop", "none")
+"""The names that ``make_transform`` knows."""
+
+
+def make_transform(name: str, size: int | None = None, train: bool = True) -> v2.Transform:
+    """Build a transform from a name and a size, the two things a run configuration keeps.
+
+    Args:
+        name: ``detr`` (recipe and sizes of the paper), ``laptop``, ``laptop_crop`` (``laptop`` with random crops), or
+            ``none`` (no augmentation: for training too, the evaluation transform of ``laptop``).
+        size: in pixels; for ``detr`` the shorter side (800 if None; training sizes and the limit of the longer side
+            scale with it), for the others the longer side (320 if None; for ``none`` None keeps pictures as they are).
+        train: True for the training transform, False for evaluation and detection.
+
+    Returns:
+        A callable on a PIL picture and its ``{"boxes", "labels"}``, or on the picture alone (the training ones with a
+        crop need the boxes).
+
+    Raises:
+        UserError: an unknown name, or a size too small to hold a picture.
+    """
+    if name not in TRANSFORMS:
+        raise UserError(f"unknown transform {name!r}: choose one of {', '.join(TRANSFORMS)}")
+    if size is not None and size < 16:
+        raise UserError(f"picture size {size} is too small: give at least 16 pixels")
+    if name == "detr":
+        scale = 1.0 if size is None else size / DETR_SIZE
+        if train:
+            return detr_train([round(side * scale) for side in range(480, 801, 32)], round(1333 * scale))
+        return detr_val(size or DETR_SIZE, round(1333 * scale))
+    if name == "none":
+        return laptop_val(size)
+    size = size or LAPTOP_SIZE
+    return laptop_train(size, crop=name == "laptop_crop") if train else laptop_val(size)
+
+
+def _randint(low: int, high: int) -> int:
+    """A whole number from low to high, both included."""
+    return int(torch.randint(low, high + 1, ()))

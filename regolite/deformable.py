@@ -1,0 +1,116 @@
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, equation 3) in plain PyTorch.
+
+Dense attention compares a query with every cell of the picture. Deformable attention looks at a handful of points: each
+head predicts, from the query alone, K offsets from a reference point on each of L levels and K L weights that sum to 1,
+and mixes the values that it reads there. There is nothing to compile: ``grid_sample`` does the reading on any device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from regolite.structures import Memory
+
+
+def sample_and_mix(
+    values: Float[Tensor, "B S M c"],
+    shapes: list[tuple[int, int]],
+    locations: Float[Tensor, "B Q M L K 2"],
+    weights: Float[Tensor, "B Q M L K"],
+) -> Float[Tensor, "B Q C"]:
+    """Read values at the sampling locations by bilinear interpolation and sum them with the attention weights.
+
+    Args:
+        values: values of all levels in a row, split into heads; S is the number of cells of all levels.
+        shapes: height and width of each level.
+        locations: x, y in [0, 1] of the (padded) map; outside it the value is zero.
+        weights: attention weights, which sum to 1 over levels and points.
+    """
+    batch, _, heads, _ = values.shape
+    sampled = []
+    for level, (value, (height, width)) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes)):
+        picture = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
+        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1  # [B*M, Q, K, 2], -1 to 1
+        sampled.append(F.grid_sample(picture, grid.to(picture.dtype), mode="bilinear", align_corners=False))
+    weights = weights.permute(0, 2, 1, 3, 4).flatten(3).flatten(0, 1)[:, None]  # [B*M, 1, Q, L*K]
+    mixed = (torch.cat(sampled, dim=-1) * weights).sum(-1)  # [B*M, c, Q]
+    return mixed.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention.
+
+    Args:
+        dim: channels C.
+        heads: number of heads M.
+        levels: number of feature levels L.
+        points: sampling points K per head and level.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """At the start head m looks in direction m, its point k at distance k, with equal weights."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().max(-1, keepdim=True).values
+        distance = torch.arange(1, self.points + 1)
+        offsets = direction[:, None, None] * distance[:, None]  # [M, 1, K, 2]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def look(
+        self, queries: Float[Tensor, "B Q C"], memory: Memory, reference_points: Float[Tensor, "B Q L d"]
+    ) -> Float[Tensor, "B Q C"]:
+        """Look at a flattened pyramid around the reference points.
+
+        Args:
+            queries: what asks, positions added.
+            memory: the tokens of all levels.
+            reference_points: x, y (d = 2) or cxcywh (d = 4) on each level, in [0, 1] of the padded map.
+        """
+        values = self.value(memory.tokens)
+        if memory.mask is not None:
+            values = values.masked_fill(memory.mask[..., None], 0.0)
+        values = values.unflatten(2, (self.heads, -1))
+        mixed = sample_and_mix(values, memory.shapes, *self.sampling(queries, memory.shapes, reference_points))
+        return self.out(mixed)
+
+    def sampling(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        shapes: list[tuple[int, int]],
+        reference_points: Float[Tensor, "B Q L d"],
+    ) -> tuple[Float[Tensor, "B Q M L K 2"], Float[Tensor, "B Q M L K"]]:
+        """Where each head looks, in [0, 1] of the padded map, and with which weight.
+
+        Offsets from a point are counted in cells of the level; offsets from a box in half sizes of the box over K, so
+        that the initial points spread over the box.
+        """
+        offsets = self.sampling_offsets(queries).unflatten(2, (self.heads, self.levels, self.points, 2))
+        weights = self.attention_weights(queries).unflatten(2, (self.heads, self.levels * self.points))
+        weights = weights.softmax(-1).unflatten(3, (self.levels, self.points))
+        reference = reference_points[:, :, None, :, None]  # [B, Q, 1, L, 1, d]
+        if reference.shape[-1] == 2:
+            cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype, device=offsets.device)
+            offsets = offsets / cells[:, None]
+        else:
+            offsets = offsets / self.points * reference[..., 2:] * 0.5
+        return reference[..., :2] + offsets, weights

@@ -1,0 +1,277 @@
+"""Deformable DETR (Zhu et al., 2021): plain, with iterative box refinement, and two-stage.
+
+A pyramid of feature maps, an encoder and a decoder whose attention looks at a few points of every level around a
+reference point (:mod:`regolite.deformable`). Every query owns a reference point; boxes are predicted around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regolite.backbone import Backbone, shrink
+from regolite.boxes import inverse_sigmoid
+from regolite.deformable import DeformableAttention
+from regolite.positions import box_positions, sine_positions
+from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
+from regolite.transformer import DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten
+
+
+@dataclass(frozen=True)
+class DeformableDetrConfig:
+    """What a Deformable DETR is made of.
+
+    Attributes:
+        backbone: name of the backbone, see :class:`~regolite.backbone.Backbone`.
+        weights: the backbone's weights.
+        dilated: DC5, stage 5 at stride 16.
+        frozen_stages: stages of the backbone that are not trained.
+        stages: stages of the backbone that become levels.
+        levels: number of levels L; those beyond ``stages`` halve the last map.
+        points: sampling points K per head and level.
+        dim: channels C.
+        heads: attention heads M.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        ffn_dim: width of the feed-forward networks.
+        dropout: probability of dropping.
+        queries: number of object queries.
+        refine: iterative box refinement: every layer corrects the box of the layer before.
+        two_stage: queries are the encoder's best proposals and not learnt ones; needs ``refine``.
+        mask_padding: keep padding out of the maps and of their normalisation, so that a picture's boxes do not depend
+            on the batch. The published models let it in.
+    """
+
+    backbone: str = "resnet50"
+    weights: str | None = "imagenet"
+    dilated: bool = False
+    frozen_stages: int = 2
+    stages: tuple[int, ...] = (3, 4, 5)
+    levels: int = 4
+    points: int = 4
+    dim: int = 256
+    heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    ffn_dim: int = 1024
+    dropout: float = 0.1
+    queries: int = 300
+    refine: bool = False
+    two_stage: bool = False
+    mask_padding: bool = True
+    scoring: Literal["sigmoid"] = "sigmoid"
+
+
+class DeformableDetr(nn.Module):
+    """Deformable DETR.
+
+    Args:
+        config: what it is made of.
+        num_classes: number of classes K.
+
+    Attributes:
+        dim: channels of the hidden states.
+        scoring: how logits become scores, always ``"sigmoid"``.
+        columns: logits per query, K.
+        feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
+    """
+
+    def __init__(self, config: DeformableDetrConfig, num_classes: int) -> None:
+        super().__init__()
+        c = self.config = config
+        if c.two_stage and not c.refine:
+            raise ValueError("two_stage needs refine: proposals are boxes, and only refinement starts from boxes")
+        self.dim, self.heads, self.scoring, self.columns = c.dim, c.heads, "sigmoid", num_classes
+        self.feature_channels = [c.dim] * c.levels
+
+        self.backbone = Backbone(
+            c.backbone, c.stages, c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
+        )
+        self.pyramid = Pyramid(self.backbone.channels, c.levels, c.dim, c.mask_padding)
+        self.level_positions = nn.Parameter(torch.randn(c.levels, c.dim))
+
+        def attention() -> DeformableAttention:
+            return DeformableAttention(c.dim, c.heads, c.levels, c.points)
+
+        self.encoder = Encoder(
+            [EncoderLayer(c.dim, attention(), c.ffn_dim, c.dropout) for _ in range(c.encoder_layers)]
+        )
+        self.decoder_layers = nn.ModuleList(
+            DecoderLayer(c.dim, c.heads, attention(), c.ffn_dim, c.dropout) for _ in range(c.decoder_layers)
+        )
+        if c.two_stage:
+            self.proposals = Proposals(c.dim, num_classes, c.queries)
+        else:
+            self.queries = nn.Embedding(c.queries, c.dim)
+            self.query_positions = nn.Embedding(c.queries, c.dim)
+            self.reference_points = nn.Linear(c.dim, 2)
+            nn.init.xavier_uniform_(self.reference_points.weight)
+            nn.init.zeros_(self.reference_points.bias)
+
+        # With refinement every layer has heads of its own; without it all layers share one pair.
+        heads = c.decoder_layers if c.refine else 1
+        self.class_heads = nn.ModuleList(class_head(c.dim, num_classes, prior=0.01) for _ in range(heads))
+        sizes = [0.0 if c.two_stage or i else -2.0 for i in range(heads)]
+        self.box_heads = nn.ModuleList(box_head(c.dim, size) for size in sizes)
+
+    def forward(self, images: ImageBatch) -> DetectorOutput:
+        """Detect: the encoder's tokens look at the pyramid, the queries look at the tokens, the heads read the queries."""
+        maps = self.pyramid(self.backbone(images), images.mask)
+        positions = [
+            sine_positions(f.mask, self.dim, centre=True) + level[:, None, None]
+            for f, level in zip(maps, self.level_positions)
+        ]
+        valid = torch.stack([valid_ratio(f.mask) for f in maps], 1)  # [B, L, 2]
+        memory = flatten(maps, positions)
+        memory = self.encoder(memory, cell_centres(memory.shapes, valid))
+
+        proposals = None
+        if self.config.two_stage:
+            proposals, reference, query_positions, queries = self.proposals(memory)
+        else:
+            query_positions = self.query_positions.weight.expand(len(images), -1, -1)
+            queries = self.queries.weight.expand(len(images), -1, -1)
+            reference = self.reference_points(query_positions).sigmoid()
+
+        layers = []
+        for number, layer in enumerate(self.decoder_layers):
+            scale = valid.repeat(1, 1, reference.shape[-1] // 2)  # xy, or xy and wh
+            queries = layer(queries, query_positions, memory, reference[:, :, None] * scale[:, None])
+            layers.append(self._predict(number, queries, reference))
+            if self.config.refine:
+                reference = layers[-1].boxes.detach()
+        return DetectorOutput(layers, queries, maps, proposals)
+
+    def _predict(
+        self, layer: int, queries: Float[Tensor, "B Q C"], reference: Float[Tensor, "B Q d"]
+    ) -> Prediction:
+        head = min(layer, len(self.box_heads) - 1)
+        start = inverse_sigmoid(reference)
+        boxes = self.box_heads[head](queries) + F.pad(start, (0, 4 - start.shape[-1]))
+        return Prediction(self.class_heads[head](queries), boxes.sigmoid())
+
+
+class Pyramid(nn.Module):
+    """The backbone's maps, projected to C channels, and coarser ones made from the last of them."""
+
+    def __init__(self, channels: Sequence[int], levels: int, dim: int, mask_padding: bool) -> None:
+        super().__init__()
+        projections: list[nn.Conv2d] = [nn.Conv2d(inputs, dim, 1) for inputs in channels]
+        inputs = channels[-1]
+        for _ in range(levels - len(channels)):
+            projections.append(nn.Conv2d(inputs, dim, 3, stride=2, padding=1))
+            inputs = dim
+        for projection in projections:
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+        self.projections = nn.ModuleList(projections)
+        self.norms = nn.ModuleList(PictureNorm(32, dim, mask_padding) for _ in projections)
+
+    def forward(self, features: list[FeatureMap], mask: Bool[Tensor, "B H W"]) -> list[FeatureMap]:
+        """All levels, finest first."""
+        levels = []
+        for number, (project, norm) in enumerate(zip(self.projections, self.norms)):
+            if number < len(features):
+                source = features[number]
+                x, small, stride = project(source.tensor), source.mask, source.stride
+            else:
+                source = features[-1] if number == len(features) else levels[-1]
+                x, stride = project(source.tensor), source.stride * 2
+                small = shrink(mask, tuple(x.shape[-2:]))
+            levels.append(FeatureMap(norm(x, small), small, stride))
+        return levels
+
+
+class PictureNorm(nn.GroupNorm):
+    """GroupNorm whose mean and variance are those of the picture alone, and whose output is zero on padding.
+
+    PyTorch's GroupNorm counts the padding too, so that a picture is normalised otherwise in every batch.
+    """
+
+    def __init__(self, groups: int, channels: int, mask_padding: bool) -> None:
+        super().__init__(groups, channels)
+        self.mask_padding = mask_padding
+
+    def forward(self, x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+        """Normalise each picture by its own cells."""
+        if not self.mask_padding:
+            return super().forward(x)
+        inside = (~mask)[:, None, None].to(x.dtype)  # [B, 1, 1, h, w]
+        grouped = x.unflatten(1, (self.num_groups, -1))
+        count = inside.sum((-3, -2, -1), keepdim=True) * grouped.shape[2]
+        mean = (grouped * inside).sum((2, 3, 4), keepdim=True) / count
+        variance = ((grouped - mean) ** 2 * inside).sum((2, 3, 4), keepdim=True) / count
+        normal = ((grouped - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
+        return (normal * self.weight[:, None, None] + self.bias[:, None, None]) * inside[:, 0]
+
+
+def valid_ratio(mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B 2"]:
+    """Which part of the padded map, in x and in y, is the picture."""
+    inside = (~mask).float()
+    return torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], 1)
+
+
+def cell_centres(shapes: list[tuple[int, int]], valid: Float[Tensor, "B L 2"]) -> Float[Tensor, "B S L 2"]:
+    """The encoder's reference points: the centre of every cell, on each level, in [0, 1] of the padded map."""
+    centres = []
+    for level, (height, width) in enumerate(shapes):
+        y, x = torch.meshgrid(
+            torch.arange(height, device=valid.device) + 0.5, torch.arange(width, device=valid.device) + 0.5, indexing="ij"
+        )
+        padded = torch.stack([x / width, y / height], -1).flatten(0, 1)
+        centres.append(padded / valid[:, None, level])  # in [0, 1] of the picture
+    return torch.cat(centres, 1)[:, :, None] * valid[:, None]
+
+
+class Proposals(nn.Module):
+    """The first stage of two-stage Deformable DETR (its appendix A.4): every cell proposes a box, the best become queries.
+
+    Args:
+        dim: channels C.
+        num_classes: columns of the class head; only the first is used, as "object".
+        queries: how many proposals are kept.
+    """
+
+    def __init__(self, dim: int, num_classes: int, queries: int) -> None:
+        super().__init__()
+        self.dim, self.count = dim, queries
+        self.project, self.project_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.to_query, self.to_query_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
+        self.class_head = class_head(dim, num_classes, prior=0.01)
+        self.box_head = box_head(dim, size=0.0)
+
+    def forward(
+        self, memory: Memory
+    ) -> tuple[Prediction, Float[Tensor, "B Q 4"], Float[Tensor, "B Q C"], Float[Tensor, "B Q C"]]:
+        """All proposals, then reference boxes, positions and hidden states of the queries made from the best."""
+        anchors, usable = self._anchors(memory)
+        tokens = memory.tokens.masked_fill(~usable, 0.0)
+        tokens = self.project_norm(self.project(tokens))
+        logits = self.class_head(tokens)
+        boxes = self.box_head(tokens) + inverse_sigmoid(anchors)
+        # Cells on padding or at the very border propose the whole picture (a logit of infinity), as published.
+        boxes = boxes.masked_fill(~usable, float("inf")).sigmoid()
+        best = logits[..., 0].topk(min(self.count, logits.shape[1]), dim=1).indices
+        reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        both = self.to_query_norm(self.to_query(box_positions(reference, self.dim // 2)))
+        positions, queries = both.split(self.dim, dim=-1)
+        return Prediction(logits, boxes), reference, positions, queries
+
+    @staticmethod
+    def _anchors(memory: Memory) -> tuple[Float[Tensor, "B S 4"], Bool[Tensor, "B S 1"]]:
+        """A box at every cell, 0.05 of the picture wide on the finest level and twice that on each next one."""
+        anchors = []
+        masks = memory.mask.split([h * w for h, w in memory.shapes], 1)
+        for level, ((height, width), mask) in enumerate(zip(memory.shapes, masks)):
+            valid = valid_ratio(mask.unflatten(1, (height, width)))[:, None]
+            centres = cell_centres([(height, width)], torch.ones_like(valid))[:, :, 0] / valid
+            anchors.append(torch.cat([centres, torch.full_like(centres, 0.05 * 2**level)], -1))
+        boxes = torch.cat(anchors, 1)
+        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.mask
+        return boxes, usable[..., None]

@@ -1,0 +1,87 @@
+"""From predictions to detections: scores, classes and boxes in pixels of the original picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor, nn
+
+from regolite.boxes import to_pixels
+from regolite.data import batch_pictures, make_transform, read_picture
+from regolite.rego import Rego
+from regolite.structures import DetectorOutput, Detections, ImageBatch, Prediction
+
+
+def to_detections(
+    prediction: Prediction, sizes: Int[Tensor, "B 2"], scoring: str, top_k: int = 100
+) -> list[Detections]:
+    """The best detections of each picture; no non-maximum suppression is needed.
+
+    With sigmoids a query may stand for several classes, and the best pairs of query and class are taken (Deformable
+    DETR); with a softmax every query gives its best class other than "no object" (DETR).
+
+    Args:
+        prediction: logits and boxes.
+        sizes: height and width of the original pictures in pixels.
+        scoring: ``"softmax"`` or ``"sigmoid"``.
+        top_k: how many to keep of each picture.
+    """
+    logits = prediction.logits.float()
+    boxes = to_pixels(prediction.boxes.float(), sizes.to(prediction.boxes.device))
+    if scoring == "sigmoid":
+        classes = logits.shape[2]
+        scores, flat = logits.sigmoid().flatten(1).topk(min(top_k, logits[0].numel()), dim=1)
+        queries, labels = flat // classes, flat % classes
+    else:
+        best, label = logits.softmax(-1)[..., :-1].max(-1)
+        scores, queries = best.topk(min(top_k, best.shape[1]), dim=1)
+        labels = label.gather(1, queries)
+    chosen = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+    return [Detections(s, c, b, q) for s, c, b, q in zip(scores.cpu(), labels.cpu(), chosen.cpu(), queries.cpu())]
+
+
+def run(model: nn.Module, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
+    """Run any detector; ``stages`` says how many REGO stages to use, where it has any."""
+    return model(images, stages) if isinstance(model, Rego) else model(images)
+
+
+@torch.inference_mode()
+def detect(
+    model: nn.Module,
+    pictures: Sequence[Image.Image | str | os.PathLike[str]] | Image.Image | str | os.PathLike[str],
+    threshold: float = 0.5,
+    stages: int | None = None,
+    top_k: int = 100,
+) -> list[Detections]:
+    """Detect objects in pictures of any size.
+
+    Args:
+        model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
+        pictures: PIL pictures or paths of files; one or several.
+        threshold: least score of a detection.
+        stages: how many REGO stages to use; 0 for the base detector alone; all by default.
+        top_k: most detections of a picture.
+
+    Returns:
+        One :class:`~regolite.structures.Detections` a picture, best first, boxes ``xyxy`` in pixels of the picture.
+
+    Raises:
+        UserError: when a file is missing or no picture.
+    """
+    if isinstance(pictures, (str, os.PathLike, Image.Image)):
+        pictures = [pictures]
+    opened = [p.convert("RGB") if isinstance(p, Image.Image) else read_picture(p) for p in pictures]
+    config, device = model.model_config, next(model.parameters()).device
+    transform = make_transform(config.augment, config.image_size, train=False)
+    model.eval()
+    found = []
+    for picture in opened:
+        batch = batch_pictures([transform(picture)], multiple=32).to(device)
+        size = torch.tensor([[picture.height, picture.width]])
+        output = run(model, batch, stages)
+        found += to_detections(output.final, size, model.scoring, top_k)
+    return [detections.above(threshold) for detections in found]

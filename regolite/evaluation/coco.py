@@ -1,0 +1,115 @@
+"""COCO's average precision of every stage of a detector.
+
+pycocotools computes the figures; faster-coco-eval gives the same ones several times as fast, where it is installed and
+asked for. Figures are percentages; one that cannot be computed, since no object has that size, is None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from regolite.data import DetectionDataset, collate
+from regolite.detection import run, to_detections
+from regolite.errors import UserError
+from regolite.structures import Detections
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def average_precision(coco: COCO, results: Sequence[dict[str, Any]], backend: str = "pycocotools") -> dict[str, Any]:
+    """COCO's twelve figures for boxes, in percent.
+
+    Args:
+        coco: the ground truth.
+        results: detections in COCO's form: ``image_id``, ``category_id``, ``bbox`` (corner, width, height in pixels),
+            ``score``.
+        backend: ``"pycocotools"`` or ``"faster-coco-eval"``.
+
+    Returns:
+        The figures by the names of :data:`FIGURES`.
+    """
+    if not results:  # pycocotools cannot load an empty list: nothing was detected
+        return {name: 0.0 for name in FIGURES}
+    with contextlib.redirect_stdout(io.StringIO()):  # both libraries print whatever they do
+        if backend == "pycocotools":
+            detected, evaluator = coco.loadRes(list(results)), COCOeval
+        elif backend == "faster-coco-eval":
+            try:
+                from faster_coco_eval import COCO as FasterCOCO
+                from faster_coco_eval import COCOeval_faster
+            except ImportError as error:
+                raise UserError("faster-coco-eval is not installed: pip install faster-coco-eval") from error
+            coco = FasterCOCO(coco.dataset)
+            detected, evaluator = coco.loadRes(list(results)), COCOeval_faster
+        else:
+            raise UserError(f"unknown backend {backend!r}; choose 'pycocotools' or 'faster-coco-eval'")
+        evaluation = evaluator(coco, detected, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {n: None if v < 0 else round(100 * float(v), 4) for n, v in zip(FIGURES, np.asarray(evaluation.stats))}
+
+
+def to_results(detections: Detections, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """One picture's detections in COCO's form."""
+    corner, opposite = detections.boxes_xyxy[:, :2], detections.boxes_xyxy[:, 2:]
+    boxes = torch.cat([corner, opposite - corner], 1).tolist()
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for label, box, score in zip(detections.labels.tolist(), boxes, detections.scores.tolist())
+    ]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    stages: int | None = None,
+    batch_size: int = 8,
+    top_k: int = 100,
+    backend: str = "pycocotools",
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a detector and every stage of it.
+
+    Args:
+        model: the detector.
+        dataset: pictures and ground truth, its transform that of evaluation.
+        stages: how many REGO stages to run; all by default.
+        batch_size: pictures at a time.
+        top_k: detections kept of each picture.
+        backend: see :func:`average_precision`.
+        workers: processes that prepare pictures.
+        progress: show a progress bar.
+
+    Returns:
+        The figures of the last stage, and ``stages``: the figures by stage, of which number 0 is the base detector.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    batches = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=partial(collate, multiple=32))
+    results: list[list[dict[str, Any]]] = []
+    for images, targets in tqdm(batches, desc="evaluating", disable=not progress, leave=False):
+        output = run(model, images.to(device), stages)
+        sizes = torch.tensor([target.size for target in targets])
+        results = results or [[] for _ in output.by_stage]
+        for stage, prediction in zip(results, output.by_stage):
+            for found, target in zip(to_detections(prediction, sizes, model.scoring, top_k), targets):
+                stage += to_results(found, target.image_id, dataset.category_ids)
+    model.train(was_training)
+    by_stage = [{"stage": i, **average_precision(dataset.coco, r, backend)} for i, r in enumerate(results)]
+    return {**{name: by_stage[-1][name] for name in FIGURES}, "images": len(dataset), "stages": by_stage}

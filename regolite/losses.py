@@ -1,0 +1,133 @@
+"""The set loss (DETR, section 3.1; Deformable DETR, section 3): what training minimises.
+
+Every decoder layer of the base detector and of every REGO stage predicts a full set of objects, is matched with the
+truth by itself, and pays three terms: for classes, for boxes (L1) and for their overlap (GIoU). All layers are computed
+together; the terms keep the names of their layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from regolite.boxes import to_xyxy
+from regolite.matching import Matches, MatchingCosts, PaddedTargets, match
+from regolite.structures import DetectorOutput, Prediction, Target
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss, which are those of the matching cost too.
+
+    Attributes:
+        label: weight of the classification term.
+        l1: weight of the L1 distance of boxes.
+        giou: weight of 1 - GIoU.
+        no_object: weight of "no object" in the softmax cross-entropy (DETR).
+        base_label: factor of the base detector's classification terms; the released REGO has 0.8.
+        stage_auxiliary: pay for the first layers of REGO's stages too, as the paper says; the released code drops
+            these terms by an oversight.
+    """
+
+    label: float = 2.0
+    l1: float = 5.0
+    giou: float = 2.0
+    no_object: float = 0.1
+    base_label: float = 1.0
+    stage_auxiliary: bool = True
+
+
+class SetLoss:
+    """The loss of a whole output.
+
+    Args:
+        config: the weights.
+        scoring: ``"softmax"`` with no-object or ``"sigmoid"`` with the focal loss.
+    """
+
+    def __init__(self, config: LossConfig, scoring: str) -> None:
+        self.config, self.scoring = config, scoring
+        # DETR's softmax matching weighs the class by 1 where its loss does, Deformable DETR's focal one by 2.
+        self.costs = MatchingCosts(config.label, config.l1, config.giou)
+
+    def __call__(
+        self, output: DetectorOutput, targets: Sequence[Target], num_boxes: float | None = None
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The loss and its weighted terms.
+
+        Args:
+            output: a detector's output.
+            targets: the objects of each picture.
+            num_boxes: what box and focal terms are divided by; the number of objects in the batch by default, and its
+                mean over processes where there are several.
+
+        Returns:
+            The sum to minimise, and every term of it by name: ``base/label``, ``base.1/l1`` (layer 1 of the base),
+            ``stage2/giou``, ``stage2.1/giou``, ``proposals/label``, ...
+        """
+        padded = PaddedTargets.of(targets)
+        count = max(num_boxes if num_boxes is not None else len(padded), 1)
+        named = self._named(output)
+        terms = self._terms(named, padded, count, self.scoring)
+        if output.proposals is not None:  # the proposals know one class only: object
+            objects = PaddedTargets(torch.zeros_like(padded.labels), padded.boxes, padded.counts)
+            terms |= self._terms({"proposals": output.proposals}, objects, count, "sigmoid")
+        return torch.stack(list(terms.values())).sum(), terms
+
+    def _named(self, output: DetectorOutput) -> dict[str, Prediction]:
+        """Every prediction that is trained, by name; the last layer of each decoder has the decoder's own."""
+        decoders = {"base": output.layers}
+        for number, stage in enumerate(output.stages, start=1):
+            decoders[f"stage{number}"] = stage if self.config.stage_auxiliary else stage[-1:]
+        named = {}
+        for decoder, layers in decoders.items():
+            named |= {f"{decoder}.{i}": p for i, p in enumerate(layers[:-1], start=1)} | {decoder: layers[-1]}
+        return named
+
+    def _terms(
+        self, named: dict[str, Prediction], targets: PaddedTargets, count: float, scoring: str
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The weighted terms of several predictions with the same number of queries."""
+        predictions = list(named.values())
+        matches = match(predictions, targets, scoring, self.costs)
+        logits = torch.stack([p.logits for p in predictions]).float()  # [P, B, Q, K]
+        boxes = torch.stack([p.boxes for p in predictions]).float()
+
+        label = self._label_loss(logits, targets, matches, count, scoring)
+        matched = boxes[matches.prediction, matches.picture, matches.query]
+        wanted = targets.boxes[matches.picture, matches.target]
+        l1 = F.l1_loss(matched, wanted, reduction="none").sum(-1)
+        giou = generalized_box_iou_loss(to_xyxy(matched), to_xyxy(wanted), reduction="none")
+        sums = torch.stack([l1, giou]).new_zeros(2, len(predictions))
+        l1, giou = sums.index_add(1, matches.prediction, torch.stack([l1, giou])) / count
+
+        c, terms = self.config, {}
+        for i, name in enumerate(named):
+            factor = c.base_label if name.startswith("base") else 1.0
+            terms[f"{name}/label"] = c.label * factor * label[i]
+            terms[f"{name}/l1"] = c.l1 * l1[i]
+            terms[f"{name}/giou"] = c.giou * giou[i]
+        return terms
+
+    def _label_loss(
+        self, logits: Float[Tensor, "P B Q K"], targets: PaddedTargets, matches: Matches, count: float, scoring: str
+    ) -> Float[Tensor, "P"]:
+        """Focal loss over all queries and classes, or the cross-entropy in which no-object weighs less."""
+        at = (matches.prediction, matches.picture, matches.query)
+        labels = targets.labels[matches.picture, matches.target]
+        if scoring == "sigmoid":
+            truth = torch.zeros_like(logits)
+            truth[(*at, labels)] = 1.0
+            return sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2).sum((1, 2, 3)) / count
+        nothing = logits.shape[-1] - 1
+        truth = torch.full(logits.shape[:3], nothing, device=logits.device)
+        truth[at] = labels
+        weight = torch.where(truth == nothing, self.config.no_object, 1.0)
+        entropy = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view_as(truth)
+        return (entropy * weight).sum((1, 2)) / weight.sum((1, 2))

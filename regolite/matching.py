@@ -1,0 +1,130 @@
+"""Hungarian matching: which query answers for which object (DETR, section 3.1).
+
+The cost of giving object t to query q is small where the query's class is right and its box is near. The assignment with
+the least total cost is found by scipy for every picture, and for every layer and stage by itself. The costs of all of
+them are computed at once on the device, and cross to the CPU in one transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from regolite.boxes import generalized_box_iou, to_xyxy
+from regolite.structures import Prediction, Target
+
+
+@dataclass(frozen=True)
+class MatchingCosts:
+    """Weights of the three parts of the cost."""
+
+    label: float = 2.0
+    l1: float = 5.0
+    giou: float = 2.0
+
+
+@dataclass
+class PaddedTargets:
+    """The targets of a batch as tensors, padded to the largest number of objects T in a picture.
+
+    Attributes:
+        labels: class ids, 0 on padding.
+        boxes: ``cxcywh`` in [0, 1], the whole picture on padding.
+        counts: objects in each picture.
+    """
+
+    labels: Int[Tensor, "B T"]
+    boxes: Float[Tensor, "B T 4"]
+    counts: list[int]
+
+    @staticmethod
+    def of(targets: Sequence[Target]) -> PaddedTargets:
+        """Pad a batch of targets."""
+        counts = [len(target) for target in targets]
+        device = targets[0].boxes.device
+        labels = torch.zeros(len(targets), max(counts), dtype=torch.long, device=device)
+        boxes = torch.tensor([0.5, 0.5, 1.0, 1.0], device=device).repeat(len(targets), max(counts), 1)
+        for b, target in enumerate(targets):
+            labels[b, : counts[b]] = target.labels
+            boxes[b, : counts[b]] = target.boxes
+        return PaddedTargets(labels, boxes, counts)
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass
+class Matches:
+    """Matched pairs of P predictions (layers and stages), one entry a pair.
+
+    Attributes:
+        prediction: which of the P predictions.
+        picture: which picture of the batch.
+        query: which query.
+        target: which object of the picture.
+    """
+
+    prediction: Int[Tensor, "M"]
+    picture: Int[Tensor, "M"]
+    query: Int[Tensor, "M"]
+    target: Int[Tensor, "M"]
+
+
+def matching_cost(
+    prediction: Prediction, targets: PaddedTargets, scoring: str, costs: MatchingCosts
+) -> Float[Tensor, "B Q T"]:
+    """The cost of giving object t of a picture to query q.
+
+    Args:
+        prediction: logits and boxes; several predictions can be joined along the queries.
+        targets: the objects.
+        scoring: ``"softmax"`` or ``"sigmoid"``.
+        costs: the weights of the parts.
+    """
+    logits = prediction.logits.float()
+    columns = targets.labels[:, None].expand(-1, logits.shape[1], -1)
+    if scoring == "softmax":
+        label = -logits.softmax(-1).gather(2, columns)
+    else:  # the focal loss with this class as the right one, less the loss with it as a wrong one
+        x = logits.gather(2, columns)
+        p = x.sigmoid()
+        right = 0.25 * (1 - p) ** 2 * -torch.nn.functional.logsigmoid(x)
+        wrong = 0.75 * p**2 * -torch.nn.functional.logsigmoid(-x)
+        label = right - wrong
+    boxes = prediction.boxes.float()
+    l1 = torch.cdist(boxes, targets.boxes, p=1)
+    giou = torch.vmap(generalized_box_iou)(to_xyxy(boxes), to_xyxy(targets.boxes))
+    return costs.label * label + costs.l1 * l1 - costs.giou * giou
+
+
+@torch.no_grad()
+def match(
+    predictions: Sequence[Prediction], targets: PaddedTargets, scoring: str, costs: MatchingCosts
+) -> Matches:
+    """Match the queries of every prediction with the objects.
+
+    Args:
+        predictions: P predictions with the same number of queries.
+        targets: the objects.
+        scoring: ``"softmax"`` or ``"sigmoid"``.
+        costs: the weights of the cost.
+
+    Raises:
+        ValueError: when a cost is not finite.
+    """
+    device = targets.boxes.device
+    joined = Prediction(torch.cat([p.logits for p in predictions], 1), torch.cat([p.boxes for p in predictions], 1))
+    cost = matching_cost(joined, targets, scoring, costs).cpu().numpy()  # the one transfer
+    rows = []
+    queries = predictions[0].boxes.shape[1]
+    for p in range(len(predictions)):
+        for b, count in enumerate(targets.counts):
+            query, target = linear_sum_assignment(cost[b, p * queries : (p + 1) * queries, :count])
+            rows += [(p, b, q, t) for q, t in zip(query.tolist(), target.tolist())]
+    pairs = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 4)
+    return Matches(*pairs.unbind(1))

@@ -1,0 +1,201 @@
+"""Named models: the rows of the paper's Table 1, and sizes for laptops.
+
+A :class:`ModelConfig` says everything about a model, travels in its checkpoint, and is all that :func:`build` needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from regolite.deformable_detr import DeformableDetr, DeformableDetrConfig
+from regolite.detr import Detr, DetrConfig
+from regolite.errors import UserError
+from regolite.losses import LossConfig
+from regolite.rego import Rego, RegoConfig
+
+DETECTORS = {"detr": (DetrConfig, Detr), "deformable_detr": (DeformableDetrConfig, DeformableDetr)}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything about a model but its weights.
+
+    Attributes:
+        preset: name of the preset that it was made from.
+        detector: the base detector.
+        rego: what stands on top of it, or None.
+        loss: how it is trained.
+        augment: name of the picture recipe, see :func:`regolite.data.make_transform`.
+        image_size: size of the pictures that the recipe makes.
+        classes: names of the classes, in the order of the model's class ids.
+        category_ids: COCO's id of each class.
+    """
+
+    preset: str
+    detector: DetrConfig | DeformableDetrConfig
+    rego: RegoConfig | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: Literal["detr", "laptop", "laptop_crop", "none"] = "detr"
+    image_size: int = 800
+    classes: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        kind = next(name for name, (config, _) in DETECTORS.items() if isinstance(self.detector, config))
+        return asdict(self) | {"kind": kind}
+
+    def without_pretrained(self) -> ModelConfig:
+        """The same model with a random backbone: for loading a checkpoint, which brings all weights itself."""
+        return replace(self, detector=replace(self.detector, weights=None))
+
+    @staticmethod
+    def from_dict(stored: dict[str, Any]) -> ModelConfig:
+        """The inverse of :meth:`to_dict`."""
+        stored = dict(stored)
+        config, _ = DETECTORS[stored.pop("kind")]
+        stored["detector"] = config(**_tuples(stored["detector"]))
+        stored["rego"] = RegoConfig(**_tuples(stored["rego"])) if stored["rego"] else None
+        stored["loss"] = LossConfig(**stored["loss"])
+        return ModelConfig(**_tuples(stored))
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+_DETR = DetrConfig()
+_DETR_STAR = replace(_DETR, queries=300, reference_points=True, scoring="sigmoid")
+_DEFORMABLE = DeformableDetrConfig()
+_REFINED = replace(_DEFORMABLE, refine=True)
+_TWO_STAGE = replace(_REFINED, two_stage=True)
+_SOFTMAX_LOSS = LossConfig(label=1.0)
+
+# Laptop sizes: a small network that a CPU trains in minutes. `tiny` starts from the bundled ImageNet features, `scenes`
+# from nothing.
+_TINY = {
+    "backbone": "mobilenet_v2", "weights": "bundled", "frozen_stages": 2, "dim": 128,
+    "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512, "dropout": 0.0, "queries": 100,
+}  # fmt: skip
+_SCENES = _TINY | {"backbone": "tiny", "weights": None, "frozen_stages": 0, "queries": 30}
+_TINY_REGO = RegoConfig(ffn_dim=512, dropout=0.0)
+
+
+def _family(name: str, detector: Any, loss: LossConfig, rego: RegoConfig, **recipe: Any) -> dict[str, ModelConfig]:
+    """A base detector and REGO on it."""
+    return {
+        name: ModelConfig(name, detector, None, loss, **recipe),
+        f"rego_{name}": ModelConfig(f"rego_{name}", detector, rego, loss, **recipe),
+    }
+
+
+def _presets() -> dict[str, ModelConfig]:
+    table: dict[str, ModelConfig] = {}
+    focal, rego = LossConfig(), RegoConfig()
+    for backbone, tag in (("resnet50", "r50"), ("resnet101", "r101"), ("resnext101_64x4d", "x101")):
+        table |= _family(f"detr_{tag}", replace(_DETR, backbone=backbone), _SOFTMAX_LOSS, rego)
+        table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, backbone=backbone), focal, rego)
+        if tag != "x101":
+            dc5 = {"backbone": backbone, "dilated": True}
+            table |= _family(f"detr_dc5_{tag}", replace(_DETR, **dc5), _SOFTMAX_LOSS, rego)
+            table |= _family(f"detr_star_dc5_{tag}", replace(_DETR_STAR, **dc5), focal, rego)
+        table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, backbone=backbone), focal, rego)
+        table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
+        table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
+    for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
+        recipe = {"augment": "laptop", "image_size": image_size}
+        deformable = {**sizes, "levels": 3, "stages": (3, 4, 5)}
+        table |= _family(f"detr_{tag}", replace(_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
+        table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, **sizes), focal, _TINY_REGO, **recipe)
+        table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, **deformable), focal, _TINY_REGO, **recipe)
+        table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, **deformable), focal, _TINY_REGO, **recipe)
+        table |= _family(
+            f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, **deformable), focal, _TINY_REGO, **recipe
+        )
+    return table
+
+
+_TABLE = _presets()
+
+
+def presets() -> tuple[str, ...]:
+    """The names of all presets."""
+    return tuple(_TABLE)
+
+
+def configure(preset: str, **overrides: Any) -> ModelConfig:
+    """The configuration of a preset, with changes.
+
+    Args:
+        preset: one of :func:`presets`.
+        **overrides: fields of the model, of its base detector, of REGO or of the loss, in this order; a field that
+            several have is the detector's, and ``rego_`` before it makes it REGO's (``rego_ffn_dim=1024``).
+            ``form="released"`` also sets what the released code does beside the module: feed-forward networks 1024
+            wide, no auxiliary losses in the stages, the base detector's classification loss times 0.8.
+
+    Raises:
+        UserError: for a preset or a field that does not exist; the message names the nearest one.
+    """
+    if preset not in _TABLE:
+        raise UserError(f"unknown model {preset!r}; {_nearest(preset, _TABLE)} `python -m regolite presets` lists them")
+    config = _TABLE[preset]
+    if overrides.get("form") == "released":
+        narrow = min(1024, config.rego.ffn_dim) if config.rego else 1024
+        overrides = {"rego_ffn_dim": narrow, "stage_auxiliary": False, "base_label": 0.8} | overrides
+    parts = {"detector": config.detector, "rego": config.rego, "loss": config.loss}
+    for name, value in overrides.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name in {f.name for f in fields(config)} - set(parts):
+            config = replace(config, **{name: value})
+            continue
+        short = name.removeprefix("rego_")
+        order = ["rego"] if name != short else ["detector", "rego", "loss"]
+        where = next((p for p in order if parts[p] is not None and short in _names(parts[p])), None)
+        if where is None:
+            known = {n for p in parts.values() if p is not None for n in _names(p)} | set(_names(config))
+            raise UserError(f"{preset} has no field {name!r}; {_nearest(name, known)}")
+        try:
+            parts[where] = replace(parts[where], **{short: value})
+        except ValueError as error:
+            raise UserError(f"{name}={value!r}: {error}") from error
+    return replace(config, **parts)
+
+
+def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:
+    """Build a model.
+
+    Args:
+        preset: the name of a preset, or a configuration.
+        num_classes: number of classes K; by default the number of the configuration's ``classes``, or COCO's 80.
+        **overrides: changes of the preset, see :func:`configure`.
+
+    Returns:
+        The detector, with its configuration as ``model.model_config``.
+
+    Raises:
+        UserError: as :func:`configure`, and when the backbone's weights can't be had.
+    """
+    config = configure(preset, **overrides) if isinstance(preset, str) else preset
+    num_classes = num_classes if num_classes is not None else len(config.classes) or 80
+    _, detector = next(pair for pair in DETECTORS.values() if isinstance(config.detector, pair[0]))
+    try:
+        model = detector(config.detector, num_classes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if config.rego is not None:
+        model = Rego(model, config.rego)
+    model.model_config = config
+    return model
+
+
+def _names(config: Any) -> list[str]:
+    return [f.name for f in fields(config)]
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}."

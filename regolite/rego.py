@@ -1,0 +1,229 @@
+"""REGO, the recurrent glimpse-based decoder (Chen, Zhang, Tao, CVPR 2022, section 4), on top of any detector.
+
+Each of S stages looks again at what the stage before has found (Algorithm 1):
+
+1. enlarge the boxes O_box(i-1) by alpha(i): the RoIs;
+2. cut glimpses V(i) from the features (equation 7);
+3. decode: V(i) asks, H_dec(i-1) answers, which gives H_g(i) (equation 6);
+4. concatenate: H_dec(i) = [H_g(i), H_dec(i-1)] (equation 5);
+5. predict: classes from H_dec(i), boxes as a correction of O_box(i-1) in the space before the sigmoid (equation 4).
+
+Two forms exist. ``"paper"`` follows the text. ``"released"`` has the modules of the authors' code, so that weights
+trained with it load and give the same outputs; the places where it parts from the paper are marked below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from regolite.attention import MultiHeadAttention
+from regolite.boxes import enlarge, inverse_sigmoid, to_pixels
+from regolite.glimpse import FeatureContext, GlimpseHead, cut_glimpses
+from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
+from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head
+
+
+@dataclass(frozen=True)
+class RegoConfig:
+    """What a REGO is made of.
+
+    Attributes:
+        stages: number of stages S.
+        alphas: enlarging ratio of each stage; empty for the paper's S, S - 1, ..., 1 (section 4.3).
+        form: ``"paper"`` or ``"released"``.
+        decoder_layers: layers of each stage's glimpse decoder.
+        encoder_layers: self-attention layers over H_dec(i-1) before it is asked; the paper found that they bring next
+            to nothing (section 4.3) and has none.
+        ffn_dim: width of the feed-forward networks.
+        dropout: probability of dropping.
+        query: who asks in equation (6): the ``"glimpse"``, or the ``"hidden"`` states, 0.5 AP worse in section 4.2.
+        detach_hidden: cut the gradient of H_dec(i-1) as key and value too. By the letter of section A.1 nothing flows
+            into the outputs of the previous stage; the released code lets it flow here, which is how REGO teaches the
+            base detector "for free" (A.2), and so do we by default.
+    """
+
+    stages: int = 3
+    alphas: tuple[float, ...] = ()
+    form: Literal["paper", "released"] = "paper"
+    decoder_layers: int = 2
+    encoder_layers: int = 0
+    ffn_dim: int = 2048
+    dropout: float = 0.1
+    query: Literal["glimpse", "hidden"] = "glimpse"
+    detach_hidden: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the fields fit each other."""
+        if self.stages < 1:
+            raise ValueError(f"REGO needs at least one stage, not {self.stages}")
+        if self.alphas and len(self.alphas) != self.stages:
+            raise ValueError(f"{self.stages} stages need {self.stages} alphas, not {len(self.alphas)}: {self.alphas}")
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """alpha(1), ..., alpha(S)."""
+        return self.alphas or tuple(float(a) for a in range(self.stages, 0, -1))
+
+
+class Detector(Protocol):
+    """What REGO asks of a base detector."""
+
+    dim: int
+    heads: int
+    columns: int
+    scoring: str
+    feature_channels: list[int]
+
+    def __call__(self, images: ImageBatch) -> DetectorOutput:
+        """Detect."""
+        ...
+
+
+class Rego(nn.Module):
+    """A detector with REGO on top.
+
+    Args:
+        detector: the base detector, anything that satisfies :class:`Detector`.
+        config: what REGO is made of; fields can be given by name instead, as in ``Rego(detector, stages=3)``.
+    """
+
+    def __init__(self, detector: nn.Module, config: RegoConfig | None = None, **fields: object) -> None:
+        super().__init__()
+        self.config = config = config if config is not None else RegoConfig(**fields)
+        self.detector = detector
+        self.dim, self.scoring, self.columns = detector.dim, detector.scoring, detector.columns
+        # Single-scale detectors hand over the raw maps of their backbone: a 1x1 convolution each (appendix A.1).
+        self.projections = nn.ModuleList(
+            nn.Identity() if channels == self.dim else nn.Conv2d(channels, self.dim, 1)
+            for channels in detector.feature_channels
+        )
+        released = config.form == "released"
+        self.contexts = nn.ModuleList(FeatureContext(self.dim) for _ in self.projections) if released else None
+        self.stages = nn.ModuleList(
+            Stage(config, number, self.dim, detector.heads, self.columns, self.scoring)
+            for number in range(1, config.stages + 1)
+        )
+
+    def forward(self, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
+        """Detect.
+
+        Args:
+            images: the pictures.
+            stages: how many stages to run; 0 switches REGO off and leaves the base detector's output, bit for bit.
+                All of them by default.
+
+        Raises:
+            ValueError: when there are fewer stages than wanted.
+        """
+        wanted = len(self.stages) if stages is None else stages
+        if not 0 <= wanted <= len(self.stages):
+            raise ValueError(f"stages is {wanted}, and this model has 0 to {len(self.stages)}")
+        output = self.detector(images)
+        if wanted == 0:
+            return output
+
+        features = [FeatureMap(p(f.tensor), f.mask, f.stride) for p, f in zip(self.projections, output.features)]
+        sizes = images.sizes
+        if self.contexts is not None:
+            features = [FeatureMap(c(f.tensor), f.mask, f.stride) for c, f in zip(self.contexts, features)]
+            # Released: RoIs are scaled by the padded size of the batch, and padding counts as picture.
+            features = [FeatureMap(f.tensor, torch.zeros_like(f.mask), f.stride) for f in features]
+            sizes = sizes.new_tensor(images.mask.shape[1:]).expand_as(sizes)
+
+        hidden, boxes = output.queries, output.layers[-1].boxes
+        for stage in self.stages[:wanted]:
+            predictions, hidden = stage(features, sizes, hidden, boxes.detach())
+            output.stages.append(predictions)
+            boxes = predictions[-1].boxes
+        return output
+
+
+class Stage(nn.Module):
+    """Stage i of REGO (Algorithm 1), with weights of its own.
+
+    Args:
+        config: what REGO is made of.
+        number: i, from 1.
+        dim: channels C.
+        heads: attention heads.
+        columns: logits per query.
+        scoring: how logits become scores.
+    """
+
+    def __init__(self, config: RegoConfig, number: int, dim: int, heads: int, columns: int, scoring: str) -> None:
+        super().__init__()
+        self.config = config
+        self.alpha = config.ratios[number - 1]
+        self.glimpse = GlimpseHead(dim, dim)
+        # H_dec(i-1) is i * C wide (equation 5) and comes back to C to be asked.
+        self.condense, self.condense_norm = nn.Linear(number * dim, dim, bias=False), nn.LayerNorm(dim)
+
+        def attention() -> MultiHeadAttention:
+            return MultiHeadAttention(dim, heads, config.dropout)
+
+        self.encoder = Encoder(
+            [EncoderLayer(dim, attention(), config.ffn_dim, config.dropout) for _ in range(config.encoder_layers)]
+        )
+        branch_scale = 0.5 if config.form == "released" else 1.0
+        self.decoder = Decoder(
+            [
+                DecoderLayer(dim, heads, attention(), config.ffn_dim, config.dropout, branch_scale)
+                for _ in range(config.decoder_layers)
+            ],
+            norm=nn.LayerNorm(dim),
+        )
+        # The heads read [H_dec(i-1), H_g(i)], (i + 1) * C wide, through a linear layer and a LayerNorm (section 4.3).
+        self.fuse = nn.ModuleList(
+            nn.Linear((number + 1) * dim, dim, bias=False) for _ in range(config.decoder_layers)
+        )
+        self.fuse_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.fuse)
+        for layer in self.fuse:
+            nn.init.xavier_normal_(layer.weight)
+        self.class_head = class_head(dim, columns, prior=0.01 if scoring == "sigmoid" else None)
+        self.box_head = box_head(dim, size=0.0)
+
+    def forward(
+        self,
+        features: list[FeatureMap],
+        sizes,
+        hidden: Float[Tensor, "B Q iC"],
+        boxes: Float[Tensor, "B Q 4"],
+    ) -> tuple[list[Prediction], Float[Tensor, "B Q i1C"]]:
+        """Refine.
+
+        Args:
+            features: the maps X that glimpses are cut from.
+            sizes: height and width of the pictures, in pixels of the network's input.
+            hidden: H_dec(i-1).
+            boxes: O_box(i-1), detached.
+
+        Returns:
+            Predictions by decoder layer, of which the last is O(i), and H_dec(i).
+        """
+        vectors = self.glimpse(cut_glimpses(features, self.regions(boxes, sizes)))
+        vectors = vectors.unflatten(0, boxes.shape[:2])  # V(i)
+        known = self.condense_norm(self.condense(hidden.detach() if self.config.detach_hidden else hidden))
+
+        asks, answers = (vectors, known) if self.config.query == "glimpse" else (known, vectors)
+        memory = self.encoder(Memory(answers, torch.zeros_like(answers), None, []))
+        translated = self.decoder(asks, 0.0, memory)  # H_g(i), by layer
+
+        predictions = []
+        logit = inverse_sigmoid(boxes)
+        for h, fuse, norm in zip(translated, self.fuse, self.fuse_norms):
+            fused = norm(fuse(torch.cat([hidden.detach(), h], -1)))
+            logit = logit + self.box_head(fused)  # equation (4), summed up over the layers too
+            predictions.append(Prediction(self.class_head(fused), logit.sigmoid()))
+        return predictions, torch.cat([hidden, translated[-1]], -1)
+
+    def regions(self, boxes: Float[Tensor, "B Q 4"], sizes) -> Float[Tensor, "B Q 4"]:
+        """R of equation (7): the enlarged boxes, ``xyxy`` in pixels of the network's input."""
+        larger = enlarge(boxes, self.alpha)
+        if self.config.form == "released":
+            larger = larger.clamp(max=1.0)
+        return to_pixels(larger, sizes)

@@ -1,0 +1,124 @@
+"""The configuration of a run: every choice in one place, saved beside its results.
+
+The command line, the papermill notebook and Python all make a :class:`RunConfig` and hand it to
+:func:`regolite.train`; each field is an option of ``python -m regolite train`` and a parameter of the notebook.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from regolite.errors import UserError
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to train, on what, and how. The defaults are those of Deformable DETR on COCO (its appendix A.4)."""
+
+    data: str = _option("data/coco_tiny", "folder in COCO format, or scenes (see regolite.data.open_data)")
+    model: str = _option("rego_deformable_detr_tiny", "name of a preset, see `regolite presets`")
+    output: str = _option("runs/rego", "folder of the run")
+    overrides: tuple[str, ...] = _option((), "changes of the preset, as in queries=50 stages=2")
+    checkpoint: str | None = _option(None, "start from the weights of this .safetensors file (fine-tuning)")
+    epochs: int = _option(50, "how often every picture is seen")
+    max_minutes: float | None = _option(None, "stop after this time; schedules then end with the time")
+    batch_size: int = _option(16, "pictures per step, over all processes")
+    lr: float = _option(1e-4, "learning rate")
+    backbone_lr: float = _option(0.1, "factor of the learning rate for the backbone")
+    sampling_lr: float = _option(0.1, "factor of the learning rate for sampling offsets and reference points")
+    weight_decay: float = _option(1e-4, "weight decay of AdamW")
+    clip: float = _option(0.1, "largest norm of the gradient; 0 for no clipping")
+    schedule: Literal["step", "one_cycle", "constant"] = _option("step", "how the learning rate changes")
+    drop_epochs: tuple[int, ...] = _option((40,), "epochs at which the step schedule divides by ten")
+    warmup: float = _option(0.0, "part of the run in which the learning rate grows from zero")
+    ema: float = _option(0.0, "decay of the moving average of the weights; 0 for none")
+    augment: Literal["detr", "laptop", "laptop_crop", "none"] | None = _option(None, "picture recipe; the model's own by default")
+    image_size: int | None = _option(None, "size of the pictures; the model's own by default")
+    limit_images: int | None = _option(None, "use only the first N training pictures")
+    evaluate_every: int = _option(1, "epochs between evaluations; 0 for one at the end")
+    evaluate_train: bool = _option(False, "evaluate on the training pictures too, at the end")
+    log_every: int = _option(20, "steps between two lines of metrics")
+    checkpoint_minutes: float = _option(10.0, "minutes between checkpoints; one is written at the end in any case")
+    seed: int = _option(0, "seed of weights, order and augmentation")
+    workers: int = _option(0, "processes that prepare pictures; 0 prepares them in the training process")
+    device: str = _option("auto", "auto, cpu, cuda or mps")
+    precision: Literal["no", "bf16", "fp16"] = _option("no", "mixed precision; losses and boxes stay in float32")
+    resume: bool = _option(False, "go on with the run in the output folder, or start it where there is none")
+
+    def __post_init__(self) -> None:
+        """Check the values, one by one."""
+        for f in fields(self):
+            value, hint = getattr(self, f.name), _HINTS[f.name]
+            if not _fits(value, hint):
+                raise UserError(f"{f.name}={value!r} is not {_describe(hint)} ({f.metadata['help']})")
+        for name in ("epochs", "batch_size", "lr", "log_every"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
+        for name in ("backbone_lr", "sampling_lr", "weight_decay", "clip", "evaluate_every", "workers", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("max_minutes", "image_size", "limit_images"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be greater than 0, or left out")
+        for name in ("warmup", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> RunConfig:
+        """A configuration from names and values, lists taken for tuples.
+
+        Raises:
+            UserError: for an unknown name (the message names the nearest right one) or a value of the wrong type.
+        """
+        known = {f.name for f in fields(RunConfig)}
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(known))}"
+                raise UserError(f"unknown parameter {name!r}; {hint}")
+        return RunConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+_HINTS = typing.get_type_hints(RunConfig)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; an int may stand for a float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in arguments)
+    if origin is tuple:
+        return f"a list of {_describe(arguments[0])}"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "nothing"}
+    return names[hint]

@@ -1,0 +1,56 @@
+"""Learning rates: which parameter learns how fast, and when."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from regolite.training.config import RunConfig
+
+
+def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
+    """The optimiser's groups: the backbone, the sampling of deformable attention, and everything else.
+
+    The factors are those of Deformable DETR, which lets the backbone and the sampling offsets and reference points learn
+    ten times as slowly.
+    """
+    factors = {"backbone": config.backbone_lr, "sampling": config.sampling_lr, "rest": 1.0}
+    members: dict[str, list] = {name: [] for name in factors}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if "backbone." in name:
+            members["backbone"].append(parameter)
+        elif "sampling_offsets." in name or "reference_points." in name:
+            members["sampling"].append(parameter)
+        else:
+            members["rest"].append(parameter)
+    return [
+        {"params": parameters, "lr": config.lr * factors[name], "base_lr": config.lr * factors[name], "name": name}
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def lr_factor(config: RunConfig, epoch: int, progress: float) -> float:
+    """The factor of all learning rates.
+
+    Args:
+        config: schedule, drops and warm-up.
+        epoch: number of the epoch, from 0.
+        progress: how much of the run is done, 0 to 1; time where the run is limited by time, else steps.
+
+    Returns:
+        ``step``: 1, divided by ten at each drop. ``one_cycle``: up along a cosine in the first tenth (or the warm-up),
+        then down along a cosine to zero (Smith, 2018). ``constant``: 1. All grow linearly during a warm-up.
+    """
+    if config.schedule == "one_cycle":
+        peak = config.warmup or 0.1
+        if progress < peak:
+            return 0.5 * (1 - math.cos(math.pi * progress / peak)) * 0.96 + 0.04
+        return 0.5 * (1 + math.cos(math.pi * (progress - peak) / (1 - peak)))
+    warm = min(1.0, progress / config.warmup) if config.warmup else 1.0
+    if config.schedule == "constant":
+        return warm
+    return warm * 0.1 ** sum(epoch >= drop for drop in config.drop_epochs)

@@ -1,0 +1,275 @@
+"""One word for everything that this repository does: ``python3 tasks.py demo`` (Windows: ``py tasks.py demo``).
+
+It needs nothing but Python >= 3.10. The first run makes a virtual environment in ``.venv`` with the exact versions of
+``constraints.txt``; later runs use it, and renew it when ``pyproject.toml`` or ``constraints.txt`` changed. The
+Makefile calls this file, so ``make demo`` and ``python3 tasks.py demo`` are the same.
+"""
+
+# The file must still parse on old Pythons, so that they can be told what is wrong: no newer syntax here.
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def step(number, text):
+    """Say what happens next."""
+    print(f"[{number}] {text}", flush=True)
+
+
+def stop(message):
+    """End with one clear message."""
+    raise SystemExit(f"tasks.py: {message}")
+
+
+def shown(path):
+    """A path as short as it goes."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def works(code):
+    """Whether the Python of .venv is there and runs ``code``."""
+    try:
+        done = subprocess.run([str(VENV_PYTHON), "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+def environment(number):
+    """Make or renew .venv where it is missing or older than what it is made from."""
+    stamp = VENV / "regolite.stamp"
+    # The folder's place counts too: `pip install -e` wrote it down.
+    made_from = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")] + [str(ROOT).encode()]
+    wanted = hashlib.sha256(b"\0".join(made_from)).hexdigest()
+    if stamp.is_file() and stamp.read_text() == wanted and works("import pip"):
+        return step(number, "the environment in .venv is ready")
+    if stamp.is_file():
+        step(number, "renewing the environment in .venv: pyproject.toml, constraints.txt or the folder's place changed")
+    else:
+        step(number, "making the environment in .venv (the first time about 2 minutes, 6 GB on Linux; less elsewhere)")
+    if not works("import pip"):
+        clear = [] if works("pass") else ["--clear"]
+        if subprocess.run([sys.executable, "-m", "venv", *clear, str(VENV)], stdout=subprocess.DEVNULL).returncode:
+            shutil.rmtree(str(VENV), ignore_errors=True)
+            stop(
+                f"{sys.executable} could make no virtual environment. On Debian and Ubuntu: sudo apt install "
+                "python3-venv. Or name another Python: make PYTHON=python3.12 ..."
+            )
+    log = VENV / "install.log"
+    command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    command += ["-c", "constraints.txt", "-e", ".[test,fast-eval]"]
+    with log.open("w", encoding="utf-8") as file:
+        pip = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for raw in pip.stdout:
+            line = raw.decode("utf-8", "replace")
+            file.write(line)
+            download = re.search(r"Downloading (\S+) \((\d[\d.]* [MG]B)\)", line)
+            if download:
+                name = "-".join(download.group(1).split("/")[-1].split("-")[:2])
+                print("      downloading", name, download.group(2), flush=True)
+            elif line.startswith("Installing collected packages"):
+                print(f"      unpacking packages: {line.count(',') + 1}", flush=True)
+    if pip.wait():
+        errors = [line for line in log.read_text(encoding="utf-8").splitlines() if "ERROR" in line or "error:" in line]
+        print("\n".join(errors[-12:]), file=sys.stderr)
+        stop(f"pip could not install the packages (no network?); all it said is in {shown(log)}. Then run this again.")
+    # Every kernel would warn of connections that are not encrypted; they never leave this machine.
+    config = VENV / "etc" / "ipython" / "ipython_kernel_config.py"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text('c.IPKernelApp.log_level = "ERROR"\n')
+    stamp.write_text(wanted)
+
+
+def activate(no_venv, number):
+    """Choose the Python that the tools run in and what they inherit."""
+    if no_venv:
+        if importlib.util.find_spec("papermill") is None:
+            stop(f"--no-venv: {sys.executable} lacks the packages; make them: conda env create -f environment.yml")
+        step(number, f"using {sys.executable} as it is")
+        python = Path(sys.executable)
+    else:
+        environment(number)
+        python = VENV_PYTHON
+        os.environ["VIRTUAL_ENV"] = str(VENV)
+    os.environ.update(
+        PATH=str(python.parent) + os.pathsep + os.environ.get("PATH", ""),  # so that `!pip` in a notebook is this one
+        JUPYTER_PREFER_ENV_PATH="1",  # or a kernel of the same name in the home folder would be taken
+        PYTHONUTF8="1",  # Windows' code pages cannot print a progress bar
+        PYDEVD_DISABLE_FILE_VALIDATION="1",  # the debugger's warning in every notebook
+    )
+    return str(python)
+
+
+def call(python, *words, stderr=None, **env):
+    """Run ``python -m WORDS`` in the repository's root and give back its exit status."""
+    command = [python, "-m"] + [str(word) for word in words]
+    return subprocess.call(command, cwd=str(ROOT), stderr=stderr, env=dict(os.environ, **env))
+
+
+def module(python, *words, **env):
+    """Run ``python -m WORDS`` in the repository's root; end with its exit status where it fails."""
+    status = call(python, *words, **env)
+    if status:
+        # A negative status is the signal that ended the tool; shells say 128 + signal.
+        raise SystemExit(status if status > 0 else 128 - status)
+
+
+# --------------------------------------------------------------------------------------------------- the tasks
+
+
+def demo(args, rest):
+    """Train REGO on real COCO pictures on the CPU: the main job, notebooks/20_train_coco.ipynb, run from top to end."""
+    data = Path(args.data or ROOT / "data" / "coco_tiny").resolve()
+    run = Path(args.run or ROOT / "runs" / time.strftime("demo-%Y%m%d-%H%M%S")).resolve()
+    if not data.is_dir():
+        stop(f"--data {args.data}: no such folder; it should hold images/ and annotations/ (COCO format)")
+    python = activate(args.no_venv, "1/3")
+    step("2/3", f"training for {args.minutes:g} minutes on {shown(data)}, then evaluating (Ctrl-C stops it)")
+    run.mkdir(parents=True, exist_ok=True)
+    executed = run / "20_train_coco.ipynb"
+    words = ["-r", "data", data, "-r", "output", run, "-p", "max_minutes", args.minutes]
+    words += ["-r", "model", args.model] if args.model else []
+    # The folder that Jupyter and the tests run the notebook in, so that it sees the same relative paths everywhere.
+    words += ["--cwd", ROOT / "notebooks", *rest]
+    # On the terminal: what the notebook prints, while it prints it.
+    words += ["--stdout-file", "-", "--stderr-file", "-", "--no-progress-bar", "--log-level", "WARNING"]
+    log = run / "papermill.log"
+    with log.open("w", encoding="utf-8") as file:
+        status = call(python, "papermill", ROOT / "notebooks" / "20_train_coco.ipynb", executed, *words, stderr=file)
+    if status:
+        stop(failure(executed, log))
+    step("3/3", "done. What it left:")
+    missing = False
+    for what, pattern in (
+        ("the executed notebook", "20_train_coco.ipynb"),
+        ("the checkpoint (last)", "model.safetensors"),
+        ("the checkpoint (best)", "best.safetensors"),
+        ("the metrics", "metrics.jsonl"),
+        ("the pictures", "figures/*.png"),
+    ):
+        there = bool(list(run.glob(pattern)))
+        missing |= not there
+        print(f"      {what:22} {shown(run / pattern) if there else 'MISSING: ' + shown(run / pattern)}")
+    if missing:
+        stop("the notebook ran to its end but left less than it should")
+
+
+def failure(executed, log):
+    """What went wrong in a notebook that papermill ran, in one line."""
+    if executed.is_file():
+        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+        for error in (
+            output for cell in cells for output in cell.get("outputs", []) if output["output_type"] == "error"
+        ):
+            return f"the run failed: {error['ename']}: {error['evalue']} ({shown(executed)} shows where)"
+    said = log.read_text(encoding="utf-8").strip().splitlines() or ["stopped"]
+    return f"the run ended early: {said[-1]} ({shown(log)} has the rest)"
+
+
+def style(python, number):
+    """The two checks of ruff."""
+    step(number, "style: ruff check, ruff format --check")
+    module(python, "ruff", "check", ".")
+    module(python, "ruff", "format", "--check", ".")
+
+
+def test(args, rest):
+    """Run all that CI runs: style, tests, and every notebook again, its outputs compared with the stored ones."""
+    python = activate(args.no_venv, "1/3")
+    style(python, "2/3")
+    step("3/3", "tests, and the notebooks by nbval")
+    words = ["tests", "notebooks", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=300"]
+    words += ["--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "-n", 2, "--dist", "loadfile", "-q", *rest]
+    # Two workers of one thread each: two cores are busy, and sums come out in the same order on every machine.
+    module(python, "pytest", *words, OMP_NUM_THREADS="1")
+
+
+def test_fast(args, rest):
+    """Run a quick part of the tests: style, and the tests that take seconds; no notebooks."""
+    python = activate(args.no_venv, "1/3")
+    style(python, "2/3")
+    step("3/3", "the quick tests")
+    module(python, "pytest", "tests", "-m", "not slow", "-n", 2, "--dist", "loadfile", "-q", *rest, OMP_NUM_THREADS="1")
+
+
+def notebooks(args, rest):
+    """Run notebooks again (all, or those named) and store their outputs, as `test` will compare them."""
+    found = [Path(name).resolve() for name in args.names] or sorted((ROOT / "notebooks").rglob("[0-9]*.ipynb"))
+    python = activate(args.no_venv, "1/2")
+    for notebook in found:
+        step("2/2", f"running {shown(notebook)}")
+        words = ["--ExecutePreprocessor.store_widget_state=False", "--ExecutePreprocessor.record_timing=False", *rest]
+        words = ["nbconvert", "--to", "notebook", "--execute", "--inplace", "--log-level=WARN", *words, notebook]
+        module(python, *words, OMP_NUM_THREADS="1")
+
+
+def lab(args, rest):
+    """Open JupyterLab on the course."""
+    python = activate(args.no_venv, "1/2")
+    step("2/2", "opening JupyterLab on notebooks/ (Ctrl-C ends it)")
+    module(python, "jupyterlab", f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks", *rest)
+
+
+def lint(args, rest):
+    """Check the style: ruff check, ruff format --check."""
+    style(activate(args.no_venv, "1/2"), "2/2")
+
+
+def format(args, rest):
+    """Mend the style where ruff can: ruff check --fix, ruff format."""
+    python = activate(args.no_venv, "1/2")
+    step("2/2", "ruff check --fix, ruff format")
+    module(python, "ruff", "check", "--fix", ".")
+    module(python, "ruff", "format", ".")
+
+
+def main():
+    """Read the command line and do the task."""
+    if sys.version_info < (3, 10):  # noqa: UP036
+        stop(f"this is Python {sys.version.split()[0]}; 3.10 or newer is needed: make PYTHON=python3.12, or py -3.12")
+    parser = argparse.ArgumentParser(
+        prog="tasks.py",
+        description="The tasks of this repository. `make TASK` is the same as `python3 tasks.py TASK`.",
+        epilog="Options that a task does not know go to its tool (papermill, pytest, JupyterLab): "
+        'make test ARGS="-k boxes". With make, the options of demo are variables: make demo MINUTES=1 DATA=dir.',
+    )
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    parsers = {}
+    for task in (demo, test, test_fast, lab, notebooks, lint, format):
+        name = task.__name__.replace("_", "-")
+        parsers[name] = tasks.add_parser(name, help=task.__doc__, description=task.__doc__, allow_abbrev=False)
+        parsers[name].add_argument(
+            "--no-venv", action="store_true", help="use this Python as it is (conda), make no .venv"
+        )
+        parsers[name].set_defaults(do=task)
+    parsers["demo"].add_argument("--minutes", type=float, default=5, help="minutes of training (default 5)")
+    parsers["demo"].add_argument("--data", help="a COCO-format folder (default data/coco_tiny)")
+    parsers["demo"].add_argument("--model", help="a preset (default: the notebook's)")
+    parsers["demo"].add_argument("--run", help="the folder to write (default runs/demo-DATE-TIME)")
+    parsers["notebooks"].add_argument("names", nargs="*", metavar="NOTEBOOK", help="default: all")
+    args, rest = parser.parse_known_args()
+    # Ctrl-C reaches the tool too, and how it ends (JupyterLab asks first) is the tool's affair.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    args.do(args, rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What every test gets: one thread, fixed seeds, no window for pictures, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, and inherited by the programs that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order on every machine; the workers of pytest-xdist use the cores
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit it and show no pictures
+
+LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")
+
+
+def _refuse_network(event: str, args: tuple) -> None:
+    """An audit hook: Python calls it before any connection or look-up, whichever library asks."""
+    if event == "socket.getaddrinfo":
+        host = args[0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(args[1], tuple):  # a path is a local socket
+        host = args[1][0]
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host and not host.startswith(LOOPBACK):
+        pytest.fail(f"a test asked for the network: {event} {host!r}")  # no `except Exception` swallows this
+
+
+sys.addaudithook(_refuse_network)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed every generator, so that a test gives the same numbers alone and among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return 0

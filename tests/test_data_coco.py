@@ -1,0 +1,294 @@
+"""COCO-format folders: the border between COCO's ids and ours, odd files, and every error message."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.cocoeval import COCOeval
+
+from regolite.data import CocoFolder, batch_pictures, collate, open_data, read_picture
+from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from regolite.errors import UserError
+
+TINY = Path(__file__).parents[1] / "data" / "coco_tiny"
+
+
+def content():
+    """Three pictures of 40x30: two objects and a crowd; nothing; one object that juts out and one without area."""
+    return {
+        "images": [
+            {"id": 70, "file_name": "a.png", "width": 40, "height": 30},
+            {"id": 5, "file_name": "b.png", "width": 40, "height": 30},
+            {"id": 9, "file_name": "c.png", "width": 40, "height": 30},
+        ],
+        "annotations": [
+            {"id": 11, "image_id": 9, "category_id": 90, "bbox": [-10, 20, 20, 20], "area": 77.5, "iscrowd": 0},
+            {"id": 12, "image_id": 70, "category_id": 90, "bbox": [4, 6, 10, 12], "area": 100, "iscrowd": 0},
+            {"id": 13, "image_id": 70, "category_id": 3, "bbox": [0, 0, 40, 30], "iscrowd": 1, "area": 1200},
+            {"id": 14, "image_id": 70, "category_id": 17, "bbox": [20, 0, 20, 30], "segmentation": [[1, 2]]},
+            {"id": 15, "image_id": 9, "category_id": 3, "bbox": [5, 5, 0, 5], "area": 0, "iscrowd": 0},
+        ],
+        "categories": [{"id": 90, "name": "brush"}, {"id": 3, "name": "car"}, {"id": 17, "name": "cat"}],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes a data folder from its JSON content, pictures included."""
+
+    def write(content, names=("annotations/instances_train.json", "images")):
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / names[1]).mkdir(exist_ok=True)
+        (tmp_path / names[0]).write_text(content if isinstance(content, str) else json.dumps(content))
+        for name in ("a.png", "b.png", "c.png"):
+            Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / names[1] / name)
+        return tmp_path
+
+    return write
+
+
+def test_items(folder):
+    data = CocoFolder(folder(content()))
+    assert data.classes == ("car", "cat", "brush")
+    assert data.category_ids == (3, 17, 90)
+    assert data.image_ids == [70, 5, 9]
+    assert len(data) == 3
+
+    pixels, target = data[0]
+    assert pixels.shape == (3, 30, 40)
+    red = (torch.tensor([1.0, 0, 0]) - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    torch.testing.assert_close(pixels[:, 7, 9], red)
+    assert (target.image_id, target.size) == (70, (30, 40))
+    assert target.labels.tolist() == [2, 1]  # the crowd is no target
+    expected = [[9 / 40, 12 / 30, 10 / 40, 12 / 30], [0.75, 0.5, 0.5, 1.0]]
+    torch.testing.assert_close(target.boxes, torch.tensor(expected))
+
+    empty = data[1][1]
+    assert len(empty) == 0
+    assert empty.boxes.shape == (0, 4)
+    assert empty.labels.dtype == torch.int64
+
+    clipped = data[-1][1]  # the box without area is gone, the other clipped to 0..10 x 20..30
+    assert clipped.labels.tolist() == [2]
+    torch.testing.assert_close(clipped.boxes, torch.tensor([[5 / 40, 25 / 30, 10 / 40, 10 / 30]]))
+    with pytest.raises(IndexError):
+        data[3]
+    assert data.path(2).name == "c.png"
+    assert data.image(2).size == (40, 30)
+
+
+def test_ground_truth_for_evaluation(folder, capsys):
+    data = CocoFolder(folder(content()))
+    assert sorted(data.coco.anns) == [11, 12, 13, 14, 15]
+    assert data.coco.anns[13]["iscrowd"] == 1
+    assert data.coco.anns[11]["bbox"] == [-10, 20, 20, 20]  # evaluation sees the file's own boxes
+    assert data.coco.anns[11]["area"] == 77.5
+    assert data.coco.anns[14]["area"] == 600  # not given: width times height
+    assert data.coco.anns[12]["category_id"] == 90
+    assert sorted(data.coco.imgs) == [5, 9, 70]
+    assert data.coco.cats[17]["name"] == "cat"
+    assert capsys.readouterr().out == ""
+    assert sorted(CocoFolder(folder(content()), limit=1).coco.anns) == [12, 13, 14]
+
+
+def test_limit_and_empty_pictures(folder):
+    root = folder(content())
+    assert CocoFolder(root, limit=2).image_ids == [70, 5]
+    assert CocoFolder(root, limit=99).image_ids == [70, 5, 9]
+    assert CocoFolder(root, keep_empty=False).image_ids == [70, 9]
+    only_crowds = content()
+    only_crowds["annotations"] = only_crowds["annotations"][2:3]
+    with pytest.raises(UserError, match="no picture with an object"):
+        CocoFolder(folder(only_crowds), keep_empty=False)
+
+
+def test_cocos_own_names(folder):
+    root = folder(content(), ("annotations/instances_val2017.json", "val2017"))
+    assert CocoFolder(root, "val")[0][1].image_id == 70
+    assert open_data(root, "val", limit=1).image_ids == [70]
+
+
+def test_annotation_ids_from_zero_count_in_evaluation(folder):
+    changed = content()
+    changed["annotations"] = [
+        {"id": 0, "image_id": 70, "category_id": 3, "bbox": [4, 6, 10, 12]},
+        {"id": 1, "image_id": 70, "category_id": 17, "bbox": [20, 0, 20, 30], "decided_by": 0},
+    ]
+    data = CocoFolder(folder(changed))
+    assert sorted(data.coco.anns) == [1, 2]
+    assert data.relations(0) == [(1, 0)]
+    evaluator = COCOeval(data.coco, _detections_of_truth(data), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    assert evaluator.stats[0] == pytest.approx(1.0)
+
+
+def _detections_of_truth(data):
+    """The targets of a data set as perfect detections in COCO's format."""
+    detections = []
+    for i in range(len(data)):
+        target = data[i][1]
+        height, width = target.size
+        for label, (x, y, w, h) in zip(target.labels.tolist(), target.boxes.tolist(), strict=True):
+            box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
+            one = {"image_id": target.image_id, "category_id": data.category_ids[label], "bbox": box, "score": 0.9}
+            detections.append(one)
+    return data.coco.loadRes(detections)
+
+
+def test_coco_tiny():
+    data = CocoFolder(TINY, "train")
+    assert (len(data), len(data.classes), data.category_ids[-1]) == (126, 80, 90)
+    targets = [len(data.objects(i).targets(*data.size(i))) for i in range(len(data))]
+    assert sum(targets) == 1156 - 15  # all annotations but the crowds
+    assert sum(n > 0 for n in targets) == 124
+    grey = data.image_ids.index(86)  # stored as greyscale
+    pixels, _ = data[grey]
+    grey_levels = pixels * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    torch.testing.assert_close(grey_levels[0], grey_levels[2], atol=1e-5, rtol=0)
+
+
+def test_perfect_detections_reach_full_ap():
+    data = CocoFolder(TINY, "val", limit=4)
+    evaluator = COCOeval(data.coco, _detections_of_truth(data), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    assert evaluator.stats[0] == pytest.approx(1.0)
+
+
+def save_grey16(path):
+    ramp = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype(np.uint16)
+    Image.fromarray(ramp).save(path)
+
+
+def save_palette(path):
+    picture = Image.new("P", (40, 30), 1)
+    picture.putpalette([0, 0, 0, 10, 200, 30])
+    picture.save(path, transparency=b"\x00\x80")
+
+
+def save_turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees to look at"
+    Image.new("RGB", (40, 30), (10, 200, 30)).save(path, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "name, save, corner, end",
+    [
+        ("grey.jpg", lambda path: Image.new("L", (40, 30), 99).save(path), (99, 99, 99), (99, 99, 99)),
+        ("cmyk.jpg", lambda path: Image.new("CMYK", (40, 30), (0, 255, 255, 0)).save(path), (255, 0, 0), (255, 0, 0)),
+        ("palette.png", save_palette, (10, 200, 30), (10, 200, 30)),
+        ("alpha.png", lambda p: Image.new("RGBA", (40, 30), (9, 8, 7, 0)).save(p), (9, 8, 7), (9, 8, 7)),
+        ("grey16.png", save_grey16, (0, 0, 0), (255, 255, 255)),
+        ("bit.png", lambda path: Image.new("1", (40, 30), 1).save(path), (255, 255, 255), (255, 255, 255)),
+        ("turned.png", save_turned, (10, 200, 30), (10, 200, 30)),
+    ],
+)
+def test_any_colour_mode(tmp_path, name, save, corner, end):
+    save(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = read_picture(tmp_path / name)
+    assert (picture.mode, picture.size) == ("RGB", (40, 30))
+    np.testing.assert_allclose(picture.getpixel((0, 0)), corner, atol=3)
+    np.testing.assert_allclose(picture.getpixel((39, 29)), end, atol=3)
+
+
+def change(key, n, **fields):
+    """The content with fields of record ``n`` of a list changed; a field set to None is taken out."""
+    changed = content()
+    changed[key][n].update(fields)
+    changed[key][n] = {k: v for k, v in changed[key][n].items() if v is not None}
+    return changed
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("{", ["instances_train.json", "not valid JSON", "repair"]),
+        ("[]", ["instances_train.json", "no list of images"]),
+        (content() | {"annotations": [1]}, ["instances_train.json", "no list of annotations"]),
+        (content() | {"categories": []}, ["instances_train.json", "lists no categories"]),
+        (content() | {"images": []}, ["instances_train.json", "lists no images"]),
+        (change("images", 1, height=None), ["image 5 has no 'height'"]),
+        (change("images", 1, width=4.5), ["image with width 4.5", "whole number"]),
+        (change("images", 1, id=70), ["image id 70", "more than once"]),
+        (change("annotations", 1, id=11), ["annotation id 11", "more than once"]),
+        (change("categories", 1, id=90), ["category id 90", "more than once"]),
+        (change("annotations", 1, image_id=8), ["annotation 12", "image 8", "does not list"]),
+        (change("annotations", 1, category_id=8), ["annotation 12", "category 8", "does not list"]),
+        (change("annotations", 1, bbox=[1, 2, 3]), ["annotation 12", "[1, 2, 3]", "[x, y, width, height]"]),
+        (change("annotations", 1, bbox=[9, 9, -3, 3]), ["annotation 12", "[x, y, width, height]"]),
+        (change("annotations", 1, bbox=[41, 0, 5, 5]), ["annotation 12 of image 70", "wholly outside", "40x30"]),
+        (change("annotations", 1, bbox=[0, -9, 5, 9]), ["annotation 12 of image 70", "wholly outside", "40x30"]),
+        (change("annotations", 1, bbox=None), ["annotation 12 has no 'bbox'"]),
+        (change("annotations", 1, area="big"), ["annotation 12 has area 'big'"]),
+        (change("images", 2, file_name="d.png"), ["1 of the 3 pictures", "missing", "the first is d.png"]),
+    ],
+)
+def test_wrong_content_is_named(folder, given, words):
+    with pytest.raises(UserError) as error:
+        CocoFolder(folder(given))
+    message = str(error.value)
+    assert all(word in message for word in [*words, "instances_train.json"]), message
+    assert "\n" not in message
+
+
+def test_wrong_places_are_named(folder, tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        CocoFolder(tmp_path / "nowhere")
+    root = folder(content())
+    with pytest.raises(UserError, match=r"split 'val'.*instances_val.json and instances_val2017.json"):
+        CocoFolder(root, "val")
+    with pytest.raises(UserError, match="limit of 0"):
+        CocoFolder(root, limit=0)
+    shutil.rmtree(root / "images")
+    with pytest.raises(UserError, match="looked for the folders images and train2017"):
+        CocoFolder(root)
+
+
+def test_wrong_pictures_are_named_when_read(folder):
+    root = folder(content())
+    (root / "images" / "a.png").write_bytes((root / "images" / "a.png").read_bytes()[:60])
+    Image.new("RGB", (30, 40)).save(root / "images" / "b.png")
+    Image.new("RGB", (41, 30)).save(root / "images" / "c.png")
+    data = CocoFolder(root)
+    with pytest.raises(UserError, match="a.png cannot be read.*replace"):
+        data[0]
+    with pytest.raises(UserError, match="b.png is 30x40 .* says 40x30: store it unrotated"):
+        data[1]
+    with pytest.raises(UserError, match="c.png is 41x30 .* says 40x30: correct"):
+        data[2]
+    with pytest.raises(UserError, match="gone.png does not exist"):
+        read_picture(root / "gone.png")
+
+
+def test_collate_pads_right_and_bottom():
+    pictures = [torch.full((3, 4, 6), 1.0), torch.full((3, 5, 2), 2.0)]
+    batch = batch_pictures(pictures)
+    assert batch.pixels.shape == (2, 3, 5, 6)
+    assert batch.sizes.tolist() == [[4, 6], [5, 2]]
+    for picture, pixels, mask in zip(pictures, batch.pixels, batch.mask, strict=True):
+        height, width = picture.shape[-2:]
+        assert torch.equal(pixels[:, :height, :width], picture)
+        assert not mask[:height, :width].any()
+        assert (~mask).sum() == height * width
+        assert (pixels[:, mask] == 0).all()
+    assert batch_pictures(pictures, multiple=4).pixels.shape == (2, 3, 8, 8)
+    assert batch_pictures(pictures, multiple=4).mask[0, 4:].all()
+
+
+def test_data_loader(folder):
+    data = CocoFolder(folder(content()))
+    loader = torch.utils.data.DataLoader(data, batch_size=2, collate_fn=collate, num_workers=1)
+    batches = list(loader)
+    assert [len(batch) for batch, _ in batches] == [2, 1]
+    assert [target.image_id for _, targets in batches for target in targets] == [70, 5, 9]

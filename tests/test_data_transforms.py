@@ -1,0 +1,120 @@
+"""Transforms move boxes exactly as pixels: rectangles drawn in the boxes stay in them."""
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torchvision import tv_tensors
+
+from regolite.data import make_transform
+from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD, TRANSFORMS, RandomSizeCrop, detr_train, detr_val
+from regolite.errors import UserError
+
+WIDTH, HEIGHT = 320, 220
+BOXES = torch.tensor([[8.0, 10, 58, 60], [180, 60, 300, 200], [140, 5, 170, 215]])
+
+
+def picture():
+    """A black picture with a red, a green and a blue rectangle: the channel of the colour is the label."""
+    image = Image.new("RGB", (WIDTH, HEIGHT))
+    for channel, (x0, y0, x1, y1) in enumerate(BOXES.int().tolist()):
+        colour = tuple(255 * (channel == k) for k in range(3))
+        ImageDraw.Draw(image).rectangle([x0, y0, x1 - 1, y1 - 1], fill=colour)
+    return image
+
+
+def apply(transform, seed):
+    torch.manual_seed(seed)
+    boxes = tv_tensors.BoundingBoxes(BOXES, format="XYXY", canvas_size=(HEIGHT, WIDTH))
+    pixels, moved = transform(picture(), {"boxes": boxes, "labels": torch.arange(3)})
+    levels = pixels * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    return levels, moved["boxes"], moved["labels"]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("size", [None, 160])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_rectangles_stay_in_their_boxes(name, size, train):
+    transform = make_transform(name, size, train)
+    for seed in range(6):
+        levels, boxes, labels = apply(transform, seed)
+        assert len(boxes) == len(labels)
+        seen = levels > 0.5
+        for box, label in zip(boxes, labels.tolist(), strict=True):
+            rows, columns = seen[label].any(1).nonzero(), seen[label].any(0).nonzero()
+            drawn = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert (drawn - box).abs().max() < 1.5, (seed, box, drawn)
+        gone = set(range(3)) - set(labels.tolist())  # an object that is dropped is hardly seen any more
+        assert all(min(seen[label].any(0).sum(), seen[label].any(1).sum()) <= 2 for label in gone)
+
+
+def test_every_step_occurs():
+    """Flips and crops do happen, or the test above proves little."""
+    shapes, flipped, dropped = set(), 0, 0
+    for seed in range(40):
+        levels, boxes, labels = apply(make_transform("laptop_crop", 160), seed)
+        shapes.add(levels.shape)
+        dropped += len(labels) < 3
+        centres = {label: box[[0, 2]].mean() for label, box in zip(labels.tolist(), boxes, strict=True)}
+        if 0 in centres and 1 in centres:
+            flipped += bool(centres[0] > centres[1])
+    assert len(shapes) > 20
+    assert flipped in range(8, 32)
+    assert dropped > 1
+
+
+def test_sizes():
+    assert apply(make_transform("none"), 0)[0].shape == (3, HEIGHT, WIDTH)
+    assert apply(make_transform("none", 160, train=True), 0)[0].shape == (3, 110, 160)
+    assert apply(make_transform("laptop", 160, train=False), 0)[0].shape == (3, 110, 160)
+    assert apply(detr_val(), 0)[0].shape == (3, 800, 1163)
+    assert apply(detr_val(800, 900), 0)[0].shape == (3, 619, 900)
+    longer = [max(apply(make_transform("laptop", 160), seed)[0].shape) for seed in range(30)]
+    assert min(longer) >= 128
+    assert max(longer) <= 160
+    assert len(set(longer)) > 8
+    for seed in range(8):
+        shorter, longest = sorted(apply(detr_train([200, 240], 300), seed)[0].shape[1:])
+        assert longest <= 300
+        assert shorter <= 240
+
+
+def test_crop_window():
+    torch.manual_seed(0)
+    crop = RandomSizeCrop(100, 400)
+    windows = [crop(picture()).size for _ in range(50)]
+    assert min(min(window) for window in windows) >= 100
+    assert max(width for width, _ in windows) <= WIDTH
+    assert len(set(windows)) > 40
+    small = Image.new("RGB", (50, 60))
+    assert crop(small).size == (50, 60)
+
+
+@pytest.mark.parametrize("name", ["detr", "laptop", "laptop_crop"])
+def test_randomness_is_torchs(name):
+    transform = make_transform(name, 96)
+    first, boxes, _ = apply(transform, 3)
+    again, same, _ = apply(transform, 3)
+    assert torch.equal(first, again)
+    assert torch.equal(boxes, same)
+    others = [apply(transform, seed)[0] for seed in range(4, 8)]
+    assert any(other.shape != first.shape or not torch.equal(other, first) for other in others)
+
+
+def test_picture_alone_and_no_objects():
+    pixels = make_transform("laptop", 160, train=False)(picture())
+    assert type(pixels) is torch.Tensor
+    for name in TRANSFORMS:
+        empty = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(HEIGHT, WIDTH))
+        for seed in range(4):
+            torch.manual_seed(seed)
+            _, moved = make_transform(name, 96)(
+                picture(), {"boxes": empty, "labels": torch.zeros(0, dtype=torch.int64)}
+            )
+            assert moved["boxes"].shape == (0, 4)
+
+
+def test_errors():
+    with pytest.raises(UserError, match="'lapton'.*detr, laptop"):
+        make_transform("lapton")
+    with pytest.raises(UserError, match="size 3 is too small"):
+        make_transform("laptop", 3)

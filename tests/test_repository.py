@@ -1,0 +1,183 @@
+"""The repository itself: one list of requirements, honest notebooks, no traces of the machine that it was made on."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+NOTEBOOKS = [path for path in sorted((ROOT / "notebooks").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
+TEXT = {".cff", ".cfg", ".csv", ".ipynb", ".json", ".jsonl", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}
+
+
+def versioned_files() -> list[Path]:
+    """The files that git keeps or would keep."""
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no git repository")
+    return [path for name in listed.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def requirements() -> list[Requirement]:
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    return [Requirement(text) for texts in lists for text in texts]
+
+
+def pins() -> dict[str, list[Requirement]]:
+    """The lines of constraints.txt by package: some packages have one version for each of several Pythons."""
+    found: dict[str, list[Requirement]] = {}
+    for line in CONSTRAINTS:
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            found.setdefault(canonicalize_name(pin.name), []).append(pin)
+    return found
+
+
+def test_every_requirement_is_pinned_inside_its_range():
+    for requirement in requirements():
+        for pin in pins()[canonicalize_name(requirement.name)]:
+            (exact,) = pin.specifier
+            assert exact.operator == "==" and requirement.specifier.contains(exact.version), f"{pin} for {requirement}"
+
+
+def test_constraints_hold_versions_only():
+    for name, lines in pins().items():
+        for pin in lines:
+            assert pin.url is None and not pin.extras, f"{name}: an address or an extra"
+            assert [s.operator for s in pin.specifier] == ["=="], f"{name}: not one exact version"
+            assert "+" not in str(pin.specifier), f"{name}: a local version exists on one machine only"
+    assert not [line for line in CONSTRAINTS if re.search(r"://|\bfile:|--(extra-)?index|--find-links", line)]
+
+
+def test_one_version_applies_to_every_python_and_system():
+    environments = [
+        {"python_version": python[:4], "python_full_version": python, "sys_platform": system, "os_name": os_name}
+        for python in ("3.10.13", "3.11.7", "3.12.1", "3.13.0", "3.14.0")
+        for system, os_name in (("linux", "posix"), ("darwin", "posix"), ("win32", "nt"))
+    ]
+    for requirement in requirements():
+        for environment in environments:
+            lines = pins()[canonicalize_name(requirement.name)]
+            active = [pin for pin in lines if pin.marker is None or pin.marker.evaluate(environment)]
+            assert len(active) == 1, f"{requirement.name} on {environment}: {[str(pin) for pin in active]}"
+
+
+def test_conda_environment_names_the_same_ranges():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["dependencies"]
+    (pip,) = [entry["pip"] for entry in listed if isinstance(entry, dict)]
+    extras = ",".join(sorted(PROJECT["optional-dependencies"], reverse=True))
+    assert pip == ["-c constraints.txt", f"-e .[{extras}]"], "every range comes from pyproject.toml, through pip"
+    (python,) = [SpecifierSet(entry[len("python") :]) for entry in listed if str(entry).startswith("python")]
+    lower = [str(s) for s in python if s.operator == ">="]
+    assert lower == [PROJECT["requires-python"]]
+
+
+def test_make_and_conda_install_the_same():
+    text = (ROOT / "tasks.py").read_text("utf-8")
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["dependencies"]
+    for line in next(entry["pip"] for entry in listed if isinstance(entry, dict)):
+        option, value = line.split()
+        assert f'"{option}", "{value}"' in text
+
+
+def test_there_are_notebooks_to_check():
+    assert NOTEBOOKS, "the tests below would all be empty"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_is_valid_and_executed(self, path: Path):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+        assert cells
+        # nbval compares nothing in a cell that was never executed: a stripped notebook would pass whole.
+        assert not [cell.source for cell in cells if cell.execution_count is None]
+        counts = [cell.execution_count for cell in cells]
+        assert counts == sorted(counts), "executed out of order: run it from top to end"
+        errors = [output.evalue for cell in cells for output in cell.outputs if output.output_type == "error"]
+        assert not errors
+
+    def test_is_light(self, path: Path):
+        assert path.stat().st_size < 1_500_000, "over 1.5 MB: fewer pictures, lower dpi"
+        assert "widgets" not in json.loads(path.read_text("utf-8"))["metadata"], "drop the stored widget state"
+
+
+def test_no_file_names_a_path_of_somebodys_machine():
+    private = re.compile(r"(?<![\w.])(?:/(?:root|work|home/\w+|Users/\w+)|[A-Z]:\\+Users\\+\w+)[/\\]")
+    found = []
+    for path in versioned_files():
+        if path.suffix in TEXT and path.stat().st_size < 3_000_000:
+            text = path.read_text("utf-8", errors="ignore")
+            found += [f"{path.relative_to(ROOT)}: {hit.group()}" for hit in private.finditer(text)]
+    assert not found
+
+
+def test_no_file_is_too_big_for_git():
+    big = {str(path.relative_to(ROOT)): path.stat().st_size for path in versioned_files()}
+    assert not {name: size for name, size in big.items() if size > 12_000_000}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_between_files_resolve(name: str):
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)\s]+)|<img[^>]+src=\"([^\"]+)\"", page.read_text("utf-8"))
+    targets = {a or b for a, b in links}
+    local = {t.split("#")[0] for t in targets if not re.match(r"[a-z]+:|#", t)}
+    assert not [target for target in sorted(local) if not (ROOT / target).exists()]
+
+
+def test_citation_names_the_paper_and_the_course():
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version", "license", "references"} <= set(cff)
+    assert cff["version"] == PROJECT["version"] and cff["license"] == PROJECT["license"]
+    (paper,) = cff["references"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Chen", "Zhang", "Tao"]
+    assert (paper["year"], paper["type"]) == (2022, "conference-paper")
+
+
+def test_ci_runs_what_a_person_runs():
+    script = ROOT / ".ci" / "run"
+    assert script.read_text("utf-8").rstrip().endswith("exec make test")
+    if sys.platform != "win32":
+        assert script.stat().st_mode & 0o111, ".ci/run is not executable"
+    assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+
+
+def test_tasks_refuse_wrong_input_in_one_line():
+    for words, said in (
+        (["demo", "--data", "nowhere"], "--data nowhere: no such folder"),
+        (["dance"], "invalid choice"),
+    ):
+        done = subprocess.run([sys.executable, "tasks.py", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_network_is_refused():
+    for ask in (lambda: socket.create_connection(("192.0.2.1", 9), timeout=1), lambda: socket.getaddrinfo("a.test", 1)):
+        with pytest.raises(pytest.fail.Exception, match="asked for the network"):
+            ask()
