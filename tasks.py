@@ -175,11 +175,10 @@ def demo(args, rest):
 def failure(executed, log):
     """What went wrong in a notebook that papermill ran, in one line."""
     if executed.is_file():
-        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-        for error in (
-            output for cell in cells for output in cell.get("outputs", []) if output["output_type"] == "error"
-        ):
-            return f"the run failed: {error['ename']}: {error['evalue']} ({shown(executed)} shows where)"
+        for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", []):
+                if output["output_type"] == "error":
+                    return f"the run failed: {output['ename']}: {output['evalue']} ({shown(executed)} shows where)"
     said = log.read_text(encoding="utf-8").strip().splitlines() or ["stopped"]
     return f"the run ended early: {said[-1]} ({shown(log)} has the rest)"
 
@@ -260,7 +259,7 @@ def main():
             "--no-venv", action="store_true", help="use this Python as it is (conda), make no .venv"
         )
         parsers[name].set_defaults(do=task)
-    parsers["demo"].add_argument("--minutes", type=float, default=5, help="minutes of training (default 5)")
+    parsers["demo"].add_argument("--minutes", type=float, default=5.0, help="minutes of training (default 5)")
     parsers["demo"].add_argument("--data", help="a COCO-format folder (default data/coco_tiny)")
     parsers["demo"].add_argument("--model", help="a preset (default: the notebook's)")
     parsers["demo"].add_argument("--run", help="the folder to write (default runs/demo-DATE-TIME)")
