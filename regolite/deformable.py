@@ -32,13 +32,14 @@ def sample_and_mix(
         weights: attention weights, which sum to 1 over levels and points.
     """
     batch, _, heads, _ = values.shape
-    sampled = []
+    mixed = 0.0
+    # Level by level: the samples of all levels side by side would be the largest tensor of the whole model.
     for level, (value, (height, width)) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes)):
         picture = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
         grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1  # [B*M, Q, K, 2], -1 to 1
-        sampled.append(F.grid_sample(picture, grid.to(picture.dtype), mode="bilinear", align_corners=False))
-    weights = weights.permute(0, 2, 1, 3, 4).flatten(3).flatten(0, 1)[:, None]  # [B*M, 1, Q, L*K]
-    mixed = (torch.cat(sampled, dim=-1) * weights).sum(-1)  # [B*M, c, Q]
+        sampled = F.grid_sample(picture, grid.to(picture.dtype), mode="bilinear", align_corners=False)
+        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]  # [B*M, 1, Q, K]
+        mixed = mixed + (sampled * weight).sum(-1)  # [B*M, c, Q]
     return mixed.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
 
 

@@ -70,6 +70,9 @@ class SetLoss:
         Returns:
             The sum to minimise, and every term of it by name: ``base/label``, ``base.1/l1`` (layer 1 of the base),
             ``stage2/giou``, ``stage2.1/giou``, ``proposals/label``, ...
+
+        Raises:
+            NonFinitePrediction: when a prediction is infinite or not a number.
         """
         padded = PaddedTargets.of(targets)
         count = max(num_boxes if num_boxes is not None else len(padded), 1)
@@ -95,7 +98,7 @@ class SetLoss:
     ) -> dict[str, Float[Tensor, ""]]:
         """The weighted terms of several predictions with the same number of queries."""
         predictions = list(named.values())
-        matches = match(predictions, targets, scoring, self.costs)
+        matches = match(predictions, targets, scoring, self.costs, list(named))
         logits = torch.stack([p.logits for p in predictions]).float()  # [P, B, Q, K]
         boxes = torch.stack([p.boxes for p in predictions]).float()
 

@@ -1,8 +1,8 @@
 """Hungarian matching: which query answers for which object (DETR, section 3.1).
 
-The cost of giving object t to query q is small where the query's class is right and its box is near. The assignment with
-the least total cost is found by scipy for every picture, and for every layer and stage by itself. The costs of all of
-them are computed at once on the device, and cross to the CPU in one transfer.
+The cost of giving object t to query q is small where the query's class is right and its box is near. The assignment
+with the least total cost is found by scipy for every picture, and for every layer and stage by itself. The costs of all
+of them are computed at once on the device, and cross to the CPU in one transfer.
 """
 
 from __future__ import annotations
@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from regolite.boxes import generalized_box_iou, to_xyxy
+from regolite.errors import UserError
 from regolite.structures import Prediction, Target
+
+
+class NonFinitePrediction(UserError):
+    """Logits or boxes are infinite or not a number, so that they cannot be matched; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,11 @@ def matching_cost(
 
 @torch.no_grad()
 def match(
-    predictions: Sequence[Prediction], targets: PaddedTargets, scoring: str, costs: MatchingCosts
+    predictions: Sequence[Prediction],
+    targets: PaddedTargets,
+    scoring: str,
+    costs: MatchingCosts,
+    names: Sequence[str] | None = None,
 ) -> Matches:
     """Match the queries of every prediction with the objects.
 
@@ -113,18 +123,41 @@ def match(
         targets: the objects.
         scoring: ``"softmax"`` or ``"sigmoid"``.
         costs: the weights of the cost.
+        names: what the predictions are called in an error; by default their numbers.
 
     Raises:
-        ValueError: when a cost is not finite.
+        NonFinitePrediction: when a cost is infinite or not a number.
     """
-    device = targets.boxes.device
+    batch, queries = predictions[0].boxes.shape[:2]
     joined = Prediction(torch.cat([p.logits for p in predictions], 1), torch.cat([p.boxes for p in predictions], 1))
     cost = matching_cost(joined, targets, scoring, costs).cpu().numpy()  # the one transfer
-    rows = []
-    queries = predictions[0].boxes.shape[1]
-    for p in range(len(predictions)):
-        for b, count in enumerate(targets.counts):
-            query, target = linear_sum_assignment(cost[b, p * queries : (p + 1) * queries, :count])
-            rows += [(p, b, q, t) for q, t in zip(query.tolist(), target.tolist())]
-    pairs = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 4)
-    return Matches(*pairs.unbind(1))
+    if not np.isfinite(cost).all():
+        raise NonFinitePrediction(_not_finite(predictions, targets, names or range(len(predictions))))
+    cost = cost.reshape(batch, len(predictions), queries, cost.shape[-1])
+    found = [
+        linear_sum_assignment(cost[b, p, :, :count])
+        for p in range(len(predictions))
+        for b, count in enumerate(targets.counts)
+    ]
+    query, target = np.concatenate(found, axis=1)
+    pairs = np.array([len(q) for q, _ in found])  # in each picture of each prediction
+    prediction, picture = np.divmod(np.repeat(np.arange(len(found)), pairs), batch)
+    rows = torch.from_numpy(np.stack([prediction, picture, query, target])).to(targets.boxes.device)
+    return Matches(*rows)
+
+
+def _not_finite(predictions: Sequence[Prediction], targets: PaddedTargets, names: Sequence[str | int]) -> str:
+    """What makes a cost infinite or not a number, and the mend."""
+    bad = [
+        f"{name}/{part}"
+        for name, p in zip(names, predictions)
+        for part in ("logits", "boxes")
+        if not getattr(p, part).isfinite().all()
+    ]
+    if not bad and not targets.boxes.isfinite().all():
+        return "boxes of the targets are not finite: correct the annotations or the transform"
+    what = ", ".join(bad) or "the overlaps of boxes without area"
+    return (
+        f"predictions cannot be matched, since these are not finite: {what}. Lower the learning rate, clip the "
+        "gradient, or train without mixed precision"
+    )

@@ -284,7 +284,10 @@ def _restore(
         return Progress()
     try:
         model.load_state_dict(state["model"])
+        chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, choice in zip(optimizer.param_groups, chosen):
+            group.update(choice)  # learning rates are the configuration's, which may have changed
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{folder.path} holds a run of another model ({str(error).splitlines()[0]})") from error
     if average is not None and state["average"] is not None:

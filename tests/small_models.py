@@ -1,0 +1,81 @@
+"""Detectors that are small enough to test by the dozen, and a backbone in which no cell sees its neighbours."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from regolite.data import batch_pictures
+from regolite.deformable_detr import DeformableDetr, DeformableDetrConfig
+from regolite.detr import Detr, DetrConfig
+from regolite.structures import FeatureMap
+
+CLASSES = 5
+SIZES = {
+    "backbone": "tiny", "weights": None, "frozen_stages": 0, "dim": 32, "heads": 4,
+    "encoder_layers": 2, "decoder_layers": 2, "ffn_dim": 48, "dropout": 0.0, "queries": 7,
+}  # fmt: skip
+
+
+def detr(**changes):
+    return shake(Detr(DetrConfig(**(SIZES | changes)), CLASSES)).eval()
+
+
+def detr_star(**changes):
+    return detr(reference_points=True, scoring="sigmoid", **changes)
+
+
+def deformable(**changes):
+    sizes = SIZES | {"levels": 3, "points": 2} | changes
+    return shake(DeformableDetr(DeformableDetrConfig(**sizes), CLASSES)).eval()
+
+
+def refined(**changes):
+    return deformable(refine=True, **changes)
+
+
+def two_stage(**changes):
+    return deformable(refine=True, two_stage=True, **changes)
+
+
+DETECTORS = {f.__name__: f for f in (detr, detr_star, deformable, refined, two_stage)}
+
+
+def shake(model):
+    """Weights without zeros, so that every output depends on every input."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.05)
+    return model
+
+
+class StubBackbone(nn.Module):
+    """Mean colours of square cells, mixed to many channels: a picture's maps are the same alone and in any batch."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.channels, self.strides = like.channels, like.strides
+        self.mixes = nn.ParameterList(torch.randn(c, 3) for c in self.channels)
+
+    def forward(self, images):
+        features = []
+        for stride, mix in zip(self.strides, self.mixes):
+            means = F.avg_pool2d(images.pixels, stride, ceil_mode=True) * stride
+            mask = F.max_pool2d((~images.mask).float(), stride, ceil_mode=True) == 0
+            tensor = torch.einsum("bihw,oi->bohw", means, mix).masked_fill(mask[:, None], 0.0)
+            features.append(FeatureMap(tensor, mask, stride))
+        return features
+
+
+def with_stub(detector):
+    """The same detector on a backbone that does not mix cells."""
+    detector.backbone = StubBackbone(detector.backbone)
+    return detector
+
+
+def pictures(*sizes):
+    return [torch.randn(3, *size) for size in sizes]
+
+
+def batch(*sizes, multiple=32):
+    """A batch of random pictures of these heights and widths."""
+    return batch_pictures(pictures(*sizes), multiple)
