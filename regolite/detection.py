@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regolite.boxes import to_pixels
 from regolite.data import batch_pictures, make_transform, read_picture
 from regolite.rego import Rego
-from regolite.structures import DetectorOutput, Detections, ImageBatch, Prediction
+from regolite.structures import Detections, DetectorOutput, ImageBatch, Prediction
 
 
 def to_detections(
@@ -74,14 +74,44 @@ def detect(
     """
     if isinstance(pictures, (str, os.PathLike, Image.Image)):
         pictures = [pictures]
+    found = []
+    for output, size in _run_each(model, pictures, stages):
+        found += to_detections(output.final, size, model.scoring, top_k)
+    return [detections.above(threshold) for detections in found]
+
+
+@torch.inference_mode()
+def detect_by_stage(
+    model: nn.Module, picture: Image.Image | str | os.PathLike[str], threshold: float = 0.5, top_k: int = 100
+) -> list[Detections]:
+    """Detect objects in one picture, and tell what every stage found.
+
+    Args:
+        model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
+        picture: a PIL picture or the path of a file.
+        threshold: least score of a detection.
+        top_k: most detections of a stage.
+
+    Returns:
+        One :class:`~regolite.structures.Detections` a stage, number 0 the base detector's; the last is what
+        :func:`detect` gives.
+
+    Raises:
+        UserError: when the file is missing or no picture.
+    """
+    [(output, size)] = _run_each(model, [picture])
+    by_stage = (to_detections(prediction, size, model.scoring, top_k) for prediction in output.by_stage)
+    return [detections.above(threshold) for [detections] in by_stage]
+
+
+def _run_each(
+    model: nn.Module, pictures: Sequence[Image.Image | str | os.PathLike[str]], stages: int | None = None
+) -> Iterator[tuple[DetectorOutput, Int[Tensor, "1 2"]]]:
+    """The model's output for each picture by itself, with the picture's height and width."""
     opened = [p.convert("RGB") if isinstance(p, Image.Image) else read_picture(p) for p in pictures]
     config, device = model.model_config, next(model.parameters()).device
     transform = make_transform(config.augment, config.image_size, train=False)
     model.eval()
-    found = []
     for picture in opened:
         batch = batch_pictures([transform(picture)], multiple=32).to(device)
-        size = torch.tensor([[picture.height, picture.width]])
-        output = run(model, batch, stages)
-        found += to_detections(output.final, size, model.scoring, top_k)
-    return [detections.above(threshold) for detections in found]
+        yield run(model, batch, stages), torch.tensor([[picture.height, picture.width]])

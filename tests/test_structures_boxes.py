@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torchvision.ops import box_convert
@@ -79,6 +79,7 @@ def test_to_xyxy():
     torch.testing.assert_close(box_convert(to_xyxy(many), "xyxy", "cxcywh"), many)
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.floats(0.1, 8))
 def test_enlarging_keeps_the_centre_and_multiplies_the_sides(alpha):
     boxes = torch.tensor([[0.3, 0.7, 0.2, 0.1], [0.5, 0.5, 1.0, 0.0]])
@@ -99,6 +100,7 @@ def test_boxes_of_half_precision_stay_in_it():
     assert to_pixels(boxes, torch.tensor([[10, 20]])).dtype == torch.bfloat16
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.floats(1e-4, 1 - 1e-4))
 def test_inverse_sigmoid_inverts_the_sigmoid(x):
     logit = inverse_sigmoid(torch.tensor([x], dtype=torch.float64))

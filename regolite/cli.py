@@ -1,0 +1,461 @@
+"""The command line: ``python -m regolite``, or ``regolite`` once installed.
+
+::
+
+    regolite presets
+    regolite train --data data/coco_tiny --model rego_deformable_detr_tiny --output runs/mine --max-minutes 30 --resume
+    regolite evaluate --checkpoint runs/mine/best.safetensors --data data/coco_tiny --json figures.json
+    regolite detect --checkpoint runs/mine/best.safetensors street.jpg harbour.png --output found
+
+Each command is a function that says in Python what the command does; :func:`main` chooses it and turns what goes wrong
+into one line. Exit codes: 0 done, 2 wrong input, 130 interrupted. The heavy modules are imported by the commands that
+need them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from regolite.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from regolite.structures import Detections
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+"""What the tables of average precision show."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words after ``regolite``; those of this process by default.
+
+    Returns:
+        The exit code.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _parse(argv)
+        code = arguments.command(arguments)
+        sys.stdout.flush()  # a closed pipe is to show here, and not when Python ends
+        return code
+    except UserError as error:
+        return _fail(_one_line(error))
+    except KeyboardInterrupt:
+        print(f"\nregolite: interrupted{_how_to_go_on(argv)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `regolite presets | head -3`: nobody reads on, and nobody wants to hear of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(_about_file(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        return _fail("out of memory; give a smaller --batch-size or --image-size, or a smaller model")
+
+
+# ------------------------------------------------------------------------------------------------- the commands
+
+
+def presets(arguments: argparse.Namespace) -> int:
+    """Print the named models."""
+    import torch
+
+    import regolite
+
+    rows = []
+    for name in regolite.presets():
+        config = regolite.configure(name, weights=None)
+        with torch.device("meta"):  # shapes without numbers: nothing is allocated
+            parameters = sum(p.numel() for p in regolite.build(config).parameters())
+        stages = config.rego.stages if config.rego is not None else 0
+        backbone = config.detector.backbone + ("-dc5" if config.detector.dilated else "")
+        rows.append((name, parameters, backbone, stages, config.image_size))
+    names = ("name", "parameters", "backbone", "stages", "image_size")
+    if arguments.json:
+        print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
+    else:
+        table = [(name, f"{count / 1e6:.2f}", *rest) for name, count, *rest in rows]
+        print(_table(("model", "M parameters", "backbone", "REGO stages", "picture size"), table, left=(0, 2)))
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train, then say where the results are and how good they are."""
+    from regolite.training import RunConfig, train
+
+    known = {f.name for f in fields(RunConfig)}
+    folder = train(RunConfig.of({name: value for name, value in vars(arguments).items() if name in known}))
+    if os.environ.get("RANK", "0") == "0":  # of several processes only the first has results to show
+        metrics = (json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+        latest = {line["split"]: line for line in metrics if line["kind"] == "evaluation"}
+        for split, figures in latest.items():
+            print(f"AP on {figures['images']} pictures of {split}, in percent\n\n{_by_stage(figures['stages'])}\n")
+        print(f"The run is in {folder}: model.safetensors, best.safetensors, metrics.jsonl, train.log")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Measure the average precision of every stage of a checkpoint."""
+    import regolite
+    from regolite.checkpoint import write_atomic
+    from regolite.data import make_transform, open_data
+
+    if arguments.json is not None:  # now, and not after an hour
+        if arguments.json.is_dir():
+            raise UserError(f"--json {arguments.json} is a folder; give a file")
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    model = _load(arguments)
+    config = model.model_config
+    size = arguments.image_size or config.image_size
+    transform = make_transform(config.augment, size, train=False)
+    data = open_data(arguments.data, arguments.split, transform, arguments.limit_images)
+    if data.category_ids != config.category_ids:
+        raise UserError(
+            f"{arguments.data} has other categories than {arguments.checkpoint}: {_ids(data.category_ids)} there, "
+            f"{_ids(config.category_ids)} here; give the data that the model was trained for, or train one on these"
+        )
+    if data.classes != config.classes:
+        print("regolite: warning: the data's classes have other names than the model's", file=sys.stderr)
+    figures = regolite.evaluate(model, data, arguments.stages, arguments.batch_size, backend=arguments.backend)
+    print(f"AP on {figures['images']} pictures of {arguments.split}, in percent\n\n{_by_stage(figures['stages'])}")
+    if arguments.json is not None:
+        about = {
+            "checkpoint": str(arguments.checkpoint),
+            "data": arguments.data,
+            "split": arguments.split,
+            "image_size": size,
+        }
+        write_atomic(arguments.json, json.dumps({**about, **figures}, indent=2).encode())
+    return 0
+
+
+def detect(arguments: argparse.Namespace) -> int:
+    """Find objects in pictures; write each picture with its objects drawn, and all of them as ``detections.json``."""
+    import regolite
+    from regolite.checkpoint import write_atomic
+    from regolite.data import read_picture
+    from regolite.inspect.figures import draw_detections
+
+    if not 0 <= arguments.threshold <= 1:
+        raise UserError(f"--threshold {arguments.threshold} must be between 0 and 1")
+    model = _load(arguments)
+    output, written = arguments.output, _file_names(arguments.pictures, arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    records, broken = [], []
+    for path, name in zip(arguments.pictures, written):
+        try:
+            picture = read_picture(path)
+        except UserError as error:
+            broken.append(_one_line(error))
+            continue
+        [found] = regolite.detect(model, picture, arguments.threshold, arguments.stages)
+        draw_detections(picture, found, model.model_config.classes).save(output / name)
+        records += _records(path, found, model)
+        print(f"{path}: {len(found)} objects, drawn in {output / name}")
+    write_atomic(output / "detections.json", json.dumps(records, indent=2).encode())
+    print(f"All of them are in {output / 'detections.json'}")
+    if broken:
+        raise UserError(f"{len(broken)} of {len(written)} pictures failed, the others are done: {'; '.join(broken)}")
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> nn.Module:
+    """The model of ``--checkpoint`` on ``--device``, after checking that it has the wanted ``--stages``."""
+    import regolite
+
+    model = regolite.load(arguments.checkpoint, _device(arguments.device))
+    stages = len(model.stages) if isinstance(model, regolite.Rego) else 0
+    if arguments.stages is not None and not 0 <= arguments.stages <= stages:
+        has = f"has 0 to {stages}" if stages else "has no REGO: give 0, or leave it out"
+        raise UserError(f"--stages {arguments.stages}: {arguments.checkpoint} {has}")
+    return model
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    if not there[name]:
+        raise UserError(f"--device {name}: PyTorch sees no such device; give --device auto")
+    return torch.device(name)
+
+
+def _records(path: Path, found: Detections, model: nn.Module) -> list[dict[str, Any]]:
+    """The detections of one picture as JSON holds them."""
+    config = model.model_config
+    return [
+        {
+            "file": str(path),
+            "label": config.classes[label],
+            "category_id": config.category_ids[label],
+            "score": round(score, 4),
+            "box": [round(value, 2) for value in box],  # xyxy, pixels
+        }
+        for label, score, box in zip(found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy.tolist())
+    ]
+
+
+def _file_names(pictures: Sequence[Path], output: Path) -> list[str]:
+    """A name in the output folder for each picture: its own, numbered where two are called the same."""
+    taken: set[str] = set()
+    names = []
+    for path in pictures:
+        if path.resolve().parent == output.resolve():
+            raise UserError(f"{path} lies in the output folder and would be written over; give another --output")
+        suffix = path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
+        name, number = path.stem + suffix, 2
+        while name.lower() in taken:
+            name, number = f"{path.stem}_{number}{suffix}", number + 1
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def _by_stage(stages: Sequence[dict[str, Any]]) -> str:
+    """The table of average precision by stage."""
+    rows = []
+    for figures in stages:
+        numbers = ("-" if figures[name] is None else f"{figures[name]:.1f}" for name in COLUMNS)
+        rows.append((f"stage {figures['stage']}" if figures["stage"] else "base", *numbers))
+    return _table(("", *COLUMNS), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[int] = (0,)) -> str:
+    """Aligned text: numbers to the right, the columns in ``left`` to the left."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = (
+        "  ".join(c.ljust(w) if n in left else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths))) for row in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _ids(category_ids: Sequence[int]) -> str:
+    """Category ids in a few words."""
+    if not category_ids:
+        return "none"
+    some = ", ".join(map(str, category_ids[:5])) + (", ..." if len(category_ids) > 5 else "")
+    return f"{len(category_ids)} ({some})"
+
+
+# -------------------------------------------------------------------------------------------------- the options
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse whose errors are :class:`~regolite.errors.UserError`, and that names the nearest option.
+
+    It looks for misspelt options before anything else: for argparse itself, ``--dtaa x`` is a missing ``--data``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.known: list[str] = []
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        """As argparse's; the option's names are remembered."""
+        action = super().add_argument(*args, **kwargs)
+        self.known += action.option_strings
+        return action
+
+    def check_spelling(self, words: Sequence[str]) -> None:
+        """Refuse an option that there isn't.
+
+        Raises:
+            UserError: the message names the nearest option that there is.
+        """
+        for word in words:
+            option = word.split("=")[0]
+            if option == "--":
+                return
+            if re.match("--?[A-Za-z]", option) and option not in self.known:
+                near = difflib.get_close_matches("--" + option.lstrip("-"), self.known, n=1)
+                self.error(f"there is no option {option}" + (f", did you mean {near[0]}?" if near else ""))
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raise instead of printing and ending the process."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    import regolite
+
+    prog = "python -m regolite" if Path(sys.argv[0]).name == "__main__.py" else "regolite"
+    parser = Parser(prog=prog, description="Object detection with Transformers and REGO.")
+    parser.add_argument("--version", action="version", version=f"regolite {regolite.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command, add_options in (
+        (presets, _presets_options),
+        (train, _train_options),
+        (evaluate, _evaluate_options),
+        (detect, _detect_options),
+    ):
+        name, about = command.__name__, command.__doc__.splitlines()[0]
+        options = commands.add_parser(name, help=about, description=about)
+        options.set_defaults(command=command)
+        if argv[:1] == [name]:
+            add_options(options)
+            options.check_spelling(argv[1:])
+    if not (argv and argv[0] in commands.choices):
+        parser.check_spelling(argv[:1])
+    return parser.parse_args(argv)
+
+
+def _presets_options(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _train_options(parser: Parser) -> None:
+    """One option for every field of :class:`regolite.RunConfig`; what is not given keeps the field's default."""
+    from regolite.training import RunConfig
+
+    parser.usage = f"{parser.prog} --data DIR --model PRESET --output DIR [option ...]"
+    hints = typing.get_type_hints(RunConfig)
+    metavars = {"data": "DIR", "output": "DIR", "model": "PRESET", "checkpoint": "FILE", "overrides": "NAME=VALUE"}
+    for field in fields(RunConfig):
+        required = field.name in ("data", "model", "output")
+        about = field.metadata["help"].replace("%", "%%")
+        if not required and field.default not in (None, (), MISSING):
+            shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            about += f" (default: {shown})"
+        names = ["--" + field.name.replace("_", "-")] + (["--set"] if field.name == "overrides" else [])
+        how = _how_to_read(hints[field.name])
+        if "type" in how:
+            how["metavar"] = metavars.get(field.name, "N" if how["type"] is whole_number else "X")
+        if how.get("type") is str and field.name not in metavars:
+            how["metavar"] = "NAME"
+        if required:
+            how["required"] = True
+        parser.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, help=about, **how)
+
+
+def _how_to_read(hint: Any) -> dict[str, Any]:
+    """What argparse must know about a type."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):  # X | None: left out for None
+        [hint] = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is Literal:
+        return {"choices": arguments}
+    if origin is tuple:
+        return {"nargs": "*", "action": "extend", **_how_to_read(arguments[0])}
+    return {"type": {int: whole_number, float: number, str: str}[hint]}
+
+
+def _evaluate_options(parser: Parser) -> None:
+    _model_options(parser)
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder in COCO format, or scenes")
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="which pictures (default: val)")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
+    parser.add_argument("--limit-images", type=positive, metavar="N", help="use only the first N pictures")
+    parser.add_argument("--image-size", type=positive, metavar="N", help="size of the pictures; the model's own by default")
+    parser.add_argument(
+        "--backend",
+        choices=("pycocotools", "faster-coco-eval"),
+        default="pycocotools",
+        help="what computes the figures (default: pycocotools)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+
+
+def _detect_options(parser: Parser) -> None:
+    _model_options(parser)
+    parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="files of pictures")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--threshold", type=number, default=0.5, metavar="X", help="least score (default: 0.5)")
+
+
+def _model_options(parser: Parser) -> None:
+    """The options of all commands that load a model."""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help=".safetensors file of a run")
+    parser.add_argument("--stages", type=whole_number, metavar="N", help="use N REGO stages, 0 for none (default: all)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)"
+    )
+
+
+def number(text: str) -> float:
+    """Read a number."""
+    return _read(text, float, math.isfinite, "a number")
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number."""
+    return _read(text, int, lambda value: True, "a whole number")
+
+
+def positive(text: str) -> int:
+    """Read a whole number greater than 0."""
+    return _read(text, int, lambda value: value > 0, "a whole number greater than 0")
+
+
+def _read(text: str, kind: Callable[[str], Any], is_right: Callable[[Any], bool], words: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_right(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+    return value
+
+
+# --------------------------------------------------------------------------------------------------- what went wrong
+
+
+def _fail(message: str) -> int:
+    print(f"regolite: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _one_line(error: UserError) -> str:
+    """The message of an error; one of a DataLoader's worker stands at the end of that worker's traceback."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if lines and "in DataLoader worker" in lines[0]:
+        return lines[-1].partition("Error: ")[2]
+    return " ".join(line.strip() for line in lines)
+
+
+def _about_file(error: OSError) -> str:
+    """What the system says, and of which file."""
+    mends = {
+        errno.ENOSPC: "free some space or write elsewhere",
+        errno.EDQUOT: "free some space or write elsewhere",
+        errno.EACCES: "choose another place or change its permissions",
+        errno.EROFS: "choose another place",
+        errno.EEXIST: "choose another place",
+        errno.ENOTDIR: "choose another place",
+        errno.EISDIR: "give a file",
+    }
+    where = f"{error.filename}: " if error.filename else ""
+    mend = mends.get(error.errno, "check the path")
+    return f"{where}{error.strerror or error}; {mend}"
+
+
+def _how_to_go_on(argv: Sequence[str]) -> str:
+    """What to say after Ctrl-C."""
+    if list(argv[:1]) != ["train"]:
+        return ""
+    again = [word for word in argv if word not in ("--resume", "--no-resume")]
+    return f"; go on with the run by the same command with --resume: regolite {shlex.join([*again, '--resume'])}"
