@@ -102,7 +102,7 @@ def glimpses(
 def one_matching(
     prediction: Prediction, targets: list[Target], scoring: str, costs: MatchingCosts
 ) -> list[tuple[list[int], list[int]]]:
-    """One layer's matching, as DETR's and Deformable DETR's code has it: every query against the batch's every object."""
+    """One layer's matching, as DETR's code has it: every query against every object of the batch."""
     logits, boxes = prediction.logits.flatten(0, 1), prediction.boxes.flatten(0, 1)
     labels, wanted = torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets])
     if scoring == "softmax":

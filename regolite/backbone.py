@@ -1,14 +1,15 @@
 """Backbones: a picture becomes a pyramid of feature maps.
 
-The network is torchvision's; this module says which of its maps are read, keeps batch normalisation frozen (batches of a
-detector are too small for it), and carries the padding mask along. Maps are named by *stage*, as ResNet's papers count:
-stage 2 has stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride 32.
+The network is torchvision's; this module says which of its maps are read, keeps batch normalisation frozen (batches of
+a detector are too small for it), and carries the padding mask along. Maps are named by *stage*, as ResNet's papers
+count: stage 2 has stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride 32.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.error import URLError
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from jaxtyping import Bool
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
@@ -33,7 +35,7 @@ WEIGHTS = {
 
 
 class TinyNet(nn.Sequential):
-    """A small network that is trained from scratch: each stage halves the map, then refines it by a residual block.
+    """A small network that is trained from scratch: each stage halves the map, then convolves it once more.
 
     GroupNorm needs no large batches. 0.6 M parameters.
     """
@@ -68,7 +70,7 @@ class Backbone(nn.Module):
         channels: channels of each returned map.
 
     Raises:
-        UserError: when the name is unknown, or weights are wanted and can't be had.
+        UserError: when the name or a stage is unknown, or weights are wanted and can't be had.
     """
 
     def __init__(
@@ -85,15 +87,19 @@ class Backbone(nn.Module):
             raise UserError(f"unknown backbone {name!r}; choose one of tiny, {', '.join(WEIGHTS)}")
         if dilated and not name.startswith("res"):
             raise UserError(f"backbone {name!r} has no dilated (DC5) form; choose a ResNet")
+        if not stages or not set(stages) <= {2, 3, 4, 5}:
+            raise UserError(f"the stages of a backbone are {tuple(stages)}; choose some of 2 to 5")
+        if frozen_stages not in (0, 2, 3, 4, 5):
+            raise UserError(f"frozen_stages of a backbone is {frozen_stages}; choose 0 or one of 2 to 5")
         self.body, self.ends, channels = _split(name, dilated)
         self.stages = tuple(stages)
         self.channels = [channels[s] for s in self.stages]
         self.strides = [16 if dilated and s == 5 else 2**s for s in self.stages]
         self.mask_padding = mask_padding
         if weights is not None:
-            self.body.load_state_dict(_state_dict(name, weights, set(self.body.state_dict())))
+            self.body.load_state_dict(_state_dict(name, weights, self.body.state_dict()))
         if frozen_stages:
-            for part in self.body[: self.ends[frozen_stages]]:
+            for part in list(self.body)[: self.ends[frozen_stages]]:
                 part.requires_grad_(False)
 
     def forward(self, images: ImageBatch) -> list[FeatureMap]:
@@ -134,8 +140,8 @@ def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dic
     return nn.Sequential(OrderedDict(net.named_children())), ends, {2: 256, 3: 512, 4: 1024, 5: 2048}
 
 
-def _state_dict(name: str, weights: str, wanted: set[str]) -> dict[str, Tensor]:
-    """The weights by the names that the body has, whatever the file's names and whatever else it holds."""
+def _state_dict(name: str, weights: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names that the body wants, whatever the file's names and whatever else it holds."""
     if weights == "imagenet":
         if name not in WEIGHTS:
             raise UserError(f"there are no ImageNet weights of backbone {name!r}; use weights=None")
@@ -152,9 +158,25 @@ def _state_dict(name: str, weights: str, wanted: set[str]) -> dict[str, Tensor]:
         path = BUNDLED if weights == "bundled" else Path(weights)
         if not path.is_file():
             raise UserError(f"no backbone weights at {path}; give 'imagenet', 'bundled', an existing file or None")
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        state = _read(path)
     state = {key.removeprefix("features."): value for key, value in state.items()}
-    missing = sorted(wanted - set(state))
+    missing = sorted(set(wanted) - set(state))
     if missing:
         raise UserError(f"{weights} holds no weights of {name}: {missing[0]} and {len(missing) - 1} others are missing")
+    for key, own in wanted.items():
+        if state[key].shape != own.shape:
+            raise UserError(f"{weights}: {key} is {tuple(state[key].shape)} there and {tuple(own.shape)} in {name}")
     return {key: state[key] for key in wanted}
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """A state dict from a file of either kind; nothing in it is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} is no readable state dict ({type(error).__name__}); copy it anew") from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds a {type(state).__name__} and not a state dict")
+    return state

@@ -1,7 +1,7 @@
 """Weights on disk: one safetensors file that carries the configuration of its model.
 
-safetensors holds tensors and text, so loading a file executes nothing. Files are written beside their place and renamed,
-so that an interrupted write leaves the old file whole.
+safetensors holds tensors and text, so loading a file executes nothing. Files are written beside their place and
+renamed, so that an interrupted write leaves the old file whole.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
     regolite detect --checkpoint runs/mine/best.safetensors street.jpg harbour.png --output found
 
 Each command is a function that says in Python what the command does; :func:`main` chooses it and turns what goes wrong
-into one line. Exit codes: 0 done, 2 wrong input, 130 interrupted. The heavy modules are imported by the commands that
-need them.
+into one line. Exit codes: 0 done, 2 wrong input, 130 interrupted. What a command alone needs is imported where it is
+needed, so that the others need not wait for it.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import regolite
 from regolite.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from regolite.data import DetectionDataset
     from regolite.structures import Detections
-
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-"""What the tables of average precision show."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +80,6 @@ def presets(arguments: argparse.Namespace) -> int:
     """Print the named models."""
     import torch
 
-    import regolite
-
     rows = []
     for name in regolite.presets():
         config = regolite.configure(name, weights=None)
@@ -94,31 +92,33 @@ def presets(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
     else:
-        table = [(name, f"{count / 1e6:.2f}", *rest) for name, count, *rest in rows]
-        print(_table(("model", "M parameters", "backbone", "REGO stages", "picture size"), table, left=(0, 2)))
+        line = f"{{:{max(len(row[0]) for row in rows)}}}  {{:>12}}  {{:17}}  {{:>11}}  {{:>12}}".format
+        print(line("model", "M parameters", "backbone", "REGO stages", "picture size"))
+        for name, count, backbone, stages, size in rows:
+            print(line(name, f"{count / 1e6:.2f}", backbone, stages or "-", size))
     return 0
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Train, then say where the results are and how good they are."""
-    from regolite.training import RunConfig, train
+    from regolite.inspect import table_by_stage
 
-    known = {f.name for f in fields(RunConfig)}
-    folder = train(RunConfig.of({name: value for name, value in vars(arguments).items() if name in known}))
+    known = {f.name for f in fields(regolite.RunConfig)}
+    config = regolite.RunConfig.of({name: value for name, value in vars(arguments).items() if name in known})
+    folder = regolite.train(config)
     if os.environ.get("RANK", "0") == "0":  # of several processes only the first has results to show
         metrics = (json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines())
         latest = {line["split"]: line for line in metrics if line["kind"] == "evaluation"}
         for split, figures in latest.items():
-            print(f"AP on {figures['images']} pictures of {split}, in percent\n\n{_by_stage(figures['stages'])}\n")
-        print(f"The run is in {folder}: model.safetensors, best.safetensors, metrics.jsonl, train.log")
+            print(f"AP on {figures['images']} pictures of {split}, in percent\n\n{table_by_stage(figures)}\n")
+        print(f"The run is in {folder}: model.safetensors, best.safetensors, metrics.jsonl, train.log, figures")
     return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Measure the average precision of every stage of a checkpoint."""
-    import regolite
     from regolite.checkpoint import write_atomic
-    from regolite.data import make_transform, open_data
+    from regolite.inspect import table_by_stage
 
     if arguments.json is not None:  # now, and not after an hour
         if arguments.json.is_dir():
@@ -126,9 +126,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     model = _load(arguments)
     config = model.model_config
-    size = arguments.image_size or config.image_size
-    transform = make_transform(config.augment, size, train=False)
-    data = open_data(arguments.data, arguments.split, transform, arguments.limit_images)
+    data = _open(arguments.data, arguments.split, model, arguments.limit_images, arguments.image_size)
     if data.category_ids != config.category_ids:
         raise UserError(
             f"{arguments.data} has other categories than {arguments.checkpoint}: {_ids(data.category_ids)} there, "
@@ -137,24 +135,23 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if data.classes != config.classes:
         print("regolite: warning: the data's classes have other names than the model's", file=sys.stderr)
     figures = regolite.evaluate(model, data, arguments.stages, arguments.batch_size, backend=arguments.backend)
-    print(f"AP on {figures['images']} pictures of {arguments.split}, in percent\n\n{_by_stage(figures['stages'])}")
+    print(f"AP on {figures['images']} pictures of {arguments.split}, in percent\n\n{table_by_stage(figures)}")
     if arguments.json is not None:
         about = {
             "checkpoint": str(arguments.checkpoint),
             "data": arguments.data,
             "split": arguments.split,
-            "image_size": size,
+            "image_size": arguments.image_size or config.image_size,
         }
         write_atomic(arguments.json, json.dumps({**about, **figures}, indent=2).encode())
     return 0
 
 
 def detect(arguments: argparse.Namespace) -> int:
-    """Find objects in pictures; write each picture with its objects drawn, and all of them as ``detections.json``."""
-    import regolite
+    """Find objects in pictures; write each picture with its objects drawn, and all objects as detections.json."""
     from regolite.checkpoint import write_atomic
     from regolite.data import read_picture
-    from regolite.inspect.figures import draw_detections
+    from regolite.inspect import draw_detections
 
     if not 0 <= arguments.threshold <= 1:
         raise UserError(f"--threshold {arguments.threshold} must be between 0 and 1")
@@ -169,7 +166,7 @@ def detect(arguments: argparse.Namespace) -> int:
             broken.append(_one_line(error))
             continue
         [found] = regolite.detect(model, picture, arguments.threshold, arguments.stages)
-        draw_detections(picture, found, model.model_config.classes).save(output / name)
+        draw_detections(picture, found, model.model_config.classes).save(output / name, quality=92)
         records += _records(path, found, model)
         print(f"{path}: {len(found)} objects, drawn in {output / name}")
     write_atomic(output / "detections.json", json.dumps(records, indent=2).encode())
@@ -181,14 +178,20 @@ def detect(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> nn.Module:
     """The model of ``--checkpoint`` on ``--device``, after checking that it has the wanted ``--stages``."""
-    import regolite
-
     model = regolite.load(arguments.checkpoint, _device(arguments.device))
     stages = len(model.stages) if isinstance(model, regolite.Rego) else 0
     if arguments.stages is not None and not 0 <= arguments.stages <= stages:
         has = f"has 0 to {stages}" if stages else "has no REGO: give 0, or leave it out"
         raise UserError(f"--stages {arguments.stages}: {arguments.checkpoint} {has}")
     return model
+
+
+def _open(root: str, split: str, model: nn.Module, limit: int | None, size: int | None = None) -> DetectionDataset:
+    """Data as the model is to see them in evaluation."""
+    from regolite.data import make_transform, open_data
+
+    config = model.model_config
+    return open_data(root, split, make_transform(config.augment, size or config.image_size, train=False), limit)
 
 
 def _device(name: str) -> torch.device:
@@ -231,25 +234,6 @@ def _file_names(pictures: Sequence[Path], output: Path) -> list[str]:
         taken.add(name.lower())
         names.append(name)
     return names
-
-
-def _by_stage(stages: Sequence[dict[str, Any]]) -> str:
-    """The table of average precision by stage."""
-    rows = []
-    for figures in stages:
-        numbers = ("-" if figures[name] is None else f"{figures[name]:.1f}" for name in COLUMNS)
-        rows.append((f"stage {figures['stage']}" if figures["stage"] else "base", *numbers))
-    return _table(("", *COLUMNS), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[int] = (0,)) -> str:
-    """Aligned text: numbers to the right, the columns in ``left`` to the left."""
-    cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = (
-        "  ".join(c.ljust(w) if n in left else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths))) for row in cells
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _ids(category_ids: Sequence[int]) -> str:
@@ -298,11 +282,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    import regolite
+def _program() -> str:
+    """How this program was called."""
+    return "python -m regolite" if Path(sys.argv[0]) == Path(__file__).with_name("__main__.py") else "regolite"
 
-    prog = "python -m regolite" if Path(sys.argv[0]).name == "__main__.py" else "regolite"
-    parser = Parser(prog=prog, description="Object detection with Transformers and REGO.")
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog=_program(), description="Object detection with Transformers and REGO.")
     parser.add_argument("--version", action="version", version=f"regolite {regolite.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command, add_options in (
@@ -311,7 +297,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (evaluate, _evaluate_options),
         (detect, _detect_options),
     ):
-        name, about = command.__name__, command.__doc__.splitlines()[0]
+        name, about = command.__name__, command.__doc__
         options = commands.add_parser(name, help=about, description=about)
         options.set_defaults(command=command)
         if argv[:1] == [name]:
@@ -328,25 +314,19 @@ def _presets_options(parser: Parser) -> None:
 
 def _train_options(parser: Parser) -> None:
     """One option for every field of :class:`regolite.RunConfig`; what is not given keeps the field's default."""
-    from regolite.training import RunConfig
-
     parser.usage = f"{parser.prog} --data DIR --model PRESET --output DIR [option ...]"
-    hints = typing.get_type_hints(RunConfig)
+    hints = typing.get_type_hints(regolite.RunConfig)
     metavars = {"data": "DIR", "output": "DIR", "model": "PRESET", "checkpoint": "FILE", "overrides": "NAME=VALUE"}
-    for field in fields(RunConfig):
-        required = field.name in ("data", "model", "output")
-        about = field.metadata["help"].replace("%", "%%")
-        if not required and field.default not in (None, (), MISSING):
-            shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            about += f" (default: {shown})"
+    for field in fields(regolite.RunConfig):
         names = ["--" + field.name.replace("_", "-")] + (["--set"] if field.name == "overrides" else [])
-        how = _how_to_read(hints[field.name])
-        if "type" in how:
-            how["metavar"] = metavars.get(field.name, "N" if how["type"] is whole_number else "X")
-        if how.get("type") is str and field.name not in metavars:
-            how["metavar"] = "NAME"
-        if required:
+        how, about = _how_to_read(hints[field.name]), field.metadata["help"].replace("%", "%%")
+        if field.name in metavars:
+            how["metavar"] = metavars[field.name]
+        if field.name in ("data", "model", "output"):
             how["required"] = True
+        elif field.default not in (None, ()):
+            default = field.default if isinstance(field.default, tuple) else (field.default,)
+            about += f" (default: {' '.join(map(str, default))})"
         parser.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, help=about, **how)
 
 
@@ -355,13 +335,16 @@ def _how_to_read(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):  # X | None: left out for None
         [hint] = [argument for argument in typing.get_args(hint) if argument is not type(None)]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
     if origin is Literal:
         return {"choices": arguments}
     if origin is tuple:
         return {"nargs": "*", "action": "extend", **_how_to_read(arguments[0])}
-    return {"type": {int: whole_number, float: number, str: str}[hint]}
+    return {
+        bool: {"action": argparse.BooleanOptionalAction},
+        int: {"type": whole_number, "metavar": "N"},
+        float: {"type": number, "metavar": "X"},
+        str: {"type": str, "metavar": "NAME"},
+    }[hint]
 
 
 def _evaluate_options(parser: Parser) -> None:
@@ -370,7 +353,9 @@ def _evaluate_options(parser: Parser) -> None:
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which pictures (default: val)")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
     parser.add_argument("--limit-images", type=positive, metavar="N", help="use only the first N pictures")
-    parser.add_argument("--image-size", type=positive, metavar="N", help="size of the pictures; the model's own by default")
+    parser.add_argument(
+        "--image-size", type=positive, metavar="N", help="size of the pictures; the model's own by default"
+    )
     parser.add_argument(
         "--backend",
         choices=("pycocotools", "faster-coco-eval"),
@@ -430,26 +415,18 @@ def _fail(message: str) -> int:
 
 
 def _one_line(error: UserError) -> str:
-    """The message of an error; one of a DataLoader's worker stands at the end of that worker's traceback."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if lines and "in DataLoader worker" in lines[0]:
-        return lines[-1].partition("Error: ")[2]
-    return " ".join(line.strip() for line in lines)
+    """The message of an error, without the traceback around one that a DataLoader's worker has sent."""
+    text = str(error)
+    if "in DataLoader worker" in text:
+        text = text.rpartition("UserError: ")[2]
+    return " ".join(text.split())
 
 
 def _about_file(error: OSError) -> str:
     """What the system says, and of which file."""
-    mends = {
-        errno.ENOSPC: "free some space or write elsewhere",
-        errno.EDQUOT: "free some space or write elsewhere",
-        errno.EACCES: "choose another place or change its permissions",
-        errno.EROFS: "choose another place",
-        errno.EEXIST: "choose another place",
-        errno.ENOTDIR: "choose another place",
-        errno.EISDIR: "give a file",
-    }
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    mend = "free some space or write elsewhere" if full else "check the path and its permissions"
     where = f"{error.filename}: " if error.filename else ""
-    mend = mends.get(error.errno, "check the path")
     return f"{where}{error.strerror or error}; {mend}"
 
 
@@ -457,5 +434,6 @@ def _how_to_go_on(argv: Sequence[str]) -> str:
     """What to say after Ctrl-C."""
     if list(argv[:1]) != ["train"]:
         return ""
-    again = [word for word in argv if word not in ("--resume", "--no-resume")]
-    return f"; go on with the run by the same command with --resume: regolite {shlex.join([*again, '--resume'])}"
+    again = ["train", "--resume", *(word for word in argv[1:] if word not in ("--resume", "--no-resume"))]
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return f"; go on by the same command with --resume: {_program()} {join(again)}"

@@ -32,8 +32,8 @@ class DeformableDetrConfig:
         weights: the backbone's weights.
         dilated: DC5, stage 5 at stride 16.
         frozen_stages: stages of the backbone that are not trained.
-        stages: stages of the backbone that become levels.
-        levels: number of levels L; those beyond ``stages`` halve the last map.
+        backbone_stages: stages of the backbone that become levels.
+        levels: number of levels L; those beyond ``backbone_stages`` halve the last map.
         points: sampling points K per head and level.
         dim: channels C.
         heads: attention heads M.
@@ -52,7 +52,7 @@ class DeformableDetrConfig:
     weights: str | None = "imagenet"
     dilated: bool = False
     frozen_stages: int = 2
-    stages: tuple[int, ...] = (3, 4, 5)
+    backbone_stages: tuple[int, ...] = (3, 4, 5)
     levels: int = 4
     points: int = 4
     dim: int = 256
@@ -80,18 +80,23 @@ class DeformableDetr(nn.Module):
         scoring: how logits become scores, always ``"sigmoid"``.
         columns: logits per query, K.
         feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
+        projected: True: these maps are projections of the backbone's to C channels.
     """
+
+    projected = True
 
     def __init__(self, config: DeformableDetrConfig, num_classes: int) -> None:
         super().__init__()
         c = self.config = config
         if c.two_stage and not c.refine:
             raise ValueError("two_stage needs refine: proposals are boxes, and only refinement starts from boxes")
+        if c.levels < len(c.backbone_stages):
+            raise ValueError(f"{c.levels} levels cannot hold {len(c.backbone_stages)} stages of the backbone")
         self.dim, self.heads, self.scoring, self.columns = c.dim, c.heads, "sigmoid", num_classes
         self.feature_channels = [c.dim] * c.levels
 
         self.backbone = Backbone(
-            c.backbone, c.stages, c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
+            c.backbone, c.backbone_stages, c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
         )
         self.pyramid = Pyramid(self.backbone.channels, c.levels, c.dim, c.mask_padding)
         self.level_positions = nn.Parameter(torch.randn(c.levels, c.dim))
@@ -121,7 +126,7 @@ class DeformableDetr(nn.Module):
         self.box_heads = nn.ModuleList(box_head(c.dim, size) for size in sizes)
 
     def forward(self, images: ImageBatch) -> DetectorOutput:
-        """Detect: the encoder's tokens look at the pyramid, the queries look at the tokens, the heads read the queries."""
+        """Detect: tokens look at the pyramid (encoder), queries look at the tokens (decoder), heads read the queries."""
         maps = self.pyramid(self.backbone(images), images.mask)
         positions = [
             sine_positions(f.mask, self.dim, centre=True) + level[:, None, None]
@@ -148,9 +153,7 @@ class DeformableDetr(nn.Module):
                 reference = layers[-1].boxes.detach()
         return DetectorOutput(layers, queries, maps, proposals)
 
-    def _predict(
-        self, layer: int, queries: Float[Tensor, "B Q C"], reference: Float[Tensor, "B Q d"]
-    ) -> Prediction:
+    def _predict(self, layer: int, queries: Float[Tensor, "B Q C"], reference: Float[Tensor, "B Q d"]) -> Prediction:
         head = min(layer, len(self.box_heads) - 1)
         start = inverse_sigmoid(reference)
         boxes = self.box_heads[head](queries) + F.pad(start, (0, 4 - start.shape[-1]))
@@ -172,6 +175,7 @@ class Pyramid(nn.Module):
             nn.init.zeros_(projection.bias)
         self.projections = nn.ModuleList(projections)
         self.norms = nn.ModuleList(PictureNorm(32, dim, mask_padding) for _ in projections)
+        self.mask_padding = mask_padding
 
     def forward(self, features: list[FeatureMap], mask: Bool[Tensor, "B H W"]) -> list[FeatureMap]:
         """All levels, finest first."""
@@ -183,7 +187,9 @@ class Pyramid(nn.Module):
             else:
                 source = features[-1] if number == len(features) else levels[-1]
                 x, stride = project(source.tensor), source.stride * 2
-                small = shrink(mask, tuple(x.shape[-2:]))
+                # A cell is the picture's where the cell that it is centred on is, so that a picture has the same cells
+                # in every batch. The published models stretch the whole mask, whose sides need not be multiples of 64.
+                small = source.mask[:, ::2, ::2] if self.mask_padding else shrink(mask, tuple(x.shape[-2:]))
             levels.append(FeatureMap(norm(x, small), small, stride))
         return levels
 
@@ -221,16 +227,15 @@ def cell_centres(shapes: list[tuple[int, int]], valid: Float[Tensor, "B L 2"]) -
     """The encoder's reference points: the centre of every cell, on each level, in [0, 1] of the padded map."""
     centres = []
     for level, (height, width) in enumerate(shapes):
-        y, x = torch.meshgrid(
-            torch.arange(height, device=valid.device) + 0.5, torch.arange(width, device=valid.device) + 0.5, indexing="ij"
-        )
+        rows, columns = (torch.arange(n, device=valid.device) + 0.5 for n in (height, width))
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
         padded = torch.stack([x / width, y / height], -1).flatten(0, 1)
         centres.append(padded / valid[:, None, level])  # in [0, 1] of the picture
     return torch.cat(centres, 1)[:, :, None] * valid[:, None]
 
 
 class Proposals(nn.Module):
-    """The first stage of two-stage Deformable DETR (its appendix A.4): every cell proposes a box, the best become queries.
+    """The first stage of two-stage Deformable DETR (appendix A.4): every cell proposes a box, the best become queries.
 
     Args:
         dim: channels C.
@@ -255,9 +260,10 @@ class Proposals(nn.Module):
         tokens = self.project_norm(self.project(tokens))
         logits = self.class_head(tokens)
         boxes = self.box_head(tokens) + inverse_sigmoid(anchors)
-        # Cells on padding or at the very border propose the whole picture (a logit of infinity), as published.
+        # Anchors near the edge of the range have no finite logit: their boxes are set to ones, as published.
         boxes = boxes.masked_fill(~usable, float("inf")).sigmoid()
-        best = logits[..., 0].topk(min(self.count, logits.shape[1]), dim=1).indices
+        scores = logits[..., 0].masked_fill(memory.mask, float("-inf"))  # nothing is proposed on padding
+        best = scores.topk(min(self.count, scores.shape[1]), dim=1).indices
         reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         both = self.to_query_norm(self.to_query(box_positions(reference, self.dim // 2)))
         positions, queries = both.split(self.dim, dim=-1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regolite.boxes import to_pixels
 from regolite.data import batch_pictures, make_transform, read_picture
+from regolite.errors import UserError
 from regolite.rego import Rego
 from regolite.structures import Detections, DetectorOutput, ImageBatch, Prediction
 
@@ -109,9 +110,13 @@ def _run_each(
 ) -> Iterator[tuple[DetectorOutput, Int[Tensor, "1 2"]]]:
     """The model's output for each picture by itself, with the picture's height and width."""
     opened = [p.convert("RGB") if isinstance(p, Image.Image) else read_picture(p) for p in pictures]
-    config, device = model.model_config, next(model.parameters()).device
+    config, device = getattr(model, "model_config", None), next(model.parameters()).device
+    if config is None:
+        raise UserError("the model does not say how to prepare pictures: set its model_config (regolite.configure)")
     transform = make_transform(config.augment, config.image_size, train=False)
+    was_training = model.training
     model.eval()
     for picture in opened:
         batch = batch_pictures([transform(picture)], multiple=32).to(device)
         yield run(model, batch, stages), torch.tensor([[picture.height, picture.width]])
+    model.train(was_training)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from regolite.attention import MultiHeadAttention
 from regolite.backbone import Backbone
@@ -67,7 +68,10 @@ class Detr(nn.Module):
         scoring: how logits become scores.
         columns: logits per query, K or K + 1.
         feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
+        projected: False: these maps are the backbone's own.
     """
+
+    projected = False
 
     def __init__(self, config: DetrConfig, num_classes: int) -> None:
         super().__init__()
@@ -110,7 +114,7 @@ class Detr(nn.Module):
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
         return DetectorOutput(layers, hidden[-1], maps)
 
-    def _predict(self, hidden, positions) -> Prediction:
+    def _predict(self, hidden: Float[Tensor, "B Q C"], positions: Float[Tensor, "B Q C"]) -> Prediction:
         boxes = self.box_head(hidden)
         if self.reference_points is not None:
             centre = self.reference_points(positions).sigmoid()

@@ -1,9 +1,9 @@
 """Glimpses: what the network sees in an enlarged box, equation (7), V(i) = f_ext(X, R(O_box(i-1), alpha(i))).
 
-RoIAlign (He et al., Mask R-CNN) divides a box into 7 x 7 bins, reads the features at 2 x 2 points of each bin by bilinear
-interpolation, and takes the mean. Every point mixes four cells, so a bin is nothing but a weighted sum of sixteen cells;
-``embedding_bag`` computes such sums for all bins of all boxes on all levels at once, many times as fast on a CPU as
-torchvision's ``roi_align``, whose backward pass runs on one thread (``python -m benchmarks.speed``).
+RoIAlign (He et al., Mask R-CNN) divides a box into 7 x 7 bins, reads the features at 2 x 2 points of each bin by
+bilinear interpolation, and takes the mean. Every point mixes four cells, so a bin is nothing but a weighted sum of
+sixteen cells; ``embedding_bag`` computes such sums for all bins of all boxes on all levels at once, several times as
+fast on a CPU as torchvision's ``roi_align``, whose backward pass runs on one thread (``python -m benchmarks.speed``).
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ class FeatureContext(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int = 64) -> None:
         super().__init__()
-        self.inward = nn.ModuleList(
-            nn.Conv2d(dim, hidden_dim, 3, padding=d, dilation=d, groups=8) for d in (3, 7, 11)
-        )
+        self.inward = nn.ModuleList(nn.Conv2d(dim, hidden_dim, 3, padding=d, dilation=d, groups=8) for d in (3, 7, 11))
         self.outward = nn.ModuleList(nn.Conv2d(hidden_dim, dim, 1) for _ in self.inward)
         self.norm = nn.GroupNorm(32, dim)
         self.dropout = nn.Dropout(0.01)

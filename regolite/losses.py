@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
@@ -75,7 +75,7 @@ class SetLoss:
             NonFinitePrediction: when a prediction is infinite or not a number.
         """
         padded = PaddedTargets.of(targets)
-        count = max(num_boxes if num_boxes is not None else len(padded), 1)
+        count = max(num_boxes if num_boxes is not None else float(len(padded)), 1.0)
         named = self._named(output)
         terms = self._terms(named, padded, count, self.scoring)
         if output.proposals is not None:  # the proposals know one class only: object

@@ -45,5 +45,5 @@ def sine_positions(mask: Bool[Tensor, "B h w"], dim: int, centre: bool = False) 
 
 
 def box_positions(boxes: Float[Tensor, "B Q 4"], dim: int) -> Float[Tensor, "B Q four_dims"]:
-    """Waves of the four numbers of a ``cxcywh`` box, ``dim`` channels each (two-stage Deformable DETR, appendix A.4)."""
+    """Waves of the four numbers of a ``cxcywh`` box, ``dim`` channels each (Deformable DETR, appendix A.4)."""
     return waves(boxes * 2 * math.pi, dim).flatten(-2)

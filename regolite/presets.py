@@ -14,6 +14,7 @@ from torch import nn
 from regolite.deformable_detr import DeformableDetr, DeformableDetrConfig
 from regolite.detr import Detr, DetrConfig
 from regolite.errors import UserError
+from regolite.fields import checked
 from regolite.losses import LossConfig
 from regolite.rego import Rego, RegoConfig
 
@@ -108,7 +109,7 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
     for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
         recipe = {"augment": "laptop", "image_size": image_size}
-        deformable = {**sizes, "levels": 3, "stages": (3, 4, 5)}
+        deformable = {**sizes, "levels": 3}
         table |= _family(f"detr_{tag}", replace(_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
         table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, **sizes), focal, _TINY_REGO, **recipe)
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, **deformable), focal, _TINY_REGO, **recipe)
@@ -147,22 +148,20 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
         narrow = min(1024, config.rego.ffn_dim) if config.rego else 1024
         overrides = {"rego_ffn_dim": narrow, "stage_auxiliary": False, "base_label": 0.8} | overrides
     parts = {"detector": config.detector, "rego": config.rego, "loss": config.loss}
+    changes: dict[str, dict[str, Any]] = {"model": {}} | {part: {} for part in parts}
     for name, value in overrides.items():
-        value = tuple(value) if isinstance(value, list) else value
-        if name in {f.name for f in fields(config)} - set(parts):
-            config = replace(config, **{name: value})
-            continue
         short = name.removeprefix("rego_")
-        order = ["rego"] if name != short else ["detector", "rego", "loss"]
-        where = next((p for p in order if parts[p] is not None and short in _names(parts[p])), None)
+        if name in set(_names(config)) - set(parts):
+            where = "model"
+        else:
+            order = ["rego"] if name != short else list(parts)
+            where = next((p for p in order if parts[p] is not None and short in _names(parts[p])), None)
         if where is None:
-            known = {n for p in parts.values() if p is not None for n in _names(p)} | set(_names(config))
+            known = {n for p in parts.values() if p is not None for n in _names(p)} | set(_names(config)) - set(parts)
             raise UserError(f"{preset} has no field {name!r}; {_nearest(name, known)}")
-        try:
-            parts[where] = replace(parts[where], **{short: value})
-        except ValueError as error:
-            raise UserError(f"{name}={value!r}: {error}") from error
-    return replace(config, **parts)
+        changes[where][short] = tuple(value) if isinstance(value, list) else value
+    config = checked(config, changes["model"])
+    return replace(config, **{p: checked(old, changes[p]) for p, old in parts.items() if old is not None})
 
 
 def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:
@@ -181,6 +180,10 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
     """
     config = configure(preset, **overrides) if isinstance(preset, str) else preset
     num_classes = num_classes if num_classes is not None else len(config.classes) or 80
+    counts = {name: getattr(config.detector, name) for name in ("queries", "decoder_layers", "dim", "heads")}
+    for name, count in (counts | {"num_classes": num_classes}).items():
+        if count < 1:
+            raise UserError(f"{name}={count} must be at least 1")
     _, detector = next(pair for pair in DETECTORS.values() if isinstance(config.detector, pair[0]))
     try:
         model = detector(config.detector, num_classes)

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from regolite.attention import MultiHeadAttention
 from regolite.boxes import enlarge, inverse_sigmoid, to_pixels
+from regolite.errors import UserError
 from regolite.glimpse import FeatureContext, GlimpseHead, cut_glimpses
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
 from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head
@@ -60,9 +61,13 @@ class RegoConfig:
     def __post_init__(self) -> None:
         """Check that the fields fit each other."""
         if self.stages < 1:
-            raise ValueError(f"REGO needs at least one stage, not {self.stages}")
+            raise UserError(f"REGO needs at least one stage, not {self.stages}")
         if self.alphas and len(self.alphas) != self.stages:
-            raise ValueError(f"{self.stages} stages need {self.stages} alphas, not {len(self.alphas)}: {self.alphas}")
+            raise UserError(f"{self.stages} stages need {self.stages} alphas, not {len(self.alphas)}: {self.alphas}")
+        if self.form not in ("paper", "released"):
+            raise UserError(f"REGO has the forms 'paper' and 'released', not {self.form!r}")
+        if self.query not in ("glimpse", "hidden"):
+            raise UserError(f"REGO's query is 'glimpse' or 'hidden', not {self.query!r}")
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -71,13 +76,23 @@ class RegoConfig:
 
 
 class Detector(Protocol):
-    """What REGO asks of a base detector."""
+    """What REGO asks of a base detector.
+
+    Attributes:
+        dim: channels C of the hidden states.
+        heads: attention heads M.
+        columns: logits per query.
+        scoring: how logits become scores.
+        feature_channels: channels of each map in :attr:`DetectorOutput.features`.
+        projected: whether these maps are projections to C channels, or the backbone's own.
+    """
 
     dim: int
     heads: int
     columns: int
     scoring: str
     feature_channels: list[int]
+    projected: bool
 
     def __call__(self, images: ImageBatch) -> DetectorOutput:
         """Detect."""
@@ -99,7 +114,7 @@ class Rego(nn.Module):
         self.dim, self.scoring, self.columns = detector.dim, detector.scoring, detector.columns
         # Single-scale detectors hand over the raw maps of their backbone: a 1x1 convolution each (appendix A.1).
         self.projections = nn.ModuleList(
-            nn.Identity() if channels == self.dim else nn.Conv2d(channels, self.dim, 1)
+            nn.Identity() if detector.projected else nn.Conv2d(channels, self.dim, 1)
             for channels in detector.feature_channels
         )
         released = config.form == "released"
@@ -118,11 +133,11 @@ class Rego(nn.Module):
                 All of them by default.
 
         Raises:
-            ValueError: when there are fewer stages than wanted.
+            UserError: when there are fewer stages than wanted.
         """
         wanted = len(self.stages) if stages is None else stages
         if not 0 <= wanted <= len(self.stages):
-            raise ValueError(f"stages is {wanted}, and this model has 0 to {len(self.stages)}")
+            raise UserError(f"stages is {wanted}, and this model has 0 to {len(self.stages)}")
         output = self.detector(images)
         if wanted == 0:
             return output
@@ -178,9 +193,7 @@ class Stage(nn.Module):
             norm=nn.LayerNorm(dim),
         )
         # The heads read [H_dec(i-1), H_g(i)], (i + 1) * C wide, through a linear layer and a LayerNorm (section 4.3).
-        self.fuse = nn.ModuleList(
-            nn.Linear((number + 1) * dim, dim, bias=False) for _ in range(config.decoder_layers)
-        )
+        self.fuse = nn.ModuleList(nn.Linear((number + 1) * dim, dim, bias=False) for _ in range(config.decoder_layers))
         self.fuse_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.fuse)
         for layer in self.fuse:
             nn.init.xavier_normal_(layer.weight)
@@ -190,7 +203,7 @@ class Stage(nn.Module):
     def forward(
         self,
         features: list[FeatureMap],
-        sizes,
+        sizes: Int[Tensor, "B 2"],
         hidden: Float[Tensor, "B Q iC"],
         boxes: Float[Tensor, "B Q 4"],
     ) -> tuple[list[Prediction], Float[Tensor, "B Q i1C"]]:
@@ -221,7 +234,7 @@ class Stage(nn.Module):
             predictions.append(Prediction(self.class_head(fused), logit.sigmoid()))
         return predictions, torch.cat([hidden, translated[-1]], -1)
 
-    def regions(self, boxes: Float[Tensor, "B Q 4"], sizes) -> Float[Tensor, "B Q 4"]:
+    def regions(self, boxes: Float[Tensor, "B Q 4"], sizes: Int[Tensor, "B 2"]) -> Float[Tensor, "B Q 4"]:
         """R of equation (7): the enlarged boxes, ``xyxy`` in pixels of the network's input."""
         larger = enlarge(boxes, self.alpha)
         if self.config.form == "released":

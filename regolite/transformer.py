@@ -1,8 +1,8 @@
 """Encoder and decoder layers (DETR, appendix A.3), for dense and for deformable attention alike.
 
-A layer is given the attention that it uses to look at the picture: :class:`~regolite.attention.MultiHeadAttention` makes
-it DETR's, :class:`~regolite.deformable.DeformableAttention` makes it Deformable DETR's. Every branch is followed by
-dropout, a residual sum and a LayerNorm ("post-norm").
+A layer is given the attention that it uses to look at the picture: :class:`~regolite.attention.MultiHeadAttention`
+makes it DETR's, :class:`~regolite.deformable.DeformableAttention` makes it Deformable DETR's. Every branch is followed
+by dropout, a residual sum and a LayerNorm ("post-norm").
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regolite.structures import FeatureMap, Memory
 Attention = MultiHeadAttention | DeformableAttention
 
 
-def flatten(features: Sequence[FeatureMap], positions: Sequence[Float[Tensor, "B C h w"]]) -> Memory:
+def flatten(features: Sequence[FeatureMap], positions: Sequence[Float[Tensor, "B C _h _w"]]) -> Memory:
     """Lay the levels of a pyramid out as one row of tokens, finest level first, row by row."""
     return Memory(
         tokens=torch.cat([f.tensor.flatten(2) for f in features], 2).transpose(1, 2),

@@ -18,11 +18,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from regolite.data import DetectionDataset, collate
 from regolite.detection import run, to_detections
 from regolite.errors import UserError
+from regolite.progress import track
 from regolite.structures import Detections
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -39,22 +39,28 @@ def average_precision(coco: COCO, results: Sequence[dict[str, Any]], backend: st
 
     Returns:
         The figures by the names of :data:`FIGURES`.
+
+    Raises:
+        UserError: when there is no such backend, or it is not installed.
     """
-    if not results:  # pycocotools cannot load an empty list: nothing was detected
-        return {name: 0.0 for name in FIGURES}
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries print whatever they do
         if backend == "pycocotools":
-            detected, evaluator = coco.loadRes(list(results)), COCOeval
+            evaluator = COCOeval
         elif backend == "faster-coco-eval":
             try:
                 from faster_coco_eval import COCO as FasterCOCO
                 from faster_coco_eval import COCOeval_faster
             except ImportError as error:
                 raise UserError("faster-coco-eval is not installed: pip install faster-coco-eval") from error
-            coco = FasterCOCO(coco.dataset)
-            detected, evaluator = coco.loadRes(list(results)), COCOeval_faster
+            coco, evaluator = FasterCOCO(coco.dataset), COCOeval_faster
         else:
             raise UserError(f"unknown backend {backend!r}; choose 'pycocotools' or 'faster-coco-eval'")
+        if results:
+            detected = coco.loadRes(list(results))
+        else:  # loadRes cannot load an empty list
+            detected = type(coco)()
+            detected.dataset = {**coco.dataset, "annotations": []}
+            detected.createIndex()
         evaluation = evaluator(coco, detected, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -101,9 +107,15 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    batches = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=partial(collate, multiple=32))
+    batches = DataLoader(
+        dataset,
+        batch_size,
+        num_workers=workers,
+        collate_fn=partial(collate, multiple=32),
+        generator=torch.Generator(),  # or a seed for the workers would be drawn from everybody's generator
+    )
     results: list[list[dict[str, Any]]] = []
-    for images, targets in tqdm(batches, desc="evaluating", disable=not progress, leave=False):
+    for images, targets in track(batches, "evaluating", progress):
         output = run(model, images.to(device), stages)
         sizes = torch.tensor([target.size for target in targets])
         results = results or [[] for _ in output.by_stage]

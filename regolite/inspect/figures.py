@@ -1,8 +1,8 @@
 """Figures: detections on pictures stage by stage, the curves of a run, average precision by stage.
 
 Every figure is a matplotlib ``Figure`` of its own, outside pyplot: nothing global is set and nothing stays open. A
-notebook shows one as it shows any value; :func:`save_figure` writes it as PNG. Colours are those of Okabe and Ito, which
-people with any kind of colour vision tell apart; a stage has the same colour in every figure.
+notebook shows one as it shows any value; :func:`save_figure` writes it as PNG. The colours are those of Okabe and Ito,
+which people with any kind of colour vision tell apart; a stage has the same colour in every figure.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ def draw_stages(
     """
     panels = len(by_stage) + (truth is not None)
     figure, axes = _grid(picture.size, panels, columns or panels)
-    size = 7.5
+    size = 7.0
     for stage, (ax, detections) in enumerate(zip(axes, by_stage)):
         _show(ax, picture)
         note = ""
         region = _glimpse(by_stage, stage, alphas, threshold)
         if region is not None:
             _draw_box(ax, region, stage_colour(stage), 0.2 * size, dashed=True, inset=0.004 * max(picture.size))
-            note = f"dashed: its glimpse, box × {alphas[stage - 1]:g}"
+            note = f"dashed: its glimpse, α = {alphas[stage - 1]:g}"
         _title(ax, stage_name(stage).capitalize(), note, stage_colour(stage))
         shown = detections.above(threshold)
         _draw_objects(ax, shown, classes, [stage_colour(stage)] * len(shown), size)
@@ -160,7 +160,7 @@ def draw_truth(dataset: DetectionDataset, indices: Sequence[int], columns: int =
         _show(ax, dataset.image(i))
         _title(ax, dataset.file_name(i), f"{len(truth)} objects", TRUTH_COLOUR)
         colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in truth.labels.tolist()]
-        _draw_objects(ax, truth, dataset.classes, colours, 7.5, scores=False)
+        _draw_objects(ax, truth, dataset.classes, colours, 7.0, scores=False)
     return figure
 
 
@@ -174,7 +174,7 @@ def ground_truth(dataset: DetectionDataset, i: int) -> Detections:
 
 
 def _grid(size: tuple[float, float], panels: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each picture of a width and height; laid out by hand, since labels need exact places."""
+    """A figure of panels for pictures of a width and height; laid out by hand, since labels need exact places."""
     rows = -(-panels // columns)
     height, gap, head = PANEL * size[1] / size[0], 0.08, 0.27
     total = (columns * (PANEL + gap) + gap, rows * (height + head) + gap)
@@ -213,7 +213,11 @@ def _draw_objects(
     size: float,
     scores: bool = True,
 ) -> None:
-    """Boxes and labels; the best come last, over the others. ``size`` is that of the letters, in points."""
+    """Boxes and labels; the best come last, over the others.
+
+    ``size`` is that of the letters, in points; they are smaller where there are many.
+    """
+    size *= max(0.7, min(1.0, (8 / max(len(detections), 1)) ** 0.5))
     boxes = detections.boxes_xyxy.tolist()
     for box, colour in reversed(list(zip(boxes, colours))):
         _draw_box(ax, box, colour, 0.2 * size)
@@ -253,12 +257,11 @@ def _draw_label(
         The place it took: left, bottom, right, top in dots.
     """
     red, green, blue = to_rgb(colour)
-    dark = 0.3 * red + 0.59 * green + 0.11 * blue > 0.45
-    label = ax.text(0, 0, text, fontsize=size, fontweight="bold", color=INK if dark else "white", zorder=4)
-    extent = label.get_window_extent()
+    ink = INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
+    ground = {"boxstyle": "square,pad=0.2", "facecolor": colour, "edgecolor": "none", "alpha": 0.85}
+    label = ax.text(0, 0, text, fontsize=size, fontweight="bold", color=ink, bbox=ground, zorder=3)
     point = ax.figure.dpi / 72
-    pad = 0.22 * size * point
-    width, height = extent.width + 2 * pad, (1.25 * size) * point
+    width, height = label.get_window_extent().width + 0.4 * size * point, 1.25 * size * point
     frame = ax.get_window_extent()
     (left, top), (right, bottom) = ax.transData.transform([box_xyxy[:2], box_xyxy[2:]])
     edge = 0.1 * size * point  # half of the box's line
@@ -278,10 +281,8 @@ def _draw_label(
         return hidden + height * math.dist((x, y), corner), spot
 
     _, spot = min((place(corner) for corner in corners), key=lambda placed: placed[0])
-    to_data = ax.transData.inverted()
-    (x0, y0), (x1, y1) = to_data.transform([spot[:2], spot[2:]])
-    ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor=colour, edgecolor="none", zorder=3))
-    label.set_position(to_data.transform((spot[0] + pad, spot[1] + 0.3 * size * point)))
+    text_corner = (spot[0] + 0.2 * size * point, spot[1] + 0.3 * size * point)
+    label.set_position(ax.transData.inverted().transform(text_corner))
     return spot
 
 
@@ -326,29 +327,30 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         stage = int(name.removeprefix("stage")) if name != "base" else 0
         values = [_by_decoder(line["terms"]).get(name, math.nan) for line in train]
         by_decoder.plot(steps, values, color=stage_colour(stage), label=stage_name(stage), **mark)
-    for ax in (total, by_decoder):
-        ax.set_ylim(bottom=0)
-
     _style(rate, "Learning rate", "step")
     rate.plot(steps, [line["lr"] for line in train], color=INK, **mark)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate.set_ylim(bottom=0)
+    rate.yaxis.set_major_formatter("{x:g}")
 
-    _style(precision, "AP by stage (%)", "epoch")
-    for split, style in (("val", "-"), ("train", "")):
+    _style(precision, "AP by stage (%)", "step")
+    kinds = {
+        "val": ("validation pictures", {"marker": "o"}),
+        "train": ("training pictures", {"marker": "D", "markerfacecolor": "white", "linestyle": ""}),
+    }
+    for split, (words, mark) in kinds.items():
         lines = [line for line in metrics if line["kind"] == "evaluation" and line["split"] == split]
         for stage in range(max((len(line["stages"]) for line in lines), default=0)):
             values = [_number(line["stages"][stage]["AP"]) for line in lines]
-            precision.plot(
-                [line["epoch"] for line in lines], values, color=stage_colour(stage), linestyle=style, markersize=5,
-                marker="o" if split == "val" else "D", markerfacecolor=None if split == "val" else "white",
-            )  # fmt: skip
-    precision.set_ylim(0, max(1.0, 1.08 * precision.get_ylim()[1]))
-    precision.plot([], [], color=GREY, marker="o", markersize=5, label="validation pictures")
-    if any(line["kind"] == "evaluation" and line["split"] == "train" for line in metrics):
-        precision.plot([], [], color=GREY, marker="D", markerfacecolor="white", linestyle="", label="training pictures")
-    for ax in (by_decoder, precision):
-        ax.legend(frameon=False, fontsize=8)
+            precision.plot([line["step"] for line in lines], values, color=stage_colour(stage), markersize=5, **mark)
+        if lines:
+            precision.plot([], [], color=GREY, markersize=5, label=words, **mark)
+
+    for ax in (total, by_decoder, rate, precision):
+        drawn = [point for line in ax.lines for point in line.get_xydata() if np.isfinite(point).all()]
+        right, top = np.max(drawn, axis=0) if drawn else (0, 0)
+        ax.set_xlim(0, 1.04 * right or 1)
+        ax.set_ylim(0, max(1.08 * top, 1.0 if ax is precision else 0.0) or 1)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -438,7 +440,7 @@ def draw_run(
         The files.
     """
     folder = Path(folder)
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     (folder / "figures").mkdir(exist_ok=True)
     files = [save_figure(plot_curves(metrics), folder / "figures" / "curves.png")]
     alphas = model.config.ratios if isinstance(model, Rego) else None

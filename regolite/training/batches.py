@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from regolite.data import collate
@@ -29,9 +31,13 @@ class SeededItems(Dataset):
 class EpochBatches(Sampler):
     """Batches of one epoch, each picture once, in an order that seed and epoch decide.
 
+    Pictures of like shape share a batch: a wide and a tall one together would be padded to a square, and up to half of
+    the work would be done on padding. The order is shuffled, sorted by shape in pools of some batches, and the batches
+    are shuffled again.
+
     Args:
-        length: number of pictures.
-        batch_size: pictures per step, over all processes; the last batch of an epoch may be smaller.
+        shapes: height by width of every picture.
+        batch_size: pictures per step, over all processes; one batch of an epoch may be smaller.
         seed: seed of the order.
         epoch: number of the epoch.
         skip: batches that an interrupted run has seen already.
@@ -39,20 +45,33 @@ class EpochBatches(Sampler):
         processes: how many share the batches.
     """
 
+    POOL = 16
+
     def __init__(
-        self, length: int, batch_size: int, seed: int, epoch: int, skip: int = 0, rank: int = 0, processes: int = 1
+        self,
+        shapes: Float[Tensor, "N"],
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
-        self.length, self.batch_size, self.seed, self.epoch, self.skip = length, batch_size, seed, epoch, skip
+        self.shapes, self.batch_size, self.seed, self.epoch, self.skip = shapes, batch_size, seed, epoch, skip
         self.rank, self.processes = rank, processes
 
     def __len__(self) -> int:
-        return -(-self.length // self.batch_size) - self.skip
+        return -(-len(self.shapes) // self.batch_size) - self.skip
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
-        order = torch.randperm(self.length, generator=generator)
-        for batch in order.split(self.batch_size)[self.skip :]:
-            # Every process takes at least one picture, even of a last batch smaller than their number.
+        order = torch.randperm(len(self.shapes), generator=generator)
+        batches: list[Tensor] = []
+        for pool in order.split(self.POOL * self.batch_size):
+            batches += pool[self.shapes[pool].argsort(stable=True)].split(self.batch_size)
+        for number in torch.randperm(len(batches), generator=generator).tolist()[self.skip :]:
+            batch = batches[number]
+            # Every process takes at least one picture, even of a batch smaller than their number.
             own = batch[self.rank :: self.processes] if len(batch) > self.rank else batch[:1]
             yield [(self.epoch, int(i)) for i in own]
 

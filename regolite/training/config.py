@@ -7,12 +7,11 @@ The command line, the papermill notebook and Python all make a :class:`RunConfig
 from __future__ import annotations
 
 import difflib
-import types
-import typing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from regolite.errors import UserError
+from regolite.fields import check
 
 
 def _option(default: Any, help: str) -> Any:
@@ -40,7 +39,9 @@ class RunConfig:
     drop_epochs: tuple[int, ...] = _option((40,), "epochs at which the step schedule divides by ten")
     warmup: float = _option(0.0, "part of the run in which the learning rate grows from zero")
     ema: float = _option(0.0, "decay of the moving average of the weights; 0 for none")
-    augment: Literal["detr", "laptop", "laptop_crop", "none"] | None = _option(None, "picture recipe; the model's own by default")
+    augment: Literal["detr", "laptop", "laptop_crop", "none"] | None = _option(
+        None, "picture recipe; the model's own by default"
+    )
     image_size: int | None = _option(None, "size of the pictures; the model's own by default")
     limit_images: int | None = _option(None, "use only the first N training pictures")
     evaluate_every: int = _option(1, "epochs between evaluations; 0 for one at the end")
@@ -55,16 +56,17 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check the values, one by one."""
-        for f in fields(self):
-            value, hint = getattr(self, f.name), _HINTS[f.name]
-            if not _fits(value, hint):
-                raise UserError(f"{f.name}={value!r} is not {_describe(hint)} ({f.metadata['help']})")
+        check(self)
         for name in ("epochs", "batch_size", "lr", "log_every"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
-        for name in ("backbone_lr", "sampling_lr", "weight_decay", "clip", "evaluate_every", "workers", "seed"):
+        for name in (
+            "backbone_lr", "sampling_lr", "weight_decay", "clip", "evaluate_every", "checkpoint_minutes", "workers",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must be at least 0 and less than 2**32")
         for name in ("max_minutes", "image_size", "limit_images"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0, or left out")
@@ -90,35 +92,3 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return asdict(self)
-
-
-_HINTS = typing.get_type_hints(RunConfig)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; an int may stand for a float."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in arguments)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    """A type in words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, arguments))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(a) for a in arguments)
-    if origin is tuple:
-        return f"a list of {_describe(arguments[0])}"
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "nothing"}
-    return names[hint]

@@ -1,8 +1,8 @@
 """The folder of a run: what is written where.
 
-``config.json`` the configuration; ``metrics.jsonl`` a line for every logged step and every evaluation; ``train.log`` the
-same for people; ``model.safetensors`` the last weights; ``best.safetensors`` those with the best AP on the validation
-pictures; ``checkpoints/`` what a run needs to go on; ``figures/`` curves and pictures.
+``config.json`` the configuration; ``metrics.jsonl`` a line for every logged step and every evaluation; ``train.log``
+the same for people; ``model.safetensors`` the last weights; ``best.safetensors`` those with the best AP on the
+validation pictures; ``checkpoints/`` what a run needs to go on; ``figures/`` curves and pictures.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,14 @@ class RunFolder:
     Args:
         path: where it is.
         resume: go on with what is there.
+        watch: called with every line of metrics when it is written.
 
     Raises:
         UserError: when there is a run already and it is not to be resumed.
     """
 
-    def __init__(self, path: str | Path, resume: bool) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, resume: bool, watch: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.path, self.watch = Path(path), watch
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file; give a folder")
         if (self.path / "config.json").exists() and not resume:
@@ -43,13 +46,26 @@ class RunFolder:
         self.log = logging.getLogger(f"regolite.run.{self.path.resolve()}")
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
-        self.log.handlers = [logging.FileHandler(self.path / "train.log")]
-        self.log.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.close()  # what an earlier run in this folder left open when it failed
+        handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.log.addHandler(handler)
+
+    def close(self) -> None:
+        """Close ``train.log``."""
+        for handler in list(self.log.handlers):
+            self.log.removeHandler(handler)
+            handler.close()
 
     @property
     def checkpoints(self) -> Path:
         """Where the states are from which a run goes on."""
         return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """Where the lines of metrics are."""
+        return self.path / "metrics.jsonl"
 
     @property
     def figures(self) -> Path:
@@ -62,32 +78,49 @@ class RunFolder:
 
     def write_metrics(self, line: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self.watch is not None:
+            self.watch(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of ``metrics.jsonl``."""
-        file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines after ``step``: an interrupted run wrote them, and will write them again."""
-        lines = [json.dumps(line) for line in self.read_metrics() if line["step"] <= step]
-        write_atomic(self.path / "metrics.jsonl", "".join(line + "\n" for line in lines).encode())
+        text = self.metrics.read_text("utf-8") if self.metrics.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write a checkpoint to go on from, and keep the last few."""
+        written = self.metrics.stat().st_size if self.metrics.exists() else 0
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(state | {"metrics": written}, buffer)
         write_atomic(self.checkpoints / f"step_{state['step']:08d}.pt", buffer.getvalue())
         for old in sorted(self.checkpoints.glob("step_*.pt"))[:-KEEP]:
             old.unlink()
 
     def load_state(self) -> dict[str, Any] | None:
-        """The newest checkpoint, or None. A damaged one is passed over for the one before, and that is said."""
-        for path in sorted(self.checkpoints.glob("step_*.pt"), reverse=True):
+        """The newest checkpoint, or None where there is none yet.
+
+        A damaged one is passed over for the one before, and that is said. Lines of metrics that were written after the
+        checkpoint are dropped: the run will write them again.
+
+        Raises:
+            UserError: when every checkpoint is damaged.
+        """
+        paths = sorted(self.checkpoints.glob("step_*.pt"), reverse=True)
+        for path in paths:
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # noqa: BLE001 - whatever a damaged file makes torch raise
                 self.log.warning("checkpoint %s is damaged (%s); going on from the one before", path.name, error)
+            else:
+                self._cut_metrics(state.get("metrics"))
+                return state
+        if paths:
+            raise UserError(f"no checkpoint in {self.checkpoints} can be read; delete {self.path} to start anew")
+        self._cut_metrics(0)
         return None
+
+    def _cut_metrics(self, size: int | None) -> None:
+        """Keep so many bytes of the metrics."""
+        if size is not None and self.metrics.exists() and self.metrics.stat().st_size > size:
+            os.truncate(self.metrics, size)

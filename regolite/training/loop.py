@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
 
 from regolite.checkpoint import load_weights, save_model
 from regolite.data import DetectionDataset, make_transform, open_data
 from regolite.errors import UserError
 from regolite.evaluation import evaluate
 from regolite.losses import SetLoss
+from regolite.matching import NonFinitePrediction
 from regolite.presets import ModelConfig, build, configure
+from regolite.progress import Status
+from regolite.structures import DetectorOutput, Target
 from regolite.training.batches import EpochBatches, loader
 from regolite.training.config import RunConfig
 from regolite.training.folder import RunFolder
@@ -31,7 +34,7 @@ from regolite.training.schedule import lr_factor, parameter_groups
 
 
 class NonFiniteLoss(UserError):
-    """The loss became infinite or not a number; the message names its terms."""
+    """The loss became infinite or not a number; the message names its terms, or the predictions that are."""
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Progress:
         batch: batches of this epoch done.
         seconds: time spent, over all sessions of the run.
         best: best AP on the validation pictures, -1 before the first evaluation.
+        evaluated: the step of the last evaluation on each split.
     """
 
     step: int = 0
@@ -51,13 +55,15 @@ class Progress:
     batch: int = 0
     seconds: float = 0.0
     best: float = -1.0
+    evaluated: dict[str, int] = field(default_factory=dict)
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] | None = None) -> Path:
     """Train a model.
 
     Args:
         config: what to train, on what, and how.
+        watch: called with every line of metrics when it is written; what it raises ends the run.
 
     Returns:
         The folder of the run, see :mod:`regolite.training.folder`.
@@ -69,7 +75,7 @@ def train(config: RunConfig) -> Path:
     accelerator = _accelerator(config)
     device = accelerator.device
     train_set, val_set, model_config = _prepare_data(config)
-    folder = RunFolder(config.output, config.resume)
+    folder = RunFolder(config.output, config.resume, watch)
     set_seed(config.seed)
     model = build(model_config).to(device)
     if config.checkpoint is not None:
@@ -79,16 +85,17 @@ def train(config: RunConfig) -> Path:
     set_loss = SetLoss(model_config.loss, model.scoring)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-    progress = _restore(folder, model, optimizer, average) if config.resume else Progress()
+    progress, window = _restore(folder, model, optimizer, average) if config.resume else (Progress(), _Window())
     folder.write_config({"run": config.to_dict(), "model": model_config.to_dict()})
     _announce(folder, config, model, train_set, progress)
 
     trained, optimizer = accelerator.prepare(model, optimizer)
     evaluated = average.module if average is not None else model
+    sizes = torch.tensor([train_set.size(i) for i in range(len(train_set))], dtype=torch.float32)
+    shapes = sizes[:, 0] / sizes[:, 1]
     steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     clock = _Clock(progress.seconds)
-    window = _Window()
     saved = time.monotonic()
 
     def done() -> float:
@@ -96,10 +103,11 @@ def train(config: RunConfig) -> Path:
         by_time = clock.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
         return min(1.0, max(progress.step / total_steps, by_time))
 
-    bar = tqdm(total=100, desc=model_config.preset, bar_format=_BAR, disable=not accelerator.is_main_process)
+    status = Status(model_config.preset, accelerator.is_main_process)
+    status.update(done())
     while done() < 1.0:
         batches = EpochBatches(
-            len(train_set), config.batch_size, config.seed, progress.epoch, progress.batch,
+            shapes, config.batch_size, config.seed, progress.epoch, progress.batch,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
         model.train()
@@ -111,9 +119,10 @@ def train(config: RunConfig) -> Path:
             objects = torch.tensor(float(sum(len(t) for t in targets)), device=device)
             objects = accelerator.reduce(objects, "mean").item()
 
+            # What a step draws (dropout) depends on its number and the process alone, not on how the run came to it.
+            torch.manual_seed(hash((config.seed, progress.step, accelerator.process_index)) % 2**63)
             output = trained(images.to(device, non_blocking=True))
-            loss, terms = set_loss(output, targets, objects)
-            _check_finite(loss, terms, progress, folder)
+            loss, terms = _finite_loss(set_loss, output, targets, objects, progress, folder)
             optimizer.zero_grad()
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip) if config.clip else None
@@ -123,13 +132,12 @@ def train(config: RunConfig) -> Path:
 
             progress.step, progress.batch, progress.seconds = progress.step + 1, progress.batch + 1, clock.seconds
             window.add(loss, terms, norm, len(targets) * accelerator.num_processes)
-            bar.n = round(100 * done(), 1)
-            bar.set_postfix_str(f"epoch {progress.epoch}, loss {loss.item():.2f}", refresh=True)
+            status.update(done(), f"epoch {progress.epoch}, loss {loss.item():.2f}")
             if progress.step % config.log_every == 0:
                 _log(folder, window.line(progress, optimizer.param_groups[-1]["lr"]), accelerator)
                 window = _Window()
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
-                _save(folder, model, optimizer, average, evaluated, progress, accelerator)
+                _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
                 saved = time.monotonic()
             if done() >= 1.0:
                 break
@@ -137,21 +145,23 @@ def train(config: RunConfig) -> Path:
             progress.epoch, progress.batch = progress.epoch + 1, 0
             if config.evaluate_every and progress.epoch % config.evaluate_every == 0 and done() < 1.0:
                 _evaluate(folder, evaluated, val_set, "val", progress, accelerator)
-    bar.close()
+    status.close()
 
     progress.seconds = clock.seconds
-    _save(folder, model, optimizer, average, evaluated, progress, accelerator)
+    _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
     _evaluate(folder, evaluated, val_set, "val", progress, accelerator)
     if config.evaluate_train:
         plain = make_transform(model_config.augment, model_config.image_size, train=False)
         train_set.transform = plain
         _evaluate(folder, evaluated, train_set, "train", progress, accelerator)
-    _save(folder, model, optimizer, average, evaluated, progress, accelerator)
+    _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
+    if accelerator.is_main_process:
+        from regolite.inspect import draw_run  # here, so that nobody else waits for matplotlib
+
+        draw_run(folder.path, evaluated, {"val": val_set, "train": train_set})
     accelerator.end_training()
+    folder.close()
     return folder.path
-
-
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
@@ -166,7 +176,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
 
 def _prepare_data(config: RunConfig) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:
     """Training and validation pictures, and the model's configuration with their classes in it."""
-    model = configure(config.model, **_parse_overrides(config.overrides))
+    model = configure(config.model, **parse_overrides(config.overrides))
     size, augment = config.image_size or model.image_size, config.augment or model.augment
     train_set = open_data(config.data, "train", make_transform(augment, size, train=True), config.limit_images)
     val_set = open_data(config.data, "val", make_transform(augment, size, train=False))
@@ -178,12 +188,12 @@ def _prepare_data(config: RunConfig) -> tuple[DetectionDataset, DetectionDataset
     return train_set, val_set, model
 
 
-def _parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
+def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
     """``queries=50`` to a name and a value; a list is written with commas, as in ``alphas=1,1,1``."""
     parsed = {}
     for text in overrides:
-        name, sign, value = text.partition("=")
-        if not sign:
+        name, _, value = text.partition("=")
+        if not value.strip(","):
             raise UserError(f"override {text!r} has no value; write name=value, as in queries=50")
         parts = tuple(_literal(part) for part in value.split(",") if part)
         parsed[name] = parts if "," in value else parts[0]
@@ -202,14 +212,27 @@ def _literal(text: str) -> Any:
     return text
 
 
-def _check_finite(loss: Tensor, terms: dict[str, Tensor], progress: Progress, folder: RunFolder) -> None:
-    if torch.isfinite(loss):
-        return
-    bad = [name for name, value in terms.items() if not torch.isfinite(value)]
-    message = (
-        f"the loss is {loss.item()} at step {progress.step}; terms that are not finite: {', '.join(bad)}. "
-        "Lower the learning rate, clip the gradient, or train without mixed precision"
-    )
+def _finite_loss(
+    set_loss: SetLoss,
+    output: DetectorOutput,
+    targets: list[Target],
+    objects: float,
+    progress: Progress,
+    folder: RunFolder,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its terms, or one error that says what of it is not finite."""
+    try:
+        loss, terms = set_loss(output, targets, objects)
+        if torch.isfinite(loss):
+            return loss, terms
+        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
+        message = (
+            f"these terms of the loss are not finite: {', '.join(bad)}. Lower the learning rate, clip the gradient, "
+            "or train without mixed precision"
+        )
+    except NonFinitePrediction as error:
+        message = str(error)
+    message = f"training stopped at step {progress.step}: {message}"
     folder.log.error(message)
     raise NonFiniteLoss(message)
 
@@ -241,13 +264,15 @@ def _evaluate(
     progress: Progress,
     accelerator: Accelerator,
 ) -> None:
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or progress.evaluated.get(split) == progress.step:
         return
+    progress.evaluated[split] = progress.step
     figures = evaluate(model, dataset, batch_size=8)
     where = {"kind": "evaluation", "split": split, "step": progress.step, "epoch": progress.epoch}
     folder.write_metrics({**where, "seconds": progress.seconds, **figures})
-    by_stage = ", ".join(f"{s['AP']:.1f}" for s in figures["stages"])
+    by_stage = ", ".join(f"{s['AP'] or 0.0:.1f}" for s in figures["stages"])
     folder.log.info("step %d AP on %s by stage: %s", progress.step, split, by_stage)
+    Status.say(f"step {progress.step}, AP on {split} by stage, the base detector first: {by_stage}")
     if split == "val" and (figures["AP"] or 0.0) > progress.best:
         progress.best = figures["AP"] or 0.0
         save_model(model, folder.path / "best.safetensors")
@@ -260,17 +285,26 @@ def _save(
     average: AveragedModel | None,
     evaluated: nn.Module,
     progress: Progress,
+    window: _Window,
     accelerator: Accelerator,
 ) -> None:
     if not accelerator.is_main_process:
         return
+    bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:  # the loss was finite and its gradient was not: the next step would say so, but too late for the checkpoint
+        message = (
+            f"training stopped at step {progress.step}: {len(bad)} weights are not finite ({bad[0]}, ...). Lower "
+            "the learning rate, clip the gradient, or train without mixed precision"
+        )
+        folder.log.error(message)
+        raise NonFiniteLoss(message)
     folder.save_state(
         {
             **vars(progress),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "average": average.state_dict() if average is not None else None,
-            "random": torch.get_rng_state(),
+            "window": window.state(),
         }
     )
     save_model(evaluated, folder.path / "model.safetensors")
@@ -278,10 +312,10 @@ def _save(
 
 def _restore(
     folder: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None
-) -> Progress:
+) -> tuple[Progress, _Window]:
     state = folder.load_state()
     if state is None:
-        return Progress()
+        return Progress(), _Window()
     try:
         model.load_state_dict(state["model"])
         chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -292,9 +326,8 @@ def _restore(
         raise UserError(f"{folder.path} holds a run of another model ({str(error).splitlines()[0]})") from error
     if average is not None and state["average"] is not None:
         average.load_state_dict(state["average"])
-    torch.set_rng_state(state["random"])
-    folder.cut_metrics(state["step"])
-    return Progress(**{name: state[name] for name in vars(Progress())})
+    progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
+    return progress, _Window(**state.get("window", {}))
 
 
 class _Clock:
@@ -311,9 +344,16 @@ class _Clock:
 class _Window:
     """Means of the metrics since the last line."""
 
-    def __init__(self) -> None:
-        self.start, self.images, self.steps = time.monotonic(), 0, 0
-        self.sums: dict[str, Tensor] = {}
+    def __init__(
+        self, seconds: float = 0.0, images: int = 0, steps: int = 0, sums: dict[str, Tensor] | None = None
+    ) -> None:
+        self.start, self.images, self.steps = time.monotonic() - seconds, images, steps
+        self.sums = sums or {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run writes the same means."""
+        seconds = time.monotonic() - self.start
+        return {"seconds": seconds, "images": self.images, "steps": self.steps, "sums": self.sums}
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], norm: Tensor | None, images: int) -> None:
         self.images, self.steps = self.images + images, self.steps + 1

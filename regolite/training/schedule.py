@@ -12,8 +12,8 @@ from regolite.training.config import RunConfig
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
     """The optimiser's groups: the backbone, the sampling of deformable attention, and everything else.
 
-    The factors are those of Deformable DETR, which lets the backbone and the sampling offsets and reference points learn
-    ten times as slowly.
+    The factors are those of Deformable DETR, which lets the backbone and the sampling offsets and reference points
+    learn ten times as slowly.
     """
     factors = {"backbone": config.backbone_lr, "sampling": config.sampling_lr, "rest": 1.0}
     members: dict[str, list] = {name: [] for name in factors}

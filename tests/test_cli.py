@@ -1,0 +1,411 @@
+"""The command line: what it prints and writes, and that wrong input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import runpy
+import shlex
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import regolite
+from regolite import RunConfig, UserError
+from regolite.cli import main
+
+DATA = "scenes:4:val=2:size=64"
+TINY = "--set queries=5 dim=32 ffn_dim=64 encoder_layers=1 decoder_layers=2 rego_stages=2 rego_ffn_dim=64"
+TRAIN = f"train --model rego_deformable_detr_scenes --image-size 64 --augment none {TINY}"
+COLUMNS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run that has learnt something, so that figures are not all zero."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = "--epochs 24 --batch-size 4 --lr 3e-3 --backbone-lr 1 --sampling-lr 1 --evaluate-every 0 --evaluate-train"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regolite.inspect.draw_run", lambda *_: [])  # drawing takes longer than training here
+        words = f"{TRAIN} --data {DATA} {options} --schedule one_cycle --output {folder}"
+        assert main(shlex.split(words)) == 0
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run: Path) -> list[str]:
+    return ["--checkpoint", str(run / "model.safetensors")]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Two whole pictures and a broken one between them."""
+    paths = [tmp_path / "pictures" / name for name in ("wide.png", "broken.jpg", "tall.jpeg")]
+    paths[0].parent.mkdir()
+    scenes = regolite.data.open_data(DATA, "val")
+    scenes.image(0).resize((96, 64)).save(paths[0])
+    paths[1].write_bytes(b"no picture")
+    scenes.image(1).resize((64, 100)).save(paths[2])
+    return paths
+
+
+@pytest.fixture
+def error(capsys: pytest.CaptureFixture[str]) -> typing.Callable[[list[str] | str], str]:
+    """Runs a command that must fail, and gives its one line."""
+
+    def fail(words: list[str] | str) -> str:
+        capsys.readouterr()
+        assert main(shlex.split(words) if isinstance(words, str) else words) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("regolite: error: ")
+        return line.removeprefix("regolite: error: ")
+
+    return fail
+
+
+def trained_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str) -> RunConfig:
+    """The configuration that a command hands to training."""
+    (tmp_path / "metrics.jsonl").touch()
+    seen = []
+    monkeypatch.setattr(regolite, "train", lambda config: seen.append(config) or tmp_path)
+    assert main(shlex.split(words)) == 0
+    [config] = seen
+    return config
+
+
+def read(path: Path) -> typing.Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def evaluation(folder: Path, split: str) -> dict[str, typing.Any]:
+    """The last evaluation in a run's metrics."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [line for line in lines if line["kind"] == "evaluation" and line["split"] == split][-1]
+
+
+class TestTrain:
+    @pytest.mark.parametrize("field", fields(RunConfig), ids=lambda field: field.name)
+    def test_every_field_is_an_option(self, field, monkeypatch, tmp_path):
+        required = {"data": "d", "model": "m", "output": "o"}
+        hint = str(field.type)
+        if hint == "bool":
+            words, value = "", not field.default
+        elif "Literal" in hint:
+            value = words = re.findall(r'["\'](\w+)["\']', hint)[-1]
+        elif hint.startswith("tuple"):
+            words, value = ("a=1 b=2", ("a=1", "b=2")) if "str" in hint else ("3 5", (3, 5))
+        elif "int" in hint:
+            words, value = "7", 7
+        elif "float" in hint:
+            words, value = "0.25", 0.25
+        else:
+            value = words = "word"
+        option = "--" + field.name.replace("_", "-")
+        given = " ".join(f"--{k} {v}" for k, v in required.items() if k != field.name)
+        config = trained_with(monkeypatch, tmp_path, f"train {given} {option} {words}")
+        assert config == RunConfig.of({**required, field.name: value})
+        assert value != field.default
+
+    def test_what_is_not_given_keeps_its_default(self, monkeypatch, tmp_path):
+        config = trained_with(monkeypatch, tmp_path, "train --data d --model m --output o")
+        assert config == RunConfig(data="d", model="m", output="o")
+
+    def test_flags_have_a_no_and_lists_add_up(self, monkeypatch, tmp_path):
+        words = "train --data d --model m --output o --resume --no-resume --set a=1 --overrides b=2 c=3"
+        config = trained_with(monkeypatch, tmp_path, words)
+        assert not config.resume and config.overrides == ("a=1", "b=2", "c=3")
+
+    def test_help_tells_each_field_and_its_default(self, capsys):
+        with pytest.raises(SystemExit) as end:
+            main(["train", "--help"])
+        assert end.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        for field in fields(RunConfig):
+            assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"] in text
+        assert "(default: 16)" in text and "(default: step)" in text
+
+    def test_says_where_the_run_is_and_its_ap(self, run, capsys, monkeypatch):
+        monkeypatch.setattr(regolite, "train", lambda config: run)
+        assert main(["train", "--data", DATA, "--model", "m", "--output", str(run)]) == 0
+        out = capsys.readouterr().out
+        assert str(run) in out
+        for split, count in (("val", 2), ("train", 4)):
+            assert f"{count} pictures of {split}" in out
+        for stage in evaluation(run, "train")["stages"]:
+            assert f"{stage['AP']:.1f}" in out
+
+    def test_resume_starts_or_goes_on(self, tmp_path, error):
+        folder = tmp_path / "run"
+        words = f"{TRAIN} --data scenes:2:val=1:size=64 --batch-size 1 --log-every 1 --output {folder}"
+
+        def steps() -> list[int]:
+            lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+            return [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
+
+        assert main(shlex.split(f"{words} --epochs 1 --resume")) == 0
+        assert steps() == [1, 2]
+        assert "resume" in error(f"{words} --epochs 2")
+        assert main(shlex.split(f"{words} --epochs 2 --resume")) == 0
+        assert steps() == [1, 2, 3, 4]
+        assert list((folder / "figures").glob("*.png"))
+
+    def test_ctrl_c_tells_how_to_go_on(self, monkeypatch, capsys, tmp_path):
+        def interrupted(config):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(regolite, "train", interrupted)
+        words = ["train", "--data", "my data", "--model", "m", "--output", "o", "--lr", "1e-3"]
+        assert main(words) == 130
+        [line] = capsys.readouterr().err.strip().splitlines()
+        again = line.partition(": regolite ")[2]
+        config = trained_with(monkeypatch, tmp_path, again)
+        assert config == RunConfig(data="my data", model="m", output="o", lr=1e-3, resume=True)
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("split", ["val", "train"])
+    def test_gives_the_figures_of_the_run(self, split, run, checkpoint, tmp_path, capsys):
+        file = tmp_path / "new" / "figures.json"
+        assert main(["evaluate", *checkpoint, "--data", DATA, "--split", split, "--json", str(file)]) == 0
+        figures, logged = read(file), evaluation(run, split)
+        assert [stage["stage"] for stage in figures["stages"]] == [0, 1, 2]
+        for name in COLUMNS:
+            assert figures[name] == figures["stages"][-1][name] == logged[name]
+        assert figures["stages"] == logged["stages"]
+        assert figures["images"] == (2 if split == "val" else 4)
+        assert figures["split"] == split and figures["image_size"] == 64
+        rows = [line for line in capsys.readouterr().out.splitlines() if re.match("base|stage", line)]
+        assert [row.split()[-6] for row in rows] == [f"{stage['AP']:.1f}" for stage in figures["stages"]]
+        if split == "train":
+            assert figures["AP"] > 0, "the run has learnt nothing: the comparison would be empty"
+
+    def test_without_stages_is_the_base_detector(self, run, checkpoint, tmp_path):
+        file, logged = tmp_path / "figures.json", evaluation(run, "train")
+        words = ["--split", "train", "--stages", "0", "--json", str(file)]
+        assert main(["evaluate", *checkpoint, "--data", DATA, *words]) == 0
+        assert read(file)["stages"] == logged["stages"][:1]
+        assert read(file)["AP"] == logged["stages"][0]["AP"] != logged["AP"]
+
+    def test_both_backends_agree(self, checkpoint, tmp_path):
+        pytest.importorskip("faster_coco_eval")
+        figures = []
+        for backend in ("pycocotools", "faster-coco-eval"):
+            words = ["--split", "train", "--backend", backend, "--json", str(tmp_path / backend)]
+            assert main(["evaluate", *checkpoint, "--data", DATA, *words]) == 0
+            figures.append(read(tmp_path / backend)["stages"])
+        assert figures[0] == figures[1]
+
+    def test_size_and_number_of_pictures_can_be_chosen(self, checkpoint, tmp_path):
+        words = ["--limit-images", "1", "--image-size", "96", "--batch-size", "1", "--json", str(tmp_path / "a.json")]
+        assert main(["evaluate", *checkpoint, "--data", DATA, *words]) == 0
+        figures = read(tmp_path / "a.json")
+        assert (figures["images"], figures["image_size"]) == (1, 96)
+
+    def test_other_categories_are_refused(self, checkpoint, error):
+        line = error(["evaluate", *checkpoint, "--data", "data/coco_tiny"])
+        assert "data/coco_tiny" in line and "categories" in line
+
+    def test_other_names_are_told(self, checkpoint, monkeypatch, capsys):
+        monkeypatch.setattr("regolite.data.scenes.CLASSES", tuple(f"thing {i}" for i in range(14)))
+        assert main(["evaluate", *checkpoint, "--data", DATA, "--limit-images", "1"]) == 0
+        assert "warning" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ("--stages 3", "--stages 3: .* has 0 to 2"),
+            ("--stages -1", "--stages -1"),
+            ("--split test", "--split.*'test'.*val"),
+            ("--batch-size 0", "--batch-size: '0' is not a whole number greater than 0"),
+            ("--limit-images 1.5", "--limit-images: '1.5'"),
+            ("--image-size 5", "size 5 is too small"),
+            ("--json .", r"--json \. is a folder"),
+            ("--json pyproject.toml/figures.json", "pyproject.toml.*exists"),
+            ("--bacth-size 4", "no option --bacth-size, did you mean --batch-size?"),
+        ],
+    )
+    def test_wrong_input_is_one_line(self, words, said, checkpoint, error):
+        assert re.search(said, error(["evaluate", *checkpoint, "--data", DATA, *words.split()]))
+
+    def test_no_checkpoint(self, tmp_path, error):
+        assert "no checkpoint at" in error(f"evaluate --data {DATA} --checkpoint {tmp_path / 'none.safetensors'}")
+        (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+        assert "bad.safetensors" in error(f"evaluate --data {DATA} --checkpoint {tmp_path / 'bad.safetensors'}")
+
+
+class TestDetect:
+    def test_writes_pictures_and_json(self, run, checkpoint, pictures, tmp_path, capsys):
+        whole, output = [pictures[0], pictures[2]], tmp_path / "found"
+        words = [*map(str, whole), "--output", str(output), "--threshold", "0.05"]
+        assert main(["detect", *checkpoint, *words]) == 0
+        out, records = capsys.readouterr().out, read(output / "detections.json")
+        assert records
+        assert {key for record in records for key in record} == {"file", "label", "category_id", "score", "box"}
+        model = regolite.load(run / "model.safetensors")
+        config = model.model_config
+        for path, found in zip(whole, regolite.detect(model, whole, 0.05)):
+            with Image.open(path) as before, Image.open(output / path.name) as after:
+                assert before.size == after.size and before.format == after.format
+            assert f"{path}: {len(found)} objects" in out
+            own = [record for record in records if record["file"] == str(path)]
+            assert [r["label"] for r in own] == [config.classes[k] for k in found.labels.tolist()]
+            assert [r["category_id"] for r in own] == [config.category_ids[k] for k in found.labels.tolist()]
+            assert [r["score"] for r in own] == pytest.approx(found.scores.tolist(), abs=1e-4)
+            torch.testing.assert_close(torch.tensor([r["box"] for r in own]), found.boxes_xyxy, atol=0.01, rtol=0)
+
+    def test_stages_and_threshold_are_heard(self, run, checkpoint, pictures, tmp_path):
+        for stages in ("0", "2"):
+            words = [str(pictures[0]), "--output", str(tmp_path / stages), "--threshold", "0.05", "--stages", stages]
+            assert main(["detect", *checkpoint, *words]) == 0
+        scores = [[r["score"] for r in read(tmp_path / stages / "detections.json")] for stages in ("0", "2")]
+        assert scores[0] != scores[1] and min(scores[0]) >= 0.05
+        assert main(["detect", *checkpoint, str(pictures[0]), "--output", str(tmp_path / "1"), "--threshold", "1"]) == 0
+        assert read(tmp_path / "1" / "detections.json") == []
+
+    def test_a_broken_picture_does_not_stop_the_others(self, checkpoint, pictures, tmp_path, error):
+        words = [*map(str, pictures), str(tmp_path / "none.png"), "--output", str(tmp_path / "found")]
+        line = error(["detect", *checkpoint, *words, "--threshold", "0"])
+        assert "2 of 4" in line and "broken.jpg" in line and "none.png" in line and "wide.png" not in line
+        names = {path.name for path in (tmp_path / "found").iterdir()}
+        assert names == {"wide.png", "tall.jpeg", "detections.json"}
+        records = read(tmp_path / "found" / "detections.json")
+        assert {record["file"] for record in records} == {str(pictures[0]), str(pictures[2])}
+
+    def test_pictures_of_one_name_are_all_kept(self, checkpoint, pictures, tmp_path):
+        other = tmp_path / "wide.PNG"
+        other.write_bytes(pictures[0].read_bytes())
+        third = tmp_path / "wide.bmp"
+        Image.open(pictures[0]).save(third)
+        output = tmp_path / "found"
+        assert main(["detect", *checkpoint, str(pictures[0]), str(other), str(third), "--output", str(output)]) == 0
+        assert {path.name for path in output.iterdir()} == {"wide.png", "wide_2.PNG", "wide_3.png", "detections.json"}
+
+    def test_never_writes_over_a_picture(self, checkpoint, pictures, error):
+        before = pictures[0].read_bytes()
+        line = error(["detect", *checkpoint, str(pictures[0]), "--output", str(pictures[0].parent)])
+        assert "wide.png" in line and "--output" in line and pictures[0].read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ("--threshold 2", r"--threshold 2\.0 must be between 0 and 1"),
+            ("--threshold nan", "--threshold: 'nan' is not a number"),
+            ("--stages 9", "--stages 9"),
+            ("--output pyproject.toml", "pyproject.toml.*exists"),
+            ("--treshold 0.3", "did you mean --threshold?"),
+        ],
+    )
+    def test_wrong_input_is_one_line(self, words, said, checkpoint, pictures, error, tmp_path):
+        words = ["--output", str(tmp_path / "found"), *words.split()]
+        assert re.search(said, error(["detect", *checkpoint, str(pictures[0]), *words]))
+
+
+class TestPresets:
+    NAMES = ("deformable_detr_r50", "rego_detr_dc5_r50", "rego_deformable_detr_tiny")
+
+    def test_table(self, monkeypatch, capsys):
+        monkeypatch.setattr(regolite, "presets", lambda: self.NAMES)
+        assert main(["presets"]) == 0
+        head, *rows = capsys.readouterr().out.splitlines()
+        assert rows[0].split() == ["deformable_detr_r50", "40.07", "resnet50", "-", "800"]
+        assert rows[1].split()[2:] == ["resnet50-dc5", "3", "800"]
+        assert len(rows) == 3 and {len(row) for row in rows} == {len(head)}
+
+    def test_json(self, monkeypatch, capsys):
+        monkeypatch.setattr(regolite, "presets", lambda: self.NAMES)
+        assert main(["presets", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [row["name"] for row in rows] == list(self.NAMES)
+        parameters = sum(p.numel() for p in regolite.build(self.NAMES[-1], weights=None).parameters())
+        assert rows[-1] == {
+            "name": self.NAMES[-1],
+            "parameters": parameters,
+            "backbone": "mobilenet_v2",
+            "stages": 3,
+            "image_size": 256,
+        }
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ("", "COMMAND"),
+            ("trian", "'trian'.*train"),
+            ("--verison", "no option --verison, did you mean --version?"),
+            ("train", "required: --data, --model, --output"),
+            ("train --dta d --model m --output o", "no option --dta, did you mean --data?"),
+            ("train -epochs 3", "no option -epochs, did you mean --epochs?"),
+            ("train --data d --model m --output o --epochs many", "--epochs: 'many' is not a whole number"),
+            ("train --data d --model m --output o --lr inf", "--lr: 'inf' is not a number"),
+            ("train --data d --model m --output o --lr -1", "lr=-1.0 must be greater than 0"),
+            ("train --data d --model m --output o --schedule onecycle", "'onecycle'.*one_cycle"),
+            ("train --data d --model rego_detr_tny --output o", "did you mean 'rego_detr_tiny'?"),
+            ("train --data nowhere --model detr_tiny --output o", "nowhere does not exist"),
+            ("train --data scenes --model detr_tiny --output o --set querys=5", "did you mean 'queries'?"),
+            ("train --data scenes --model detr_tiny --output o --set queries=", "'queries=' has no value"),
+            ("train --data scenes:4 --model detr_scenes --output pyproject.toml", "pyproject.toml is a file"),
+            ("train --data scenes:4 --model detr_scenes --output pyproject.toml/o", "pyproject.toml/o: .*directory"),
+            ("train --data scenes --model detr_tiny --output o extra", "extra"),
+        ],
+    )
+    def test_wrong_input_is_one_line(self, words, said, error):
+        assert re.search(said, error(words))
+        assert not Path("o").exists()
+
+    @pytest.mark.parametrize(
+        ("raised", "said"),
+        [
+            (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space"),
+            (PermissionError(errno.EACCES, "Permission denied", "o"), "o: Permission denied; "),
+            (MemoryError(), "out of memory; .*--batch-size"),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), "out of memory; .*--batch-size"),
+            (UserError("one\n  two"), "one two$"),
+        ],
+    )
+    def test_what_the_system_refuses_is_one_line(self, raised, said, monkeypatch, error):
+        def fail(config):
+            raise raised
+
+        monkeypatch.setattr(regolite, "train", fail)
+        assert re.match(said, error("train --data d --model m --output o"))
+
+    def test_a_worker_of_the_loader_says_one_line_too(self, tmp_path, error):
+        scenes = regolite.data.Scenes(2, size=64)
+        scenes.write(tmp_path)
+        annotations = tmp_path / "annotations"
+        (annotations / "instances_val.json").write_bytes((annotations / "instances_train.json").read_bytes())
+        broken = tmp_path / "images" / scenes.file_name(1)
+        broken.write_bytes(b"no picture")
+        words = f"{TRAIN} --data {tmp_path} --workers 1 --batch-size 2 --epochs 1 --output {tmp_path / 'run'}"
+        assert error(words).startswith(f"picture {broken} cannot be read")
+
+    def test_a_bug_is_not_hidden(self, monkeypatch):
+        def fail(config):
+            raise RuntimeError("shapes differ")
+
+        monkeypatch.setattr(regolite, "train", fail)
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            main(["train", "--data", "d", "--model", "m", "--output", "o"])
+
+    def test_ctrl_c_elsewhere(self, monkeypatch, capsys):
+        def interrupted():
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(regolite, "presets", interrupted)
+        assert main(["presets"]) == 130
+        assert capsys.readouterr().err.strip() == "regolite: interrupted"
+
+
+def test_python_m(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("regolite", run_name="__main__")
+    assert not end.value.code
+    assert capsys.readouterr().out == f"regolite {regolite.__version__}\n"

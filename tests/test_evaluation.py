@@ -1,0 +1,211 @@
+"""Average precision: pycocotools' own figures, by stage, for detections whose quality is known."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+
+from regolite import build
+from regolite.data import CocoFolder, Scenes
+from regolite.errors import UserError
+from regolite.evaluation import FIGURES, average_precision, evaluate
+from regolite.structures import DetectorOutput, FeatureMap, Prediction
+
+TINY = Path(__file__).parents[1] / "data" / "coco_tiny"
+BACKENDS = ("pycocotools", "faster-coco-eval")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return CocoFolder(TINY, "val")
+
+
+def planted(coco, quality, seed=0):
+    """Detections made from the truth: ``perfect``, ``shifted``, ``wrong`` labels, or a ``mixture`` with false ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.rand(shape, generator=generator)
+
+    categories, found = sorted(coco.cats), []
+    for annotation in coco.dataset["annotations"]:
+        if annotation["iscrowd"]:
+            continue
+        x, y, w, h = annotation["bbox"]
+        category, score = annotation["category_id"], 0.5 + 0.5 * float(draw())
+        if quality == "shifted":
+            x = x + 0.2 * w  # IoU 0.8 / 1.2 = 0.67
+        if quality == "wrong" or quality == "mixture" and draw() < 0.2:
+            category = categories[(categories.index(category) + 1) % len(categories)]
+        if quality == "mixture":
+            dx, dy, dw, dh = (0.3 * (draw(4) - 0.5)).tolist()
+            x, y, w, h, score = x + dx * w, y + dy * h, w * (1 + dw), h * (1 + dh), float(draw())
+            if draw() < 0.2:
+                continue
+        box = {"bbox": [x, y, w, h], "score": score}
+        found.append({"image_id": annotation["image_id"], "category_id": category, **box})
+    return found
+
+
+def by_pycocotools(file, results):
+    """The twelve figures without any of our code."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(file)
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return 100 * evaluation.stats
+
+
+@pytest.mark.parametrize("quality", ["perfect", "shifted", "wrong", "mixture"])
+def test_figures_are_pycocotools_own(tiny, quality):
+    results = planted(tiny.coco, quality)
+    figures = average_precision(tiny.coco, results)
+    assert tuple(figures) == FIGURES
+    wanted = by_pycocotools(TINY / "annotations" / "instances_val.json", results)
+    assert list(figures.values()) == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert average_precision(tiny.coco, results, "faster-coco-eval") == pytest.approx(figures, abs=1e-4)
+    if quality == "perfect":
+        assert figures["AP"] == figures["AP75"] == 100.0
+    if quality == "shifted":  # at the thresholds 0.50, 0.55, 0.60 and 0.65 of ten
+        assert figures["AP50"] == 100.0 and figures["AP75"] == 0.0 and figures["AP"] == pytest.approx(40, abs=1)
+    if quality == "wrong":
+        assert figures["AP"] < 5
+    if quality == "mixture":
+        assert 10 < figures["AP"] < figures["AP50"] < 90
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_detected_gives_zero(tiny, backend):
+    assert average_precision(tiny.coco, [], backend) == {name: 0.0 for name in FIGURES}
+
+
+def test_unknown_backend(tiny):
+    with pytest.raises(UserError, match="unknown backend 'coco'; choose 'pycocotools' or 'faster-coco-eval'"):
+        average_precision(tiny.coco, planted(tiny.coco, "perfect"), "coco")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures of three sizes and category ids with gaps, not in order; no object is small; one picture is empty."""
+    sizes = {7: (200, 160), 3: (120, 180), 12: (150, 150)}
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in sizes.items()],
+        "annotations": [
+            {"id": 1, "image_id": 3, "category_id": 90, "bbox": [10, 20, 50, 60], "area": 3000, "iscrowd": 0},
+            {"id": 2, "image_id": 7, "category_id": 17, "bbox": [20, 10, 150, 120], "area": 18000, "iscrowd": 0},
+            {"id": 3, "image_id": 7, "category_id": 3, "bbox": [0, 100, 60, 60], "area": 3600, "iscrowd": 0},
+            {"id": 4, "image_id": 7, "category_id": 3, "bbox": [0, 0, 200, 160], "area": 32000, "iscrowd": 1},
+        ],
+        "categories": [{"id": 90, "name": "brush"}, {"id": 3, "name": "car"}, {"id": 17, "name": "cat"}],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    for i, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path
+
+
+class Oracle(nn.Module):
+    """A detector that was told the truth: stage 2 says it, stage 1 moves every box, the base makes them small."""
+
+    scoring = "sigmoid"
+
+    def __init__(self, dataset, queries=5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.dataset, self.queries, self.next, self.seen = dataset, queries, 0, []
+
+    def forward(self, images):
+        self.seen.append((len(images), self.training, torch.is_inference_mode_enabled()))
+        classes = len(self.dataset.classes)
+        logits = torch.full((3, len(images), self.queries, classes), -9.0)
+        boxes = torch.full((3, len(images), self.queries, 4), 0.5)
+        for b in range(len(images)):
+            target = self.dataset[self.next][1]
+            for n, (label, box) in enumerate(zip(target.labels.tolist(), target.boxes)):
+                logits[:, b, n, label] = 9.0
+                boxes[:, b, n] = box
+                boxes[0, b, n, 2:] /= 10
+                boxes[1, b, n, 0] += 0.2 * box[2]
+            self.next += 1
+        base, first, second = (Prediction(x, y) for x, y in zip(logits, boxes))
+        features = [FeatureMap(torch.zeros(len(images), 1, 1, 1), torch.zeros(len(images), 1, 1).bool(), 32)]
+        hidden = torch.zeros(len(images), self.queries, 1)
+        return DetectorOutput([base], hidden, features, stages=[[base, first], [base, second]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_evaluate_by_stage(folder, backend, batch_size):
+    dataset = CocoFolder(folder, "val")
+    figures = evaluate(Oracle(dataset), dataset, batch_size=batch_size, backend=backend, progress=False)
+    assert figures["images"] == 3
+    assert [stage["stage"] for stage in figures["stages"]] == [0, 1, 2]
+    assert [stage["AP"] for stage in figures["stages"]] == pytest.approx([0, 40, 100])
+    assert figures["stages"][1]["AP50"] == 100.0
+    assert {name: figures[name] for name in FIGURES} == {name: figures["stages"][-1][name] for name in FIGURES}
+    # No object is small: that figure does not exist, which is not the same as 0.
+    assert figures["APs"] is None and figures["ARs"] is None
+    assert figures["APm"] == figures["APl"] == 100.0
+    assert json.loads(json.dumps(figures)) == figures
+
+
+def test_nothing_detected_keeps_missing_sizes_missing(folder):
+    figures = average_precision(CocoFolder(folder, "val").coco, [])
+    assert figures["APs"] is None and figures["APm"] == 0.0 and figures["AP"] == 0.0
+
+
+def test_coco_ids_at_the_border(folder, monkeypatch):
+    """Our labels are 0, 1, 2; COCO's ids are 3, 17, 90: pycocotools must get the latter, and pixels."""
+    kept = []
+    monkeypatch.setattr(
+        "regolite.evaluation.coco.average_precision",
+        lambda coco, results, backend: kept.append(results) or {name: 0.0 for name in FIGURES},
+    )
+    dataset = CocoFolder(folder, "val")
+    evaluate(Oracle(dataset), dataset, progress=False)
+    sure = [r for r in kept[-1] if r["score"] > 0.5]
+    assert [(r["image_id"], r["category_id"]) for r in sure] == [(7, 17), (7, 3), (3, 90)]
+    wanted = [[20, 10, 150, 120], [0, 100, 60, 60], [10, 20, 50, 60]]
+    for result, box in zip(sure, wanted):
+        assert result["bbox"] == pytest.approx(box, abs=1e-3)
+
+
+def test_top_k(folder):
+    dataset = CocoFolder(folder, "val", limit=1)
+    full = evaluate(Oracle(dataset), dataset, progress=False)
+    assert full["AP"] == full["AR1"] == 100.0  # one object a class in this picture
+    assert evaluate(Oracle(dataset), dataset, top_k=1, progress=False)["AP"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_leaves_no_trace(folder, training, workers):
+    dataset = CocoFolder(folder, "val")
+    model = Oracle(dataset).train(training)
+    before = torch.get_rng_state()
+    evaluate(model, dataset, batch_size=2, workers=workers, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training == training
+    assert model.seen == [(2, False, True), (1, False, True)]
+
+
+def test_stages_of_a_rego():
+    small = {"dim": 32, "heads": 2, "ffn_dim": 16, "queries": 6, "encoder_layers": 1, "decoder_layers": 1}
+    model = build("rego_deformable_detr_scenes", 14, **small, rego_ffn_dim=16, rego_stages=2)
+    dataset = Scenes(3, size=64)
+    every = evaluate(model, dataset, progress=False)["stages"]
+    assert [stage["stage"] for stage in every] == [0, 1, 2]
+    assert evaluate(model, dataset, stages=1, progress=False)["stages"] == every[:2]
+    assert evaluate(model, dataset, stages=0, progress=False)["stages"] == every[:1]
+    assert evaluate(model.detector, dataset, progress=False)["stages"] == every[:1]

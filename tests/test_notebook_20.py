@@ -1,0 +1,149 @@
+"""The main notebook: its parameters are those of a run, and a wrong one is never trained with."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import papermill
+import pytest
+
+from regolite.errors import UserError
+from regolite.fields import fits
+from regolite.training import RunConfig
+from regolite.training.parameters import read_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "notebooks" / "20_train_coco.ipynb"
+CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+PARAMETERS = CELLS["parameters"].source
+
+# Where the notebook as it stands is a rehearsal of half a minute, and RunConfig has the paper's recipe.
+REHEARSAL = {
+    "data", "output", "epochs", "batch_size", "lr", "schedule", "warmup", "augment", "image_size", "limit_images",
+    "evaluate_every", "evaluate_train", "log_every",
+}  # fmt: skip
+
+
+def run(*sources: str) -> dict[str, object]:
+    """Run cells and read the parameters in the last one, as the notebook does."""
+    cells, namespace = ["", *sources], {}
+    for source in sources:
+        exec(source, namespace)
+    return read_parameters([*cells, "config = regolite.RunConfig.of(read_parameters(In, globals()))"], namespace)
+
+
+def test_the_parameters_are_the_fields_of_a_run():
+    values = run(PARAMETERS)
+    assert list(values) == [f.name for f in fields(RunConfig)], "one field a line, in the order of RunConfig"
+    assert CELLS["parameters"].metadata["tags"] == ["parameters"]
+    defaults = RunConfig.of(values)
+    differ = {f.name for f in fields(RunConfig) if getattr(defaults, f.name) != f.default}
+    assert differ <= REHEARSAL, "a default of RunConfig has changed"
+
+
+def test_the_parameters_are_annotated_as_the_fields_are():
+    namespace: dict[str, object] = {}
+    exec(PARAMETERS, namespace)
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        value = namespace["__annotations__"][name] if "__annotations__" in namespace else None
+        if value is None:  # Python 3.14 evaluates annotations when they are asked for
+            value = namespace["__annotate__"](1)[name]
+        kinds = typing.get_args(value) if type(None) in typing.get_args(value) else (value,)
+        for kind in kinds:
+            sample = {str: "none", int: 1, float: 0.5, bool: True, type(None): None}.get(kind)
+            if typing.get_origin(kind) is list:
+                sample = tuple({str: "a", int: 1}[argument] for argument in typing.get_args(kind))
+            free = not fits("any", hint) and kind is str  # one of a few words
+            assert free or fits(sample, hint), f"{name}: {value}, but RunConfig has {hint}"
+
+
+def test_papermill_explains_every_parameter():
+    told = papermill.inspect_notebook(str(NOTEBOOK))
+    assert set(told) == {f.name for f in fields(RunConfig)}
+    for name, about in told.items():
+        assert about["inferred_type_name"] != "None" and len(about["help"]) > 15, name
+
+
+@pytest.mark.parametrize(
+    ("injected", "said"),
+    [
+        ("epohcs = 3", "unknown parameter 'epohcs'; did you mean 'epochs'?"),
+        ("epochs = 3\nlearning_rate = 0.1", "unknown parameter 'learning_rate'"),
+        ('epochs = "many"', "epochs='many' is not a whole number"),
+        ("epochs = 2.5", "epochs=2.5 is not a whole number"),
+        ("overrides = [1]", "overrides=(1,) is not a list of a text"),
+        ('schedule = "steps"', "schedule='steps' is not one of 'step', 'one_cycle', 'constant'"),
+        ("lr = -1", "lr=-1 must be greater than 0"),
+        ("max_minutes = float('inf')", "max_minutes=inf is not a number or nothing"),
+    ],
+)
+def test_a_wrong_parameter_is_one_clear_error(injected: str, said: str):
+    with pytest.raises(UserError) as error:
+        RunConfig.of(run(PARAMETERS, "# Parameters\n" + injected))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_right_parameters_are_taken():
+    config = RunConfig.of(
+        run(PARAMETERS, "# Parameters\nepochs = 3\ndrop_epochs = [1, 2]\nlimit_images = None\nlr = 1")
+    )
+    assert (config.epochs, config.drop_epochs, config.limit_images, config.lr) == (3, (1, 2), None, 1)
+
+
+def test_what_the_notebook_computes_is_no_parameter():
+    later = "config = dict()\nfolder = str(1)"
+    assert RunConfig.of(run(PARAMETERS, later, "number = 3")), (
+        "cells after the first that computes are the notebook's own"
+    )
+    # The parameters cell was changed and run again, after all the rest.
+    assert run(PARAMETERS, later, "epochs: int = 7")["epochs"] == 7
+    with pytest.raises(UserError, match="'epoch'; did you mean 'epochs'"):
+        RunConfig.of(run(PARAMETERS, later, "lr: float = 0.1\nepoch = 7"))
+
+
+def test_parameters_must_have_been_run():
+    with pytest.raises(UserError, match="run the parameters cell first"):
+        read_parameters(["", "import regolite", "((("], {})
+
+
+def test_the_check_comes_right_after_the_parameters():
+    code = [cell.id for cell in CELLS.values() if cell.cell_type == "code"]
+    assert code[code.index("parameters") + 1] == "check" and "read_parameters(In, globals())" in CELLS["check"].source
+
+
+@pytest.mark.slow
+def test_papermill_refuses_a_misspelt_parameter(tmp_path: Path):
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(tmp_path / "done.ipynb"), "-p", "epohcs", "3"]
+    command += ["--cwd", str(NOTEBOOK.parent), "--no-progress-bar"]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "UserError: unknown parameter 'epohcs'; did you mean 'epochs'?"
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def tasks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tasks", ROOT / "tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_demo_passes_parameters_that_exist(tasks: ModuleType):
+    from papermill.cli import _resolve_type
+
+    given = {name: _resolve_type(str(value)) for name, value in tasks.RECIPE.items()}
+    config = RunConfig.of(run(PARAMETERS) | given)
+    assert config.limit_images is None and config.image_size is None, "the demo is no rehearsal"
+    rehearsal = {"data", "output", "max_minutes"}
+    left = {name for name in REHEARSAL - rehearsal if name not in tasks.RECIPE}
+    assert not left, "the demo says all that the rehearsal changes"

@@ -1,0 +1,485 @@
+"""Training: it learns, it says what is wrong, and an interrupted run ends where an uninterrupted one does."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from regolite import RunConfig, UserError, build, load, train
+from regolite.data import Scenes, collate, make_transform
+from regolite.training import NonFiniteLoss, loop
+from regolite.training.batches import EpochBatches, SeededItems, loader
+from regolite.training.folder import RunFolder
+from regolite.training.schedule import lr_factor, parameter_groups
+
+SMALL = (
+    "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
+    "rego_ffn_dim=32", "rego_stages=2", "dropout=0.1", "rego_dropout=0.1",
+)  # fmt: skip
+# Five pictures in batches of two: three steps an epoch, the last of one picture. Dropout and augmentation draw lots.
+CONFIG = RunConfig(
+    data="scenes:5:val=2:size=64",
+    model="rego_deformable_detr_scenes",
+    overrides=SMALL,
+    image_size=64,
+    batch_size=2,
+    epochs=3,
+    lr=1e-3,
+    schedule="one_cycle",
+    evaluate_every=0,
+    log_every=1,
+    device="cpu",
+    ema=0.5,
+)
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """The figures of a run have tests of their own, and take longer than these runs."""
+    monkeypatch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(name="run", **changes):
+        return replace(CONFIG, output=str(tmp_path / name), **changes)
+
+    return make
+
+
+def lines(folder):
+    """The metrics without what depends on the clock."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in found]
+
+
+def losses(folder):
+    return [line["loss"] for line in lines(folder) if line["kind"] == "train"]
+
+
+class Interrupted(Exception):
+    """What stands for a power failure."""
+
+
+def interrupt_at(step):
+    """A watcher that ends the run at the first line of metrics of this step or a later one."""
+
+    def watch(line):
+        if line["step"] >= step:
+            raise Interrupted
+
+    return watch
+
+
+def save_only_at(monkeypatch, *steps):
+    """Checkpoints after these steps alone, and at the end."""
+    save = loop._save
+
+    def chosen(folder, model, optimizer, average, evaluated, progress, window, accelerator):
+        if progress.step in steps or progress.step == 9:
+            save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
+
+    monkeypatch.setattr(loop, "_save", chosen)
+
+
+# ------------------------------------------------------------------------------------------------- a run as a whole
+
+
+def test_loss_falls_and_the_run_leaves_what_it_should(config):
+    folder = train(
+        config(
+            data="scenes:3:val=1:size=64", batch_size=3, epochs=25, augment="none", ema=0.0, clip=1.0, lr=3e-3,
+            evaluate_train=True, overrides=(*SMALL[:-2], "rego_dropout=0.0"),
+        )
+    )  # fmt: skip
+    course = losses(folder)
+    assert len(course) == 25 and sum(course[-3:]) < 0.7 * sum(course[:3])
+    *steps, val, last = lines(folder)
+    assert {line["kind"] for line in steps} == {"train"}
+    assert steps[4]["step"] == 5 and steps[4]["gradient_norm"] > 0
+    assert steps[4]["loss"] == pytest.approx(sum(steps[4]["terms"].values()), rel=1e-4)
+    assert {"base/label", "stage1.1/l1", "stage2/giou"} < set(steps[4]["terms"])
+    assert (val["kind"], val["split"], last["split"]) == ("evaluation", "val", "train")
+    assert [stage["stage"] for stage in last["stages"]] == [0, 1, 2]
+
+    stored = json.loads((folder / "config.json").read_text())
+    assert RunConfig.of(stored["run"]).epochs == 25
+    assert "training rego_deformable_detr_scenes" in (folder / "train.log").read_text()
+    model = load(folder / "model.safetensors")
+    assert model.model_config.classes == Scenes(1, size=64).classes and len(model.stages) == 2
+    assert (folder / "best.safetensors").exists() and len(list((folder / "checkpoints").iterdir())) == 1
+
+
+def test_same_run_twice_gives_the_same_bytes(config):
+    first, second, other = (train(config(name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert lines(first) == lines(second)
+    assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+
+
+def test_a_run_is_not_overwritten(config):
+    train(config(epochs=1))
+    with pytest.raises(UserError, match="holds a run already; go on with it .resume. or give another output folder"):
+        train(config(epochs=1))
+    (file := config("file").output) and open(file, "w").close()
+    with pytest.raises(UserError, match="file is a file; give a folder"):
+        train(config("file"))
+
+
+def test_validation_and_training_leave_the_callers_generator_to_the_seed_alone(config):
+    """What was drawn before a run does not change it."""
+    torch.rand(7)
+    first = train(config("a", epochs=1))
+    torch.rand(11)
+    assert losses(first) == losses(train(config("b", epochs=1)))
+
+
+def test_average_of_the_weights(config):
+    folder = train(config(data="scenes:2:val=1:size=64", epochs=2, checkpoint_minutes=0.0))
+    states = [torch.load(folder / "checkpoints" / f"step_0000000{n}.pt", weights_only=True) for n in (1, 2)]
+    stored = load_file(folder / "model.safetensors")
+    moved = 0
+    for name, value in stored.items():
+        first, second = (state["model"][name] for state in states)
+        torch.testing.assert_close(value, 0.5 * first + 0.5 * second if value.is_floating_point() else second)
+        moved += int(not torch.equal(first, second))
+    assert moved > 50
+
+
+def test_without_clipping_no_norm_is_logged(config):
+    assert {line["gradient_norm"] for line in lines(train(config(epochs=1, clip=0.0)))[:3]} == {None}
+
+
+def test_starting_from_another_runs_weights(config):
+    start = train(config("a", epochs=1)) / "model.safetensors"
+    tuned = train(config("b", epochs=1, lr=1e-12, checkpoint=str(start))) / "model.safetensors"
+    for name, value in load_file(tuned).items():
+        torch.testing.assert_close(value, load_file(start)[name], rtol=0, atol=1e-9)
+    with pytest.raises(UserError, match="no checkpoint at nowhere.safetensors"):
+        train(config("c", checkpoint="nowhere.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_mixed_precision_may_change_from_run_to_run(config, precision):
+    folder = train(config(epochs=1, precision=precision))
+    assert all(math.isfinite(loss) for loss in losses(folder))
+    assert {v.dtype for v in load_file(folder / "model.safetensors").values()} <= {torch.float32, torch.int64}
+
+
+# ------------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of three epochs, nine steps, that nothing interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+        return train(replace(CONFIG, output=str(tmp_path_factory.mktemp("whole")), evaluate_every=1, log_every=2))
+
+
+# The checkpoint after step 3 is older than the evaluation of epoch 1, which is written after it and before the end of
+# the interrupted session; steps 2 and 5 lie within an epoch, and step 5 between two lines of metrics.
+@pytest.mark.parametrize("saved", [2, 3, 5])
+def test_interrupted_run_ends_like_an_uninterrupted_one(config, monkeypatch, whole, saved):
+    plan = config(evaluate_every=1, log_every=2)
+    save_only_at(monkeypatch, saved)
+    with pytest.raises(Interrupted):
+        train(plan, interrupt_at(6))
+    torch.rand(5)
+    folder = train(replace(plan, resume=True))
+    assert lines(folder) == lines(whole)
+    for name in ("model.safetensors", "best.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert "going on with rego_deformable_detr_scenes" in (folder / "train.log").read_text()
+
+
+def test_interrupted_before_the_first_checkpoint(config, whole):
+    plan = config(evaluate_every=1, log_every=2)
+    with pytest.raises(Interrupted):
+        train(plan, interrupt_at(4))
+    folder = train(replace(plan, resume=True))
+    assert lines(folder) == lines(whole)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_damaged_checkpoint_is_passed_over(config, monkeypatch, whole):
+    plan = config(evaluate_every=1, log_every=2)
+    save_only_at(monkeypatch, 2, 5)
+    with pytest.raises(Interrupted):
+        train(plan, interrupt_at(6))
+    last = config().output + "/checkpoints/step_00000005.pt"
+    with open(last, "r+b") as file:
+        file.truncate(1000)
+    folder = train(replace(plan, resume=True))
+    assert "step_00000005.pt is damaged" in (folder / "train.log").read_text()
+    assert lines(folder) == lines(whole)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_when_every_checkpoint_is_damaged(config):
+    folder = train(config(epochs=1))
+    for file in (folder / "checkpoints").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in .*checkpoints can be read; delete .* to start anew"):
+        train(config(epochs=1, resume=True))
+
+
+def test_resuming_where_there_is_no_run_starts_one(config):
+    assert len(losses(train(config(epochs=1, resume=True)))) == 3
+
+
+def test_resuming_a_finished_run_changes_nothing(config):
+    plan = config(epochs=1, evaluate_train=True)
+    folder = train(plan)
+    before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")}
+    train(replace(plan, resume=True))
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    train(replace(plan, resume=True, epochs=2))  # but it can be made longer
+    assert len(losses(folder)) == 6
+
+
+def test_resuming_with_another_learning_rate_means_it(config):
+    plan = config(schedule="constant", epochs=1)
+    folder = train(plan)
+    train(replace(plan, lr=2e-4, epochs=2, resume=True))
+    assert [line["lr"] for line in lines(folder) if line["kind"] == "train"] == [1e-3] * 3 + [2e-4] * 3
+
+
+def test_resuming_with_another_model_is_refused(config):
+    plan = config(epochs=1)
+    train(plan)
+    with pytest.raises(UserError, match="holds a run of another model"):
+        train(replace(plan, overrides=(*SMALL[:5], "queries=9", *SMALL[6:]), resume=True))
+
+
+# -------------------------------------------------------------------------------------------- losses that explode
+
+
+def spoil(monkeypatch, step, term=None):
+    """From this step on: a term of the loss that is not a number, or a learning rate that ruins the weights."""
+    if term is None:
+        factor = loop.lr_factor
+        count = iter(range(1000))
+        monkeypatch.setattr(loop, "lr_factor", lambda *args: factor(*args) if next(count) < step else float("inf"))
+        return
+    plain, count = loop.SetLoss.__call__, iter(range(1000))
+
+    def spoilt(self, *args):
+        loss, terms = plain(self, *args)
+        if next(count) < step:
+            return loss, terms
+        return loss * float("nan"), terms | {name: terms[name] * float("nan") for name in term}
+
+    monkeypatch.setattr(loop.SetLoss, "__call__", spoilt)
+
+
+@pytest.mark.parametrize("cause", ["terms", "weights"])
+def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch, cause):
+    save_only_at(monkeypatch, 2)
+    spoil(monkeypatch, 3, ("stage1/giou", "base/l1") if cause == "terms" else None)
+    named = "terms of the loss are not finite: base/l1, stage1/giou" if cause == "terms" else "not finite: base/logits"
+    # Ruined weights show in the step after.
+    with pytest.raises(NonFiniteLoss, match=rf"stopped at step {3 + (cause == 'weights')}: .*{named}") as error:
+        train(config())
+    assert isinstance(error.value, UserError) and "Lower the learning rate" in str(error.value)
+    folder = RunFolder(config().output, resume=True)
+    assert "not finite" in (folder.path / "train.log").read_text()
+    state = folder.load_state()
+    folder.close()
+    assert state["step"] == 2
+    assert all(v.isfinite().all() for v in state["model"].values())
+    assert all(v.isfinite().all() for v in load_file(folder.path / "model.safetensors").values())
+    monkeypatch.undo()
+    monkeypatch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+    assert len(losses(train(config(resume=True)))) == 9
+
+
+def test_ruined_weights_are_never_saved(config, monkeypatch):
+    spoil(monkeypatch, 4)
+    with pytest.raises(NonFiniteLoss, match=r"stopped at step 5: \d+ weights are not finite"):
+        train(config(checkpoint_minutes=0.0))
+    folder = RunFolder(config().output, resume=True)
+    state = folder.load_state()
+    folder.close()
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
+
+
+# --------------------------------------------------------------------------------------- schedules and parameters
+
+
+def test_step_schedule():
+    plan = RunConfig(schedule="step", drop_epochs=(30, 40), epochs=50)
+    factors = [lr_factor(plan, epoch, epoch / 50) for epoch in (0, 29, 30, 39, 40, 49)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("schedule", ["step", "constant"])
+def test_warm_up(schedule):
+    plan = RunConfig(schedule=schedule, warmup=0.2)
+    assert [lr_factor(plan, 0, p) for p in (0.0, 0.05, 0.1, 0.2, 0.5)] == pytest.approx([0, 0.25, 0.5, 1, 1])
+    assert lr_factor(RunConfig(schedule=schedule), 0, 0.0) == 1
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.3])
+def test_one_cycle(warmup):
+    plan = RunConfig(schedule="one_cycle", warmup=warmup)
+    peak = warmup or 0.1
+    factors = [lr_factor(plan, 0, n / 1000) for n in range(1001)]
+    top = round(1000 * peak)
+    assert factors[0] == pytest.approx(0.04) and factors[top] == pytest.approx(1) and factors[-1] == pytest.approx(0)
+    assert factors[: top + 1] == sorted(factors[: top + 1])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+    assert max(abs(a - b) for a, b in zip(factors, factors[1:])) < 0.02  # no jump anywhere
+
+
+def test_rates_of_a_run_follow_the_schedule(config):
+    folder = train(config(epochs=4, schedule="step", drop_epochs=(1, 3)))
+    rates = [line["lr"] for line in lines(folder) if line["kind"] == "train"]
+    assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 6 + [1e-5] * 3)
+
+
+def test_run_that_is_limited_by_time(config, monkeypatch):
+    """The schedule ends with the time, however many epochs were asked for."""
+
+    class Ticking(loop._Clock):
+        """Every look at the clock takes a second."""
+
+        looks = 0
+
+        @property
+        def seconds(self):
+            Ticking.looks += 1
+            return float(Ticking.looks)
+
+    monkeypatch.setattr(loop, "_Clock", Ticking)
+    folder = train(config(epochs=10_000, max_minutes=1.0))
+    rates = [line["lr"] for line in lines(folder) if line["kind"] == "train"]
+    assert 8 < len(rates) < 60
+    assert max(rates) > 0.9e-3 and rates[-1] < 0.05e-3
+
+
+def test_parameter_groups():
+    overrides = {"weights": None, "dim": 32, "heads": 4, "ffn_dim": 32, "rego_ffn_dim": 32}
+    model = build("rego_deformable_detr_tiny", 3, **overrides)
+    plan = RunConfig(lr=1e-3, backbone_lr=0.2, sampling_lr=0.5)
+    groups = {group["name"]: group for group in parameter_groups(model, plan)}
+    assert {name: group["lr"] for name, group in groups.items()} == {"backbone": 2e-4, "sampling": 5e-4, "rest": 1e-3}
+    assert all(group["base_lr"] == group["lr"] for group in groups.values())
+
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    members = {name: [names[id(p)] for p in group["params"]] for name, group in groups.items()}
+    assert all("backbone." in name for name in members["backbone"])
+    assert all("sampling_offsets" in name or "reference_points" in name for name in members["sampling"])
+    assert len(members["sampling"]) == 2 * (2 + 3 + 1)  # weights and biases: encoder layers, decoder layers, the points
+    assert not any(word in name for name in members["rest"] for word in ("backbone.", "sampling_off", "reference_po"))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(sum(members.values(), [])) == sorted(trained)  # each one once, frozen ones nowhere
+    assert len(trained) < len(names)
+
+
+# ----------------------------------------------------------------------------------------------- the configuration
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epohcs": 3}, "unknown parameter 'epohcs'; did you mean 'epochs'?"),
+        ({"zzz": 3}, "unknown parameter 'zzz'; choose from augment, backbone_lr"),
+        ({"epochs": "3"}, "epochs='3' is not a whole number"),
+        ({"epochs": 2.5}, "epochs=2.5 is not a whole number"),
+        ({"epochs": True}, "epochs=True is not a whole number"),
+        ({"epochs": 0}, "epochs=0 must be greater than 0"),
+        ({"lr": "fast"}, "lr='fast' is not a number"),
+        ({"lr": float("nan")}, "lr=nan is not a number"),
+        ({"lr": -1e-4}, "must be greater than 0"),
+        ({"weight_decay": -1.0}, "must not be negative"),
+        ({"checkpoint_minutes": -1.0}, "must not be negative"),
+        ({"max_minutes": 0}, "max_minutes=0 must be greater than 0, or left out"),
+        ({"limit_images": -5}, "must be greater than 0, or left out"),
+        ({"warmup": 1.0}, "warmup=1.0 must be at least 0 and less than 1"),
+        ({"ema": 1.5}, "ema=1.5 must be at least 0 and less than 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 2**32}, "less than 2"),
+        ({"schedule": "cosine"}, "schedule='cosine' is not one of 'step', 'one_cycle', 'constant'"),
+        ({"drop_epochs": [1, "2"]}, "is not a list of a whole number"),
+        ({"resume": "yes"}, "resume='yes' is not true or false"),
+        ({"overrides": "queries=3"}, "overrides='queries=3' is not a list of a text"),
+    ],
+)
+def test_wrong_values(values, message):
+    with pytest.raises(UserError) as error:
+        RunConfig.of(values)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_right_values():
+    plan = RunConfig.of({"lr": 1, "drop_epochs": [3, 5], "max_minutes": None, "overrides": ["queries=3"]})
+    assert plan.drop_epochs == (3, 5) and plan.overrides == ("queries=3",)
+    assert RunConfig.of(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overrides": ("queries",)}, "override 'queries' has no value; write name=value"),
+        ({"overrides": ("querys=3",)}, "has no field 'querys'; did you mean 'queries'?"),
+        ({"model": "rego_deformable_detr_tyni"}, "did you mean"),
+        ({"device": "gpu"}, "unknown device 'gpu'; choose auto, cpu, cuda or mps"),
+        ({"data": "nowhere"}, "data folder nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_had_is_said_before_the_run_begins(config, tmp_path, changes, message):
+    with pytest.raises(UserError) as error:
+        train(config(**changes))
+    assert message in str(error.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+# ----------------------------------------------------------------------------------------- the order of the pictures
+
+
+def test_every_picture_once_an_epoch():
+    shapes = torch.rand(23)
+    epochs = [[key for batch in EpochBatches(shapes, 4, 0, epoch) for key in batch] for epoch in (0, 1)]
+    for epoch, keys in enumerate(epochs):
+        assert {e for e, _ in keys} == {epoch} and sorted(i for _, i in keys) == list(range(23))
+    assert [i for _, i in epochs[0]] != [i for _, i in epochs[1]]
+    assert list(EpochBatches(shapes, 4, 0, 1)) == list(EpochBatches(shapes, 4, 0, 1))
+    assert list(EpochBatches(shapes, 4, 0, 1)) != list(EpochBatches(shapes, 4, 1, 1))
+    batches = EpochBatches(shapes, 4, 0, 0)
+    assert len(batches) == len(list(batches)) == 6 and max(map(len, batches)) == 4
+
+
+def test_interrupted_epoch_goes_on_where_it_was():
+    shapes = torch.rand(23)
+    every = list(EpochBatches(shapes, 4, 0, 2))
+    for skip in range(7):
+        rest = EpochBatches(shapes, 4, 0, 2, skip)
+        assert list(rest) == every[skip:] and len(rest) == 6 - skip
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_processes_share_every_batch(processes):
+    shapes = torch.rand(21)
+    whole = list(EpochBatches(shapes, 8, 0, 0))
+    shares = [list(EpochBatches(shapes, 8, 0, 0, rank=r, processes=processes)) for r in range(processes)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert all(parts)  # nobody is idle, or the others would wait for ever
+        assert set(sum(parts, [])) == set(batch)
+
+
+def test_a_picture_looks_the_same_whoever_prepares_it():
+    dataset = Scenes(4, size=64, transform=make_transform("laptop", 64, train=True))
+    items = SeededItems(dataset, seed=3)
+    batches = EpochBatches(torch.ones(4), 2, 3, 0)
+    before = torch.get_rng_state()
+    for workers in (0, 2):
+        for (images, targets), keys in zip(loader(dataset, 3, workers, batches, False), batches):
+            wanted, others = collate([items[key] for key in keys], multiple=32)
+            assert torch.equal(images.pixels, wanted.pixels)
+            assert [t.image_id for t in targets] == [t.image_id for t in others]
+    assert not torch.equal(items[0, 1][0], items[1, 1][0])  # but another one in another epoch
+    del before
