@@ -124,7 +124,9 @@ def matching(predictions: int, batch: int, queries: int, scoring: str, rounds: i
     counts = torch.poisson(torch.full((batch,), float(OBJECTS))).int().tolist()
     targets = [Target(torch.randint(CLASSES, (n,)), some_boxes(n), i, (1, 1)) for i, n in enumerate(counts)]
     columns = CLASSES + (scoring == "softmax")
-    made = [Prediction(torch.randn(batch, queries, columns) - 2, some_boxes(batch, queries)) for _ in range(predictions)]
+    made = [
+        Prediction(torch.randn(batch, queries, columns) - 2, some_boxes(batch, queries)) for _ in range(predictions)
+    ]
     costs = MatchingCosts()
 
     def ours():

@@ -120,7 +120,7 @@ def draw_stages(
         columns: panels in a row; all by default.
     """
     panels = len(by_stage) + (truth is not None)
-    figure, axes = _grid(picture.size, panels, columns or panels)
+    figure, axes = _grid(picture.height / picture.width, panels, columns or panels)
     size = 7.0
     for stage, (ax, detections) in enumerate(zip(axes, by_stage)):
         _show(ax, picture)
@@ -152,9 +152,9 @@ def draw_truth(dataset: DetectionDataset, indices: Sequence[int], columns: int =
         indices: which pictures.
         columns: pictures in a row.
     """
-    # A common frame for pictures of different shapes: as wide as the widest, as high as the highest of them.
+    # A frame for pictures of different shapes: that of the highest, but no higher than wide.
     ratio = max(dataset.size(i)[0] / dataset.size(i)[1] for i in indices)
-    figure, axes = _grid((100, 100 * min(ratio, 1.0)), len(indices), min(columns, len(indices)))
+    figure, axes = _grid(min(ratio, 1.0), len(indices), min(columns, len(indices)))
     for ax, i in zip(axes, indices):
         truth = ground_truth(dataset, i)
         _show(ax, dataset.image(i))
@@ -173,10 +173,10 @@ def ground_truth(dataset: DetectionDataset, i: int) -> Detections:
     return Detections(torch.ones(count), torch.from_numpy(objects.labels), boxes_xyxy, torch.full((count,), -1))
 
 
-def _grid(size: tuple[float, float], panels: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure of panels for pictures of a width and height; laid out by hand, since labels need exact places."""
+def _grid(ratio: float, panels: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure of panels ``ratio`` times as high as wide; laid out by hand, since labels need exact places."""
     rows = -(-panels // columns)
-    height, gap, head = PANEL * size[1] / size[0], 0.08, 0.27
+    height, gap, head = PANEL * ratio, 0.08, 0.27
     total = (columns * (PANEL + gap) + gap, rows * (height + head) + gap)
     figure = Figure(total, dpi=100)
     axes = []
