@@ -31,8 +31,9 @@ RECIPE = {
     "limit_images": None,
     "image_size": None,
     "augment": "none",
-    "batch_size": 8,
+    "batch_size": 4,  # small batches: more steps in the same time
     "lr": 5e-4,
+    "sampling_lr": 1.0,  # a short run has no time for slow parts
     "schedule": "one_cycle",
     "warmup": 0.05,
     "evaluate_every": 5,

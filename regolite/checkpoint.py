@@ -36,9 +36,22 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_model(model: nn.Module, path: str | Path) -> None:
-    """Save the weights and the configuration of a model made by :func:`regolite.build`."""
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Save the weights and the configuration of a model made by :func:`regolite.build`.
+
+    Args:
+        model: the model.
+        path: the ``.safetensors`` file to write.
+        dtype: type of the weights in the file, ``torch.float16`` for half the size; by default their own.
+
+    Raises:
+        UserError: when the model does not carry its configuration, as one that was put together by hand.
+    """
+    if getattr(model, "model_config", None) is None:
+        raise UserError("a checkpoint carries the model's configuration: make the model with regolite.build")
+    state = {
+        key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in model.state_dict().items()
+    }
     write_atomic(path, save(state, metadata={KEY: json.dumps(model.model_config.to_dict())}))
 
 
@@ -56,7 +69,7 @@ def read_config(path: str | Path) -> ModelConfig:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no readable safetensors file ({error}); train it again or copy it anew") from error
     if stored is None:
-        raise UserError(f"{path} holds no regolite model; others' weights load with regolite.published.load")
+        raise UserError(f"{path} holds no regolite model; give the .safetensors file of a run")
     try:
         return ModelConfig.from_dict(json.loads(stored))
     except (KeyError, TypeError, ValueError) as error:

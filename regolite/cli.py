@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = argparse.Namespace()
     try:
         arguments = _parse(argv)
         code = arguments.command(arguments)
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(_about_file(error))
+        return _fail(_about_file(error, arguments))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
@@ -422,12 +423,12 @@ def _one_line(error: UserError) -> str:
     return " ".join(text.split())
 
 
-def _about_file(error: OSError) -> str:
-    """What the system says, and of which file."""
+def _about_file(error: OSError, arguments: argparse.Namespace) -> str:
+    """What the system says, and of which file; of a full disk it says no file."""
+    where = error.filename or getattr(arguments, "output", None) or getattr(arguments, "json", None)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     mend = "free some space or write elsewhere" if full else "check the path and its permissions"
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}; {mend}"
+    return f"{f'{where}: ' if where else ''}{error.strerror or error}; {mend}"
 
 
 def _how_to_go_on(argv: Sequence[str]) -> str:

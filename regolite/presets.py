@@ -144,8 +144,8 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
     if preset not in _TABLE:
         raise UserError(f"unknown model {preset!r}; {_nearest(preset, _TABLE)} `python -m regolite presets` lists them")
     config = _TABLE[preset]
-    if overrides.get("form") == "released":
-        narrow = min(1024, config.rego.ffn_dim) if config.rego else 1024
+    if overrides.get("form") == "released" and config.rego is not None:
+        narrow = min(1024, config.rego.ffn_dim)
         overrides = {"rego_ffn_dim": narrow, "stage_auxiliary": False, "base_label": 0.8} | overrides
     parts = {"detector": config.detector, "rego": config.rego, "loss": config.loss}
     changes: dict[str, dict[str, Any]] = {"model": {}} | {part: {} for part in parts}
@@ -173,10 +173,11 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
         **overrides: changes of the preset, see :func:`configure`.
 
     Returns:
-        The detector, with its configuration as ``model.model_config``.
+        The detector, with its configuration as ``model.model_config``; classes without names get their numbers.
 
     Raises:
-        UserError: as :func:`configure`, and when the backbone's weights can't be had.
+        UserError: as :func:`configure`, when the configuration names another number of classes, and when the
+            backbone's weights can't be had.
     """
     config = configure(preset, **overrides) if isinstance(preset, str) else preset
     num_classes = num_classes if num_classes is not None else len(config.classes) or 80
@@ -184,6 +185,11 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
     for name, count in (counts | {"num_classes": num_classes}).items():
         if count < 1:
             raise UserError(f"{name}={count} must be at least 1")
+    if not config.classes:
+        numbers = tuple(range(num_classes))
+        config = replace(config, classes=tuple(map(str, numbers)), category_ids=config.category_ids or numbers)
+    if len(config.classes) != num_classes:
+        raise UserError(f"num_classes={num_classes}, but the configuration names {len(config.classes)} classes")
     _, detector = next(pair for pair in DETECTORS.values() if isinstance(config.detector, pair[0]))
     try:
         model = detector(config.detector, num_classes)

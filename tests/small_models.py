@@ -1,5 +1,8 @@
 """Detectors that are small enough to test by the dozen, and a backbone in which no cell sees its neighbours."""
 
+from contextlib import contextmanager
+
+import jaxtyping
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -87,6 +90,16 @@ def with_stub(detector):
 
 def pictures(*sizes):
     return [torch.randn(3, *size) for size in sizes]
+
+
+@contextmanager
+def unchecked():
+    """Without the checker of annotations, which finds values of a wrong type before the package does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def batch(*sizes, multiple=32):

@@ -192,7 +192,9 @@ def test_without_weights_backbones_differ():
 
 def test_imagenet_weights_are_torchvisions(monkeypatch):
     small_resnet(monkeypatch)
-    state = torchvision.models.resnet50(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False] * 3).state_dict()
+    state = torchvision.models.resnet50(
+        norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False] * 3
+    ).state_dict()
     asked = []
 
     def get_weight(name):

@@ -21,7 +21,7 @@ from regolite import RunConfig, UserError
 from regolite.cli import main
 
 DATA = "scenes:4:val=2:size=64"
-TINY = "--set queries=5 dim=32 ffn_dim=64 encoder_layers=1 decoder_layers=2 rego_stages=2 rego_ffn_dim=64"
+TINY = "--set queries=20 dim=32 ffn_dim=64 encoder_layers=1 decoder_layers=2 rego_stages=2 rego_ffn_dim=64"
 TRAIN = f"train --model rego_deformable_detr_scenes --image-size 64 --augment none {TINY}"
 COLUMNS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 
@@ -211,10 +211,13 @@ class TestEvaluate:
         line = error(["evaluate", *checkpoint, "--data", "data/coco_tiny"])
         assert "data/coco_tiny" in line and "categories" in line
 
-    def test_other_names_are_told(self, checkpoint, monkeypatch, capsys):
-        monkeypatch.setattr("regolite.data.scenes.CLASSES", tuple(f"thing {i}" for i in range(14)))
-        assert main(["evaluate", *checkpoint, "--data", DATA, "--limit-images", "1"]) == 0
-        assert "warning" in capsys.readouterr().err
+    def test_other_names_are_told(self, checkpoint, tmp_path, capsys):
+        regolite.data.Scenes(1, size=64, split="val").write(tmp_path)
+        file = tmp_path / "annotations" / "instances_val.json"
+        words = ["evaluate", *checkpoint, "--data", str(tmp_path)]
+        assert main(words) == 0 and "warning" not in capsys.readouterr().err
+        file.write_text(file.read_text("utf-8").replace('"striped star"', '"sea star"'), "utf-8")
+        assert main(words) == 0 and "other names" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -362,7 +365,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("raised", "said"),
         [
-            (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space"),
+            (OSError(errno.ENOSPC, "No space left on device"), "out: No space left on device; free some space"),
             (PermissionError(errno.EACCES, "Permission denied", "o"), "o: Permission denied; "),
             (MemoryError(), "out of memory; .*--batch-size"),
             (torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"), "out of memory; .*--batch-size"),
@@ -374,7 +377,7 @@ class TestErrors:
             raise raised
 
         monkeypatch.setattr(regolite, "train", fail)
-        assert re.match(said, error("train --data d --model m --output o"))
+        assert re.match(said, error("train --data d --model m --output out"))
 
     def test_a_worker_of_the_loader_says_one_line_too(self, tmp_path, error):
         scenes = regolite.data.Scenes(2, size=64)

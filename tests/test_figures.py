@@ -131,14 +131,14 @@ def test_stages_stand_side_by_side_with_their_glimpses():
     figure = inspect.draw_stages(picture, by_stage, CLASSES, truth, alphas=(2.0, 1.0), threshold=0.3)
     base, first, second, true = figure.axes
     assert [ax.texts[0].get_text() for ax in figure.axes] == ["Base detector", "Stage 1", "Stage 2", "Ground truth"]
-    assert boxes_of(base) == [(inspect.stage_colour(0), "-", (10, 10, 60, 60))]
+    assert boxes_of(base) == [(inspect.stage_colour(0), "solid", (10, 10, 60, 60))]
     # Stage 1 looked at query 7's box of the base detector, twice as large; a score of 0.2 hides a box, not a glimpse.
     (colour, style, region), *solid = boxes_of(first)
-    assert (colour, region) == (inspect.stage_colour(1), (80, 100, 160, 180)) and style != "-"
-    assert solid == [(inspect.stage_colour(1), "-", (110, 120, 150, 170))]
+    assert (colour, region) == (inspect.stage_colour(1), (80, 100, 160, 180)) and style != "solid"
+    assert solid == [(inspect.stage_colour(1), "solid", (110, 120, 150, 170))]
     assert boxes_of(second)[0][2] == (110, 120, 150, 170)
     assert sorted(box for _, _, box in boxes_of(second)[1:]) == [(112, 121, 151, 171), (200, 10, 220, 30)]
-    assert boxes_of(true) == [(TRUTH_COLOUR, "-", (113, 122, 150, 170))]
+    assert boxes_of(true) == [(TRUTH_COLOUR, "solid", (113, 122, 150, 170))]
     labels = [text.get_text() for text in second.texts]
     assert "traffic light 0.90" in labels and "kite 0.31" in labels and not any("0.29" in label for label in labels)
 

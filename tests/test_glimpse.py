@@ -64,7 +64,9 @@ def test_a_box_of_224_pixels_belongs_to_stride_16_and_each_doubling_one_level_up
     assert choose_level(upside_down, STRIDES).tolist() == [[0, 0]]
 
 
-@pytest.mark.parametrize("height, width, strides", [(128, 96, STRIDES), (640, 512, STRIDES), (200, 333, (8, 16, 32, 64))])
+@pytest.mark.parametrize(
+    "height, width, strides", [(128, 96, STRIDES), (640, 512, STRIDES), (200, 333, (8, 16, 32, 64))]
+)
 def test_values_and_gradients_are_those_of_torchvision(height, width, strides):
     features = pyramid(height, width, strides=strides)
     boxes = random_boxes(2, 40, height, width)

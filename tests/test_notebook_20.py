@@ -10,10 +10,12 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import Optional
 
 import nbformat
 import papermill
 import pytest
+from small_models import unchecked
 
 from regolite.errors import UserError
 from regolite.fields import fits
@@ -32,44 +34,55 @@ REHEARSAL = {
 }  # fmt: skip
 
 
+def execute(*sources: str) -> dict[str, object]:
+    """The globals after running cells."""
+    namespace: dict[str, object] = {"Optional": Optional}
+    for source in sources:
+        exec(compile(source, "a cell", "exec", dont_inherit=True), namespace)
+    return namespace
+
+
 def run(*sources: str) -> dict[str, object]:
     """Run cells and read the parameters in the last one, as the notebook does."""
-    cells, namespace = ["", *sources], {}
-    for source in sources:
-        exec(source, namespace)
-    return read_parameters([*cells, "config = regolite.RunConfig.of(read_parameters(In, globals()))"], namespace)
+    return read_parameters(["", *sources, CELLS["check"].source], execute(*sources))
+
+
+def configured(*sources: str) -> RunConfig:
+    with unchecked():
+        return RunConfig.of(run(*sources))
 
 
 def test_the_parameters_are_the_fields_of_a_run():
     values = run(PARAMETERS)
     assert list(values) == [f.name for f in fields(RunConfig)], "one field a line, in the order of RunConfig"
     assert CELLS["parameters"].metadata["tags"] == ["parameters"]
-    defaults = RunConfig.of(values)
+    defaults = configured(PARAMETERS)
     differ = {f.name for f in fields(RunConfig) if getattr(defaults, f.name) != f.default}
     assert differ <= REHEARSAL, "a default of RunConfig has changed"
 
 
 def test_the_parameters_are_annotated_as_the_fields_are():
-    namespace: dict[str, object] = {}
-    exec(PARAMETERS, namespace)
+    cell = ModuleType("cell")
+    vars(cell).update(execute(PARAMETERS))
+    annotations = typing.get_type_hints(cell)
+    samples = {str: "any", int: 1, float: 0.5, bool: True, type(None): None, list[str]: ("any",), list[int]: (1,)}
     for name, hint in typing.get_type_hints(RunConfig).items():
-        value = namespace["__annotations__"][name] if "__annotations__" in namespace else None
-        if value is None:  # Python 3.14 evaluates annotations when they are asked for
-            value = namespace["__annotate__"](1)[name]
-        kinds = typing.get_args(value) if type(None) in typing.get_args(value) else (value,)
+        kinds = typing.get_args(annotations[name]) if fits(None, hint) else (annotations[name],)
+        words = [word for literal in (hint, *typing.get_args(hint)) for word in literal_words(literal)]
         for kind in kinds:
-            sample = {str: "none", int: 1, float: 0.5, bool: True, type(None): None}.get(kind)
-            if typing.get_origin(kind) is list:
-                sample = tuple({str: "a", int: 1}[argument] for argument in typing.get_args(kind))
-            free = not fits("any", hint) and kind is str  # one of a few words
-            assert free or fits(sample, hint), f"{name}: {value}, but RunConfig has {hint}"
+            sample = words[0] if words and kind is str else samples[kind]
+            assert fits(sample, hint), f"{name}: {kind}, but RunConfig has {hint}"
+
+
+def literal_words(hint: object) -> tuple[str, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
 def test_papermill_explains_every_parameter():
     told = papermill.inspect_notebook(str(NOTEBOOK))
     assert set(told) == {f.name for f in fields(RunConfig)}
     for name, about in told.items():
-        assert about["inferred_type_name"] != "None" and len(about["help"]) > 15, name
+        assert about["inferred_type_name"] != "None" and len(about["help"]) > 10, name
 
 
 @pytest.mark.parametrize(
@@ -87,26 +100,23 @@ def test_papermill_explains_every_parameter():
 )
 def test_a_wrong_parameter_is_one_clear_error(injected: str, said: str):
     with pytest.raises(UserError) as error:
-        RunConfig.of(run(PARAMETERS, "# Parameters\n" + injected))
+        configured(PARAMETERS, "# Parameters\n" + injected)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_right_parameters_are_taken():
-    config = RunConfig.of(
-        run(PARAMETERS, "# Parameters\nepochs = 3\ndrop_epochs = [1, 2]\nlimit_images = None\nlr = 1")
-    )
+    injected = "# Parameters\nepochs = 3\ndrop_epochs = [1, 2]\nlimit_images = None\nlr = 1"
+    config = configured(PARAMETERS, injected)
     assert (config.epochs, config.drop_epochs, config.limit_images, config.lr) == (3, (1, 2), None, 1)
 
 
 def test_what_the_notebook_computes_is_no_parameter():
     later = "config = dict()\nfolder = str(1)"
-    assert RunConfig.of(run(PARAMETERS, later, "number = 3")), (
-        "cells after the first that computes are the notebook's own"
-    )
+    assert configured(PARAMETERS, later, "number = 3"), "cells after the first that computes are the notebook's own"
     # The parameters cell was changed and run again, after all the rest.
     assert run(PARAMETERS, later, "epochs: int = 7")["epochs"] == 7
     with pytest.raises(UserError, match="'epoch'; did you mean 'epochs'"):
-        RunConfig.of(run(PARAMETERS, later, "lr: float = 0.1\nepoch = 7"))
+        configured(PARAMETERS, later, "lr: float = 0.1\nepoch = 7")
 
 
 def test_parameters_must_have_been_run():

@@ -17,6 +17,7 @@ from small_models import (
     shake,
     small_resnet,
     two_stage,
+    unchecked,
     with_stub,
 )
 from torch import nn
@@ -93,7 +94,9 @@ def second_stages(model, output, height, width):
         w, h = w * stage.alpha, h * stage.alpha
         if released:
             w, h = w.clamp(max=1), h.clamp(max=1)
-        corners = torch.stack([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height], -1)
+        corners = torch.stack(
+            [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height], -1
+        )
         glimpses = pool(maps, [corners], [(height, width)])  # 2. glimpses
         head = stage.glimpse
         v = F.relu(head.window_norm(head.window(glimpses).flatten(1)))
@@ -294,12 +297,15 @@ def test_wrong_configurations():
         RegoConfig(stages=0)
     with pytest.raises(UserError, match="3 stages need 3 alphas, not 2"):
         RegoConfig(alphas=(2.0, 1.0))
-    with pytest.raises(UserError, match="'paper' and 'released', not 'relased'"):
-        Rego(deformable(), form="relased")
-    with pytest.raises(UserError, match="'glimpse' or 'hidden', not 'glimse'"):
-        Rego(deformable(), query="glimse")
     with pytest.raises(TypeError, match="stagess"):
         Rego(deformable(), stagess=2)
+
+
+def test_misspelt_choices():
+    with unchecked(), pytest.raises(UserError, match="'paper' and 'released', not 'relased'"):
+        Rego(deformable(), form="relased")
+    with unchecked(), pytest.raises(UserError, match="'glimpse' or 'hidden', not 'glimse'"):
+        Rego(deformable(), query="glimse")
 
 
 def test_fields_or_a_configuration():

@@ -14,6 +14,7 @@ from regolite.training import NonFiniteLoss, loop
 from regolite.training.batches import EpochBatches, SeededItems, loader
 from regolite.training.folder import RunFolder
 from regolite.training.schedule import lr_factor, parameter_groups
+from small_models import unchecked
 
 SMALL = (
     "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
@@ -75,7 +76,7 @@ def interrupt_at(step):
 
 
 def save_only_at(monkeypatch, *steps):
-    """Checkpoints after these steps alone, and at the end."""
+    """Checkpoints after these steps alone, and at the end; for runs with ``checkpoint_minutes=0.0``."""
     save = loop._save
 
     def chosen(folder, model, optimizer, average, evaluated, progress, window, accelerator):
@@ -184,7 +185,7 @@ def whole(tmp_path_factory):
 # the interrupted session; steps 2 and 5 lie within an epoch, and step 5 between two lines of metrics.
 @pytest.mark.parametrize("saved", [2, 3, 5])
 def test_interrupted_run_ends_like_an_uninterrupted_one(config, monkeypatch, whole, saved):
-    plan = config(evaluate_every=1, log_every=2)
+    plan = config(evaluate_every=1, log_every=2, checkpoint_minutes=0.0)
     save_only_at(monkeypatch, saved)
     with pytest.raises(Interrupted):
         train(plan, interrupt_at(6))
@@ -206,7 +207,7 @@ def test_interrupted_before_the_first_checkpoint(config, whole):
 
 
 def test_damaged_checkpoint_is_passed_over(config, monkeypatch, whole):
-    plan = config(evaluate_every=1, log_every=2)
+    plan = config(evaluate_every=1, log_every=2, checkpoint_minutes=0.0)
     save_only_at(monkeypatch, 2, 5)
     with pytest.raises(Interrupted):
         train(plan, interrupt_at(6))
@@ -283,7 +284,7 @@ def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch, cause):
     named = "terms of the loss are not finite: base/l1, stage1/giou" if cause == "terms" else "not finite: base/logits"
     # Ruined weights show in the step after.
     with pytest.raises(NonFiniteLoss, match=rf"stopped at step {3 + (cause == 'weights')}: .*{named}") as error:
-        train(config())
+        train(config(checkpoint_minutes=0.0))
     assert isinstance(error.value, UserError) and "Lower the learning rate" in str(error.value)
     folder = RunFolder(config().output, resume=True)
     assert "not finite" in (folder.path / "train.log").read_text()
@@ -410,23 +411,25 @@ def test_parameter_groups():
     ],
 )
 def test_wrong_values(values, message):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error, unchecked():
         RunConfig.of(values)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_right_values():
-    plan = RunConfig.of({"lr": 1, "drop_epochs": [3, 5], "max_minutes": None, "overrides": ["queries=3"]})
+    with unchecked():
+        plan = RunConfig.of({"lr": 1, "drop_epochs": [3, 5], "max_minutes": None, "overrides": ["queries=3"]})
+        assert RunConfig.of(json.loads(json.dumps(plan.to_dict()))) == plan
     assert plan.drop_epochs == (3, 5) and plan.overrides == ("queries=3",)
-    assert RunConfig.of(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"overrides": ("queries",)}, "override 'queries' has no value; write name=value"),
-        ({"overrides": ("querys=3",)}, "has no field 'querys'; did you mean 'queries'?"),
+        ({"overrides": ("queriess=3",)}, "has no field 'queriess'; did you mean 'queries'?"),
         ({"model": "rego_deformable_detr_tyni"}, "did you mean"),
+        ({"precision": "fp16"}, "precision='fp16' cannot be had here"),
         ({"device": "gpu"}, "unknown device 'gpu'; choose auto, cpu, cuda or mps"),
         ({"data": "nowhere"}, "data folder nowhere does not exist"),
     ],
@@ -475,11 +478,11 @@ def test_a_picture_looks_the_same_whoever_prepares_it():
     dataset = Scenes(4, size=64, transform=make_transform("laptop", 64, train=True))
     items = SeededItems(dataset, seed=3)
     batches = EpochBatches(torch.ones(4), 2, 3, 0)
-    before = torch.get_rng_state()
     for workers in (0, 2):
         for (images, targets), keys in zip(loader(dataset, 3, workers, batches, False), batches):
             wanted, others = collate([items[key] for key in keys], multiple=32)
             assert torch.equal(images.pixels, wanted.pixels)
             assert [t.image_id for t in targets] == [t.image_id for t in others]
+    before = torch.get_rng_state()
     assert not torch.equal(items[0, 1][0], items[1, 1][0])  # but another one in another epoch
-    del before
+    assert torch.equal(torch.get_rng_state(), before)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -171,7 +172,11 @@ def _accelerator(config: RunConfig) -> Accelerator:
         raise UserError("device='cuda', but PyTorch sees no CUDA GPU; use device='auto'")
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise UserError("device='mps', but PyTorch sees no Apple GPU; use device='auto'")
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the next run in a notebook had to be like the first
+    try:
+        return Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    except ValueError as error:
+        raise UserError(f"precision={config.precision!r} cannot be had here: {error}") from error
 
 
 def _prepare_data(config: RunConfig) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:

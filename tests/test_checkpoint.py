@@ -1,0 +1,227 @@
+"""Checkpoints: the same outputs after loading, one clear error for every wrong file, and never half a file."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small_models import batch
+
+from regolite.checkpoint import KEY, load, load_weights, read_config, save_model, write_atomic
+from regolite.errors import UserError
+from regolite.presets import build
+from regolite.rego import Rego
+
+SMALL = {
+    "queries": 5, "dim": 32, "heads": 4, "ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 2,
+    "backbone": "tiny", "weights": None, "frozen_stages": 0,
+}  # fmt: skip
+
+
+def small(name="rego_deformable_detr_refined_scenes", num_classes=3, **changes):
+    rego = {"stages": 2, "rego_ffn_dim": 32} if name.startswith("rego_") else {}
+    return build(name, num_classes, **(SMALL | rego | changes)).eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = small(classes=("cat", "dog", "emu"), category_ids=(3, 4, 9))
+    save_model(model, tmp_path / "model.safetensors")
+    return model, tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("detr_scenes", {}),
+        ("rego_detr_star_scenes", {"alphas": (1.5, 0.5)}),
+        ("rego_deformable_detr_scenes", {"form": "released", "detach_hidden": True}),
+        ("rego_deformable_detr_two_stage_scenes", {"levels": 4}),
+    ],
+)
+def test_saved_and_loaded_models_give_the_same_outputs(tmp_path, name, changes):
+    model = small(name, **changes)
+    save_model(model, tmp_path / "model.safetensors")
+    torch.manual_seed(1)
+    again = load(tmp_path / "model.safetensors")
+    assert type(again) is type(model) and not again.training
+    assert again.model_config == model.model_config
+    images = batch((64, 64), (96, 50))
+    with torch.no_grad():
+        one, other = model(images), again(images)
+    assert len(one.by_stage) == len(other.by_stage)
+    for mine, theirs in zip([*one.layers, *one.by_stage], [*other.layers, *other.by_stage]):
+        assert torch.equal(mine.logits, theirs.logits) and torch.equal(mine.boxes, theirs.boxes)
+
+
+def test_a_checkpoint_needs_no_weights_of_the_backbone(tmp_path, monkeypatch):
+    """The file holds them all: it loads on a machine without network and without the bundled file."""
+    model = small("detr_tiny", backbone="mobilenet_v2", weights="bundled")
+    save_model(model, tmp_path / "model.safetensors")
+    monkeypatch.setattr("regolite.backbone.BUNDLED", tmp_path / "nowhere.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert read_config(tmp_path / "model.safetensors").detector.weights == "bundled"
+
+
+def test_the_file_is_safetensors_and_says_what_it_is(saved):
+    model, path = saved
+    stored = load_file(path)
+    assert stored.keys() == model.state_dict().keys()
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()[KEY])
+    assert (config["preset"], config["kind"]) == ("rego_deformable_detr_refined_scenes", "deformable_detr")
+    assert config["classes"] == ["cat", "dog", "emu"] and config["rego"]["stages"] == 2
+    assert read_config(path) == model.model_config
+
+
+def test_the_same_weights_give_the_same_bytes(saved, tmp_path):
+    model, path = saved
+    save_model(model, tmp_path / "again.safetensors")
+    save_model(load(path), tmp_path / "loaded.safetensors")
+    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    assert path.read_bytes() == (tmp_path / "loaded.safetensors").read_bytes()
+
+
+def test_paths_may_be_text_and_folders_are_made(tmp_path):
+    save_model(small(), str(tmp_path / "a" / "b" / "model.safetensors"))
+    assert load(str(tmp_path / "a" / "b" / "model.safetensors")) is not None
+
+
+# Wrong files
+
+
+class Spy:
+    """An object whose unpickling would leave a trace."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_files_that_are_no_checkpoints(saved, tmp_path):
+    _, path = saved
+    files = tmp_path / "wrong"
+    files.mkdir()
+    whole = path.read_bytes()
+    (files / "empty.safetensors").write_bytes(b"")
+    (files / "text.safetensors").write_text("hello, this is no checkpoint at all")
+    (files / "cut_header.safetensors").write_bytes(whole[:200])
+    (files / "cut_weights.safetensors").write_bytes(whole[:-1000])
+    (files / "longer.safetensors").write_bytes(whole + b"more")
+    (files / "pickle.safetensors").write_bytes(pickle.dumps(Spy(tmp_path / "trace")))
+    torch.save({"weight": torch.zeros(2)}, files / "torch.pth")
+    (files / "folder.safetensors").mkdir()
+    for wrong in [*sorted(files.iterdir()), files / "missing.safetensors"]:
+        for read in (load, read_config):
+            with pytest.raises(UserError) as caught:
+                read(wrong)
+            assert str(wrong) in str(caught.value) and "\n" not in str(caught.value), wrong.name
+    assert not (tmp_path / "trace").exists()
+
+
+def test_weights_of_others_are_sent_to_their_reader(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "theirs.safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "tagged.safetensors", metadata={"format": "pt"})
+    for name in ("theirs.safetensors", "tagged.safetensors"):
+        with pytest.raises(UserError, match=f"{name} holds no regolite model"):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "no json",
+        "null",
+        "[]",
+        "{}",
+        '{"kind": "yolo"}',
+        '{"kind": "detr", "preset": "x", "detector": {"wings": 2}, "rego": null, "loss": {}}',
+        '{"kind": "detr", "preset": "x", "detector": 3, "rego": null, "loss": {}}',
+        '{"kind": "detr", "preset": "x", "detector": {}, "rego": {"stages": 0}, "loss": {}}',
+    ],
+)
+def test_configurations_that_cannot_be_read(tmp_path, stored):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors", metadata={KEY: stored})
+    with pytest.raises(UserError, match=r"other\.safetensors was written by another version"):
+        load(tmp_path / "other.safetensors")
+
+
+def rewrite(path, change):
+    """The same checkpoint with other weights."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata=metadata)
+
+
+def test_weights_that_do_not_fit_are_named(saved):
+    model, path = saved
+    rewrite(path, lambda state: (state.pop("stages.0.class_head.bias"), state.update(wings=torch.zeros(2))))
+    with pytest.raises(
+        UserError, match=r"1 weights are missing \(stages\.0\.class_head\.bias\), 1 are unknown \(wings\)"
+    ):
+        load(path)
+
+
+def test_shapes_that_do_not_fit_are_named(saved):
+    model, path = saved
+    rewrite(path, lambda state: state.update({"stages.0.class_head.bias": torch.zeros(9)}))
+    with pytest.raises(UserError, match=r"stages\.0\.class_head\.bias is \(9,\) there and \(3,\) here"):
+        load(path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError):
+        load_weights(model, path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # none of it was loaded
+
+
+def test_another_model_is_refused(saved):
+    _, path = saved
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_weights(small("detr_scenes"), path)
+    with pytest.raises(UserError, match="does not fit the model: .*another number of classes"):
+        load_weights(small(num_classes=4), path)
+
+
+def test_a_model_put_together_by_hand_is_refused(tmp_path):
+    model = Rego(small("deformable_detr_scenes"), stages=1, ffn_dim=32)
+    with pytest.raises(UserError, match=r"regolite\.build"):
+        save_model(model, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Whole or not at all
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_the_old_file(saved, tmp_path, monkeypatch, where):
+    model, path = saved
+    before = path.read_bytes()
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, where, fail)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(model, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]  # and nothing beside it
+    save_model(model, path)
+    assert path.read_bytes() != before
+
+
+def test_write_atomic_replaces(tmp_path):
+    write_atomic(tmp_path / "new" / "file", b"one")
+    write_atomic(tmp_path / "new" / "file", b"two")
+    assert (tmp_path / "new" / "file").read_bytes() == b"two"
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
