@@ -16,7 +16,7 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 import torchvision
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -64,7 +64,10 @@ class Backbone(nn.Module):
             for random ones.
         dilated: DC5: stage 5 keeps the stride of stage 4 and its convolutions are dilated (ResNets only).
         frozen_stages: the stem and the stages up to this number are not trained (DETR freezes up to stage 2).
-        mask_padding: set the maps to zero on padding, so that no later layer sees what lies there.
+        mask_padding: hide padding from every convolution, so that a picture has the same maps alone and in any batch.
+            A convolution reads zeros beyond the edge of a picture that is alone; in a batch it would read what the
+            layers before have made of the padding, as the published detectors do. (The GroupNorm of ``tiny`` counts
+            padding all the same.)
 
     Attributes:
         channels: channels of each returned map.
@@ -96,6 +99,11 @@ class Backbone(nn.Module):
         self.channels = [channels[s] for s in self.stages]
         self.strides = [16 if dilated and s == 5 else 2**s for s in self.stages]
         self.mask_padding = mask_padding
+        if mask_padding:
+            for module in self.body.modules():
+                # All that reads neighbours; the maximum is taken of a ReLU's output, where zeros say nothing.
+                if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.kernel_size != (1, 1):
+                    module.register_forward_pre_hook(self._hide_padding)
         if weights is not None:
             self.body.load_state_dict(_state_dict(name, weights, self.body.state_dict()))
         if frozen_stages:
@@ -105,6 +113,7 @@ class Backbone(nn.Module):
     def forward(self, images: ImageBatch) -> list[FeatureMap]:
         """The pyramid of a batch, finest map first."""
         maps, x = {}, images.pixels
+        self._masks = halvings(images.mask)
         stage_of = {end: stage for stage, end in self.ends.items()}
         for number, part in enumerate(self.body, start=1):
             x = part(x)
@@ -112,14 +121,28 @@ class Backbone(nn.Module):
                 maps[stage_of[number]] = x
         features = []
         for stage, stride in zip(self.stages, self.strides):
-            mask = shrink(images.mask, tuple(maps[stage].shape[-2:]))
-            x = maps[stage].masked_fill(mask[:, None], 0.0) if self.mask_padding else maps[stage]
-            features.append(FeatureMap(x, mask, stride))
+            x, size = maps[stage], tuple(maps[stage].shape[-2:])
+            mask = self._masks[size] if self.mask_padding else shrink(images.mask, size)
+            features.append(FeatureMap(x.masked_fill(mask[:, None], 0.0) if self.mask_padding else x, mask, stride))
+        self._masks = {}
         return features
+
+    def _hide_padding(self, module: nn.Module, inputs: tuple[Float[Tensor, "B C h w"]]) -> Float[Tensor, "B C h w"]:
+        (x,) = inputs
+        return x.masked_fill(self._masks[tuple(x.shape[-2:])][:, None], 0.0)
+
+
+def halvings(mask: Bool[Tensor, "B H W"]) -> dict[tuple[int, int], Bool[Tensor, "B _h _w"]]:
+    """The padding mask at strides 1 to 32, by its size: a cell is padding where it lies wholly on padding."""
+    masks = {}
+    for _ in range(6):
+        masks[tuple(mask.shape[1:])] = mask
+        mask = mask[:, ::2, ::2]
+    return masks
 
 
 def shrink(mask: Bool[Tensor, "B H W"], size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
-    """The padding mask at the size of a feature map, nearest neighbour, as DETR does it."""
+    """The padding mask at the size of a feature map, nearest neighbour, as the published detectors do it."""
     return F.interpolate(mask[None].float(), size=size)[0].bool()
 
 

@@ -126,7 +126,7 @@ class DeformableDetr(nn.Module):
         self.box_heads = nn.ModuleList(box_head(c.dim, size) for size in sizes)
 
     def forward(self, images: ImageBatch) -> DetectorOutput:
-        """Detect: tokens look at the pyramid (encoder), queries look at the tokens (decoder), heads read the queries."""
+        """Detect: tokens look at the pyramid (encoder), queries look at tokens (decoder), heads read the queries."""
         maps = self.pyramid(self.backbone(images), images.mask)
         positions = [
             sine_positions(f.mask, self.dim, centre=True) + level[:, None, None]

@@ -37,6 +37,8 @@ class DetrConfig:
         ffn_dim: width of the feed-forward networks.
         dropout: probability of dropping.
         queries: number of object queries N_d.
+        mask_padding: hide padding from the backbone, so that a picture's boxes do not depend on the batch. The
+            published models let it in.
         reference_points: DETR*: each query predicts its box around a learnt reference point.
         scoring: ``"softmax"`` over the classes and "no object" (DETR), or a ``"sigmoid"`` for each class (DETR*).
     """
@@ -52,6 +54,7 @@ class DetrConfig:
     ffn_dim: int = 2048
     dropout: float = 0.1
     queries: int = 100
+    mask_padding: bool = True
     reference_points: bool = False
     scoring: Literal["softmax", "sigmoid"] = "softmax"
 
@@ -78,7 +81,9 @@ class Detr(nn.Module):
         c = config
         self.dim, self.heads, self.scoring, self.dilated = c.dim, c.heads, c.scoring, c.dilated
         self.columns = num_classes + (c.scoring == "softmax")
-        self.backbone = Backbone(c.backbone, (2, 3, 4, 5), c.weights, c.dilated, c.frozen_stages)
+        self.backbone = Backbone(
+            c.backbone, (2, 3, 4, 5), c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
+        )
         self.feature_channels = self.backbone.channels
         self.input_projection = nn.Conv2d(self.backbone.channels[-1], c.dim, 1)
         self.encoder = Encoder(

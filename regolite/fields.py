@@ -28,11 +28,14 @@ def check(config: Any) -> None:
 
 
 def checked(config: T, changes: dict[str, Any]) -> T:
-    """A configuration with some fields changed, and checked.
+    """A configuration with some fields changed, and checked; one value may stand for a list of one.
 
     Raises:
         UserError: as :func:`check`, and when the fields do not fit each other.
     """
+    hints = typing.get_type_hints(type(config))
+    single = [n for n, v in changes.items() if typing.get_origin(hints[n]) is tuple and not isinstance(v, tuple)]
+    changes = changes | {name: (changes[name],) for name in single}
     try:
         changed = replace(config, **changes)
     except UserError:

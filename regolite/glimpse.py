@@ -51,7 +51,9 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
     """
     batch, queries = boxes_xyxy.shape[:2]
     device = boxes_xyxy.device
-    boxes = boxes_xyxy.detach().float()
+    boxes = (
+        boxes_xyxy.detach().float().nan_to_num()
+    )  # the loss names boxes that are not numbers; here they have no index
     level = choose_level(boxes, [f.stride for f in features])
 
     # What each box needs to know of its level, looked up: stride, cells of its own picture, cells of the padded map.

@@ -181,7 +181,10 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
     """
     config = configure(preset, **overrides) if isinstance(preset, str) else preset
     num_classes = num_classes if num_classes is not None else len(config.classes) or 80
-    counts = {name: getattr(config.detector, name) for name in ("queries", "decoder_layers", "dim", "heads")}
+    sizes = ("queries", "decoder_layers", "dim", "heads", "ffn_dim", "points", "levels")
+    counts = {name: getattr(config.detector, name) for name in sizes if hasattr(config.detector, name)}
+    if config.rego is not None:
+        counts |= {f"rego_{name}": getattr(config.rego, name) for name in ("decoder_layers", "ffn_dim")}
     for name, count in (counts | {"num_classes": num_classes}).items():
         if count < 1:
             raise UserError(f"{name}={count} must be at least 1")

@@ -14,7 +14,7 @@ trained with it load and give the same outputs; the places where it parts from t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -112,6 +112,8 @@ class Rego(nn.Module):
         self.config = config = config if config is not None else RegoConfig(**fields)
         self.detector = detector
         self.dim, self.scoring, self.columns = detector.dim, detector.scoring, detector.columns
+        if hasattr(detector, "model_config"):  # a detector of regolite.build: together they can be saved and loaded
+            self.model_config = replace(detector.model_config, rego=config)
         # Single-scale detectors hand over the raw maps of their backbone: a 1x1 convolution each (appendix A.1).
         self.projections = nn.ModuleList(
             nn.Identity() if detector.projected else nn.Conv2d(channels, self.dim, 1)

@@ -148,8 +148,9 @@ def test_no_gradient_reaches_frozen_stages():
     assert [p.grad is not None for p in backbone.parameters()] == [p.requires_grad for p in backbone.parameters()]
 
 
-def test_masks_are_true_on_cells_wholly_on_padding():
-    images = batch_pictures([torch.randn(3, 64, 96), torch.randn(3, 96, 37)], multiple=32)
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_masks_are_true_on_cells_wholly_on_padding(multiple):
+    images = batch_pictures([torch.randn(3, 64, 97), torch.randn(3, 99, 37)], multiple)
     for feature in Backbone("tiny")(images):
         s = feature.stride
         height, width = feature.mask.shape[1:]
@@ -160,16 +161,38 @@ def test_masks_are_true_on_cells_wholly_on_padding():
                     assert feature.mask[b, i, j] == window.all()
 
 
-def test_maps_are_zero_on_padding_unless_told_otherwise(bundled):
-    images = batch_pictures([torch.randn(3, 64, 96), torch.randn(3, 96, 64)])
-    open_one = Backbone("mobilenet_v2", weights="bundled", mask_padding=False)
+@pytest.mark.parametrize("name, dilated", [("mobilenet_v2", False), ("resnet50", False), ("resnet50", True)])
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_padding_changes_no_map(monkeypatch, name, dilated, multiple):
+    small_resnet(monkeypatch)
+    weights = "bundled" if name == "mobilenet_v2" else None
+    backbone = Backbone(name, weights=weights, dilated=dilated).eval()
+    if name == "resnet50":  # frozen statistics that change nothing would leave zeros zeros
+        for norm in (m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)):
+            nn.init.normal_(norm.bias)
+    pictures = [torch.randn(3, 64, 97), torch.randn(3, 99, 37), torch.randn(3, 30, 30)]
     with torch.no_grad():
-        for closed, open_ in zip(bundled(images), open_one(images)):
-            inside = ~closed.mask[:, None].expand_as(closed.tensor)
-            assert (closed.tensor[~inside] == 0).all()
-            assert (open_.tensor[~inside] != 0).any()
-            assert torch.equal(closed.tensor[inside], open_.tensor[inside])
-            assert torch.equal(closed.mask, open_.mask)
+        together = backbone(batch_pictures(pictures, multiple))
+        for b, picture in enumerate(pictures):
+            for one, many in zip(backbone(batch_pictures([picture], multiple)), together):
+                height, width = one.tensor.shape[-2:]
+                torch.testing.assert_close(many.tensor[b, :, :height, :width], one.tensor[0], rtol=1e-4, atol=1e-5)
+                assert torch.equal(many.mask[b, :height, :width], one.mask[0])
+                assert many.mask[b, height:].all() and many.mask[b, :, width:].all()
+                assert (many.tensor[b, :, many.mask[b]] == 0).all()
+
+
+def test_published_detectors_let_padding_in(bundled):
+    pictures = [torch.randn(3, 64, 96), torch.randn(3, 96, 64)]
+    published = Backbone("mobilenet_v2", weights="bundled", mask_padding=False)
+    with torch.no_grad():
+        alone, together = published(batch_pictures(pictures[:1])), published(batch_pictures(pictures))
+        for one, same in zip(alone, bundled(batch_pictures(pictures[:1]))):
+            assert torch.equal(one.tensor, same.tensor)  # without padding there is no difference
+    for one, many in zip(alone, together):
+        height, width = one.tensor.shape[-2:]
+        assert (many.tensor[0, :, :height, :width] - one.tensor[0]).abs().max() > 0.1
+        assert (many.tensor[0, :, many.mask[0]] != 0).any()
 
 
 # Weights

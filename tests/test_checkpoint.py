@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import batch
+from small_models import batch, deformable
 
 from regolite.checkpoint import KEY, load, load_weights, read_config, save_model, write_atomic
 from regolite.errors import UserError
@@ -190,11 +190,18 @@ def test_another_model_is_refused(saved):
         load_weights(small(num_classes=4), path)
 
 
-def test_a_model_put_together_by_hand_is_refused(tmp_path):
-    model = Rego(small("deformable_detr_scenes"), stages=1, ffn_dim=32)
+def test_rego_put_on_a_detector_by_hand(tmp_path):
+    """On a detector of regolite.build it is saved and loaded as a whole; a stranger's configuration is unknown."""
+    model = Rego(small("deformable_detr_scenes"), stages=1, ffn_dim=32).eval()
+    save_model(model, tmp_path / "model.safetensors")
+    again, images = load(tmp_path / "model.safetensors"), batch((64, 64))
+    with torch.no_grad():
+        assert torch.equal(again(images).final.boxes, model(images).final.boxes)
+
+    stranger = Rego(deformable(), stages=1, ffn_dim=32)
     with pytest.raises(UserError, match=r"regolite\.build"):
-        save_model(model, tmp_path / "model.safetensors")
-    assert list(tmp_path.iterdir()) == []
+        save_model(stranger, tmp_path / "stranger.safetensors")
+    assert not (tmp_path / "stranger.safetensors").exists()
 
 
 # Whole or not at all

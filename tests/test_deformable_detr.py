@@ -270,7 +270,7 @@ def test_each_refined_layer_corrects_the_detached_boxes_of_the_one_before():
     for number in (1, 2):
         with torch.no_grad():
             states = []
-            hook = model.decoder_layers[number].register_forward_hook(lambda m, i, o: states.append((i, o)))
+            hook = model.decoder_layers[number].register_forward_hook(lambda m, i, o, s=states: s.append((i, o)))
             again = model(batch((64, 64)))
             hook.remove()
         ((inputs, state),) = states

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import unchecked
 
 from regolite import RunConfig, UserError, build, load, train
 from regolite.data import Scenes, collate, make_transform
@@ -14,7 +15,6 @@ from regolite.training import NonFiniteLoss, loop
 from regolite.training.batches import EpochBatches, SeededItems, loader
 from regolite.training.folder import RunFolder
 from regolite.training.schedule import lr_factor, parameter_groups
-from small_models import unchecked
 
 SMALL = (
     "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
@@ -429,7 +429,7 @@ def test_right_values():
         ({"overrides": ("queries",)}, "override 'queries' has no value; write name=value"),
         ({"overrides": ("queriess=3",)}, "has no field 'queriess'; did you mean 'queries'?"),
         ({"model": "rego_deformable_detr_tyni"}, "did you mean"),
-        ({"precision": "fp16"}, "precision='fp16' cannot be had here"),
+        ({"precision": "fp16"}, "precision='fp16' needs a GPU; use precision='bf16' or 'no'"),
         ({"device": "gpu"}, "unknown device 'gpu'; choose auto, cpu, cuda or mps"),
         ({"data": "nowhere"}, "data folder nowhere does not exist"),
     ],

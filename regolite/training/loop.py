@@ -174,9 +174,12 @@ def _accelerator(config: RunConfig) -> Accelerator:
         raise UserError("device='mps', but PyTorch sees no Apple GPU; use device='auto'")
     AcceleratorState._reset_state(reset_partial_state=True)  # or the next run in a notebook had to be like the first
     try:
-        return Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+        accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
     except ValueError as error:
         raise UserError(f"precision={config.precision!r} cannot be had here: {error}") from error
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("precision='fp16' needs a GPU; use precision='bf16' or 'no'")
+    return accelerator
 
 
 def _prepare_data(config: RunConfig) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:
