@@ -136,7 +136,7 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
         **overrides: fields of the model, of its base detector, of REGO or of the loss, in this order; a field that
             several have is the detector's, and ``rego_`` before it makes it REGO's (``rego_ffn_dim=1024``).
             ``form="released"`` also sets what the released code does beside the module: feed-forward networks 1024
-            wide, no auxiliary losses in the stages, the base detector's classification loss times 0.8.
+            wide, padding let in, no auxiliary losses in the stages, the base detector's classification loss times 0.8.
 
     Raises:
         UserError: for a preset or a field that does not exist; the message names the nearest one.
@@ -146,7 +146,8 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
     config = _TABLE[preset]
     if overrides.get("form") == "released" and config.rego is not None:
         narrow = min(1024, config.rego.ffn_dim)
-        overrides = {"rego_ffn_dim": narrow, "stage_auxiliary": False, "base_label": 0.8} | overrides
+        beside = {"rego_ffn_dim": narrow, "mask_padding": False, "stage_auxiliary": False, "base_label": 0.8}
+        overrides = beside | overrides
     parts = {"detector": config.detector, "rego": config.rego, "loss": config.loss}
     changes: dict[str, dict[str, Any]] = {"model": {}} | {part: {} for part in parts}
     for name, value in overrides.items():

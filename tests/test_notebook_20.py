@@ -126,7 +126,9 @@ def test_parameters_must_have_been_run():
 
 def test_the_check_comes_right_after_the_parameters():
     code = [cell.id for cell in CELLS.values() if cell.cell_type == "code"]
-    assert code[code.index("parameters") + 1] == "check" and "read_parameters(In, globals())" in CELLS["check"].source
+    assert (
+        code[code.index("parameters") + 1] == "check" and "read_parameters(cells, globals())" in CELLS["check"].source
+    )
 
 
 @pytest.mark.slow
@@ -157,3 +159,10 @@ def test_the_demo_passes_parameters_that_exist(tasks: ModuleType):
     rehearsal = {"data", "output", "max_minutes"}
     left = {name for name in REHEARSAL - rehearsal if name not in tasks.RECIPE}
     assert not left, "the demo says all that the rehearsal changes"
+
+
+def test_reads_the_parameters_where_no_history_is_kept():
+    """nbval runs cells without history: the names of RunConfig are taken from the notebook's variables."""
+    assert read_parameters([""], {"epochs": 3, "json": json}) == {"epochs": 3}
+    with pytest.raises(UserError, match="run the parameters cell first"):
+        read_parameters([""], {"json": json})

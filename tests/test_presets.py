@@ -163,6 +163,7 @@ def test_the_released_form_brings_what_belongs_to_it():
     config = configure("rego_deformable_detr_r50", form="released")
     assert (config.rego.form, config.rego.ffn_dim) == ("released", 1024)
     assert (config.loss.stage_auxiliary, config.loss.base_label) == (False, 0.8)
+    assert not config.detector.mask_padding and configure("rego_deformable_detr_r50").detector.mask_padding
     assert configure("rego_deformable_detr_tiny", form="released").rego.ffn_dim == 512
     kept = configure("rego_deformable_detr_r50", form="released", rego_ffn_dim=2048, base_label=1.0)
     assert (kept.rego.ffn_dim, kept.loss.base_label) == (2048, 1.0)

@@ -434,6 +434,28 @@ def test_boxes_are_corrections_of_constants():
     assert through.any()
 
 
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_the_hidden_states_learn_as_key_and_value_but_not_in_the_concatenation(form):
+    stage = rego(deformable(), form=form).train().stages[0]
+    output = stage_inputs()
+    hidden = output.queries.detach().requires_grad_()
+    predictions, grown = stage(output.features, torch.tensor([[64, 96]]), hidden, output.layers[-1].boxes.detach())
+    (through,) = torch.autograd.grad(prediction_loss(predictions), [hidden])
+    assert through.any()
+    nn.init.zeros_(stage.condense.weight)  # now nobody asks the hidden states
+    predictions, grown = stage(output.features, torch.tensor([[64, 96]]), hidden, output.layers[-1].boxes.detach())
+    (through,) = torch.autograd.grad(prediction_loss(predictions), [hidden], retain_graph=True)
+    assert not through.any()
+    # What is handed to the next stage is not detached, since there it is key and value again.
+    (through,) = torch.autograd.grad(grown.sum(), [hidden])
+    assert through.all()
+
+
+def stage_inputs():
+    with torch.no_grad():
+        return deformable()(batch((64, 96)))
+
+
 def test_the_base_loss_does_not_reach_the_stages():
     model = rego(deformable()).train()
     prediction_loss(model(batch((64, 96))).layers).backward()

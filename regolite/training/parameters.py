@@ -8,9 +8,21 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from regolite.errors import UserError
+from regolite.training.config import RunConfig
+
+
+def watch_cells() -> list[str]:
+    """A list to which this notebook adds the source of every cell that is run from now on."""
+    from IPython import get_ipython
+
+    cells: list[str] = []
+    # Not IPython's own history: nbval runs cells without it.
+    get_ipython().events.register("pre_run_cell", lambda info: cells.append(info.raw_cell))
+    return cells
 
 
 def read_parameters(cells: Sequence[str], namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,7 +32,7 @@ def read_parameters(cells: Sequence[str], namespace: Mapping[str, Any]) -> dict[
     long as it does nothing but set names to literals, as papermill's cell does.
 
     Args:
-        cells: sources of the cells that were run, in order: IPython's ``In``.
+        cells: sources of the cells that were run, in order, from :func:`watch_cells`.
         namespace: the notebook's ``globals()``.
 
     Raises:
@@ -28,8 +40,11 @@ def read_parameters(cells: Sequence[str], namespace: Mapping[str, Any]) -> dict[
     """
     parsed = [_parse(source) for source in cells]
     annotated = [n for n, cell in enumerate(parsed) if any(isinstance(line, ast.AnnAssign) for line in cell)]
-    if not annotated:
-        raise UserError("no parameters yet: run the parameters cell first")
+    if not annotated:  # a runner that keeps no history, such as nbval; it adds no parameters either
+        known = {f.name: namespace[f.name] for f in fields(RunConfig) if f.name in namespace}
+        if not known:
+            raise UserError("no parameters yet: run the parameters cell first")
+        return known
     names = _assigned(parsed[annotated[-1]])
     for cell in parsed[annotated[-1] + 1 :]:
         if not all(isinstance(line, ast.Assign) and _is_literal(line.value) for line in cell):
