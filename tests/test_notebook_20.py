@@ -163,6 +163,6 @@ def test_the_demo_passes_parameters_that_exist(tasks: ModuleType):
 
 def test_reads_the_parameters_where_no_history_is_kept():
     """nbval runs cells without history: the names of RunConfig are taken from the notebook's variables."""
-    assert read_parameters([""], {"epochs": 3, "json": json}) == {"epochs": 3}
+    assert read_parameters([""], {"epochs": 3, "os": os}) == {"epochs": 3}
     with pytest.raises(UserError, match="run the parameters cell first"):
-        read_parameters([""], {"json": json})
+        read_parameters([""], {"os": os})
