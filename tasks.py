@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -235,8 +236,37 @@ def notebooks(args, rest):
     for notebook in found:
         step("2/2", f"running {shown(notebook)}")
         words = ["--ExecutePreprocessor.store_widget_state=False", "--ExecutePreprocessor.record_timing=False", *rest]
-        words = ["nbconvert", "--to", "notebook", "--execute", "--inplace", "--log-level=WARN", *words, notebook]
-        module(python, *words, OMP_NUM_THREADS="1")
+        command = [python, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", "--log-level=WARN", *words]
+        began = time.monotonic()
+        run = subprocess.Popen([*command, str(notebook)], cwd=str(ROOT), env=dict(os.environ, OMP_NUM_THREADS="1"))
+        failed, kilobytes = finish(run)
+        if failed:
+            raise SystemExit(f"tasks.py: {shown(notebook)} did not run to its end; nothing was stored")
+        write_time(notebook, time.monotonic() - began, kilobytes)
+
+
+def finish(run):
+    """Wait for a process; its exit status, and the memory that it or a child took (Windows does not say)."""
+    if not hasattr(os, "wait4"):
+        return run.wait(), None
+    _, run.returncode, usage = os.wait4(run.pid, 0)
+    return run.returncode, usage.ru_maxrss
+
+
+def write_time(notebook, seconds, kilobytes):
+    """Write what a notebook took into its first cell, where it says `**Time.** ...`."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    took = f"{math.ceil(seconds / 5) * 5} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+    if kilobytes:  # macOS counts bytes
+        took += f" and {kilobytes / (1 << 30 if sys.platform == 'darwin' else 1 << 20):.1f} GB of memory"
+    first = content["cells"][0]
+    text = "".join(first["source"])
+    timed = re.sub(r"\*\*Time\.\*\* .*? on one CPU core", f"**Time.** {took} on one CPU core", text, flags=re.DOTALL)
+    if timed == text and "**Time.**" not in text:
+        return
+    first["source"] = timed.splitlines(keepends=True)
+    notebook.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(f"      {took}", flush=True)
 
 
 def lab(args, rest):

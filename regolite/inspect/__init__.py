@@ -5,6 +5,20 @@ Models know nothing of this room; it reads their outputs and the lines of ``metr
 
 from __future__ import annotations
 
+from regolite.inspect.drawing import (
+    draw_box,
+    draw_heat,
+    draw_matrix,
+    draw_objects,
+    draw_picture,
+    draw_points,
+    draw_title,
+    panels,
+    stage_colour,
+    stage_name,
+    style_axes,
+    to_picture,
+)
 from regolite.inspect.figures import (
     draw_detections,
     draw_run,
@@ -14,21 +28,32 @@ from regolite.inspect.figures import (
     plot_ap_by_stage,
     plot_curves,
     save_figure,
-    stage_colour,
-    stage_name,
     table_by_stage,
 )
+from regolite.inspect.notebook import begin, show
 
 __all__ = [
+    "begin",
+    "draw_box",
     "draw_detections",
+    "draw_heat",
+    "draw_matrix",
+    "draw_objects",
+    "draw_picture",
+    "draw_points",
     "draw_run",
     "draw_stages",
+    "draw_title",
     "draw_truth",
     "ground_truth",
+    "panels",
     "plot_ap_by_stage",
     "plot_curves",
     "save_figure",
+    "show",
     "stage_colour",
     "stage_name",
+    "style_axes",
     "table_by_stage",
+    "to_picture",
 ]

@@ -1,0 +1,57 @@
+"""How every notebook of the course begins, and how it shows a figure."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+
+import torch
+from IPython.display import Image as Shown
+from IPython.display import display
+from matplotlib.figure import Figure
+from PIL import Image
+
+from regolite import __version__
+
+DPI = 96
+
+
+def begin(seed: int = 0) -> torch.device:
+    """Print what this notebook runs on, and seed PyTorch.
+
+    Args:
+        seed: of everything random that follows.
+
+    Returns:
+        The device to compute on: the GPU where there is one.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    print(
+        f"Python {platform.python_version()}, PyTorch {torch.__version__}, regolite {__version__}; {where}; seed {seed}"
+    )
+    torch.manual_seed(seed)
+    return device
+
+
+def show(figure: Figure | Image.Image, alt: str) -> None:
+    """Show a figure below the cell, small enough to be kept in the notebook.
+
+    Photographs are stored as JPEG and drawings as PNG, whichever takes less room.
+
+    Args:
+        figure: what to show.
+        alt: what it says, in a sentence or two, for those who cannot see it.
+    """
+    if isinstance(figure, Figure):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+        figure = Image.open(buffer)
+    picture = figure.convert("RGB")
+    drawing, photograph = io.BytesIO(), io.BytesIO()
+    picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(drawing, "png", optimize=True)
+    picture.save(photograph, "jpeg", quality=82, subsampling=0)
+    as_png = len(drawing.getvalue()) <= len(photograph.getvalue())
+    data, kind = (drawing, "png") if as_png else (photograph, "jpeg")
+    display(Shown(data.getvalue(), format=kind, alt=alt))

@@ -1,0 +1,189 @@
+"""The course as a book: its order, its figures, its exercises, and that its text is the package's where it says so."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from regolite import exercises
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+CHAPTERS = sorted(path for path in FOLDER.glob("[01]*.ipynb"))
+SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
+ORDER = sorted(FOLDER.glob("[0-9]*.ipynb"))
+LINES = 28  # the longest code cell, parameters aside
+
+by_stem = {"ids": lambda path: path.stem}
+chapters = pytest.mark.parametrize("path", CHAPTERS, **by_stem)
+solutions = pytest.mark.parametrize("path", SOLUTIONS, **by_stem)
+both = pytest.mark.parametrize("path", CHAPTERS + SOLUTIONS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+
+
+def cells(path: Path, kind: str | None = None) -> list[nbformat.NotebookNode]:
+    return [c for c in nbformat.read(path, as_version=4).cells if kind in (None, c.cell_type)]
+
+
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+def pictures(cell: nbformat.NotebookNode) -> list[tuple[str, nbformat.NotebookNode]]:
+    """The pictures that a code cell shows: their kind and the output."""
+    shown = (o for o in cell.get("outputs", []) if "data" in o)
+    return [(kind, o) for o in shown for kind in o.data if kind.startswith("image/")]
+
+
+def headings(path: Path) -> list[str]:
+    """The numbers of the exercises of a notebook, by their headings."""
+    text = "\n".join(cell.source for cell in cells(path, "markdown"))
+    return re.findall(r"^### Exercise (\d+\.\d+) · \S", text, flags=re.MULTILINE)
+
+
+def checked(path: Path) -> dict[str, str]:
+    """What the notebook's output says to each exercise that it checks."""
+    said = {}
+    for cell in cells(path, "code"):
+        for number in re.findall(r"\bcheck\(\"(\d+\.\d+)\"", cell.source):
+            said[number] = printed(cell)
+    return said
+
+
+class TestBook:
+    @chapters
+    def test_first_cell_says_what_to_expect(self, path: Path):
+        first = cells(path)[0].source
+        assert re.match(rf"# {path.stem[:2]} · \S", first)
+        for word in ("Goal", "In the paper", "Read first", "Time"):
+            assert f"**{word}.**" in first, word
+        took = re.search(
+            r"\*\*Time\.\*\* ([\d.]+) (seconds|minutes)(?: and [\d.]+ GB of memory)? on one CPU core", first
+        )
+        assert took, "`make notebooks` writes the time"
+        assert float(took[1]) <= (3 if took[2] == "minutes" else 180)
+
+    @chapters
+    def test_leads_to_the_chapters_before_and_after(self, path: Path):
+        place = ORDER.index(path)
+        first, last = cells(path)[0].source, cells(path)[-1].source
+        if place:
+            assert f"]({ORDER[place - 1].name})" in first
+        assert f"]({ORDER[place + 1].name})" in first and f"]({ORDER[place + 1].name})" in last
+        assert re.search(r"^\*\*Next\.\*\* ", last, flags=re.MULTILINE)
+
+    @both
+    def test_links_resolve(self, path: Path):
+        for cell in cells(path, "markdown"):
+            for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", cell.source):
+                assert re.match(r"[a-z]+:", target) or (path.parent / target).exists(), target
+
+    @both
+    def test_cells_are_short(self, path: Path):
+        for cell in cells(path, "code"):
+            assert "parameters" in tags(cell) or len(cell.source.splitlines()) <= LINES, cell.source
+
+    @both
+    def test_says_nothing_on_standard_error(self, path: Path):
+        assert not [
+            o.text for c in cells(path, "code") for o in c.outputs if o.output_type == "stream" and o.name == "stderr"
+        ]
+
+    @both
+    def test_every_figure_is_described_and_explained(self, path: Path):
+        """Alternative text for those who cannot see it, and a numbered caption that says what to see."""
+        number = 0
+        listed = cells(path)
+        for cell, after in zip(listed, [*listed[1:], None]):
+            shown = pictures(cell) if cell.cell_type == "code" else []
+            for kind, output in shown:
+                assert len(output.metadata.get(kind, {}).get("alt", "")) > 20, f"use show(figure, alt): {cell.source}"
+            if shown and "exercise" not in tags(cell):
+                number += 1
+                name = f"**Figure {int(path.stem[:2])}.{number}.** "
+                assert after is not None and after.cell_type == "markdown", f"no caption {name}below: {cell.source}"
+                assert after.source.startswith(name), f"{after.source[:40]!r} should begin with {name!r}"
+
+
+class TestExercises:
+    @chapters
+    def test_three_to_six_with_difficulty_and_minutes(self, path: Path):
+        numbers = headings(path)
+        assert numbers == [f"{int(path.stem[:2])}.{n}" for n in range(1, len(numbers) + 1)]
+        assert 3 <= len(numbers) <= 6
+        text = "\n".join(cell.source for cell in cells(path, "markdown"))
+        assert len(re.findall(r"^\*(?:★☆☆|★★☆|★★★) · \d+ minutes\*$", text, flags=re.MULTILINE)) == len(numbers)
+
+    @chapters
+    def test_stubs_run_and_fail_every_checker(self, path: Path):
+        """What the notebook stores is what it says when run: nbval compares the two."""
+        said = checked(path)
+        assert sorted(said) == sorted(headings(path))
+        for number, text in said.items():
+            assert f"Exercise {number}: not yet." in text and "raised" not in text, text
+        assert all("exercise" in tags(c) for c in cells(path, "code") if re.search(r"\bcheck\(\"", c.source))
+
+    @chapters
+    def test_has_solutions(self, path: Path):
+        solved = FOLDER / "solutions" / path.name
+        assert solved.is_file() and headings(solved) == headings(path)
+        assert f"](solutions/{path.name})" in "\n".join(cell.source for cell in cells(path, "markdown"))
+
+    @solutions
+    def test_solutions_pass_every_checker(self, path: Path):
+        said = checked(path)
+        assert sorted(said) == sorted(headings(path))
+        for number, text in said.items():
+            assert f"Exercise {number}: solved." in text and "not yet" not in text, text
+        assert cells(path)[0].source.startswith(f"# {path.stem[:2]} · ")
+        assert f"](../{path.name})" in cells(path)[0].source
+
+    @chapters
+    def test_hints_lead_on(self, path: Path):
+        for number in headings(path):
+            assert all(len(text) > 15 for text in exercises.find(number).hints)
+
+
+SAME = [
+    (path, cell, tag.removeprefix("same-as:"))
+    for path in CHAPTERS
+    for cell in cells(path, "code")
+    for tag in tags(cell)
+    if tag.startswith("same-as:")
+]
+
+
+def bare(definition: ast.AST) -> str:
+    """A function or class as its syntax tree, without docstrings and annotations."""
+    for node in ast.walk(definition):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            if isinstance(node, ast.FunctionDef):
+                node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return ast.unparse(definition)
+
+
+@pytest.mark.parametrize(("path", "cell", "name"), SAME, ids=[f"{path.stem[:2]}-{name}" for path, _, name in SAME])
+def test_definition_is_the_packages_own(path: Path, cell: nbformat.NotebookNode, name: str):
+    """A cell tagged ``same-as:regolite.boxes.enlarge`` defines the very function of the package."""
+    module, _, attribute = name.rpartition(".")
+    theirs = ast.parse(textwrap.dedent(inspect.getsource(getattr(importlib.import_module(module), attribute)))).body[0]
+    ours = [node for node in ast.parse(cell.source).body if getattr(node, "name", None) == attribute]
+    assert len(ours) == 1, f"the cell defines no {attribute}"
+    assert bare(ours[0]) == bare(theirs)
+
+
+def test_there_are_solutions_and_nothing_else_among_them():
+    assert {path.name for path in SOLUTIONS} == {path.name for path in CHAPTERS}
