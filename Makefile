@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-TASKS = demo test test-fast lab notebooks lint format
+TASKS = demo test test-fast lab notebooks book lint format
 
 .PHONY: help python $(TASKS)
 

@@ -92,7 +92,7 @@ def environment(number):
             )
     log = VENV / "install.log"
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["-c", "constraints.txt", "-e", ".[test,fast-eval]"]
+    command += ["-c", "constraints.txt", "-e", ".[test,fast-eval,book]"]
     with log.open("w", encoding="utf-8") as file:
         pip = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for raw in pip.stdout:
@@ -243,6 +243,7 @@ def notebooks(args, rest):
         if failed:
             raise SystemExit(f"tasks.py: {shown(notebook)} did not run to its end; nothing was stored")
         write_time(notebook, time.monotonic() - began, kilobytes)
+        module(python, "book.thumbnails", notebook)
 
 
 def finish(run):
@@ -276,6 +277,15 @@ def lab(args, rest):
     module(python, "jupyterlab", f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks", *rest)
 
 
+def book(args, rest):
+    """Make the book: the executed course as a static site in build/book/html."""
+    python = activate(args.no_venv, "1/2")
+    step("2/2", "making the book from the stored notebooks")
+    if subprocess.call([python, str(ROOT / "book" / "build.py")], cwd=str(ROOT)):
+        stop("the book could not be made; what Sphinx said stands above")
+    print(f"      open {shown(ROOT / 'build' / 'book' / 'html' / 'index.html')}")
+
+
 def lint(args, rest):
     """Check the style: ruff check, ruff format --check."""
     style(activate(args.no_venv, "1/2"), "2/2")
@@ -301,7 +311,7 @@ def main():
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     parsers = {}
-    for task in (demo, test, test_fast, lab, notebooks, lint, format):
+    for task in (demo, test, test_fast, lab, notebooks, book, lint, format):
         name = task.__name__.replace("_", "-")
         parsers[name] = tasks.add_parser(name, help=task.__doc__, description=task.__doc__, allow_abbrev=False)
         parsers[name].add_argument(

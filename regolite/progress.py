@@ -75,4 +75,4 @@ def track(items: Any, title: str, enabled: bool = True) -> Iterator[Any]:
 
 
 def _clock(seconds: float) -> str:
-    return tqdm.format_interval(seconds)
+    return tqdm.format_interval(round(seconds))

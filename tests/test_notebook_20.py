@@ -29,8 +29,8 @@ PARAMETERS = CELLS["parameters"].source
 
 # Where the notebook as it stands is a rehearsal of half a minute, and RunConfig has the paper's recipe.
 REHEARSAL = {
-    "data", "output", "epochs", "batch_size", "lr", "schedule", "warmup", "augment", "image_size", "limit_images",
-    "evaluate_every", "evaluate_train", "log_every",
+    "data", "output", "epochs", "batch_size", "lr", "sampling_lr", "schedule", "warmup", "augment", "image_size",
+    "limit_images", "evaluate_every", "evaluate_train", "log_every",
 }  # fmt: skip
 
 
@@ -159,10 +159,3 @@ def test_the_demo_passes_parameters_that_exist(tasks: ModuleType):
     rehearsal = {"data", "output", "max_minutes"}
     left = {name for name in REHEARSAL - rehearsal if name not in tasks.RECIPE}
     assert not left, "the demo says all that the rehearsal changes"
-
-
-def test_reads_the_parameters_where_no_history_is_kept():
-    """nbval runs cells without history: the names of RunConfig are taken from the notebook's variables."""
-    assert read_parameters([""], {"epochs": 3, "os": os}) == {"epochs": 3}
-    with pytest.raises(UserError, match="run the parameters cell first"):
-        read_parameters([""], {"os": os})

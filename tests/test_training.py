@@ -232,6 +232,11 @@ def test_resuming_where_there_is_no_run_starts_one(config):
     assert len(losses(train(config(epochs=1, resume=True)))) == 3
 
 
+def test_a_finished_run_has_counted_its_last_epoch(config):
+    measured = [line for line in lines(train(config(epochs=2, evaluate_every=1))) if line["kind"] == "evaluation"]
+    assert [line["epoch"] for line in measured] == [1, 2]
+
+
 def test_resuming_a_finished_run_changes_nothing(config):
     plan = config(epochs=1, evaluate_train=True)
     folder = train(plan)

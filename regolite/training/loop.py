@@ -140,8 +140,8 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] | None = No
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
                 saved = time.monotonic()
-            if done() >= 1.0:
-                break
+            if done() >= 1.0 and progress.batch < steps_per_epoch:
+                break  # in the middle of an epoch; one that has ended is counted below
         else:
             progress.epoch, progress.batch = progress.epoch + 1, 0
             if config.evaluate_every and progress.epoch % config.evaluate_every == 0 and done() < 1.0:

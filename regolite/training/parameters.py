@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from regolite.errors import UserError
-from regolite.training.config import RunConfig
 
 
 def watch_cells() -> list[str]:
@@ -40,11 +38,8 @@ def read_parameters(cells: Sequence[str], namespace: Mapping[str, Any]) -> dict[
     """
     parsed = [_parse(source) for source in cells]
     annotated = [n for n, cell in enumerate(parsed) if any(isinstance(line, ast.AnnAssign) for line in cell)]
-    if not annotated:  # a runner that keeps no history, such as nbval; it adds no parameters either
-        known = {f.name: namespace[f.name] for f in fields(RunConfig) if f.name in namespace}
-        if not known:
-            raise UserError("no parameters yet: run the parameters cell first")
-        return known
+    if not annotated:
+        raise UserError("no parameters yet: run the parameters cell first")
     names = _assigned(parsed[annotated[-1]])
     for cell in parsed[annotated[-1] + 1 :]:
         if not all(isinstance(line, ast.Assign) and _is_literal(line.value) for line in cell):

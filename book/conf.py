@@ -1,0 +1,29 @@
+"""How Sphinx makes the book (``make book``); ``book/build.py`` prepares its sources."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+project = "regolite"
+author = "The regolite authors"
+copyright = "The regolite authors, Apache License 2.0"
+release = metadata.version("regolite")
+
+extensions = ["myst_nb"]
+exclude_patterns = ["course.md"]  # a part of index.md
+nb_execution_mode = "off"  # the outputs are the stored ones, which `make test` compares
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
+
+# Mathematics is set in the reader's browser by MathJax, from a copy that lies beside the pages: no network is needed.
+mathjax_path = "tex-svg.js"
+mathjax = next(file for file in metadata.files("sphinx-mathjax-offline") or [] if file.name == "tex-svg.js")
+
+html_theme = "furo"
+html_title = "regolite"
+html_static_path = ["_static", str(mathjax.locate())]
+html_css_files = ["book.css"]
+html_show_sphinx = False
+html_copy_source = False
+html_theme_options = {"navigation_with_keys": True}
+pygments_style, pygments_dark_style = "xcode", "github-dark"
