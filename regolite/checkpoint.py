@@ -76,13 +76,22 @@ def read_config(path: str | Path) -> ModelConfig:
         raise UserError(f"{path} was written by another version of regolite ({error}); train it again") from error
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False) -> list[str]:
     """Load the weights of a checkpoint into a model of the same configuration.
+
+    Args:
+        model: the model.
+        path: the checkpoint.
+        new_classes: allow other classes than the checkpoint's: then the class heads, base detector's and stages', keep
+            the weights that they have in the model. This is how a model is fine-tuned to data of its own.
+
+    Returns:
+        The names of the weights that the model kept.
 
     Raises:
         UserError: when names or shapes differ; the first of them is named.
     """
-    read_config(path)
+    classes = read_config(path).classes
     own = model.state_dict()
     with safe_open(path, framework="pt") as file:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
@@ -92,13 +101,17 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"{path} does not fit the model: {len(missing)} weights are missing ({', '.join(missing[:2])}), "
             f"{len(unexpected)} are unknown ({', '.join(unexpected[:2])}); build the model of its own configuration"
         )
+    kept = []
+    if new_classes and classes != model.model_config.classes:
+        kept = [key for key in own if key.split(".")[-2] == "class_head" or "class_heads" in key.split(".")]
     for key, value in stored.items():
-        if own[key].shape != value.shape:
+        if key not in kept and own[key].shape != value.shape:
             raise UserError(
                 f"{path} does not fit the model: {key} is {tuple(value.shape)} there and {tuple(own[key].shape)} here "
                 "(another number of classes or queries?)"
             )
-    model.load_state_dict(stored)
+    model.load_state_dict(stored | {key: own[key] for key in kept})
+    return kept
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:

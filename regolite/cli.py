@@ -6,6 +6,7 @@
     regolite train --data data/coco_tiny --model rego_deformable_detr_tiny --output runs/mine --max-minutes 30 --resume
     regolite evaluate --checkpoint runs/mine/best.safetensors --data data/coco_tiny --json figures.json
     regolite detect --checkpoint runs/mine/best.safetensors street.jpg harbour.png --output found
+    regolite convert my_export --output data/mine
 
 Each command is a function that says in Python what the command does; :func:`main` chooses it and turns what goes wrong
 into one line. Exit codes: 0 done, 2 wrong input, 130 interrupted. What a command alone needs is imported where it is
@@ -245,6 +246,15 @@ def _ids(category_ids: Sequence[int]) -> str:
     return f"{len(category_ids)} ({some})"
 
 
+def convert(arguments: argparse.Namespace) -> int:
+    """Make a data folder of pictures and boxes in COCO, YOLO or Pascal VOC form."""
+    from regolite.data import convert as convert_data
+
+    print(convert_data(arguments.source, arguments.output, arguments.val, arguments.seed))
+    print(f"\nnext: {_program()} train --data {arguments.output} --model rego_deformable_detr_tiny --output runs/mine")
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------- the options
 
 
@@ -297,6 +307,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (train, _train_options),
         (evaluate, _evaluate_options),
         (detect, _detect_options),
+        (convert, _convert_options),
     ):
         name, about = command.__name__, command.__doc__
         options = commands.add_parser(name, help=about, description=about)
@@ -371,6 +382,14 @@ def _detect_options(parser: Parser) -> None:
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="files of pictures")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--threshold", type=number, default=0.5, metavar="X", help="least score (default: 0.5)")
+
+
+def _convert_options(parser: Parser) -> None:
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="pictures and boxes, COCO, YOLO or Pascal VOC")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="data folder to make")
+    about = "share of the pictures held out, where FOLDER has no validation split (default: 0.2)"
+    parser.add_argument("--val", type=number, default=0.2, metavar="X", help=about)
+    parser.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of that choice (default: 0)")
 
 
 def _model_options(parser: Parser) -> None:

@@ -190,6 +190,20 @@ def test_another_model_is_refused(saved):
         load_weights(small(num_classes=4), path)
 
 
+def test_other_classes_keep_the_models_own_class_heads(saved):
+    first, path = saved
+    model = small(num_classes=4)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    kept = load_weights(model, path, new_classes=True)
+    assert kept and all("class_head" in key for key in kept)
+    stored = first.state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, own[key] if key in kept else stored[key]), key
+    assert {key for key in own if own[key].shape != stored[key].shape} <= set(kept)
+    same = small(classes=("cat", "dog", "emu"), category_ids=(3, 4, 9))
+    assert load_weights(same, path, new_classes=True) == [], "the same classes are loaded whole"
+
+
 def test_rego_put_on_a_detector_by_hand(tmp_path):
     """On a detector of regolite.build it is saved and loaded as a whole; a stranger's configuration is unknown."""
     model = Rego(small("deformable_detr_scenes"), stages=1, ffn_dim=32).eval()

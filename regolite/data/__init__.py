@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from regolite.data.coco import CocoFolder, read_picture
 from regolite.data.collate import batch_pictures, collate
+from regolite.data.convert import Conversion, convert
 from regolite.data.dataset import DetectionDataset
 from regolite.data.open import open_data
 from regolite.data.scenes import Scenes
@@ -11,10 +12,12 @@ from regolite.data.transforms import make_transform
 
 __all__ = [
     "CocoFolder",
+    "Conversion",
     "DetectionDataset",
     "Scenes",
     "batch_pictures",
     "collate",
+    "convert",
     "make_transform",
     "open_data",
     "read_picture",

@@ -1,8 +1,8 @@
 """Data sets in COCO's format: a folder of pictures and one JSON file of annotations.
 
 ``DIR/images`` holds the pictures, ``DIR/annotations/instances_train.json`` and ``instances_val.json`` the annotations;
-COCO's own names (``DIR/train2017``, ``instances_train2017.json``) do as well. The format:
-https://cocodataset.org/#format-data.
+COCO's own names (``DIR/train2017``, ``instances_train2017.json``) or a folder for each split (``DIR/train``) do as
+well. The format: https://cocodataset.org/#format-data.
 
 Whatever is wrong with such a folder is said when the data set is made, not an hour into the training; only what needs a
 picture to be opened (a broken file, a wrong size) waits until that picture is read.
@@ -176,9 +176,9 @@ def _find_annotations(root: Path, split: str) -> Path:
 
 def _find_pictures(root: Path, split: str, names: list[str], file: Path) -> Path:
     """The folder of the pictures, after checking that each one is there."""
-    folders = [folder for folder in (root / "images", root / f"{split}2017") if folder.is_dir()]
+    folders = [folder for folder in (root / "images", root / f"{split}2017", root / split) if folder.is_dir()]
     if not folders:
-        raise UserError(f"{root} has no pictures: looked for the folders images and {split}2017")
+        raise UserError(f"{root} has no pictures: looked for the folders images, {split}2017 and {split}")
     folder = next((folder for folder in folders if (folder / names[0]).is_file()), folders[0])
     present = {entry.name for entry in os.scandir(folder)}  # one listing is much faster than asking for each file
     missing = [name for name in names if name not in present and not (folder / name).is_file()]

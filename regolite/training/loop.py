@@ -79,8 +79,8 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] | None = No
     folder = RunFolder(config.output, config.resume, watch)
     set_seed(config.seed)
     model = build(model_config).to(device)
-    if config.checkpoint is not None:
-        load_weights(model, config.checkpoint)
+    if config.checkpoint is not None and (anew := load_weights(model, config.checkpoint, new_classes=True)):
+        folder.log.info("%s knows other classes: %d class heads start anew", config.checkpoint, len(anew) // 2)
     if device.type in ("cpu", "cuda"):
         model.to(memory_format=torch.channels_last)
     set_loss = SetLoss(model_config.loss, model.scoring)
