@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
+import math
 import re
 import textwrap
 from pathlib import Path
@@ -187,3 +189,42 @@ def test_definition_is_the_packages_own(path: Path, cell: nbformat.NotebookNode,
 
 def test_there_are_solutions_and_nothing_else_among_them():
     assert {path.name for path in SOLUTIONS} == {path.name for path in CHAPTERS}
+
+
+def minutes(path: Path) -> int:
+    """What a notebook says that it takes, in whole minutes."""
+    number, unit = re.search(r"\*\*Time\.\*\* ([\d.]+) (seconds|minutes)", cells(path)[0].source).groups()
+    return math.ceil(float(number) / (60 if unit == "seconds" else 1))
+
+
+def test_readme_lists_every_notebook_with_its_minutes_and_thumbnail():
+    readme = (FOLDER.parent / "README.md").read_text("utf-8")
+    row = r"^\| !\[.{10,}?\]\((\S+)\) \| \[(\d\d · [^\]]+)\]\((\S+)\) \| .{20,} \| (\d+) \|$"
+    rows = re.findall(row, readme, flags=re.MULTILINE)
+    titles = [cells(path)[0].source.split("\n")[0].removeprefix("# ") for path in ORDER]
+    assert rows == [
+        (f"notebooks/thumbnails/{path.stem[:2]}.jpg", title, f"notebooks/{path.name}", str(minutes(path)))
+        for path, title in zip(ORDER, titles)
+    ]
+    assert all((FOLDER.parent / thumbnail).is_file() for thumbnail, *_ in rows)
+
+
+def test_book_has_every_page_and_every_figures_text(tmp_path, monkeypatch):
+    """The sources of the book: nothing is lost on the way to Sphinx; `make book` runs it with warnings as errors."""
+    spec = importlib.util.spec_from_file_location("build", FOLDER.parent / "book" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    monkeypatch.setattr(build, "SOURCE", tmp_path)
+    build.gather()
+    index = (tmp_path / "index.md").read_text("utf-8")
+    assert all(f"/notebooks/{path.stem}\n" in index for path in ORDER)
+    listed = (tmp_path / "notebooks" / "solutions" / "index.md").read_text("utf-8")
+    assert all(f"/notebooks/solutions/{path.stem}\n" in listed for path in SOLUTIONS)
+    assert (tmp_path / "package" / "rego.md").read_text("utf-8").count("class Stage(") == 1
+    for path in CHAPTERS:
+        for cell in cells(tmp_path / "notebooks" / path.name, "code"):
+            if pictures(cell):
+                assert len(cell.metadata["mystnb"]["image"]["alt"]) > 20
+        for cell in cells(tmp_path / "notebooks" / path.name, "markdown"):
+            for target in re.findall(r"\]\((?![a-z]+:)([^)\s#]+)[^)]*\)", cell.source):
+                assert (tmp_path / "notebooks" / target).exists() or (FOLDER / target).exists(), target

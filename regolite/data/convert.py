@@ -94,6 +94,8 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
         read = {split: DetectionDataset.merge(list(sets)) for split, sets in _read(form, parts, problems).items()}
         # Merged, all parts have the same classes in the same order; each keeps its own pictures.
         whole = DetectionDataset.merge(list(read.values()))
+        # Sorted, or the pictures held out would depend on the order in which the disk lists its files.
+        whole = DetectionDataset(whole.classes, sorted(whole.image_paths), whole.annotations)
     except UserError:
         raise
     except Exception as error:  # its readers raise nearly anything on a broken file
