@@ -46,13 +46,21 @@ def gather() -> None:
     shutil.copytree(ROOT / "book" / "_static", SOURCE / "_static")
     shutil.copytree(ROOT / "notebooks" / "thumbnails", SOURCE / "notebooks" / "thumbnails")
     write("course.md", course_table())
+    linked: set[Path] = set()
     chapters, solutions = [], []
     for path in sorted((ROOT / "notebooks").rglob("[0-9]*.ipynb")):
         if ".ipynb_checkpoints" in path.parts:
             continue
         name = path.relative_to(ROOT)
-        write(name, json.dumps(prepared(json.loads(path.read_text("utf-8")))))
+        notebook = prepared(json.loads(path.read_text("utf-8")))
+        write(name, json.dumps(notebook))
+        linked |= links(notebook, name.parent)
         (solutions if path.parent.name == "solutions" else chapters).append("/" + name.with_suffix("").as_posix())
+    for name in linked:
+        if (ROOT / name).is_file() and not (SOURCE / name).exists():
+            (SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
+            for file in [ROOT / name, *((ROOT / name).parent.glob("*.png") if name.suffix == ".md" else ())]:
+                shutil.copy(file, (SOURCE / name).parent)
     text = "Each exercise once more, why its answer is the answer, and what people get wrong."
     write("notebooks/solutions/index.md", LIST.format(title="Solutions", text=text, pages="\n".join(solutions)))
     modules = sorted(path.relative_to(ROOT) for path in (ROOT / "regolite").rglob("*.py") if path.name != "__main__.py")
@@ -68,7 +76,8 @@ def gather() -> None:
 def course_table() -> str:
     """The table of the course, from the README."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    return re.search(r"^## The course\n(.*?)^## ", readme, flags=re.MULTILINE | re.DOTALL)[1]
+    table = re.search(r"^## The course\n(.*?)^## ", readme, flags=re.MULTILINE | re.DOTALL)[1]
+    return table.replace("](notebooks/solutions)", "](notebooks/solutions/index.md)")
 
 
 def page_of(module: Path) -> str:
@@ -80,11 +89,10 @@ def prepared(notebook: dict) -> dict:
     """A notebook as Sphinx shall read it."""
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
-            cell["source"] = re.sub(
-                r"\]\((\.\./(?:\.\./)?)regolite/([\w/]+)\.py\)",
-                lambda link: f"]({link[1]}package/{link[2]}.md)",
-                "".join(cell["source"]),
-            )
+            text = "".join(cell["source"])
+            text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/([\w/]+)\.py\)", r"](\1package/\2.md)", text)
+            text = re.sub(r"\]\((\.\./(?:\.\./)?)README\.md(#[\w-]+)?\)", r"](\1index.md)", text)
+            cell["source"] = text
             continue
         described = [
             output["metadata"][kind]["alt"]
@@ -95,6 +103,13 @@ def prepared(notebook: dict) -> dict:
         if described:
             cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(described)}}
     return notebook
+
+
+def links(notebook: dict, folder: Path) -> set[Path]:
+    """The files that a notebook in a folder links to, relative to the repository's root."""
+    text = "\n".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    found = (target for target in re.findall(r"\]\(([^)\s#]+)", text) if not re.match(r"[a-z]+:", target))
+    return {(ROOT / folder / target).resolve().relative_to(ROOT) for target in found}
 
 
 def write(name: str | Path, text: str) -> None:

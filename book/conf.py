@@ -11,6 +11,10 @@ release = metadata.version("regolite")
 
 extensions = ["myst_nb"]
 exclude_patterns = ["course.md"]  # a part of index.md
+suppress_warnings = [
+    "myst.header",  # solutions have their exercises' headings at the level that these have in the chapters
+    "toc.not_included",  # files that a chapter links to are pages without a place in the contents
+]
 nb_execution_mode = "off"  # the outputs are the stored ones, which `make test` compares
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3

@@ -137,7 +137,7 @@ def close(name: str, found: Any, wanted: Tensor | float, tolerance: float = 1e-4
         tolerance: largest difference allowed.
         but: what to say in place of the numbers, where a checker knows the mistake.
     """
-    wanted = torch.as_tensor(wanted)
+    wanted = torch.as_tensor(wanted).detach()
     if isinstance(found, (int, float)) and not wanted.ndim:
         found = torch.tensor(float(found))
     same_shape(name, found, wanted.shape)

@@ -110,13 +110,14 @@ def draw_heat(
         peak: the value that gets the full colour; the map's own maximum by default.
         smooth: blend from cell to cell, where the cells themselves are not the point.
     """
+    heat = heat.detach().cpu()
     grey = np.asarray(picture.convert("L"), dtype=np.float32)
     width, height = picture.size
     ax.imshow(96 + 0.62 * grey, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=255)
     rows, columns = heat.shape
     right, bottom = (columns * cell, rows * cell) if cell else (width, height)
     ax.imshow(
-        heat.detach().cpu().numpy(),
+        heat.numpy(),
         extent=(0, right, bottom, 0),
         cmap=HEAT,
         vmin=0,

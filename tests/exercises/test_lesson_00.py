@@ -1,0 +1,83 @@
+"""The checkers of notebook 00 accept right answers and name the mistake in wrong ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+import regolite
+from regolite.exercises import Mistake, find
+
+
+def says(number, *answer):
+    """What the checker says to an answer, right or wrong."""
+    try:
+        return find(number).checker(*answer)
+    except Mistake as mistake:
+        return str(mistake)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((5, 3, 0), "guesses that nobody should believe"),
+        ((4, 3, 0), "at a threshold of 0.3 more than 4"),
+        ((5, 4, 0), "at a threshold of 0.7 fewer than 4"),
+        ((5, 3, 1), "at a threshold of 0.9 fewer than 1"),
+    ],
+)
+def test_thresholds(answer, message):
+    assert message in says("0.1", *answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.5, stages=stages)[0], "the base detector is left"),
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.5)[0], "that of all three"),
+        (lambda m, p, stages: regolite.detect(m, p, stages=stages), "one entry a picture"),
+        (lambda m, p, stages: regolite.detect(m, p, stages=max(stages - 1, 0))[0], "stages=3 the answer is that of 2"),
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.0, stages=stages)[0], "and there are 100"),
+        (lambda m, p, stages: None, "and is nothing"),
+    ],
+)
+def test_fewer_stages(answer, message):
+    assert message in says("0.2", answer)
+
+
+def best_stage(by_stage, box_xyxy, label, ours=lambda found, label: found.labels == label, overlap=None):
+    overlaps = []
+    for found in by_stage:
+        boxes = found.boxes_xyxy[ours(found, label)]
+        iou = box_iou(box_xyxy[None], boxes)[0] if len(boxes) else torch.zeros(1)
+        overlaps.append(float((overlap or (lambda values: values[0]))(iou)))
+    return overlaps.index(max(overlaps))
+
+
+def most_confident(by_stage, box_xyxy, label):
+    scores = [float(found.scores[0]) for found in by_stage]
+    return scores.index(max(scores))
+
+
+def unguarded(by_stage, box_xyxy, label):
+    overlaps = [box_iou(box_xyxy[None], found.boxes_xyxy[found.labels == label])[0][0] for found in by_stage]
+    return int(torch.stack(overlaps).argmax())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (best_stage, "One object proves little"),
+        (lambda *given: torch.tensor(best_stage(*given)), "One object proves little"),
+        (lambda by_stage, box, label: len(by_stage) - 1, "not always the best"),
+        (most_confident, "a score is no overlap"),
+        (lambda *given: best_stage(*given, ours=lambda found, label: found.labels > 0), "of another class"),
+        (lambda *given: best_stage(*given, overlap=lambda values: values.max()), "its most confident detection"),
+        (lambda *given: best_stage(*given) + 1, "not always the best"),
+        (unguarded, "a stage without any detection of the class raises IndexError"),
+        (lambda *given: None, "should be the number of a stage, and is None"),
+    ],
+)
+def test_best_stage(answer, message):
+    assert message in says("0.3", answer)
