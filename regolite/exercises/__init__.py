@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ import torch
 from torch import Tensor
 
 from regolite.errors import UserError
+
+
+WIDTH = 110  # letters in a line: what a cell's output shows without breaking words
 
 
 class Mistake(Exception):  # noqa: N818
@@ -106,9 +110,9 @@ def check(number: str, *answer: Any) -> None:
     except Exception as error:  # whatever the learner's code raises is an answer to be explained, not a crash
         said = f"your code raised {type(error).__name__}: {error}{_where(error)}"
     else:
-        print(f"Exercise {number}: solved. {gained}")
+        print(textwrap.fill(f"Exercise {number}: solved. {gained}", WIDTH))
         return
-    print(f"Exercise {number}: not yet. {said[0].upper()}{said[1:]}")
+    print(textwrap.fill(f"Exercise {number}: not yet. {said[0].upper()}{said[1:]}", WIDTH))
     print(f'If you are stuck: hint("{number}")')
 
 
@@ -116,7 +120,7 @@ def hint(number: str) -> None:
     """Print the next hint of an exercise; the last one again where there are no more."""
     asked = find(number)
     asked.given = min(asked.given + 1, len(asked.hints))
-    print(f"Hint {asked.given} of {len(asked.hints)}: {asked.hints[asked.given - 1]}")
+    print(textwrap.fill(f"Hint {asked.given} of {len(asked.hints)}: {asked.hints[asked.given - 1]}", WIDTH))
 
 
 def same_shape(name: str, found: Any, wanted: Sequence[int]) -> None:

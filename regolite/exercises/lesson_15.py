@@ -105,8 +105,8 @@ def attention_cost(answer: Callable[[int, int, int], int]) -> str:
 @exercise(
     "15.3",
     "Set the two costs equal, and divide both sides by S and by C.",
-    "2 S = 4 C + 2 F",
-    "S = 2 * dim + ffn",
+    "What is left is 2 S = 4 C + 2 F.",
+    "So S is 2 * dim + ffn.",
 )
 def crossing(answer: Callable[[int, int], float]) -> str:
     """The number of tokens at which the products cost what the linear layers cost."""
