@@ -209,22 +209,36 @@ def test_readme_lists_every_notebook_with_its_minutes_and_thumbnail():
     assert all((FOLDER.parent / thumbnail).is_file() for thumbnail, *_ in rows)
 
 
-def test_book_has_every_page_and_every_figures_text(tmp_path, monkeypatch):
-    """The sources of the book: nothing is lost on the way to Sphinx; `make book` runs it with warnings as errors."""
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> Path:
+    """The book, made anew."""
     spec = importlib.util.spec_from_file_location("build", FOLDER.parent / "book" / "build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    monkeypatch.setattr(build, "SOURCE", tmp_path)
-    build.gather()
-    index = (tmp_path / "index.md").read_text("utf-8")
-    assert all(f"/notebooks/{path.stem}\n" in index for path in ORDER)
-    listed = (tmp_path / "notebooks" / "solutions" / "index.md").read_text("utf-8")
-    assert all(f"/notebooks/solutions/{path.stem}\n" in listed for path in SOLUTIONS)
-    assert (tmp_path / "package" / "rego.md").read_text("utf-8").count("class Stage(") == 1
-    for path in CHAPTERS:
-        for cell in cells(tmp_path / "notebooks" / path.name, "code"):
-            if pictures(cell):
-                assert len(cell.metadata["mystnb"]["image"]["alt"]) > 20
-        for cell in cells(tmp_path / "notebooks" / path.name, "markdown"):
-            for target in re.findall(r"\]\((?![a-z]+:)([^)\s#]+)[^)]*\)", cell.source):
-                assert (tmp_path / "notebooks" / target).exists() or (FOLDER / target).exists(), target
+    build.BUILD = tmp_path_factory.mktemp("book")
+    build.SOURCE = build.BUILD / "source"
+    assert build.main() == 0, "Sphinx warned: what it said stands above"
+    return build.BUILD / "html"
+
+
+@pytest.mark.slow
+class TestBookSite:
+    @both
+    def test_has_every_notebook_with_its_figures_and_their_texts(self, book: Path, path: Path):
+        page = (book / "notebooks" / path.relative_to(FOLDER).with_suffix(".html")).read_text("utf-8")
+        described = re.findall(r'<img alt="([^"]*)" [^>]*src="(?:\.\./)+_images/', page)
+        assert len(described) == sum(len(pictures(cell)) for cell in cells(path, "code"))
+        assert all(len(alt) > 20 for alt in described)
+
+    def test_needs_no_network(self, book: Path):
+        for page in book.rglob("*.html"):
+            loaded = re.findall(
+                r'<(?:script|img|link)\b[^>]*\b(?:src|href)="(https?:)?//[^"]*"', page.read_text("utf-8")
+            )
+            assert not loaded, page
+        assert (book / "_static" / "tex-svg.js").is_file(), "MathJax"
+
+    def test_can_be_searched_and_shows_the_package(self, book: Path):
+        assert "glimps" in (book / "searchindex.js").read_text("utf-8")
+        assert "class" in (book / "package" / "rego.html").read_text("utf-8")
+        assert 'href="notebooks/solutions/index.html"' in (book / "index.html").read_text("utf-8")

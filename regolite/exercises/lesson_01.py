@@ -97,6 +97,7 @@ def effective_cells(answer: Callable[..., Any]) -> str:
     same_shape("the result for weights of shape (2, 5, 8)", found, (2, 5))
     entropy = torch.special.entr(weights).sum(-1)
     mistakes = {
+        "the numbers are all 0: compute the entropy of each row, and its exponential.": torch.zeros_like(entropy),
         "this is the entropy itself; its exponential is the number of patches.": entropy,
         "the sign of the entropy is wrong: a ln a is negative, so the numbers come out below 1.": (-entropy).exp(),
         "the logarithm is to base 2 and the exponential to base e: take the natural logarithm.": (

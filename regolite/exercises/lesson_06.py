@@ -37,6 +37,8 @@ def read(answer: Callable[..., Any]) -> str:
     same_shape("the labels", labels, (12,))
     probabilities = logits.softmax(-1)
     wanted, wanted_labels = probabilities[:, :-1].max(-1)
+    if not scores.any():
+        raise Mistake("the scores are all 0: nothing of the logits is in them yet.")
     if int(labels.max()) == 5:
         raise Mistake("a label is K, the column of 'no object'; it is no class, and must not be chosen.")
     alone, sigmoid = logits[:, :-1].softmax(-1).max(-1).values, logits[:, :-1].sigmoid().max(-1).values

@@ -39,7 +39,7 @@ def correct(answer: Callable[..., Any]) -> str:
         ),
         (
             (boxes + change).clamp(0, 1),
-            "a clamped sum stays in the picture, but stops learning at its edge: use logits.",
+            "a clamped sum stays in [0, 1], but stops learning at both ends: use logits.",
         ),
         ((boxes + change).sigmoid(), "the sigmoid was taken of the box itself: with no change, 0.5 would become 0.62."),
         ((boxes + change.sigmoid()), "the change is a change of logits, and its sigmoid means nothing by itself."),
@@ -56,7 +56,7 @@ def correct(answer: Callable[..., Any]) -> str:
         )
     if not answer(torch.full((4,), 0.3), torch.zeros(4, requires_grad=True)).requires_grad:
         raise Mistake("no gradient reaches the change: the box head would learn nothing.")
-    return "Boxes stay in the picture, and a small box is corrected in small steps."
+    return "All four numbers stay in [0, 1], and a small box is corrected in small steps."
 
 
 class _Recorder:

@@ -77,7 +77,7 @@ def unusable(answer: Callable[[Float[Tensor, "N 4"], int, int], Tensor]) -> str:
             raise Mistake(f"box {boxes[n].int().tolist()} in a picture of 100 x 80 {why[n]}.")
     empty = answer(torch.zeros(0, 4), 100, 80)
     same_shape("the answer for a picture without boxes", empty, (0,))
-    return "Such boxes are left out with a message: one of them in a batch makes GIoU divide nothing by nothing."
+    return "Such boxes are left out with a message: one of them in a batch can make GIoU divide nothing by nothing."
 
 
 @exercise(

@@ -73,7 +73,7 @@ WRONG = {
     "split: stub": ("1.2", lambda x, m: x.reshape(m, len(x), -1), "takes the tokens apart"),
     "split: not exchanged": ("1.2", lambda x, m: x.unflatten(1, (m, -1)), "exchange them"),
     "split: interleaved": ("1.2", lambda x, m: x.unflatten(1, (-1, m)).permute(2, 0, 1), "every third channel"),
-    "cells: stub": ("1.3", lambda a: torch.zeros(a.shape[:-1]), "0.0000"),
+    "cells: stub": ("1.3", lambda a: torch.zeros(a.shape[:-1]), "all 0"),
     "cells: entropy": ("1.3", lambda a: torch.special.entr(a).sum(-1), "entropy itself"),
     "cells: sign": ("1.3", lambda a: (a * a.log()).sum(-1).exp(), "sign"),
     "cells: base 2": ("1.3", lambda a: (-(a * a.log2()).sum(-1)).exp(), "base 2"),
