@@ -53,9 +53,9 @@ def tokens_looked_at(answer: Callable[[Tensor], Tensor]) -> str:
 
 @exercise(
     "8.2",
-    "Write the softmax: the n tokens have exp(g) each, the S - n others exp(0) = 1 each. What do the n get together?",
-    "p = n * exp(g) / (n * exp(g) + S - n). Solve for exp(g) first.",
-    "exp(g) = p / (1 - p) * (S - n) / n.",
+    "Write the softmax: the n tokens have exp(d) each, the S - n others exp(0) = 1 each. What do the n get together?",
+    "p = n * exp(d) / (n * exp(d) + S - n). Solve for exp(d) first.",
+    "exp(d) = p / (1 - p) * (S - n) / n.",
 )
 def gap(answer: Callable[[float, int, int], float]) -> str:
     """The score by which n of S tokens get the part p."""
@@ -73,7 +73,7 @@ def gap(answer: Callable[[float, int, int], float]) -> str:
             - math.log(1 - p)
             if n > 1
             else math.nan,
-            "this is exp(g); g is its logarithm.": p / (1 - p) * (total - n) / n,
+            "this is exp(d); d is its logarithm.": p / (1 - p) * (total - n) / n,
             "this looks at the odds alone: the number of tokens that share the rest matters too.": odds,
             "the sign is wrong.": -(odds + others),
         }
@@ -86,7 +86,7 @@ def gap(answer: Callable[[float, int, int], float]) -> str:
         if not math.isclose(reached, p, abs_tol=1e-4):
             raise Mistake(f"with p = {p}, n = {n}, S = {total} they get {reached:.4f} together.")
     return (
-        "For 90 % on 16 of 280 tokens g is 5.0. Scores that scatter by 1 or less at the start are far from it, and the "
+        "For 90 % on 16 of 280 tokens it is 5.0. Scores that scatter by 1 or less at the start are far from it, and the "
         "way grows with log S."
     )
 
