@@ -29,7 +29,6 @@ from torch import Tensor
 
 from regolite.errors import UserError
 
-
 WIDTH = 110  # letters in a line: what a cell's output shows without breaking words
 
 

@@ -187,7 +187,7 @@ def diagram_detr() -> Figure:
     canvas.arrow((7.0, 3.05), (7.0, y + height))
 
     found = canvas.block(
-        8.95, y, 0.95, height, "N predictions\n" + r"$O_{class}$" + "\n" + r"$O_{box}$", VERMILLION, size=8.0
+        8.95, y, 0.95, height, "N predictions\n" + r"$O_{cls}$" + "\n" + r"$O_{box}$", VERMILLION, size=8.0
     )
     canvas.arrow(heads.side("right"), found.side("left"))
     matching = canvas.block(6.9, 0.35, 1.7, 0.8, "matching\ncheapest pairing,\nHungarian algorithm", GREEN)
@@ -267,7 +267,7 @@ def diagram_stage() -> Figure:
     canvas.arrow((1.45, 1.9), (1.55, 1.9), (1.55, 1.48), (6.6, 1.48), (6.6, 2.1), concatenate.side("left"), dashed=True)
     canvas.arrow(concatenate.side("right"), (8.55, 2.1))
     after = canvas.block(8.55, 1.75, 1.35, 0.7, "hidden states\n" + r"$H_{dec}(i)$", ORANGE)
-    classes = canvas.block(8.55, 3.1, 1.35, 0.7, "classes, linear\n" + r"$O_{class}(i)$", VERMILLION)
+    classes = canvas.block(8.55, 3.1, 1.35, 0.7, "classes, linear\n" + r"$O_{cls}(i)$", VERMILLION)
     canvas.arrow(after.side("top"), classes.side("bottom"))
     new = canvas.block(8.55, 0.45, 1.35, 0.7, "boxes\n" + r"$O_{box}(i)$", VERMILLION)
     add = canvas.sign(7.0, 0.8, "+")
