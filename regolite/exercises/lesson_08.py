@@ -86,7 +86,7 @@ def gap(answer: Callable[[float, int, int], float]) -> str:
         if not math.isclose(reached, p, abs_tol=1e-4):
             raise Mistake(f"with p = {p}, n = {n}, S = {total} they get {reached:.4f} together.")
     return (
-        "For 90 % on 16 of 280 tokens it is 5.0. Scores that scatter by 1 or less at the start are far from it, and the "
+        "For 90 % on 16 of 280 tokens it is 5.0. Scores that scatter by 1 at the start are far from it, and the "
         "way grows with log S."
     )
 
