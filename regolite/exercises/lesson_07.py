@@ -171,7 +171,7 @@ def best_threshold(answer: Callable[[Tensor, Tensor, int], Tensor | float]) -> s
         if given == values:
             raise Mistake(f"{what}.")
     close("the thresholds of three rankings", torch.tensor(given), torch.tensor(right_ones), 1e-6)
-    return "F1 gives a working point. AP alone never would: it is the same for every threshold."
+    return "F1 gives a working point. AP alone never would: it judges the whole ranking and names no threshold."
 
 
 @exercise(

@@ -200,7 +200,8 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     for name in sorted(decoders):  # "base", "stage1", ...
         stage = int(name.removeprefix("stage")) if name != "base" else 0
         values = [_by_decoder(line["terms"]).get(name, math.nan) for line in train]
-        by_decoder.plot(steps, values, color=stage_colour(stage), label=stage_name(stage), **mark)
+        line = {"linestyle": ("-", "--", "-.", ":")[stage % 4], "color": stage_colour(stage)}
+        by_decoder.plot(steps, values, label=stage_name(stage), **line, **mark)
     style_axes(rate, "Learning rate", "step")
     rate.plot(steps, [line["lr"] for line in train], color=INK, **mark)
     rate.yaxis.set_major_formatter("{x:g}")
