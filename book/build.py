@@ -40,7 +40,7 @@ PAGE = """# `{name}`
 
 def gather() -> None:
     """Write all sources of the book to ``build/book/source``."""
-    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.rmtree(BUILD, ignore_errors=True)  # the pages of a notebook that is gone are to go too
     SOURCE.mkdir(parents=True)
     shutil.copy(ROOT / "book" / "conf.py", SOURCE)
     shutil.copytree(ROOT / "book" / "_static", SOURCE / "_static")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, HEIGHT = 320, 180
+WIDTH, HEIGHT = 240, 135
 
 
 def figure_of(notebook: Path) -> Image.Image | None:
