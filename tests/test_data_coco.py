@@ -251,7 +251,7 @@ def test_wrong_places_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="limit of 0"):
         CocoFolder(root, limit=0)
     shutil.rmtree(root / "images")
-    with pytest.raises(UserError, match="looked for the folders images and train2017"):
+    with pytest.raises(UserError, match="looked for the folders images, train2017 and train"):
         CocoFolder(root)
 
 

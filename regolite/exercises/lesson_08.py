@@ -23,32 +23,36 @@ def _same(found: Any, wanted: Tensor, tolerance: float = 1e-3) -> bool:
 
 @exercise(
     "8.1",
-    "First the entropy over the last dimension, in nats; then its exponential.",
+    "Two entropies: that of the mean map, and the mean of the heads' own. Heads are dimension 1.",
+    "The mean map is weights.mean(1), with shape [B, Q, S]. Its entropy is never below the mean of the heads'.",
     "0 * log 0 is NaN to a computer. torch.special.entr(a) is -a * log(a) and knows that it is 0 there.",
-    "torch.special.entr(weights).sum(-1).exp()",
 )
-def tokens_looked_at(answer: Callable[[Tensor], Tensor]) -> str:
-    """The exponential of the entropy."""
+def heads_differ(answer: Callable[[Tensor], Tensor]) -> str:
+    """How much of the mean map's entropy comes from heads that differ."""
     weights = torch.rand(2, 3, 5, 7).mul(3).softmax(-1)
-    entropy = torch.special.entr(weights).sum(-1)
+    own = torch.special.entr(weights).sum(-1)
+    of_mean = torch.special.entr(weights.mean(1)).sum(-1)
     found = answer(weights.clone())
-    same_shape("tokens_looked_at(weights)", found, (2, 3, 5))
+    if isinstance(found, Tensor) and found.shape == (2, 3):
+        raise Mistake("the mean is over the queries here; heads are dimension 1.")
+    same_shape("heads_differ(weights)", found, (2, 5))
     known = {
-        "this is the number of all tokens, whatever the weights.": torch.full((2, 3, 5), 7.0),
-        "this is the entropy itself: take its exponential.": entropy,
-        "the sign is wrong: the logarithm of a weight is negative, so the entropy needs a minus.": (-entropy).exp(),
-        "this is the entropy in bits, raised by e: log2 goes with 2 ** H, log with exp.": (entropy / math.log(2)).exp(),
+        "this is the mean of the heads' entropies; what does the mean map have?": own.mean(1),
+        "this is the entropy of the mean map; how much of it have the heads by themselves?": of_mean,
+        "the sign is wrong: the mean map is the more even one.": own.mean(1) - of_mean,
+        "this compares with the sum over the heads, not with their mean.": of_mean - own.sum(1),
+        "this compares with the sharpest head, not with the mean over the heads.": of_mean - own.amin(1),
     }
     for said, wrong in known.items():
         if _same(found, wrong):
             raise Mistake(said)
-    close("tokens_looked_at(weights)", found, entropy.exp(), tolerance=1e-3)
-    masked = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    found = answer(masked)
+    close("heads_differ(weights)", found, of_mean - own.mean(1), tolerance=1e-3)
+    apart = torch.eye(4)[None, :, None]  # four heads, each with all its weight on a token of its own
+    found = answer(apart)
     if not found.isfinite().all():
         raise Mistake("with weights of exactly 0, as masked tokens have, the answer is not a number.")
-    close("the answer for weights with zeros", found, torch.tensor([2.0, 1.0, 4.0]), tolerance=1e-3)
-    return "Two tokens with a half each count as two, one with everything as one, however many others there are."
+    close("the answer for four heads on four tokens", found, torch.full((1, 1), math.log(4)), tolerance=1e-3)
+    return "It is 0 where all heads look alike, and log M where each of M heads looks at tokens of its own."
 
 
 @exercise(

@@ -14,8 +14,12 @@ import torch
 from regolite.exercises import Mistake, find
 
 
-def tokens_looked_at(a):
-    return torch.special.entr(a).sum(-1).exp()
+def entropy(a):
+    return torch.special.entr(a).sum(-1)
+
+
+def heads_differ(a):
+    return entropy(a.mean(1)) - entropy(a).mean(1)
 
 
 def gap(p, n, S):
@@ -53,7 +57,7 @@ def sharpen(attention, factor, parts=("query.weight", "query.bias"), work=copy.d
 
 
 RIGHT = [
-    ("8.1", tokens_looked_at),
+    ("8.1", heads_differ),
     ("8.2", gap),
     ("8.2", lambda p, n, S: torch.tensor(gap(p, n, S))),
     ("8.3", share_changed),
@@ -63,12 +67,14 @@ RIGHT = [
 ]
 
 WRONG = [
-    ("8.1", lambda a: torch.full(a.shape[:-1], float(a.shape[-1])), "whatever the weights"),
-    ("8.1", lambda a: torch.special.entr(a).sum(-1), "the entropy itself"),
-    ("8.1", lambda a: (-torch.special.entr(a)).sum(-1).exp(), "sign is wrong"),
-    ("8.1", lambda a: (-a * a.log2()).sum(-1).exp(), "bits"),
-    ("8.1", lambda a: (-a * a.log()).sum(-1).exp(), "exactly 0"),
-    ("8.1", lambda a: torch.special.entr(a).sum(-2).exp(), "shape"),
+    ("8.1", lambda a: torch.zeros(len(a), a.shape[2]), "should be "),
+    ("8.1", lambda a: entropy(a).mean(1), "mean of the heads' entropies"),
+    ("8.1", lambda a: entropy(a.mean(1)), "entropy of the mean map"),
+    ("8.1", lambda a: -heads_differ(a), "sign is wrong"),
+    ("8.1", lambda a: entropy(a.mean(1)) - entropy(a).amin(1), "the sharpest head"),
+    ("8.1", lambda a: entropy(a.mean(2)) - entropy(a).mean(2), "over the queries"),
+    ("8.1", lambda a: entropy(a.mean(1)) - (-a * a.log()).sum(-1).mean(1), "exactly 0"),
+    ("8.1", lambda a: entropy(a), "shape"),
     ("8.2", lambda p, n, S: 0.0, "they get 0.0571"),
     ("8.2", lambda p, n, S: None, "a number is wanted"),
     ("8.2", lambda p, n, S: math.log(p / (1 - p) * S / n), "not S"),
