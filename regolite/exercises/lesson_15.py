@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from regolite.attention import MultiHeadAttention
 from regolite.deformable import DeformableAttention
-from regolite.exercises import Mistake, close, exercise
+from regolite.exercises import Mistake, exercise
 from regolite.transformer import DecoderLayer
 
 
@@ -157,74 +157,3 @@ def half_iou(answer: Callable[[Float[Tensor, "N 4"], Float[Tensor, "N 4"]], Floa
             "(was an area clamped, or rounded on the way?)."
         )
     return "The boxes fit into float16, their areas don't. Enter float32 before you square."
-
-
-@exercise(
-    "15.5",
-    "How many objects has the whole batch? Every part is divided by that, not by its own number.",
-    "model.zero_grad() first, or the gradients of the last step are still there; backward adds.",
-    "count = sum(len(truth) for _, truth in parts); for each part (loss_sum(...) / count).backward()",
-)
-def accumulate(answer: Callable[[nn.Module, Callable[[Tensor, Tensor], Tensor], Sequence[Any]], Any]) -> str:
-    """Gradient accumulation that equals the large batch."""
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
-
-    def loss_sum(outputs: Tensor, truth: Tensor) -> Tensor:
-        return ((outputs[: len(truth), 0] - truth) ** 2).sum()
-
-    for counts in ((3, 1, 6), (2, 0, 5, 1)):
-        parts = [(torch.randn(7, 5), torch.randn(n)) for n in counts]
-        total = sum(counts)
-        wanted = _gradient(model, [loss_sum(model(x), t) / total for x, t in parts])
-        own = _gradient(model, [loss_sum(model(x), t) / len(t) for x, t in parts if len(t)])
-        mean = own / len(parts)
-        summed = _gradient(model, [loss_sum(model(x), t) for x, t in parts])
-        model.zero_grad()
-        answer(model, loss_sum, parts)
-        if any(p.grad is None for p in model.parameters()):
-            raise Mistake("the parameters have no gradient afterwards.")
-        found = torch.cat([p.grad.flatten() for p in model.parameters()])
-        if not found.isfinite().all():
-            raise Mistake("the gradient holds NaN: a part without objects is divided by its own number of objects, 0.")
-        for value, known in (
-            (own, "each part is divided by its own number of objects; the batch has one number for all"),
-            (mean, "a mean of the parts' losses weighs an object in a small part more than one in a large part"),
-            (summed, "the sum is not divided by the number of objects"),
-            (summed / len(parts), "the sum is divided by the number of parts, and not by the number of objects"),
-            (
-                _gradient(model, [loss_sum(model(parts[-1][0]), parts[-1][1]) / total]),
-                "only the last part counts: something sets the gradient to zero between the parts",
-            ),
-        ):
-            if torch.allclose(found, value, atol=1e-6) and not torch.allclose(value, wanted, atol=1e-6):
-                raise Mistake(f"{known}.")
-        close("the gradient", found, wanted, 1e-5)
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        answer(model, loss_sum, parts)
-        again = torch.cat([p.grad.flatten() for p in model.parameters()])
-        if not torch.allclose(again, wanted, atol=1e-5):
-            raise Mistake("gradients of an earlier step stay in .grad and are added to: clear them first.")
-    calls = _passes(answer, model, loss_sum)
-    if calls[:2] != ["forward", "backward"]:
-        raise Mistake("all parts are run before the first backward, so the activations of all are held at once.")
-    return "The gradient of the large batch, in the memory of the largest part."
-
-
-def _gradient(model: nn.Module, losses: Sequence[Tensor]) -> Tensor:
-    """The gradient of a sum of losses, flat."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(sum(losses), list(model.parameters()))])
-
-
-def _passes(answer: Callable[..., Any], model: nn.Module, loss_sum: Callable[..., Tensor]) -> list[str]:
-    """In which order an answer runs forward and backward passes."""
-    calls: list[str] = []
-
-    def listen(_: nn.Module, __: Any, output: Tensor) -> None:
-        calls.append("forward")
-        output.register_hook(lambda _: calls.append("backward"))
-
-    handle = model.register_forward_hook(listen)
-    answer(model, loss_sum, [(torch.randn(3, 5), torch.randn(2)) for _ in range(2)])
-    handle.remove()
-    return calls

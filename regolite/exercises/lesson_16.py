@@ -111,30 +111,3 @@ def split_groups(answer: Callable[[Sequence[str], float, int], tuple[list[str], 
     if len(seen) == 1:
         raise Mistake("every seed holds out the same groups: shuffle them with random.Random(seed).")
     return "What is measured on held-out groups is what the detector will do in a place that it has not seen."
-
-
-@exercise(
-    "16.4",
-    "The head has one row of weights and one bias for each class. Which row did 'cup' have, and which has it now?",
-    "new.weight.data[new_names.index(name)] = old.weight.data[old_names.index(name)], for the names in both.",
-    "Copy the bias in the same way, and leave rows of classes that the old head does not know as they are.",
-)
-def carry_over(answer: Callable[..., None]) -> str:
-    """Copy the rows of the classes that two heads share."""
-    old_names, new_names = ["person", "cup", "kite", "sink"], ["sink", "mug", "cup"]
-    old, new = torch.nn.Linear(6, 4), torch.nn.Linear(6, 3)
-    before = new.weight.detach().clone(), new.bias.detach().clone()
-    answer(old, old_names, new, new_names)
-    for name in ("sink", "cup"):
-        i, j = old_names.index(name), new_names.index(name)
-        if torch.equal(new.weight[j], before[0][j]):
-            raise Mistake(f"{name!r} is a class of both heads, but its row of weights was not copied.")
-        if not torch.equal(new.weight[j], old.weight[i]):
-            raise Mistake(f"the row of {name!r} is another class's in the old head: rows go by name, not by number.")
-        if not torch.equal(new.bias[j], old.bias[i]):
-            raise Mistake(f"the bias of {name!r} was not copied: the class would start too sure or too shy.")
-    if not torch.equal(new.weight[1], before[0][1]) or not torch.equal(new.bias[1], before[1][1]):
-        raise Mistake("'mug' is new: its row should stay as it was initialised.")
-    if not new.weight.requires_grad or not isinstance(new.weight, torch.nn.Parameter):
-        raise Mistake("the new head can no longer be trained: copy into its data, don't replace its parameters.")
-    return "Classes that the detector knows already need no learning anew; the others start from the prior."
