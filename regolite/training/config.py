@@ -51,7 +51,7 @@ class RunConfig:
     seed: int = _option(0, "seed of weights, order and augmentation")
     workers: int = _option(0, "processes that prepare pictures; 0 prepares them in the training process")
     device: str = _option("auto", "auto, cpu, cuda or mps")
-    precision: Literal["no", "bf16", "fp16"] = _option("no", "mixed precision; losses and boxes stay in float32")
+    precision: Literal["no", "bf16", "fp16"] = _option("no", "mixed precision; costs and losses stay in float32")
     resume: bool = _option(False, "go on with the run in the output folder, or start it where there is none")
 
     def __post_init__(self) -> None:
