@@ -175,6 +175,37 @@ def test_held_out_pictures_depend_on_the_seed_alone(tmp_path):
     assert held[0] == held[1] and len({frozenset(names) for names in held}) > 1
 
 
+def test_test_pictures_are_neither_trained_on_nor_held_out(tmp_path):
+    for split, part in (("train", PICTURES[:3]), ("test", PICTURES[3:])):
+        paint(tmp_path / "export" / split, part)
+        coco(tmp_path / "export" / split / "_annotations.coco.json", part)
+    done = convert(tmp_path / "export", tmp_path / "data", val=0.34)
+    assert done.pictures == {"train": 2, "val": 1, "test": 2}
+    assert {path.name for path in (tmp_path / "data" / "test").iterdir()} == {"d.jpg", "e.jpg"}
+
+
+def test_names_of_classes_may_lie_in_another_folder(tmp_path):
+    source = exported(tmp_path / "export", "yolo")
+    (source / "config").mkdir()
+    (source / "data.yaml").rename(source / "config" / "data.yaml")
+    assert sorted(convert(source, tmp_path / "data").classes) == sorted(CLASSES)
+
+
+def test_an_export_with_validation_pictures_alone_is_divided(tmp_path):
+    paint(tmp_path / "export" / "valid")
+    voc(tmp_path / "export" / "valid")
+    assert convert(tmp_path / "export", tmp_path / "data", val=0.4).pictures == {"train": 3, "val": 2}
+
+
+def test_nothing_is_written_where_nothing_can_be_learnt(tmp_path):
+    source = exported(tmp_path / "export", "yolo")
+    for path in (source / "labels").iterdir():
+        path.write_text("")
+    with pytest.raises(UserError, match="nothing to learn from"):
+        convert(source, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_picture_held_sideways_is_stored_upright(tmp_path):
     source = exported(tmp_path / "export", "yolo")
     exif = Image.Exif()
@@ -229,7 +260,11 @@ def spoil_yolo(root):
         ("coco", lambda root: (root / "result.json").unlink(), "has pictures but no boxes"),
         ("coco", lambda root: shutil.rmtree(root / "images"), "holds no pictures"),
         ("voc", lambda root: (root / "Annotations" / "a.xml").write_text("<annot"), "cannot be read as Pascal VOC"),
-        ("yolo", lambda root: [p.write_text("") for p in (root / "labels").iterdir()], "nothing to learn from"),
+        (
+            "voc",
+            lambda root: [p.rename(root / f"{p.stem}.xml") for p in (root / "Annotations").iterdir()],
+            "no picture",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_one_clear_error(tmp_path, layout, spoil, said):
@@ -247,7 +282,7 @@ def test_wrong_arguments(tmp_path):
         convert(source, tmp_path / "data", val=1.5)
     paint(tmp_path / "one", PICTURES[:1])
     voc(tmp_path / "one", PICTURES[:1])
-    with pytest.raises(UserError, match="too few to hold out"):
+    with pytest.raises(UserError, match="too few to train on some"):
         convert(tmp_path / "one", tmp_path / "data")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

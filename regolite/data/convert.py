@@ -8,12 +8,13 @@ or pictures is mended or left out, and listed by file name.
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
 import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,30 +90,31 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
         warnings.simplefilter("ignore", UserWarning)
         from supervision import DetectionDataset
     form, parts = _find(source)
+    if not parts:
+        raise UserError(f"{source} has {form} annotations but no picture that belongs to them: add the pictures")
     problems: list[str] = []
     try:
-        read = {split: DetectionDataset.merge(list(sets)) for split, sets in _read(form, parts, problems).items()}
+        read = {
+            split: DetectionDataset.merge(list(sets)) for split, sets in _read(source, form, parts, problems).items()
+        }
         # Merged, all parts have the same classes in the same order; each keeps its own pictures.
         whole = DetectionDataset.merge(list(read.values()))
-        # Sorted, or the pictures held out would depend on the order in which the disk lists its files.
-        whole = DetectionDataset(whole.classes, sorted(whole.image_paths), whole.annotations)
     except UserError:
         raise
     except Exception as error:  # its readers raise nearly anything on a broken file
         raise UserError(f"{source} cannot be read as {form}: {error}") from error
-    if not len(whole):
-        raise UserError(f"{source} has {form} annotations but no picture that belongs to them: add the pictures")
-    splits = {split: part.image_paths for split, part in read.items()}
-    if "val" not in splits:
-        train, held = whole.split(split_ratio=1 - val, random_state=seed)
-        if not len(held) or not len(train):
-            raise UserError(f"{source} has {len(whole)} pictures: too few to hold out a share of {val}")
-        splits = {**splits, "train": train.image_paths, "val": held.image_paths}
+    splits = {split: sorted(part.image_paths) for split, part in read.items()}
+    if not {"train", "val"} <= set(splits):
+        own = splits.pop("train", None) or splits.pop("val", [])
+        held = set(random.Random(seed).sample(own, max(1, round(val * len(own))) if own else 0))
+        splits |= {"train": [path for path in own if path not in held], "val": sorted(held)}
+    if not splits["train"]:
+        raise UserError(f"{source} has {len(whole)} pictures: too few to train on some and hold out others")
+    if not any(len(whole.annotations[path]) for path in splits["train"]):
+        raise UserError(f"{source} has no box in a training picture: there is nothing to learn from")
     done = Conversion(form, list(whole.classes), problems=problems)
     for split in sorted(splits, key=["train", "val", "test"].index):
-        _write(DetectionDataset, whole, sorted(splits[split]), output, split, done)
-    if not any(done.objects["train"].values()):
-        raise UserError(f"{source} has no box in a training picture: there is nothing to learn from")
+        _write(DetectionDataset, whole, splits[split], output, split, done)
     return done
 
 
@@ -183,7 +185,9 @@ def _pictures_of(path: Path, folders: list[Path]) -> Path:
     return max(folders, key=lambda folder: sum((folder / name).is_file() for name in names))
 
 
-def _read(form: str, parts: list[tuple[str, Path, Path]], problems: list[str]) -> dict[str, list[DetectionDataset]]:
+def _read(
+    source: Path, form: str, parts: list[tuple[str, Path, Path]], problems: list[str]
+) -> dict[str, list[DetectionDataset]]:
     """What supervision reads of each part, by split."""
     from supervision import DetectionDataset
 
@@ -194,7 +198,8 @@ def _read(form: str, parts: list[tuple[str, Path, Path]], problems: list[str]) -
                 file = _readable(boxes, pictures, Path(folder) / "annotations.json", problems)
                 found = {split: DetectionDataset.from_coco(str(pictures), str(file))}
         elif form == "YOLO":
-            names = next(path for path in _upwards(pictures, "*.y*ml") if _names(path))
+            files = [path for path in sorted(source.rglob("*.y*ml")) if _names(path)]
+            names = max(files, key=lambda path: len(os.path.commonpath([path, pictures])))  # the nearest
             found = {split: DetectionDataset.from_yolo(str(pictures), str(boxes), str(names))}
             _report_orphans(pictures, boxes, "*.txt", problems)
         else:
@@ -204,12 +209,6 @@ def _read(form: str, parts: list[tuple[str, Path, Path]], problems: list[str]) -
         for name, part in found.items():
             read.setdefault(name, []).append(part)
     return read
-
-
-def _upwards(folder: Path, pattern: str) -> Iterator[Path]:
-    """The files of a pattern in a folder, its parent, and so on."""
-    for place in (folder, *folder.parents):
-        yield from sorted(place.glob(pattern))
 
 
 def _readable(file: Path, pictures: Path, target: Path, problems: list[str]) -> Path:
