@@ -1,8 +1,8 @@
 """What every figure is drawn with: the colours, and pictures, boxes, labels, heat, points and matrices on axes.
 
 Figures are matplotlib ``Figure`` objects of their own, outside pyplot: nothing global is set and nothing stays open.
-The colours are those of Okabe and Ito, which people with any kind of colour vision tell apart; a thing has the same
-colour in every figure. A picture's axes are in pixels of the picture, (0, 0) its upper left corner.
+The colours are those of Okabe and Ito, chosen for colour-blind readers too; a thing has the same colour in every
+figure. A picture's axes are in pixels of the picture, (0, 0) its upper left corner.
 """
 
 from __future__ import annotations
