@@ -151,6 +151,14 @@ def close(name: str, found: Any, wanted: Tensor | float, tolerance: float = 1e-4
         raise Mistake(but or f"{name} should be {float(wanted[place]):.4f}{at}, and is {float(found[place]):.4f}.")
 
 
+def alike(found: Any, wanted: Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether ``found`` has the shape and, within a tolerance, the values of ``wanted``; so a mistake is recognised."""
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    pair = (tensor.detach().double().cpu() for tensor in (found, wanted))
+    return torch.allclose(*pair, rtol=tolerance, atol=tolerance)
+
+
 def has_gradient(name: str, *inputs: Tensor) -> None:
     """Raise a :class:`Mistake` where no gradient reached the inputs, or one that is not a number."""
     for tensor in inputs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,9 @@ from torch import Tensor, nn
 
 from regolite.attention import MultiHeadAttention
 from regolite.boxes import inverse_sigmoid
-from regolite.exercises import Mistake, close, exercise, same_shape
+from regolite.exercises import Mistake, alike, close, exercise, same_shape
 from regolite.structures import Memory
 from regolite.transformer import DecoderLayer, EncoderLayer
-
-
-def _same(found: Any, wanted: Tensor, tolerance: float = 1e-4) -> bool:
-    return torch.allclose(found.detach().float().cpu(), wanted, rtol=tolerance, atol=tolerance)
 
 
 @exercise(
@@ -46,7 +41,7 @@ def pre_norm(answer: Callable[..., Tensor]) -> str:
     with torch.no_grad():
         found = answer(layer, tokens.clone(), positions)
         same_shape("pre_norm(layer, tokens, positions)", found, (2, 7, 16))
-        if _same(found, tokens):
+        if alike(found, tokens):
             raise Mistake("the tokens came back as they were.")
         n = first(tokens)
         wrong = n + layer.attention(n + positions, n + positions, n)
@@ -75,7 +70,7 @@ def pre_norm(answer: Callable[..., Tensor]) -> str:
             ),
         }
         for said, mistaken in known.items():
-            if _same(found, mistaken):
+            if alike(found, mistaken):
                 raise Mistake(said)
         close("pre_norm(layer, tokens, positions)", found, run())
     return "The way from the first layer to the last is now a bare sum, and what flows back along it is never rescaled."
@@ -142,7 +137,7 @@ def boxes_at(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
         "the sigmoid is missing: these are logits.": raw + F.pad(inverse_sigmoid(reference), (0, 2)),
     }
     for said, wrong in known.items():
-        if _same(found, wrong):
+        if alike(found, wrong):
             raise Mistake(said)
     if (found < 0).any() or (found > 1).any():
         raise Mistake(
@@ -230,7 +225,7 @@ def influence(answer: Callable[..., Tensor]) -> str:
         "answer counts by itself.": jacobian.sum(1).square().sum(-1).sqrt(),
     }
     for said, wrong in known.items():
-        if _same(found, wrong, 1e-3):
+        if alike(found, wrong, 1e-3):
             raise Mistake(f"{said.rstrip(' .')}.")
     close("influence(answer, E)", found, wanted, tolerance=1e-3 * float(wanted.max()))
     alone = answer(lambda e: (e @ torch.eye(8)) * 3, E.clone())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regolite.boxes import box_iou, generalized_box_iou, to_xyxy
-from regolite.exercises import Mistake, close, exercise, has_gradient, same_shape
+from regolite.exercises import Mistake, alike, close, exercise, has_gradient, same_shape
 
 COUCH = (0.4841, 0.4970, 0.9682, 0.9850)
 """The couch of COCO picture 599, ``cxcywh``."""
@@ -19,10 +19,6 @@ def _boxes(count: int) -> Tensor:
     """Boxes inside the picture, ``cxcywh``."""
     size = 0.1 + 0.3 * torch.rand(count, 2)
     return torch.cat([size / 2 + torch.rand(count, 2) * (1 - size), size], 1)
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(found.detach().float(), wanted, atol=1e-4)
 
 
 @exercise(
@@ -52,7 +48,7 @@ def mirror(answer: Callable[[Tensor], Tensor]) -> str:
         "the widths changed. A mirrored object is as wide as before.": torch.stack([1 - cx, cy, -w, h], 1),
     }
     for said, wrong in known.items():
-        if _same(found, wrong):
+        if alike(found, wrong):
             raise Mistake(said)
     close("mirror(boxes)", found, torch.stack([1 - cx, cy, w, h], 1))
     return "One number of four changes; in corners it would have been two, and they would have had to be swapped."

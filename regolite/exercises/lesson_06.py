@@ -13,7 +13,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from regolite.boxes import to_xyxy
 from regolite.detr import Detr, DetrConfig
-from regolite.exercises import Mistake, close, exercise, has_gradient, same_shape
+from regolite.exercises import Mistake, alike, close, exercise, has_gradient, same_shape
 
 OLD = ("person", "cat", "dog")
 NEW = ("zebra", "dog", "cat", "bus")
@@ -159,9 +159,9 @@ def picture_loss(answer: Callable[..., Any]) -> str:
     close("the L1 term", l1, apart.sum() / objects, but=_l1_mistake(apart, l1, objects))
     overlap = generalized_box_iou_loss(to_xyxy(pairs), to_xyxy(wanted))
     but = ""
-    if _same(giou, generalized_box_iou_loss(pairs, wanted).sum() / objects):
+    if alike(giou, generalized_box_iou_loss(pairs, wanted).sum() / objects, 1e-5):
         but = "the GIoU term takes cxcywh boxes for corners: it measures the overlap of boxes that are not there."
-    elif _same(giou, overlap.mean()):
+    elif alike(giou, overlap.mean(), 1e-5):
         but = "the GIoU term is the mean over the picture's pairs; divide the sum by `objects`, those of the batch."
     close("the GIoU term", giou, overlap.sum() / objects, but=but)
     (l1 + giou).backward()
@@ -187,7 +187,7 @@ def _label_mistake(logits: Tensor, labels: Tensor, query: Tensor, found: Tensor)
         (_label(logits, labels, query, 4, None), "'no object' weighs as much as an object in the label term."),
         (F.cross_entropy(logits[query], labels), "the label term leaves out the queries that have no object."),
     ):
-        if _same(found, mistaken):
+        if alike(found, mistaken, 1e-5):
             return but
     return ""
 
@@ -202,13 +202,9 @@ def _l1_mistake(apart: Float[Tensor, "T 4"], found: Tensor, objects: int) -> str
         (apart.mean() / objects, "the L1 term is a mean, divided by `objects` once more; sum before you divide."),
         (apart.sum(), "the L1 term is not divided by `objects`."),
     ):
-        if _same(found, mistaken):
+        if alike(found, mistaken, 1e-5):
             return but
     return ""
-
-
-def _same(found: Tensor, mistaken: Tensor) -> bool:
-    return bool(torch.isclose(found.detach().double(), mistaken.detach().double(), atol=1e-5))
 
 
 @exercise(

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from regolite.attention import MultiHeadAttention
-from regolite.exercises import Mistake, close, exercise, same_shape
+from regolite.exercises import Mistake, alike, close, exercise, same_shape
 from regolite.matching import Matches
 from regolite.structures import Target
-
-
-def _same(found: Any, wanted: Tensor, tolerance: float = 1e-3) -> bool:
-    return found.shape == wanted.shape and torch.allclose(
-        found.detach().float(), wanted, rtol=tolerance, atol=tolerance
-    )
 
 
 @exercise(
@@ -44,7 +37,7 @@ def heads_differ(answer: Callable[[Tensor], Tensor]) -> str:
         "this compares with the sharpest head, not with the mean over the heads.": of_mean - own.amin(1),
     }
     for said, wrong in known.items():
-        if _same(found, wrong):
+        if alike(found, wrong, 1e-3):
             raise Mistake(said)
     close("heads_differ(weights)", found, of_mean - own.mean(1), tolerance=1e-3)
     apart = torch.eye(4)[None, :, None]  # four heads, each with all its weight on a token of its own
@@ -211,19 +204,19 @@ def sharpen(answer: Callable[[MultiHeadAttention, float], MultiHeadAttention]) -
             raise Mistake(f"a MultiHeadAttention is wanted, and this is {kind}.")
         if any(not torch.equal(value, before[name]) for name, value in attention.state_dict().items()):
             raise Mistake("the original has changed: work on a copy (copy.deepcopy).")
-        if copied is attention or _same(scores(copied), plain):
+        if copied is attention or alike(scores(copied), plain, 1e-3):
             raise Mistake("the scores are as they were.")
-        if _same(scores(copied), factor * wanted):
+        if alike(scores(copied), factor * wanted, 1e-3):
             raise Mistake(
                 "the scores have grown by the factor squared: queries and keys both grew. One of them is enough."
             )
-        if _same(scores(copied), factor**0.5 * plain):
+        if alike(scores(copied), factor**0.5 * plain, 1e-3):
             raise Mistake("the scores have grown by the root of the factor.")
-        if not _same(scores(copied), wanted):
+        if not alike(scores(copied), wanted, 1e-3):
             bare = MultiHeadAttention(16, 2)
             bare.load_state_dict(before)
             bare.query.weight *= factor
-            if _same(scores(copied), scores(bare)):
+            if alike(scores(copied), scores(bare), 1e-3):
                 raise Mistake("the weight grew and the bias did not: the bias is a part of the query.")
             close("the scores of the copy", scores(copied), wanted, tolerance=1e-2)
         close("the output of the values", copied.value(tokens), attention.value(tokens))

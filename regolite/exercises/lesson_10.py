@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, roi_align
 
 from regolite.boxes import enlarge, to_pixels, to_xyxy
 from regolite.data import batch_pictures
-from regolite.exercises import Mistake, close, exercise, same_shape
+from regolite.exercises import Mistake, alike, close, exercise, same_shape
 from regolite.glimpse import _taps
 
 
@@ -22,15 +22,11 @@ def _boxes(*shape: int) -> Float[Tensor, "*n 4"]:
     return torch.cat([0.3 + 0.4 * torch.rand(*shape, 2), 0.1 + 0.3 * torch.rand(*shape, 2)], -1)
 
 
-def _near(found: Tensor, wanted: Tensor) -> bool:
-    return found.shape == wanted.shape and torch.allclose(found.detach().float(), wanted.float(), rtol=0, atol=1e-3)
-
-
 def _compare(name: str, found: Tensor, wanted: Tensor, *mistakes: tuple[Tensor, str]) -> None:
     """Raise a Mistake where ``found`` is not ``wanted``: the one whose result it is, or the numbers."""
-    if not _near(found, wanted):
+    if not alike(found, wanted, 1e-3):
         for wrong, said in mistakes:
-            if _near(found, wrong):
+            if alike(found, wrong, 1e-3):
                 raise Mistake(said)
     close(name, found, wanted, 1e-3)
 

@@ -10,13 +10,9 @@ from torch import Tensor
 
 from regolite.boxes import inverse_sigmoid
 from regolite.data import batch_pictures
-from regolite.exercises import Mistake, close, exercise, same_shape
+from regolite.exercises import Mistake, alike, close, exercise, same_shape
 from regolite.presets import build
 from regolite.structures import Prediction
-
-
-def _near(found: Any, wanted: Tensor) -> bool:
-    return found.shape == wanted.shape and torch.allclose(found.detach().float(), wanted.float(), rtol=0, atol=1e-4)
 
 
 @exercise(
@@ -46,7 +42,7 @@ def correct(answer: Callable[..., Any]) -> str:
         (inverse_sigmoid(boxes) + change, "these are logits still: take their sigmoid at the end."),
     )
     for wrong, said in mistakes:
-        if _near(found, wrong) and not _near(found, wanted):
+        if alike(found, wrong) and not alike(found, wanted):
             raise Mistake(said)
     close("the corrected boxes", found, wanted)
     edge = torch.tensor([0.0, 0.5, 1.0, 1.0])
@@ -98,9 +94,9 @@ def run_stages(answer: Callable[..., Any]) -> str:
     for before, stage in zip(stages, stages[1:]):
         where = f"stage {stage.number} should get"
         first, final = (p.boxes for p in found[before.number - 1])
-        if _near(stage.boxes, start):
+        if alike(stage.boxes, start):
             raise Mistake(f"{where} the boxes of stage {before.number}, and gets those of the base detector.")
-        if _near(stage.boxes, first) and not _near(stage.boxes, final):
+        if alike(stage.boxes, first) and not alike(stage.boxes, final):
             raise Mistake(f"{where} what stage {before.number} says in its last layer, and gets that of its first.")
         close(f"the boxes of stage {stage.number}", stage.boxes, final.detach())
         same_shape(f"the hidden states that stage {stage.number} gets", stage.hidden, (1, 4, 3 * stage.number))
@@ -216,9 +212,9 @@ def with_alphas(answer: Callable[..., Any]) -> str:
         raise Mistake("your function should return the model's output, a DetectorOutput.")
     found = torch.stack([p.logits for p in output.by_stage])
     same_shape("the logits of all stages", found, tuple(wanted.shape))
-    if _near(found, usual):
+    if alike(found, usual):
         raise Mistake("the stages still look at the ratios that they were trained with: set stage.alpha of each.")
-    if _near(found, backward):
+    if alike(found, backward):
         raise Mistake("the ratios are in the wrong order: alphas[0] is that of stage 1.")
     close("the logits of all stages", found, wanted)
     if left != trained:
