@@ -30,6 +30,7 @@ WEIGHTS = {
     "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
     "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
     "resnet101": "ResNet101_Weights.IMAGENET1K_V1",
+    "resnext101_32x8d": "ResNeXt101_32X8D_Weights.IMAGENET1K_V1",
     "resnext101_64x4d": "ResNeXt101_64X4D_Weights.IMAGENET1K_V1",
 }
 
@@ -57,7 +58,8 @@ class Backbone(nn.Module):
     """A feature pyramid.
 
     Args:
-        name: ``mobilenet_v2``, ``resnet50``, ``resnet101``, ``resnext101_64x4d`` or ``tiny``.
+        name: ``mobilenet_v2``, ``resnet50``, ``resnet101``, ``resnext101_32x8d`` (Table 1's X101, by
+            its 105 M parameters), ``resnext101_64x4d`` or ``tiny``.
         stages: which maps to return, finest first; 2 to 5.
         weights: ``"imagenet"`` for torchvision's ImageNet weights (downloaded once, then cached), ``"bundled"`` for the
             MobileNetV2 that comes with the repository, the path of a ``.safetensors`` or ``.pth`` state dict, or None

@@ -97,7 +97,7 @@ def _family(name: str, detector: Any, loss: LossConfig, rego: RegoConfig, **reci
 def _presets() -> dict[str, ModelConfig]:
     table: dict[str, ModelConfig] = {}
     focal, rego = LossConfig(), RegoConfig()
-    for backbone, tag in (("resnet50", "r50"), ("resnet101", "r101"), ("resnext101_64x4d", "x101")):
+    for backbone, tag in (("resnet50", "r50"), ("resnet101", "r101"), ("resnext101_32x8d", "x101")):
         table |= _family(f"detr_{tag}", replace(_DETR, backbone=backbone), _SOFTMAX_LOSS, rego)
         table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, backbone=backbone), focal, rego)
         if tag != "x101":

@@ -83,7 +83,7 @@ def test_every_preset_builds():
 def test_presets_are_what_their_names_say():
     for name in presets():
         d = configure(name).detector
-        for tag, backbone in (("r50", "resnet50"), ("r101", "resnet101"), ("x101", "resnext101_64x4d")):
+        for tag, backbone in (("r50", "resnet50"), ("r101", "resnet101"), ("x101", "resnext101_32x8d")):
             if name.endswith(tag):
                 assert (d.backbone, d.weights, d.frozen_stages, d.dim, d.heads) == (backbone, "imagenet", 2, 256, 8)
                 assert (d.encoder_layers, d.decoder_layers, d.dropout) == (6, 6, 0.1)
