@@ -170,20 +170,14 @@ def _state_dict(name: str, weights: str, wanted: Mapping[str, Tensor]) -> dict[s
     if weights == "imagenet":
         if name not in WEIGHTS:
             raise UserError(f"there are no ImageNet weights of backbone {name!r}; use weights=None")
-        try:
-            state = torchvision.models.get_weight(WEIGHTS[name]).get_state_dict(progress=True, check_hash=True)
-        except (URLError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"can't download {WEIGHTS[name]} ({error}); give the path of the file instead (weights=PATH), "
-                "or train from random weights (weights=None)"
-            ) from error
+        state = download(WEIGHTS[name])
     else:
         if weights == "bundled" and name != "mobilenet_v2":
             raise UserError(f"only mobilenet_v2 is bundled, not {name!r}; use weights='imagenet', a path or None")
         path = BUNDLED if weights == "bundled" else Path(weights)
         if not path.is_file():
             raise UserError(f"no backbone weights at {path}; give 'imagenet', 'bundled', an existing file or None")
-        state = _read(path)
+        state = read_state(path)
     state = {key.removeprefix("features."): value for key, value in state.items()}
     missing = sorted(set(wanted) - set(state))
     if missing:
@@ -194,8 +188,28 @@ def _state_dict(name: str, weights: str, wanted: Mapping[str, Tensor]) -> dict[s
     return {key: state[key] for key in wanted}
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """A state dict from a file of either kind; nothing in it is executed."""
+def download(name: str) -> Mapping[str, Tensor]:
+    """A state dict of torchvision by the name of its weights, downloaded once and then cached.
+
+    Raises:
+        UserError: when it can't be downloaded.
+    """
+    weights = torchvision.models.get_weight(name)
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"can't download {name} ({error}); fetch {weights.url} elsewhere and give the path of the file "
+            "(weights=PATH), or use random weights (weights=None)"
+        ) from error
+
+
+def read_state(path: Path) -> Mapping[str, Tensor]:
+    """A state dict from a ``.safetensors`` or ``.pth`` file; nothing in it is executed.
+
+    Raises:
+        UserError: when the file holds none.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from regolite.errors import UserError
 from regolite.presets import ModelConfig, build
@@ -49,8 +50,9 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
     """
     if getattr(model, "model_config", None) is None:
         raise UserError("a checkpoint carries the model's configuration: make the model with regolite.build")
-    state = {
-        key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in model.state_dict().items()
+    state = {  # clones, since safetensors takes no two names of one tensor, as tied weights have
+        key: value.detach().to("cpu", dtype or value.dtype).clone(memory_format=torch.contiguous_format)
+        for key, value in model.state_dict().items()
     }
     write_atomic(path, save(state, metadata={KEY: json.dumps(model.model_config.to_dict())}))
 
@@ -81,7 +83,7 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False) 
 
     Args:
         model: the model.
-        path: the checkpoint.
+        path: the checkpoint, or a file that :func:`regolite.published.load` reads.
         new_classes: allow other classes than the checkpoint's: then the class heads, base detector's and stages', keep
             the weights that they have in the model. This is how a model is fine-tuned to data of its own.
 
@@ -91,10 +93,8 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False) 
     Raises:
         UserError: when names or shapes differ; the first of them is named.
     """
-    classes = read_config(path).classes
+    classes, stored = _stored(path)
     own = model.state_dict()
-    with safe_open(path, framework="pt") as file:
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     missing, unexpected = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
     if missing or unexpected:
         raise UserError(
@@ -103,7 +103,7 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False) 
         )
     kept = []
     if new_classes and classes != model.model_config.classes:
-        kept = [key for key in own if key.split(".")[-2] == "class_head" or "class_heads" in key.split(".")]
+        kept = class_head_names(own)
     for key, value in stored.items():
         if key not in kept and own[key].shape != value.shape:
             raise UserError(
@@ -118,13 +118,45 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """Load a checkpoint: the model that its configuration describes, with its weights, ready to detect.
 
     Args:
-        path: a ``.safetensors`` file that a run has written.
+        path: a ``.safetensors`` file that a run has written, or a file that :func:`regolite.published.load` reads.
         device: where to put it.
 
     Raises:
-        UserError: when the file is missing, damaged or no checkpoint of regolite.
+        UserError: when the file is missing, damaged, or holds neither a model of regolite nor a published one.
     """
+    if not _is_ours(path):
+        return _published(path).to(device)
     config = read_config(path)
     model = build(config.without_pretrained(), len(config.classes) or None)
     load_weights(model, path)
     return model.to(device).eval()
+
+
+def class_head_names(names: Iterable[str]) -> list[str]:
+    """Which of a model's weights belong to class heads: the base detector's, its proposals' and the stages'."""
+    return [key for key in names if {"class_head", "class_heads"} & set(key.split("."))]
+
+
+def _stored(path: str | Path) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Names of the classes, and the weights."""
+    if not _is_ours(path):
+        model = _published(path)
+        return model.model_config.classes, model.state_dict()
+    classes = read_config(path).classes
+    with safe_open(path, framework="pt") as file:
+        return classes, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def _is_ours(path: str | Path) -> bool:
+    """Whether a run of regolite wrote the file, or would have written it were it there and whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return Path(path).suffix == ".safetensors" or not Path(path).exists()
+
+
+def _published(path: str | Path) -> nn.Module:
+    from regolite import published  # which builds on this module
+
+    return published.load(path)

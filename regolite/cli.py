@@ -7,6 +7,7 @@
     regolite evaluate --checkpoint runs/mine/best.safetensors --data data/coco_tiny --json figures.json
     regolite detect --checkpoint runs/mine/best.safetensors street.jpg harbour.png --output found
     regolite convert my_export --output data/mine
+    regolite complexity --models detr_r50 rego_detr_r50 --json complexity.json
 
 Each command is a function that says in Python what the command does; :func:`main` chooses it and turns what goes wrong
 into one line. Exit codes: 0 done, 2 wrong input, 130 interrupted. What a command alone needs is imported where it is
@@ -88,7 +89,7 @@ def presets(arguments: argparse.Namespace) -> int:
         with torch.device("meta"):  # shapes without numbers: nothing is allocated
             parameters = sum(p.numel() for p in regolite.build(config).parameters())
         stages = config.rego.stages if config.rego is not None else 0
-        backbone = config.detector.backbone + ("-dc5" if config.detector.dilated else "")
+        backbone = config.detector.backbone + ("-dc5" if getattr(config.detector, "dilated", False) else "")
         rows.append((name, parameters, backbone, stages, config.image_size))
     names = ("name", "parameters", "backbone", "stages", "image_size")
     if arguments.json:
@@ -122,19 +123,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from regolite.checkpoint import write_atomic
     from regolite.inspect import table_by_stage
 
-    if arguments.json is not None:  # now, and not after an hour
-        if arguments.json.is_dir():
-            raise UserError(f"--json {arguments.json} is a folder; give a file")
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    _prepare(arguments.json)
     model = _load(arguments)
     config = model.model_config
     data = _open(arguments.data, arguments.split, model, arguments.limit_images, arguments.image_size)
-    if data.category_ids != config.category_ids:
+    if not set(data.category_ids) <= set(config.category_ids):
         raise UserError(
             f"{arguments.data} has other categories than {arguments.checkpoint}: {_ids(data.category_ids)} there, "
             f"{_ids(config.category_ids)} here; give the data that the model was trained for, or train one on these"
         )
-    if data.classes != config.classes:
+    names = dict(zip(config.category_ids, config.classes))
+    if any(names[category] != name for category, name in zip(data.category_ids, data.classes)):
         print("regolite: warning: the data's classes have other names than the model's", file=sys.stderr)
     figures = regolite.evaluate(model, data, arguments.stages, arguments.batch_size, backend=arguments.backend)
     print(f"AP on {figures['images']} pictures of {arguments.split}, in percent\n\n{table_by_stage(figures)}")
@@ -176,6 +175,14 @@ def detect(arguments: argparse.Namespace) -> int:
     if broken:
         raise UserError(f"{len(broken)} of {len(written)} pictures failed, the others are done: {'; '.join(broken)}")
     return 0
+
+
+def _prepare(file: Path | None) -> None:
+    """Make sure, now and not after an hour, that figures can be written to the file of ``--json``."""
+    if file is not None:
+        if file.is_dir():
+            raise UserError(f"--json {file} is a folder; give a file")
+        file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _load(arguments: argparse.Namespace) -> nn.Module:
@@ -255,6 +262,19 @@ def convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def complexity(arguments: argparse.Namespace) -> int:
+    """Count parameters and multiply-adds of the named models, beside Table 1 of the paper."""
+    from regolite.checkpoint import write_atomic
+    from regolite.evaluation.complexity import as_text, document, rows
+
+    _prepare(arguments.json)
+    counted = rows(arguments.models, progress=True)
+    print(as_text(counted))
+    if arguments.json is not None:
+        write_atomic(arguments.json, (json.dumps(document(counted), indent=1) + "\n").encode())
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------- the options
 
 
@@ -308,6 +328,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (evaluate, _evaluate_options),
         (detect, _detect_options),
         (convert, _convert_options),
+        (complexity, _complexity_options),
     ):
         name, about = command.__name__, command.__doc__
         options = commands.add_parser(name, help=about, description=about)
@@ -390,6 +411,11 @@ def _convert_options(parser: Parser) -> None:
     about = "share of the pictures held out, where FOLDER has no validation split (default: 0.2)"
     parser.add_argument("--val", type=number, default=0.2, metavar="X", help=about)
     parser.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of that choice (default: 0)")
+
+
+def _complexity_options(parser: Parser) -> None:
+    parser.add_argument("--models", nargs="+", metavar="PRESET", help="which models (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts, by part too, to this file")
 
 
 def _model_options(parser: Parser) -> None:

@@ -111,7 +111,7 @@ class DeformableDetr(nn.Module):
             DecoderLayer(c.dim, c.heads, attention(), c.ffn_dim, c.dropout) for _ in range(c.decoder_layers)
         )
         if c.two_stage:
-            self.proposals = Proposals(c.dim, num_classes, c.queries)
+            self.proposals = Proposals(c.dim, num_classes, c.queries, c.mask_padding)
         else:
             self.queries = nn.Embedding(c.queries, c.dim)
             self.query_positions = nn.Embedding(c.queries, c.dim)
@@ -241,11 +241,13 @@ class Proposals(nn.Module):
         dim: channels C.
         num_classes: columns of the class head; only the first is used, as "object".
         queries: how many proposals are kept.
+        mask_padding: propose nothing on padding. The published models can: all of it says the same, a box of ones, and
+            is chosen where that scores best.
     """
 
-    def __init__(self, dim: int, num_classes: int, queries: int) -> None:
+    def __init__(self, dim: int, num_classes: int, queries: int, mask_padding: bool) -> None:
         super().__init__()
-        self.dim, self.count = dim, queries
+        self.dim, self.count, self.mask_padding = dim, queries, mask_padding
         self.project, self.project_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.to_query, self.to_query_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
         self.class_head = class_head(dim, num_classes, prior=0.01)
@@ -262,7 +264,9 @@ class Proposals(nn.Module):
         boxes = self.box_head(tokens) + inverse_sigmoid(anchors)
         # Anchors near the edge of the range have no finite logit: their boxes are set to ones, as published.
         boxes = boxes.masked_fill(~usable, float("inf")).sigmoid()
-        scores = logits[..., 0].masked_fill(memory.mask, float("-inf"))  # nothing is proposed on padding
+        scores = logits[..., 0]
+        if self.mask_padding:
+            scores = scores.masked_fill(memory.mask, float("-inf"))
         best = scores.topk(min(self.count, scores.shape[1]), dim=1).indices
         reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         both = self.to_query_norm(self.to_query(box_positions(reference, self.dim // 2)))

@@ -50,6 +50,26 @@ def run(model: nn.Module, images: ImageBatch, stages: int | None = None) -> Dete
     return model(images, stages) if isinstance(model, Rego) else model(images)
 
 
+def detections_by_stage(
+    model: nn.Module, images: ImageBatch, sizes: Int[Tensor, "B 2"], stages: int | None = None, top_k: int = 100
+) -> list[list[Detections]]:
+    """What any detector finds in a batch: for each stage, the base detector first, the detections of each picture.
+
+    A detector with a method ``detections(images, sizes, top_k)`` answers by it, as one stage: the way for detectors
+    that end in something else than a :class:`~regolite.structures.DetectorOutput`, see :mod:`regolite.baselines`.
+
+    Args:
+        model: the detector.
+        images: the pictures, as the network wants them.
+        sizes: height and width of the original pictures in pixels.
+        stages: how many REGO stages to use, where it has any; all by default.
+        top_k: how many detections to keep of each picture.
+    """
+    if hasattr(model, "detections"):
+        return [model.detections(images, sizes, top_k)]
+    return [to_detections(p, sizes, model.scoring, top_k) for p in run(model, images, stages).by_stage]
+
+
 @torch.inference_mode()
 def detect(
     model: nn.Module,
@@ -75,10 +95,7 @@ def detect(
     """
     if isinstance(pictures, (str, os.PathLike, Image.Image)):
         pictures = [pictures]
-    found = []
-    for output, size in _run_each(model, pictures, stages):
-        found += to_detections(output.final, size, model.scoring, top_k)
-    return [detections.above(threshold) for detections in found]
+    return [by_stage[-1].above(threshold) for by_stage in _detect_each(model, pictures, stages, top_k)]
 
 
 @torch.inference_mode()
@@ -100,15 +117,14 @@ def detect_by_stage(
     Raises:
         UserError: when the file is missing or no picture.
     """
-    [(output, size)] = _run_each(model, [picture])
-    by_stage = (to_detections(prediction, size, model.scoring, top_k) for prediction in output.by_stage)
-    return [detections.above(threshold) for [detections] in by_stage]
+    [by_stage] = _detect_each(model, [picture], None, top_k)
+    return [detections.above(threshold) for detections in by_stage]
 
 
-def _run_each(
-    model: nn.Module, pictures: Sequence[Image.Image | str | os.PathLike[str]], stages: int | None = None
-) -> Iterator[tuple[DetectorOutput, Int[Tensor, "1 2"]]]:
-    """The model's output for each picture by itself, with the picture's height and width."""
+def _detect_each(
+    model: nn.Module, pictures: Sequence[Image.Image | str | os.PathLike[str]], stages: int | None, top_k: int
+) -> Iterator[list[Detections]]:
+    """The detections by stage in each picture, each by itself."""
     opened = [p.convert("RGB") if isinstance(p, Image.Image) else read_picture(p) for p in pictures]
     config, device = getattr(model, "model_config", None), next(model.parameters()).device
     if config is None:
@@ -118,5 +134,6 @@ def _run_each(
     model.eval()
     for picture in opened:
         batch = batch_pictures([transform(picture)], multiple=32).to(device)
-        yield run(model, batch, stages), torch.tensor([[picture.height, picture.width]])
+        size = torch.tensor([[picture.height, picture.width]])
+        yield [detections for [detections] in detections_by_stage(model, batch, size, stages, top_k)]
     model.train(was_training)

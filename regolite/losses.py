@@ -30,7 +30,7 @@ class LossConfig:
         l1: weight of the L1 distance of boxes.
         giou: weight of 1 - GIoU.
         no_object: weight of "no object" in the softmax cross-entropy (DETR).
-        base_label: factor of the base detector's classification terms; the released REGO has 0.8.
+        base_label: factor of the base detector's classification terms, its proposals' too; the released REGO has 0.8.
         stage_auxiliary: pay for the first layers of REGO's stages too, as the paper says; the released code drops
             these terms by an oversight.
     """
@@ -112,7 +112,7 @@ class SetLoss:
 
         c, terms = self.config, {}
         for i, name in enumerate(named):
-            factor = c.base_label if name.startswith("base") else 1.0
+            factor = 1.0 if name.startswith("stage") else c.base_label
             terms[f"{name}/label"] = c.label * factor * label[i]
             terms[f"{name}/l1"] = c.l1 * l1[i]
             terms[f"{name}/giou"] = c.giou * giou[i]

@@ -11,14 +11,46 @@ from typing import Any, Literal
 
 from torch import nn
 
+from regolite.anchor_detr import AnchorDetr, AnchorDetrConfig
+from regolite.baselines import COCO_CLASSES, COCO_IDS, Baseline, BaselineConfig
+from regolite.conditional_detr import ConditionalDetr, ConditionalDetrConfig
 from regolite.deformable_detr import DeformableDetr, DeformableDetrConfig
 from regolite.detr import Detr, DetrConfig
 from regolite.errors import UserError
 from regolite.fields import checked
 from regolite.losses import LossConfig
 from regolite.rego import Rego, RegoConfig
+from regolite.smca import Smca, SmcaConfig
 
-DETECTORS = {"detr": (DetrConfig, Detr), "deformable_detr": (DeformableDetrConfig, DeformableDetr)}
+
+@dataclass(frozen=True)
+class TransformersConfig:
+    """A detector of Hugging Face's transformers that :func:`regolite.published.adapt` has wrapped.
+
+    Attributes:
+        model_type: its family, as transformers calls it: ``detr``, ``conditional_detr``, ...
+        json: its whole configuration, as transformers writes it.
+    """
+
+    model_type: str
+    json: str
+
+
+def _transformers(config: TransformersConfig, num_classes: int) -> nn.Module:
+    from regolite.published.adapter import from_config  # here, since that builds on this module
+
+    return from_config(config, num_classes)
+
+
+DETECTORS = {
+    "detr": (DetrConfig, Detr),
+    "deformable_detr": (DeformableDetrConfig, DeformableDetr),
+    "conditional_detr": (ConditionalDetrConfig, ConditionalDetr),
+    "anchor_detr": (AnchorDetrConfig, AnchorDetr),
+    "smca": (SmcaConfig, Smca),
+    "baseline": (BaselineConfig, Baseline),
+    "transformers": (TransformersConfig, _transformers),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +69,15 @@ class ModelConfig:
     """
 
     preset: str
-    detector: DetrConfig | DeformableDetrConfig
+    detector: (
+        DetrConfig
+        | DeformableDetrConfig
+        | ConditionalDetrConfig
+        | AnchorDetrConfig
+        | SmcaConfig
+        | BaselineConfig
+        | TransformersConfig
+    )
     rego: RegoConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     augment: Literal["detr", "laptop", "laptop_crop", "none"] = "detr"
@@ -52,6 +92,8 @@ class ModelConfig:
 
     def without_pretrained(self) -> ModelConfig:
         """The same model with a random backbone: for loading a checkpoint, which brings all weights itself."""
+        if isinstance(self.detector, TransformersConfig):  # it is built with random weights in any case
+            return self
         return replace(self, detector=replace(self.detector, weights=None))
 
     @staticmethod
@@ -74,6 +116,12 @@ _DETR_STAR = replace(_DETR, queries=300, reference_points=True, scoring="sigmoid
 _DEFORMABLE = DeformableDetrConfig()
 _REFINED = replace(_DEFORMABLE, refine=True)
 _TWO_STAGE = replace(_REFINED, two_stage=True)
+_CONDITIONAL = ConditionalDetrConfig()
+_ANCHOR = AnchorDetrConfig()
+_SMCA = SmcaConfig()
+_SMCA_SINGLE_SCALE = replace(
+    _SMCA, backbone_stages=(5,), coarser=False, encoder_layers=6, multi_scale_layers=(), ffn_dim=2048
+)
 _SOFTMAX_LOSS = LossConfig(label=1.0)
 
 # Laptop sizes: a small network that a CPU trains in minutes. `tiny` starts from the bundled ImageNet features, `scenes`
@@ -104,6 +152,13 @@ def _presets() -> dict[str, ModelConfig]:
             dc5 = {"backbone": backbone, "dilated": True}
             table |= _family(f"detr_dc5_{tag}", replace(_DETR, **dc5), _SOFTMAX_LOSS, rego)
             table |= _family(f"detr_star_dc5_{tag}", replace(_DETR_STAR, **dc5), focal, rego)
+            table |= _family(f"conditional_detr_{tag}", replace(_CONDITIONAL, backbone=backbone), focal, rego)
+            table |= _family(f"conditional_detr_dc5_{tag}", replace(_CONDITIONAL, **dc5), focal, rego)
+            table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, backbone=backbone), focal, rego)
+            table |= _family(f"anchor_detr_dc5_{tag}", replace(_ANCHOR, **dc5), focal, rego)
+            table |= _family(f"smca_{tag}", replace(_SMCA, backbone=backbone), focal, rego)
+            single_scale = replace(_SMCA_SINGLE_SCALE, backbone=backbone)
+            table |= _family(f"smca_single_scale_{tag}", single_scale, focal, rego)
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
@@ -112,11 +167,23 @@ def _presets() -> dict[str, ModelConfig]:
         deformable = {**sizes, "levels": 3}
         table |= _family(f"detr_{tag}", replace(_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
         table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, **sizes), focal, _TINY_REGO, **recipe)
+        table |= _family(f"conditional_detr_{tag}", replace(_CONDITIONAL, **sizes), focal, _TINY_REGO, **recipe)
+        anchored = {**sizes, "queries": 3 * (sizes["queries"] // 3)}  # points times 3 patterns
+        table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, **anchored), focal, _TINY_REGO, **recipe)
+        levels = {"backbone_stages": (3, 4, 5), "coarser": False, "multi_scale_layers": (2,)}
+        table |= _family(f"smca_{tag}", replace(_SMCA, **sizes, **levels), focal, _TINY_REGO, **recipe)
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, **deformable), focal, _TINY_REGO, **recipe)
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, **deformable), focal, _TINY_REGO, **recipe)
         table |= _family(
             f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, **deformable), focal, _TINY_REGO, **recipe
         )
+    for name, kind, backbone, weights, norm_eps in (
+        ("fcos_r50", "fcos", "resnet50", "coco", 1e-5),
+        ("faster_rcnn_r50", "faster_rcnn", "resnet50", "coco", 0.0),
+        ("faster_rcnn_r101", "faster_rcnn", "resnet101", "imagenet", 1e-5),
+        ("mask_rcnn_x101", "mask_rcnn", "resnext101_64x4d", "imagenet", 1e-5),
+    ):
+        table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps))
     return table
 
 
@@ -170,7 +237,8 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
 
     Args:
         preset: the name of a preset, or a configuration.
-        num_classes: number of classes K; by default the number of the configuration's ``classes``, or COCO's 80.
+        num_classes: number of classes K; by default the number of the configuration's ``classes``, or COCO's 80
+            (baselines: the 90 of torchvision's weights, which are COCO's ids 1 to 90, by name).
         **overrides: changes of the preset, see :func:`configure`.
 
     Returns:
@@ -181,6 +249,8 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
             backbone's weights can't be had.
     """
     config = configure(preset, **overrides) if isinstance(preset, str) else preset
+    if num_classes is None and not config.classes and isinstance(config.detector, BaselineConfig):
+        config = replace(config, classes=COCO_CLASSES, category_ids=COCO_IDS)  # 90 as torchvision counts, not 80
     num_classes = num_classes if num_classes is not None else len(config.classes) or 80
     sizes = ("queries", "decoder_layers", "dim", "heads", "ffn_dim", "points", "levels")
     counts = {name: getattr(config.detector, name) for name in sizes if hasattr(config.detector, name)}
@@ -199,10 +269,8 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
         model = detector(config.detector, num_classes)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if config.rego is not None:
-        model = Rego(model, config.rego)
-    model.model_config = config
-    return model
+    model.model_config = replace(config, rego=None)
+    return model if config.rego is None else Rego(model, config.rego)  # Rego adds itself to the configuration
 
 
 def _names(config: Any) -> list[str]:

@@ -46,6 +46,8 @@ class RegoConfig:
         detach_hidden: cut the gradient of H_dec(i-1) as key and value too. By the letter of section A.1 nothing flows
             into the outputs of the previous stage; the released code lets it flow here, which is how REGO teaches the
             base detector "for free" (A.2), and so do we by default.
+        frozen: the base detector is neither trained nor in training mode (no dropout, no new statistics of batch
+            normalisation): REGO learns on top of a detector that stays bit for bit what it is.
     """
 
     stages: int = 3
@@ -57,6 +59,7 @@ class RegoConfig:
     dropout: float = 0.1
     query: Literal["glimpse", "hidden"] = "glimpse"
     detach_hidden: bool = False
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         """Check that the fields fit each other."""
@@ -125,6 +128,15 @@ class Rego(nn.Module):
             Stage(config, number, self.dim, detector.heads, self.columns, self.scoring)
             for number in range(1, config.stages + 1)
         )
+        if config.frozen:
+            detector.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Rego:
+        """Training or evaluation mode; a frozen base detector stays in the latter."""
+        super().train(mode)
+        if self.config.frozen:
+            self.detector.eval()
+        return self
 
     def forward(self, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
         """Detect.
@@ -140,7 +152,8 @@ class Rego(nn.Module):
         wanted = len(self.stages) if stages is None else stages
         if not 0 <= wanted <= len(self.stages):
             raise UserError(f"stages is {wanted}, and this model has 0 to {len(self.stages)}")
-        output = self.detector(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
+            output = self.detector(images)
         if wanted == 0:
             return output
 

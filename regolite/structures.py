@@ -150,7 +150,7 @@ class Detections:
         scores: confidence in [0, 1].
         labels: contiguous class ids.
         boxes_xyxy: corners in pixels of the original picture.
-        queries: which query made each detection.
+        queries: which query made each detection; 0, 1, 2, ... where a detector has no queries.
     """
 
     scores: Float[Tensor, "N"]

@@ -16,10 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regolite.attention import MultiHeadAttention
-from regolite.deformable import DeformableAttention
 from regolite.structures import FeatureMap, Memory
 
-Attention = MultiHeadAttention | DeformableAttention
+Attention = nn.Module  # a MultiHeadAttention, a DeformableAttention, or one that a detector brings along
 
 
 def flatten(features: Sequence[FeatureMap], positions: Sequence[Float[Tensor, "B C _h _w"]]) -> Memory:

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from regolite.anchor_detr import AnchorDetr, AnchorDetrConfig
+from regolite.conditional_detr import ConditionalDetr, ConditionalDetrConfig
 from regolite.data import batch_pictures
 from regolite.deformable_detr import DeformableDetr, DeformableDetrConfig
 from regolite.detr import Detr, DetrConfig
+from regolite.smca import Smca, SmcaConfig
 from regolite.structures import FeatureMap
 
 CLASSES = 5
@@ -28,6 +31,18 @@ def detr_star(**changes):
     return detr(reference_points=True, scoring="sigmoid", **changes)
 
 
+def conditional_detr(**changes):
+    return shake(ConditionalDetr(ConditionalDetrConfig(**(SIZES | changes)), CLASSES)).eval()
+
+
+def anchor_detr(**changes):
+    return shake(AnchorDetr(AnchorDetrConfig(**(SIZES | {"patterns": 1} | changes)), CLASSES)).eval()
+
+
+def smca(**changes):
+    return shake(Smca(SmcaConfig(**(SIZES | {"multi_scale_layers": (2,)} | changes)), CLASSES)).eval()
+
+
 def deformable(**changes):
     sizes = SIZES | {"levels": 3, "points": 2} | changes
     return shake(DeformableDetr(DeformableDetrConfig(**sizes), CLASSES)).eval()
@@ -41,7 +56,9 @@ def two_stage(**changes):
     return deformable(refine=True, two_stage=True, **changes)
 
 
-DETECTORS = {f.__name__: f for f in (detr, detr_star, deformable, refined, two_stage)}
+DETECTORS = {
+    f.__name__: f for f in (detr, detr_star, conditional_detr, anchor_detr, smca, deformable, refined, two_stage)
+}
 
 
 def shake(model):
@@ -52,13 +69,13 @@ def shake(model):
     return model
 
 
-def small_resnet(monkeypatch):
+def small_resnet(monkeypatch, blocks=(1, 1, 1, 1)):
     """Let ResNet-50 have one block a stage: its structure at a quarter of its cost."""
 
     def build(norm_layer, replace_stride_with_dilation):
         block = torchvision.models.resnet.Bottleneck
         return torchvision.models.ResNet(
-            block, [1, 1, 1, 1], norm_layer=norm_layer, replace_stride_with_dilation=replace_stride_with_dilation
+            block, list(blocks), norm_layer=norm_layer, replace_stride_with_dilation=replace_stride_with_dilation
         )
 
     monkeypatch.setattr(torchvision.models, "resnet50", build)

@@ -130,7 +130,7 @@ def test_weights_of_others_are_sent_to_their_reader(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "theirs.safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "tagged.safetensors", metadata={"format": "pt"})
     for name in ("theirs.safetensors", "tagged.safetensors"):
-        with pytest.raises(UserError, match=f"{name} holds no regolite model"):
+        with pytest.raises(UserError, match=f"{name} holds no published detector .* it begins with weight"):
             load(tmp_path / name)
 
 

@@ -211,6 +211,22 @@ class TestEvaluate:
         line = error(["evaluate", *checkpoint, "--data", "data/coco_tiny"])
         assert "data/coco_tiny" in line and "categories" in line
 
+    def test_a_model_may_know_more_than_the_data(self, checkpoint, tmp_path, capsys):
+        regolite.data.Scenes(2, size=64, split="val").write(tmp_path)
+        file = tmp_path / "annotations" / "instances_val.json"
+        data = read(file)
+        [gone] = [category for category in data["categories"] if category["id"] == 2]
+        data["categories"].remove(gone)
+        data["annotations"] = [one for one in data["annotations"] if one["category_id"] != 2]
+        file.write_text(json.dumps(data), "utf-8")
+        words = ["--data", str(tmp_path), "--batch-size", "2", "--json", str(tmp_path / "figures.json")]
+        assert main(["evaluate", *checkpoint, *words]) == 0
+        assert "warning" not in capsys.readouterr().err
+        data["categories"].append({**gone, "id": 99})
+        file.write_text(json.dumps(data), "utf-8")
+        assert main(["evaluate", *checkpoint, *words]) == 2
+        assert "other categories than" in capsys.readouterr().err
+
     def test_other_names_are_told(self, checkpoint, tmp_path, capsys):
         regolite.data.Scenes(1, size=64, split="val").write(tmp_path)
         file = tmp_path / "annotations" / "instances_val.json"
@@ -310,7 +326,7 @@ class TestDetect:
 
 
 class TestPresets:
-    NAMES = ("deformable_detr_r50", "rego_detr_dc5_r50", "rego_deformable_detr_tiny")
+    NAMES = ("deformable_detr_r50", "rego_detr_dc5_r50", "faster_rcnn_r50", "rego_deformable_detr_tiny")
 
     def test_table(self, monkeypatch, capsys):
         monkeypatch.setattr(regolite, "presets", lambda: self.NAMES)
@@ -318,7 +334,8 @@ class TestPresets:
         head, *rows = capsys.readouterr().out.splitlines()
         assert rows[0].split() == ["deformable_detr_r50", "40.07", "resnet50", "-", "800"]
         assert rows[1].split()[2:] == ["resnet50-dc5", "3", "800"]
-        assert len(rows) == 3 and {len(row) for row in rows} == {len(head)}
+        assert rows[2].split() == ["faster_rcnn_r50", "41.76", "resnet50", "-", "800"]
+        assert len(rows) == 4 and {len(row) for row in rows} == {len(head)}
 
     def test_json(self, monkeypatch, capsys):
         monkeypatch.setattr(regolite, "presets", lambda: self.NAMES)

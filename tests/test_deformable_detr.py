@@ -326,8 +326,9 @@ def test_queries_are_the_best_proposals():
         assert torch.equal(reference[b], prediction.boxes[b, best[:4]])
 
 
-def test_padding_is_never_proposed_however_high_it_scores():
-    part = Proposals(8, 3, queries=5)
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_padding_is_proposed_only_as_published_however_high_it_scores(mask_padding):
+    part = Proposals(8, 3, queries=5, mask_padding=mask_padding)
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[:, :, 3:] = mask[:, 3:] = True
     memory = Memory(torch.randn(1, 16, 8), torch.zeros(1, 16, 8), mask.flatten(1), [(4, 4)])
@@ -337,7 +338,7 @@ def test_padding_is_never_proposed_however_high_it_scores():
         part.class_head.weight[0] = nothing
         prediction, reference, _, _ = part(memory)
     assert prediction.logits[0, :, 0].argmax() in mask.flatten().nonzero()
-    assert (reference < 1).all()
+    assert bool((reference < 1).all()) is mask_padding
 
 
 def test_fewer_cells_than_queries():

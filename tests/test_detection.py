@@ -9,7 +9,7 @@ from torch import nn
 from regolite import build, configure, detect
 from regolite.detection import detect_by_stage, to_detections
 from regolite.errors import UserError
-from regolite.structures import DetectorOutput, FeatureMap, Prediction
+from regolite.structures import Detections, DetectorOutput, FeatureMap, Prediction
 
 
 class Finder(nn.Module):
@@ -154,6 +154,31 @@ def test_each_picture_of_a_batch_has_its_own_size():
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]).repeat(2, 1, 1)
     found = to_detections(Prediction(logits, boxes), torch.tensor([[100, 200], [30, 20]]), "sigmoid")
     assert [d.boxes_xyxy[0].tolist() for d in found] == [[0, 0, 200, 100], [0, 0, 20, 30]]
+
+
+class Finished(nn.Module):
+    """A detector that ends in detections and not in a DetectorOutput."""
+
+    model_config = configure("deformable_detr_scenes", image_size=96)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def detections(self, images, sizes, top_k):
+        assert not self.training and images.sizes.tolist() == [[48, 96]]
+        [[height, width]] = sizes.tolist()
+        boxes = torch.tensor([[0.0, 0.0, width, height], [1.0, 2.0, 3.0, 4.0]])
+        scores, labels = torch.tensor([0.9, 0.3]), torch.tensor([4, 1])
+        return [Detections(scores[:top_k], labels[:top_k], boxes[:top_k], torch.arange(2)[:top_k])]
+
+
+def test_a_detector_may_give_detections_itself():
+    given = picture(300, 150, (0, 0, 10, 10))
+    for found in (detect(Finished(), given), detect_by_stage(Finished(), given), detect(Finished(), given, top_k=1)):
+        [found] = found  # of one picture; of one stage
+        assert found.boxes_xyxy.tolist() == [[0, 0, 300, 150]] and found.labels.tolist() == [4]
+    assert len(detect(Finished(), given, threshold=0.2, top_k=2)[0]) == 2
 
 
 def test_stages():

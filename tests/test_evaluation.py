@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from regolite import build
-from regolite.data import CocoFolder, Scenes
+from regolite import build, configure
+from regolite.data import CocoFolder, Scenes, make_transform
 from regolite.errors import UserError
 from regolite.evaluation import FIGURES, average_precision, evaluate
 from regolite.structures import DetectorOutput, FeatureMap, Prediction
@@ -179,6 +179,73 @@ def test_coco_ids_at_the_border(folder, monkeypatch):
     wanted = [[20, 10, 150, 120], [0, 100, 60, 60], [10, 20, 50, 60]]
     for result, box in zip(sure, wanted):
         assert result["bbox"] == pytest.approx(box, abs=1e-3)
+
+
+COLUMNS = {"classes": tuple(str(i) for i in range(91)), "category_ids": tuple(range(91))}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_models_own_categories(folder, backend):
+    """A published model has a column for every number up to 90; what it finds beside the data's counts for nothing."""
+    dataset = CocoFolder(folder, "val")
+    model = Oracle(dataset)
+    model.model_config = configure("deformable_detr_scenes", augment="none", image_size=64, **COLUMNS)
+    plain = model.forward
+
+    def forward(images):
+        output = plain(images)
+        for prediction in output.by_stage:
+            wide = torch.full((*prediction.logits.shape[:2], 91), -9.0)
+            wide[..., list(dataset.category_ids)] = prediction.logits
+            wide[..., [0, 16]] = 8.0  # numbers that the data do not know
+            prediction.logits = wide
+        return output
+
+    model.forward = forward
+    figures = evaluate(model, dataset, backend=backend, progress=False)
+    assert [stage["AP"] for stage in figures["stages"]] == pytest.approx([0, 40, 100])
+
+
+def test_a_model_without_names_of_classes_takes_the_datas(folder):
+    dataset = CocoFolder(folder, "val")
+    model = Oracle(dataset)
+    for numbers in ((), (0, 1, 2)):
+        model.model_config = configure("deformable_detr_scenes", category_ids=numbers)
+        model.next = 0
+        assert evaluate(model, dataset, progress=False)["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("category_ids", [(3, 17, 80), (1, 2, 3), tuple(range(80))])
+def test_categories_that_the_model_does_not_know(folder, category_ids):
+    dataset = CocoFolder(folder, "val")
+    model = Oracle(dataset)
+    model.model_config = configure("deformable_detr_scenes", category_ids=category_ids)
+    with pytest.raises(UserError, match=r"categories that the model does not know: \[.*90\]"):
+        evaluate(model, dataset, progress=False)
+    assert not model.seen
+
+
+def test_pictures_are_prepared_as_the_model_says(folder):
+    """Where the data have a transform it is theirs; where they have none it is the model's, and not full size."""
+    sizes = []
+
+    class Watching(Oracle):
+        def forward(self, images):
+            sizes.extend(images.sizes.tolist())
+            return super().forward(images)
+
+    for transform, configured, wanted in (
+        (None, 80, [80, 80, 80]),
+        (make_transform("none", 100), 80, [100, 100, 100]),
+        (None, None, [200, 180, 150]),
+    ):
+        dataset = CocoFolder(folder, "val", transform)
+        model = Watching(dataset)
+        if configured:
+            model.model_config = configure("deformable_detr_scenes", image_size=configured)
+        assert evaluate(model, dataset, batch_size=2, progress=False)["AP"] == pytest.approx(100)
+        assert [max(size) for size in sizes] == wanted and dataset.transform is transform
+        sizes.clear()
 
 
 def test_top_k(folder):

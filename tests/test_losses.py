@@ -133,11 +133,11 @@ def test_stage_auxiliary_off_leaves_out_the_stages_first_layers():
 
 
 def test_base_label_is_a_factor_of_the_base_detectors_classes_alone():
-    output, targets = make_output("sigmoid"), make_targets(1, 2, 3)
+    output, targets = make_output("sigmoid", proposals=make_prediction(3, 10)), make_targets(1, 2, 3)
     _, plain = SetLoss(LossConfig(), "sigmoid")(output, targets)
     _, scaled = SetLoss(LossConfig(base_label=0.8), "sigmoid")(output, targets)
     for name, value in plain.items():
-        factor = 0.8 if name in ("base/label", "base.1/label") else 1.0
+        factor = 0.8 if name in ("base/label", "base.1/label", "proposals/label") else 1.0
         torch.testing.assert_close(scaled[name], factor * value)
 
 

@@ -7,13 +7,17 @@ import pytest
 import torch
 from small_models import CLASSES, batch, unchecked
 
+from regolite.anchor_detr import AnchorDetr
 from regolite.backbone import Backbone
+from regolite.baselines import BaselineConfig
+from regolite.conditional_detr import ConditionalDetr
 from regolite.deformable_detr import DeformableDetr
 from regolite.detr import Detr
 from regolite.errors import UserError
 from regolite.losses import LossConfig
 from regolite.presets import ModelConfig, build, configure, presets
 from regolite.rego import Rego
+from regolite.smca import Smca
 
 # Counted in the authors' own code, with COCO's 91 columns.
 PUBLISHED = {
@@ -38,6 +42,23 @@ TABLE_1 = {  # millions, as the paper prints them
     "rego_deformable_detr_two_stage_r50": 54,
     "rego_deformable_detr_two_stage_r101": 73,
 }
+
+
+# What a name begins with, and what the full sizes of this family have: queries, feed-forward width, encoder layers.
+FAMILIES = {
+    "detr_star": (Detr, 300, 2048, 6),
+    "detr": (Detr, 100, 2048, 6),
+    "deformable_detr": (DeformableDetr, 300, 1024, 6),
+    "conditional_detr": (ConditionalDetr, 300, 2048, 6),
+    "anchor_detr": (AnchorDetr, 900, 1024, 6),
+    "smca_single_scale": (Smca, 300, 2048, 6),
+    "smca": (Smca, 300, 1024, 5),
+}
+TRANSFORMERS = [name for name in presets() if not isinstance(configure(name).detector, BaselineConfig)]
+
+
+def family(name):
+    return next(facts for start, facts in FAMILIES.items() if name.removeprefix("rego_").startswith(start))
 
 
 def parameters(model):
@@ -68,48 +89,47 @@ def test_sizes_of_table_1(name):
 
 def test_every_preset_builds():
     assert len(presets()) == len(set(presets())) >= 40
-    for name in presets():
+    for name in TRANSFORMERS:
         model = outline(name, 80)
         config = model.model_config
         assert config.preset == name
         assert isinstance(model, Rego) == name.startswith("rego_") == (config.rego is not None)
         base = model.detector if isinstance(model, Rego) else model
-        assert isinstance(base, DeformableDetr if "deformable" in name else Detr)
+        assert type(base) is family(name)[0]
         assert base.backbone.body[0] is not None
         assert base.columns == 80 + (base.scoring == "softmax")
         assert f"rego_{name}" in presets() or name.removeprefix("rego_") in presets()
 
 
 def test_presets_are_what_their_names_say():
-    for name in presets():
+    for name in TRANSFORMERS:
         d = configure(name).detector
         for tag, backbone in (("r50", "resnet50"), ("r101", "resnet101"), ("x101", "resnext101_32x8d")):
             if name.endswith(tag):
                 assert (d.backbone, d.weights, d.frozen_stages, d.dim, d.heads) == (backbone, "imagenet", 2, 256, 8)
-                assert (d.encoder_layers, d.decoder_layers, d.dropout) == (6, 6, 0.1)
-                assert d.queries == (300 if "star" in name or "deformable" in name else 100)
-                assert d.ffn_dim == (1024 if "deformable" in name else 2048)
-        assert d.dilated == ("dc5" in name)
+                assert (d.queries, d.ffn_dim, d.encoder_layers, d.decoder_layers) == (*family(name)[1:], 6)
+                assert d.dropout == (0.0 if "anchor" in name else 0.1)
+        assert getattr(d, "dilated", False) == ("dc5" in name)
         if "deformable" in name:
             assert d.refine == ("refined" in name or "two_stage" in name)
             assert d.two_stage == ("two_stage" in name)
-        else:
+        if family(name)[0] is Detr:
             assert d.reference_points == ("star" in name)
-            assert d.scoring == ("sigmoid" if "star" in name else "softmax")
+        softmax = family(name) == FAMILIES["detr"]
+        assert d.scoring == ("softmax" if softmax else "sigmoid")
         if "tiny" in name:
             assert (d.backbone, d.weights) == ("mobilenet_v2", "bundled")
         if "scenes" in name:
             assert (d.backbone, d.weights, d.frozen_stages) == ("tiny", None, 0)
-        softmax = name.removeprefix("rego_").startswith("detr_") and "star" not in name
         assert configure(name).loss == (LossConfig(label=1.0) if softmax else LossConfig())
 
 
 @pytest.mark.parametrize("name", [n for n in presets() if n.endswith(("tiny", "scenes"))])
 def test_laptop_presets_detect(name):
-    model = build(name, CLASSES, weights=None, queries=5, dim=32, ffn_dim=32).eval()
+    model = build(name, CLASSES, weights=None, queries=6, dim=32, ffn_dim=32).eval()
     with torch.no_grad():
         output = model(batch((64, 64)))
-    assert output.final.boxes.shape == (1, 5, 4)
+    assert output.final.boxes.shape == (1, 6, 4)
     assert len(output.stages) == (3 if name.startswith("rego_") else 0)
 
 
@@ -124,7 +144,8 @@ def test_bundled_weights_are_in_the_tiny_presets():
 
 @pytest.mark.parametrize("name", presets())
 def test_configurations_survive_json(name):
-    config = configure(name, queries=11, classes=["cat", "dog"], category_ids=[3, 7])
+    queries = {"queries": 11} if name in TRANSFORMERS else {}
+    config = configure(name, **queries, classes=["cat", "dog"], category_ids=[3, 7])
     if config.rego is not None:
         config = replace(config, rego=replace(config.rego, stages=2, alphas=(2.0, 0.5)))
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

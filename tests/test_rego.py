@@ -28,7 +28,9 @@ from regolite.backbone import Backbone
 from regolite.boxes import to_pixels
 from regolite.data import batch_pictures
 from regolite.errors import UserError
+from regolite.losses import LossConfig, SetLoss
 from regolite.rego import Rego, RegoConfig
+from regolite.structures import Target
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -468,7 +470,7 @@ def test_the_base_loss_does_not_reach_the_stages():
 @pytest.mark.parametrize("make", DETECTORS.values(), ids=DETECTORS)
 @pytest.mark.parametrize("sizes", [[(64, 64), (160, 96)], [(50, 70), (33, 96), (100, 100)]], ids=str)
 def test_padding_does_not_move_the_boxes_of_any_stage(make, sizes):
-    levels = {"levels": 4} if "detr" not in make.__name__ else {}
+    levels = {"levels": 4} if make in (deformable, refined, two_stage) else {}
     model, images = rego(with_stub(make(**levels))), pictures(*sizes)
     with torch.no_grad():
         together = model(batch_pictures(images, 32))
@@ -509,3 +511,26 @@ def test_classes_of_the_stages_are_those_of_the_detector():
     assert rego(detr()).stages[0].class_head.bias.abs().max() < 2
     prior = Rego(deformable(), ffn_dim=48).stages[0].class_head.bias.sigmoid()
     torch.testing.assert_close(prior, torch.full((CLASSES,), 0.01))
+
+
+@pytest.mark.parametrize("make", DETECTORS.values(), ids=DETECTORS)
+def test_a_frozen_base_is_neither_trained_nor_in_training_mode(make):
+    detector, images = make(dropout=0.5), batch((64, 96), (80, 60))
+    with torch.no_grad():
+        alone = detector(images)
+    model = rego(detector, frozen=True).train()
+    assert model.stages.training and not any(module.training for module in model.detector.modules())
+    output = model(images)
+    torch.testing.assert_close(output.layers[-1].boxes, alone.layers[-1].boxes, **CLOSE)  # no dropout
+    assert not output.queries.requires_grad and not output.layers[0].logits.requires_grad  # and no graph
+
+    targets = [Target(torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]), i, (64, 96)) for i in range(2)]
+    loss, _ = SetLoss(LossConfig(), model.scoring)(output, targets)
+    loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.detector.parameters())
+    assert model.stages[0].box_head[-1].weight.grad.any()
+
+
+def test_a_base_is_not_frozen_unless_asked():
+    model = rego(detr()).train()
+    assert model.detector.training and all(p.requires_grad for p in model.detector.class_head.parameters())

@@ -7,6 +7,7 @@ asked for. Figures are percentages; one that cannot be computed, since no object
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from collections.abc import Sequence
 from functools import partial
@@ -19,9 +20,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
 
-from regolite.data import DetectionDataset, collate
-from regolite.detection import run, to_detections
+from regolite.data import DetectionDataset, collate, make_transform
+from regolite.detection import detections_by_stage
 from regolite.errors import UserError
+from regolite.presets import ModelConfig
 from regolite.progress import track
 from regolite.structures import Detections
 
@@ -93,7 +95,8 @@ def evaluate(
 
     Args:
         model: the detector.
-        dataset: pictures and ground truth, its transform that of evaluation.
+        dataset: pictures and ground truth. Where it has no transform, pictures are prepared as the model's
+            configuration says.
         stages: how many REGO stages to run; all by default.
         batch_size: pictures at a time.
         top_k: detections kept of each picture.
@@ -103,7 +106,16 @@ def evaluate(
 
     Returns:
         The figures of the last stage, and ``stages``: the figures by stage, of which number 0 is the base detector.
+
+    Raises:
+        UserError: when the model does not know all of the data's categories.
     """
+    config = getattr(model, "model_config", None)
+    category_ids = _category_ids(config, dataset)
+    coco = dataset.coco
+    if dataset.transform is None and config is not None:
+        dataset = copy.copy(dataset)
+        dataset.transform = make_transform(config.augment, config.image_size, train=False)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -116,12 +128,29 @@ def evaluate(
     )
     results: list[list[dict[str, Any]]] = []
     for images, targets in track(batches, "evaluating", progress):
-        output = run(model, images.to(device), stages)
         sizes = torch.tensor([target.size for target in targets])
-        results = results or [[] for _ in output.by_stage]
-        for stage, prediction in zip(results, output.by_stage):
-            for found, target in zip(to_detections(prediction, sizes, model.scoring, top_k), targets):
-                stage += to_results(found, target.image_id, dataset.category_ids)
+        found = detections_by_stage(model, images.to(device), sizes, stages, top_k)
+        results = results or [[] for _ in found]
+        for stage, detections in zip(results, found):
+            for one, target in zip(detections, targets):
+                stage += to_results(one, target.image_id, category_ids)
     model.train(was_training)
-    by_stage = [{"stage": i, **average_precision(dataset.coco, r, backend)} for i, r in enumerate(results)]
+    by_stage = [{"stage": i, **average_precision(coco, r, backend)} for i, r in enumerate(results)]
     return {**{name: by_stage[-1][name] for name in FIGURES}, "images": len(dataset), "stages": by_stage}
+
+
+def _category_ids(config: ModelConfig | None, dataset: DetectionDataset) -> tuple[int, ...]:
+    """COCO's id of each of the model's labels: its own where it has them, the data's where it does not.
+
+    A model may know more than the data, as a published one with a column for every number up to 90; what it finds of
+    other categories counts for nothing.
+    """
+    own, wanted = config.category_ids if config is not None else (), dataset.category_ids
+    if set(wanted) <= set(own):
+        return own
+    if not own or own == tuple(range(len(wanted))):  # numbers of a model that was built without names of classes
+        return wanted
+    raise UserError(
+        f"the data has categories that the model does not know: {sorted(set(wanted) - set(own))}; give the data that "
+        "it was trained for"
+    )

@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from regolite.baselines import BaselineConfig
 from regolite.checkpoint import load_weights, save_model
 from regolite.data import DetectionDataset, make_transform, open_data
 from regolite.errors import UserError
@@ -59,12 +60,18 @@ class Progress:
     evaluated: dict[str, int] = field(default_factory=dict)
 
 
-def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] | None = None) -> Path:
+def train(
+    config: RunConfig, watch: Callable[[dict[str, Any]], None] | None = None, model: nn.Module | None = None
+) -> Path:
     """Train a model.
 
     Args:
         config: what to train, on what, and how.
         watch: called with every line of metrics when it is written; what it raises ends the run.
+        model: train this detector, in place, and not a new one of the preset ``config.model``. It must carry its
+            ``model_config`` (as those of :func:`regolite.load` and :func:`regolite.published.adapt`, and REGO on them)
+            and have as many classes as the data, whose names it takes over. To go on with its run, give it again: the
+            weights of the checkpoint are loaded into it.
 
     Returns:
         The folder of the run, see :mod:`regolite.training.folder`.
@@ -75,10 +82,15 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] | None = No
     """
     accelerator = _accelerator(config)
     device = accelerator.device
-    train_set, val_set, model_config = _prepare_data(config)
+    train_set, val_set, model_config = _prepare_data(config, model)
+    config = replace(config, model=model_config.preset)
     folder = RunFolder(config.output, config.resume, watch)
     set_seed(config.seed)
-    model = build(model_config).to(device)
+    if model is None:
+        model = build(model_config)
+    else:
+        model.model_config = model_config
+    model.to(device)
     if config.checkpoint is not None and (anew := load_weights(model, config.checkpoint, new_classes=True)):
         folder.log.info("%s knows other classes: %d class heads start anew", config.checkpoint, len(anew) // 2)
     if device.type in ("cpu", "cuda"):
@@ -182,12 +194,26 @@ def _accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _prepare_data(config: RunConfig) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:
-    """Training and validation pictures, and the model's configuration with their classes in it."""
-    model = configure(config.model, **parse_overrides(config.overrides))
+def _prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:
+    """Training and validation pictures, and the configuration of the model with their classes in it."""
+    if given is None:
+        model = configure(config.model, **parse_overrides(config.overrides))
+    elif getattr(given, "model_config", None) is None:
+        raise UserError("a model to train must carry its configuration: set its model_config (regolite.configure)")
+    elif config.overrides:
+        raise UserError(f"overrides ({', '.join(config.overrides)}) change a preset, and a model was given: change it")
+    else:
+        model = given.model_config
+    if isinstance(model.detector, BaselineConfig):
+        raise UserError(f"{model.preset} is a baseline, which is measured and not trained here; train a DETR")
     size, augment = config.image_size or model.image_size, config.augment or model.augment
     train_set = open_data(config.data, "train", make_transform(augment, size, train=True), config.limit_images)
     val_set = open_data(config.data, "val", make_transform(augment, size, train=False))
+    if given is not None and len(model.classes) != len(train_set.classes):
+        raise UserError(
+            f"the model has {len(model.classes)} classes and {config.data} has {len(train_set.classes)}: make it with "
+            f"num_classes={len(train_set.classes)} (regolite.build, regolite.published.load and adapt take that)"
+        )
     model = replace(
         model, augment=augment, image_size=size, classes=train_set.classes, category_ids=train_set.category_ids
     )

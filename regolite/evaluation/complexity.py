@@ -1,0 +1,385 @@
+"""What a model costs: parameters, and multiply-adds of one picture, beside Table 1 of the paper.
+
+Models are built on the device ``meta``, where tensors have shapes and no numbers: nothing is allocated and nothing is
+computed. A :class:`Counter` listens to every operator that PyTorch runs. It takes PyTorch's own formulas for
+convolutions and matrix products, and adds those for reading features at points, which PyTorch's counter leaves out.
+Three kinds of work are kept apart, since tables differ in what they count:
+
+- **layers**: a weight meets a number (convolutions, linear layers): weights times places where they are applied;
+- **attention**: two activations meet, equation (2): queries with keys, weights with values;
+- **reading**: features are read at points between cells by bilinear interpolation: deformable sampling, glimpses.
+
+Softmax, normalisation, additions and everything else element by element are left out, as usual.
+"""
+
+from __future__ import annotations
+
+import platform
+import textwrap
+from collections import Counter as Numbers
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from regolite.baselines import BaselineConfig
+from regolite.presets import ModelConfig, build, configure, presets
+from regolite.progress import track
+from regolite.rego import Rego
+from regolite.structures import ImageBatch
+
+PICTURE = (800, 1127)
+"""Height and width of the picture at which every full-size model is counted.
+
+DETR's authors give 86 GFLOPs for DETR-R50, a mean over the first 100 validation pictures resized to a shorter side of
+800 (facebookresearch/detr#110). At this size DETR-R50 has 86.0 G multiply-adds. It was chosen once, for all rows.
+"""
+
+CLASSES = 91
+"""As the published models have: COCO's ids run to 90, and DETR counts from 0."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+        parameters: number of parameters.
+        parts: multiply-adds of each part of the model, by kind.
+    """
+
+    parameters: int
+    parts: dict[str, dict[str, int]]
+
+    def kind(self, kind: str) -> int:
+        """Multiply-adds of one kind, all parts together."""
+        return sum(kinds.get(kind, 0) for kinds in self.parts.values())
+
+    @property
+    def multiply_adds(self) -> int:
+        """Layers and attention."""
+        return self.kind("layers") + self.kind("attention")
+
+    @property
+    def with_reading(self) -> int:
+        """Layers, attention and reading."""
+        return self.multiply_adds + self.kind("reading")
+
+    @property
+    def flops(self) -> int:
+        """Everything, two for each multiply-add."""
+        return 2 * self.with_reading
+
+
+def count(model: nn.Module, height: int, width: int) -> Cost:
+    """Count a model.
+
+    Args:
+        model: a detector, on any device; on ``meta`` nothing is allocated. A detector whose work depends on what it
+            finds offers ``dense``, a forward pass that does not (:meth:`regolite.baselines.Baseline.dense`).
+        height: height of the picture in pixels.
+        width: its width.
+
+    Returns:
+        Its parameters, and the multiply-adds of one picture. The parts are the children of the base detector, "rego"
+        is all that REGO adds, and "rest" is what happens between the parts.
+    """
+    device = next(model.parameters()).device
+    pixels = torch.zeros(1, 3, height, width, device=device)
+    image = ImageBatch(pixels, torch.zeros_like(pixels[:, 0]).bool(), torch.tensor([[height, width]], device=device))
+    was_training = model.training
+    counter = Counter(model.eval())
+    try:
+        with torch.no_grad(), counter, counter.knowing_parts():
+            getattr(model, "dense", model)(image)
+    finally:
+        model.train(was_training)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(parameters, {part: dict(kinds) for part, kinds in counter.parts.items()})
+
+
+class Counter(TorchDispatchMode):
+    """Counts the multiply-adds of every operator that runs inside it.
+
+    Args:
+        model: the model; its weights tell layers from attention, and its children are the parts.
+
+    Attributes:
+        parts: multiply-adds of each part by kind.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.parts: defaultdict[str, Numbers[str]] = defaultdict(Numbers)
+        self._weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._running = ["rest"]
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and count it."""
+        packet = operator.overloadpacket
+        run = SHORTCUTS[packet] if packet in SHORTCUTS and args[0].is_meta else operator
+        result = run(*args, **(kwargs or {}))
+        counts = self.parts[self._running[-1]]
+        if packet in READING:
+            counts["reading"] += READING[packet](result, *args)
+        elif packet in PRODUCTS:
+            weighs = any(isinstance(a, Tensor) and _storage(a) in self._weights for a in args)
+            flops = PRODUCTS[packet](*args, **(kwargs or {}), out_val=result)  # two for a multiply-add
+            counts["layers" if weighs else "attention"] += flops // 2
+        return result
+
+    @contextmanager
+    def knowing_parts(self) -> Iterator[None]:
+        """Listen to the model, so that an operator is counted for the part in which it runs."""
+
+        def enter(part: str) -> Callable[..., None]:
+            return lambda *_: self._running.append(part)
+
+        def leave(*_: Any) -> None:
+            self._running.pop()
+
+        hooks = []
+        for name, module in self.model.named_modules():
+            part = _part(self.model, name)
+            if part:
+                hooks += [module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _storage(tensor: Tensor) -> int:
+    """What a tensor and its views have in common."""
+    return tensor.untyped_storage()._cdata
+
+
+def _part(model: nn.Module, name: str) -> str:
+    """The part that a module belongs to, by its name; empty for the model itself."""
+    if isinstance(model, Rego) and name and not name.startswith("detector"):
+        return "rego"
+    path = [step for step in name.split(".") if step not in ("detector", "net")]
+    return path[0] if path else ""
+
+
+def _sampled(result: Tensor, *_: Any) -> int:
+    """``grid_sample``: each value mixes four cells, and is multiplied by its attention weight right after."""
+    return 5 * result.numel()
+
+
+def _summed(result: Any, table: Tensor, index: Tensor, *_: Any) -> int:
+    """``embedding_bag``, by which glimpses are cut: every bin is a weighted sum of sixteen rows."""
+    return index.numel() * table.shape[1]
+
+
+def _aligned(result: Tensor, maps: Tensor, boxes: Tensor, scale: float, h: int, w: int, points: int, *_: Any) -> int:
+    """``roi_align`` of torchvision: ``points`` squared points a bin, four cells each."""
+    return 4 * max(points, 1) ** 2 * result.numel()
+
+
+aten = torch.ops.aten
+READING: dict[Any, Callable[..., int]] = {
+    aten.grid_sampler_2d: _sampled,
+    aten._embedding_bag: _summed,
+    aten._embedding_bag_forward_only: _summed,
+    torch.ops.torchvision.roi_align: _aligned,
+}
+"""Formulas of the operators that read features at points: multiply-adds from result and arguments."""
+
+PRODUCTS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+}
+"""PyTorch's formulas of convolutions, matrix products and fused attention."""
+
+SHORTCUTS: dict[Any, Callable[..., Any]] = {
+    aten.grid_sampler_2d: lambda x, grid, *_: x.new_empty(*x.shape[:2], *grid.shape[1:3]),
+    aten.addmm: lambda bias, a, b: bias.new_empty(len(a), b.shape[1]),
+    aten.native_layer_norm: lambda x, *_: (x.new_empty(x.shape), x.new_empty(0), x.new_empty(0)),
+    aten._safe_softmax: lambda x, *_: torch.empty_like(x),
+    aten.clamp: lambda x, *_, **__: torch.empty_like(x),
+    aten.relu: torch.empty_like,
+}
+"""The frequent operators at which PyTorch takes long on ``meta``, though only a shape is wanted: half of all time."""
+
+
+# ---------------------------------------------------------------------------------------------------------- Table 1
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A row of the paper's Table 1.
+
+    Attributes:
+        gflops: its GFLOPs.
+        parameters: its millions of parameters, where it prints them.
+        remarks: what our count includes, or why it differs.
+    """
+
+    gflops: int
+    parameters: int | None = None
+    remarks: tuple[str, ...] = ()
+
+
+_RCNN = "The box head reads 1000 proposals. RoIAlign, another 0.2 G, is in no column."
+_MASK = "ResNeXt-101 64x4d, by the parameters. 53 G are the mask branch, for 100 boxes."
+_ANCHOR = (
+    "The authors have since corrected 151 to 172 (README, megvii-research/AnchorDETR#22): their first tool counted a "
+    "linear layer on a map [h, w, C] for one of its rows only. They project the keys of all cells and then take the "
+    "means of rows and columns; we take the means first, which is the same and saves 5.5 G."
+)
+_SMCA = "The multi-scale encoder is built from the text of SMCA's paper: the authors' code has another one."
+_STAR = (
+    "300 queries, reference points and focal loss make 41.6 M of DETR's 41.5. 44 is what the paper prints for "
+    "Conditional DETR, which it cites for DETR* (43.4 by our count); but 88 GFLOPs are DETR's with 300 queries."
+)
+_REGO_STAR = (
+    "REGO adds 11.9 G multiply-adds, 12.0 with reading; two each, 24.1 GFLOPs, the paper's 24, though the base "
+    "detectors of the same table are counted with one. 6.9 G are 1 x 1 projections of four maps, which Deformable DETR "
+    "does not need: with one each, the 7 between the paper's 24 and 17. Of parameters the paper adds 14 M to its 44, "
+    "and we 15.1 M, the projections included, to 41.6."
+)
+_REGO = (
+    "REGO adds 4.9 G multiply-adds, 5.1 with reading; two each, 10.2 GFLOPs. The paper adds 17 and does not say how it "
+    "counts (zhechen/Deformable-DETR-REGO#3). Nothing that it describes costs 17. Tried: the released form, 6.1; "
+    "context convolutions counted without their groups, 14.1; three glimpses a query, as a comment in the released "
+    "code has it, 16.2; own projections of the backbone's three maps, 16.7 with two each, but 0.9 M parameters more."
+)
+_TWO_STAGE = (
+    "Two stages add 1.1 M parameters, and 4.2 G since every cell is read as a proposal; the paper prints the plain "
+    "model's figures."
+)
+_X101 = (
+    "ResNeXt-101 32x8d, by the parameters (64x4d: 98.9 M). Beyond R50 the paper has 244 G for X101 and 67 G for R101; "
+    "by our count 32x8d has 223 G, 64x4d 206 G, and R101 67 G. What the other 21 G are is not known."
+)
+
+TABLE_1 = {
+    "fcos_r50": Printed(177, 32),
+    "faster_rcnn_r50": Printed(180, 42, (_RCNN,)),
+    "faster_rcnn_r101": Printed(246, 61, (_RCNN,)),
+    "mask_rcnn_x101": Printed(457, 102, (_RCNN, _MASK)),
+    "detr_r50": Printed(86, 41),
+    "detr_dc5_r50": Printed(187, 41),
+    "conditional_detr_r50": Printed(90, 44),
+    "anchor_detr_dc5_r50": Printed(151, None, (_ANCHOR,)),
+    "smca_r50": Printed(152, 40, (_SMCA,)),
+    "smca_r101": Printed(218, 58, (_SMCA,)),
+    "detr_star_r50": Printed(88, 44, (_STAR,)),
+    "detr_star_dc5_r50": Printed(189, 44, (_STAR,)),
+    "rego_detr_star_r50": Printed(112, 58, (_REGO_STAR,)),
+    "rego_detr_star_dc5_r50": Printed(213, 58, (_REGO_STAR,)),
+    "deformable_detr_r50": Printed(173, 40),
+    "rego_deformable_detr_r50": Printed(190, 54, (_REGO,)),
+    "deformable_detr_two_stage_r50": Printed(173, 40, (_TWO_STAGE,)),
+    "deformable_detr_two_stage_r101": Printed(240, 59, (_TWO_STAGE,)),
+    "deformable_detr_two_stage_x101": Printed(417, 105, (_X101,)),
+    "rego_deformable_detr_two_stage_r50": Printed(190, 54, (_TWO_STAGE, _REGO)),
+    "rego_deformable_detr_two_stage_r101": Printed(257, 73, (_TWO_STAGE, _REGO)),
+    "rego_deformable_detr_two_stage_x101": Printed(434, 119, (_X101, _REGO)),
+}
+"""Table 1 by preset. A size that it prints once for a model and its DC5 form stands here twice."""
+
+CONVENTIONS = {
+    "parameters": f"Every nn.Parameter, frozen ones too; frozen batch norm holds constants. {CLASSES} classes.",
+    "multiply_adds": "Layers (convolutions, linear layers) and the products of attention; a multiply-add counts 1. The "
+    "\"GFLOPs\" of DETR's paper and of most after it, and what the paper's column is compared with.",
+    "with_reading": "The same and reading: 5 for each channel of a point of deformable sampling (four cells, and the "
+    "attention weight), 16 for each channel of a bin of a glimpse (four points of four cells).",
+    "flops": "Everything; a multiply-add counts 2.",
+    "table_1": "As Table 1 prints it. Its convention is not stated.",
+    "picture": f"{PICTURE[0]} x {PICTURE[1]} pixels for all, at which DETR-R50 has the 86 G that its authors give as a "
+    "mean over 100 validation pictures; laptop presets (tiny, scenes) at their own size.",
+}
+"""What each column counts, and of which picture."""
+
+
+def rows(models: Sequence[str] | None = None, progress: bool = False) -> list[dict[str, Any]]:
+    """Count presets.
+
+    Args:
+        models: their names; all by default.
+        progress: show how far it is.
+
+    Returns:
+        For each preset its name, the size of the picture, counts by kind, by :data:`CONVENTIONS` and by part, and
+        the row of Table 1 with our difference from it in percent, or None.
+
+    Raises:
+        UserError: for a preset that does not exist, before anything is counted.
+    """
+    configs, counted = [configure(name) for name in (presets() if models is None else models)], []
+    for config in track(configs, "counting", progress):
+        with torch.device("meta"):  # torchvision's networks have one column more, the background
+            model = build(config.without_pretrained(), CLASSES - isinstance(config.detector, BaselineConfig))
+        height, width = picture(config)
+        cost = count(model, height, width)
+        row = {
+            "model": config.preset,
+            "picture": [height, width],
+            "parameters": cost.parameters,
+            **{kind: cost.kind(kind) for kind in ("layers", "attention", "reading")},
+            **{column: getattr(cost, column) for column in ("multiply_adds", "with_reading", "flops")},
+            "parts": cost.parts,
+            "table_1": _beside(cost, TABLE_1.get(config.preset)),
+        }
+        counted.append(row)
+    return counted
+
+
+def picture(config: ModelConfig) -> tuple[int, int]:
+    """Height and width of the picture at which a model is counted: :data:`PICTURE`, or 4:3 for a laptop's sizes."""
+    return PICTURE if config.augment == "detr" else (config.image_size * 3 // 4, config.image_size)
+
+
+def _beside(cost: Cost, printed: Printed | None) -> dict[str, Any] | None:
+    if printed is None:
+        return None
+    return {
+        "gflops": printed.gflops,
+        "gflops_off": _percent(cost.multiply_adds / 1e9, printed.gflops),
+        "parameters": printed.parameters,
+        "parameters_off": _percent(cost.parameters / 1e6, printed.parameters) if printed.parameters else None,
+        "remarks": list(printed.remarks),
+    }
+
+
+def _percent(ours: float, theirs: int) -> float:
+    return round(100 * (ours / theirs - 1), 1) + 0.0  # no -0.0
+
+
+def document(counted: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What ``--json`` writes: the rows, how they were counted, and by which versions."""
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
+    return {"picture": list(PICTURE), "conventions": CONVENTIONS, "versions": versions, "rows": list(counted)}
+
+
+def as_text(counted: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table for people, and its notes."""
+    nothing = dict.fromkeys(("parameters", "parameters_off", "gflops", "gflops_off")) | {"remarks": []}
+    papers = [row["table_1"] or nothing for row in counted]
+    remarks = list(dict.fromkeys(remark for paper in papers for remark in paper["remarks"]))  # each once
+    line = f"{{:{max(len(row['model']) for row in counted)}}}" + "{:>9}{:>7}{:>8}" * 2 + "{:>9}{:>9}  {}"
+    titles = ["model", "M params", "paper", "", "G mult-", "paper", "", "with", "2 each", "notes"]
+    text = [line.format(*titles), line.format(*[""] * 4, "adds", *[""] * 2, "reading", "", "")]
+    for row, paper in zip(counted, papers):
+        cells = [row["model"]]
+        for ours, theirs in ((row["parameters"] / 1e6, "parameters"), (row["multiply_adds"] / 1e9, "gflops")):
+            off = paper[f"{theirs}_off"]
+            cells += [f"{ours:.2f}", paper[theirs] or "", "" if off is None else f"{off:+.1f} %"]
+        cells += [f"{row['with_reading'] / 1e9:.2f}", f"{row['flops'] / 1e9:.2f}"]
+        text.append(line.format(*cells, " ".join(f"[{remarks.index(remark) + 1}]" for remark in paper["remarks"])))
+    columns = ("M params", "G mult-adds", "with reading", "2 each", "paper", "picture")
+    notes = [f"{column}: {said}" for column, said in zip(columns, CONVENTIONS.values())]
+    notes += [f"[{number}] {remark}" for number, remark in enumerate(remarks, 1)]
+    notes = [textwrap.fill(note, 112, subsequent_indent="    ") for note in notes]
+    return "\n".join(row.rstrip() for row in [*text, "", *notes])
