@@ -7,10 +7,12 @@ The public face::
     folder = regolite.train(regolite.RunConfig(data="data/coco_tiny", output="runs/mine"))
     figures = regolite.evaluate(model, dataset)
     model = regolite.Rego(detector, stages=3)                             # REGO on a detector of your own
+    model = regolite.published.load("detr-r50-e632da11.pth")              # weights that others have published
 """
 
 from __future__ import annotations
 
+from regolite import published
 from regolite.checkpoint import load
 from regolite.detection import detect
 from regolite.errors import UserError
@@ -30,6 +32,7 @@ __all__ = [
     "evaluate",
     "load",
     "presets",
+    "published",
     "train",
 ]
 

@@ -175,6 +175,7 @@ class TestCount:
         cost, base = count(model, 64, 96), count(model.detector, 64, 96)
         assert set(cost.parts) == {*base.parts, "rego"} >= {"backbone", "encoder", "decoder"}
         assert {part: cost.parts[part] for part in base.parts} == base.parts
+        assert all(cost.parts.values()), "a part in which nothing was counted"
         assert cost.with_reading == sum(sum(part.values()) for part in cost.parts.values()) == cost.flops // 2
         assert cost.with_reading - base.with_reading == sum(cost.parts["rego"].values())
 

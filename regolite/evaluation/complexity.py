@@ -127,13 +127,13 @@ class Counter(TorchDispatchMode):
         packet = operator.overloadpacket
         run = SHORTCUTS[packet] if packet in SHORTCUTS and args[0].is_meta else operator
         result = run(*args, **(kwargs or {}))
-        counts = self.parts[self._running[-1]]
+        part = self._running[-1]
         if packet in READING:
-            counts["reading"] += READING[packet](result, *args)
+            self.parts[part]["reading"] += READING[packet](result, *args)
         elif packet in PRODUCTS:
             weighs = any(isinstance(a, Tensor) and _storage(a) in self._weights for a in args)
             flops = PRODUCTS[packet](*args, **(kwargs or {}), out_val=result)  # two for a multiply-add
-            counts["layers" if weighs else "attention"] += flops // 2
+            self.parts[part]["layers" if weighs else "attention"] += flops // 2
         return result
 
     @contextmanager

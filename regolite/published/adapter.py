@@ -92,7 +92,7 @@ class TransformersDetector(nn.Module):
         self.columns = config.num_labels + (family.scoring == "softmax")
         self.projected = family.pyramid is not None
         self.feature_channels = [channels for _, channels in self._map_makers()]
-        classes = tuple(str(config.id2label[label]) for label in range(config.num_labels))
+        classes = tuple(str(config.id2label.get(label, label)) for label in range(config.num_labels))
         self.model_config = ModelConfig(
             f"transformers:{config.model_type}",
             TransformersConfig(config.model_type, json.dumps(config.to_dict(), sort_keys=True)),
@@ -125,19 +125,15 @@ class TransformersDetector(nn.Module):
 
         A new refined Deformable DETR has one class head for all its decoder layers, a published one has one for each.
         """
-        tied: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            tied.setdefault(parameter, []).append(name)
-        for parameter, names in tied.items():
-            known: list[tuple[Tensor, nn.Parameter]] = []  # values that were met, and whose they are
-            for name in names:
-                value = state_dict.get(f"{prefix}model.{name}", parameter)
-                owner = next((own for other, own in known if torch.equal(other, value)), None)
-                if owner is None:
-                    owner = nn.Parameter(parameter.detach().clone(), parameter.requires_grad) if known else parameter
-                    known.append((value, owner))
-                place, _, last = name.rpartition(".")
-                setattr(self.model.get_submodule(place), last, owner)
+        values = {
+            name: state_dict.get(f"{prefix}model.{name}", parameter)
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+        }
+
+        def alike(name: str, other: str) -> bool:
+            return torch.equal(values[name], values[other])
+
+        _part(self.model, alike)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _map_makers(self) -> list[tuple[nn.Module, int]]:
@@ -338,6 +334,21 @@ def _family(model: nn.Module) -> Family:
     return FAMILIES[kind]
 
 
+def _part(model: nn.Module, together: Callable[[str, str], bool]) -> None:
+    """Where several names have one parameter, give one of its own to those that do not belong together."""
+    tied: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(parameter, []).append(name)
+    for parameter, names in tied.items():
+        owned: dict[str, nn.Parameter] = {names[0]: parameter}
+        for name in names[1:]:
+            mate = next((other for other in owned if together(name, other)), None)
+            if mate is None:
+                mate, owned[name] = name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            place, _, last = name.rpartition(".")
+            setattr(model.get_submodule(place), last, owned[mate])
+
+
 def _with_fresh_heads(model: nn.Module, num_classes: int, family: Family) -> nn.Module:
     """A copy of the model for another number of classes: what depends on that number starts anew."""
     if num_classes < 1:
@@ -349,9 +360,10 @@ def _with_fresh_heads(model: nn.Module, num_classes: int, family: Family) -> nn.
     state, own = model.state_dict(), fresh.state_dict()
     anew = [key for key, value in own.items() if value.shape != state[key].shape]
     detector.load_state_dict({f"model.{key}": value for key, value in (state | {k: own[k] for k in anew}).items()})
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    theirs = dict(model.named_parameters(remove_duplicate=False))
+    _part(fresh, lambda name, other: theirs[name] is theirs[other])
     for name, parameter in fresh.named_parameters():
-        parameter.requires_grad_(trained[name])
+        parameter.requires_grad_(theirs[name].requires_grad)
         if name in anew and name.endswith("bias") and family.scoring == "sigmoid":
             nn.init.constant_(parameter, -math.log(99))  # a probability of 0.01, from which the focal loss starts
     logging.getLogger("regolite").warning(

@@ -377,6 +377,18 @@ def test_fresh_class_heads(kind, images, caplog):
         torch.testing.assert_close(head.sigmoid(), torch.full((3,), 0.01))
 
 
+def test_fresh_class_heads_are_as_many_as_the_old_ones():
+    """One for each layer in a published refined model, though transformers gives a new one a single head."""
+    model = make(refined())
+    for head in model.class_embed:
+        head.weight, head.bias = nn.Parameter(torch.randn(CLASSES, DIM)), nn.Parameter(torch.randn(CLASSES))
+    fresh = adapt(model, num_classes=3).model
+    for part in ("weight", "bias"):
+        assert len({id(getattr(head, part)) for head in fresh.class_embed}) == LAYERS
+    assert fresh.bbox_embed[1].layers[0].weight is fresh.model.decoder.bbox_embed[1].layers[0].weight
+    assert len({id(head.weight) for head in adapt(make(refined()), num_classes=3).model.class_embed}) == 1
+
+
 def test_the_same_number_of_classes_keeps_the_model():
     model = make(detr())
     assert adapt(model, num_classes=CLASSES).model is model
@@ -396,7 +408,7 @@ def config(tmp_path, monkeypatch):
             **{
                 "data": "scenes:4:val=1:size=64", "output": str(tmp_path / name), "augment": "none", "image_size": 64,
                 "batch_size": 2, "epochs": 3, "lr": 1e-3, "schedule": "one_cycle", "evaluate_every": 0, "log_every": 1,
-                "device": "cpu",
+                "device": "cpu", "ema": 0.5,
             }
             | changes
         )  # fmt: skip
