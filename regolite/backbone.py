@@ -7,22 +7,19 @@ count: stage 2 has stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride
 
 from __future__ import annotations
 
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.error import URLError
 
-import torch
 import torch.nn.functional as F
 import torchvision
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 
 from regolite.errors import UserError
+from regolite.state_dicts import read
 from regolite.structures import FeatureMap, ImageBatch
 
 BUNDLED = Path(__file__).parent.parent / "data" / "backbones" / "mobilenet_v2.safetensors"
@@ -177,7 +174,7 @@ def _state_dict(name: str, weights: str, wanted: Mapping[str, Tensor]) -> dict[s
         path = BUNDLED if weights == "bundled" else Path(weights)
         if not path.is_file():
             raise UserError(f"no backbone weights at {path}; give 'imagenet', 'bundled', an existing file or None")
-        state = read_state(path)
+        state = read(path).tensors
     state = {key.removeprefix("features."): value for key, value in state.items()}
     missing = sorted(set(wanted) - set(state))
     if missing:
@@ -202,20 +199,3 @@ def download(name: str) -> Mapping[str, Tensor]:
             f"can't download {name} ({error}); fetch {weights.url} elsewhere and give the path of the file "
             "(weights=PATH), or use random weights (weights=None)"
         ) from error
-
-
-def read_state(path: Path) -> Mapping[str, Tensor]:
-    """A state dict from a ``.safetensors`` or ``.pth`` file; nothing in it is executed.
-
-    Raises:
-        UserError: when the file holds none.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is no readable state dict ({type(error).__name__}); copy it anew") from error
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds a {type(state).__name__} and not a state dict")
-    return state

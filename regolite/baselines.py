@@ -30,8 +30,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from regolite.backbone import download, read_state
+from regolite.backbone import download
 from regolite.errors import UserError
+from regolite.state_dicts import read
 from regolite.structures import Detections, ImageBatch
 
 COCO_WEIGHTS = {
@@ -167,7 +168,7 @@ class Baseline(nn.Module):
         elif not Path(weights).is_file():
             raise UserError(f"no weights of a baseline at {weights}; give 'coco', 'imagenet', an existing file or None")
         else:
-            state = read_state(Path(weights))
+            state = read(weights).tensors
         try:
             net.load_state_dict(state)
         except RuntimeError as error:  # torch lists every key, one a line and more

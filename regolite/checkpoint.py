@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from regolite.errors import UserError
 from regolite.presets import ModelConfig, build
+from regolite.rego import Rego
 
 KEY = "regolite"
 
@@ -78,7 +79,7 @@ def read_config(path: str | Path) -> ModelConfig:
         raise UserError(f"{path} was written by another version of regolite ({error}); train it again") from error
 
 
-def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False) -> list[str]:
+def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, new_stages: bool = False) -> list[str]:
     """Load the weights of a checkpoint into a model of the same configuration.
 
     Args:
@@ -86,6 +87,8 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False) 
         path: the checkpoint, or a file that :func:`regolite.published.load` reads.
         new_classes: allow other classes than the checkpoint's: then the class heads, base detector's and stages', keep
             the weights that they have in the model. This is how a model is fine-tuned to data of its own.
+        new_stages: allow a checkpoint of the base detector alone, where the model is a REGO: then all of REGO keeps the
+            weights that it has. This is how REGO is trained on top of a detector that is there.
 
     Returns:
         The names of the weights that the model kept.
@@ -94,16 +97,18 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False) 
         UserError: when names or shapes differ; the first of them is named.
     """
     classes, stored = _stored(path)
-    own = model.state_dict()
-    missing, unexpected = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
+    own, kept = model.state_dict(), set()
+    if new_stages and isinstance(model, Rego) and not any(key.startswith("detector.") for key in stored):
+        stored = {f"detector.{key}": value for key, value in stored.items()}
+        kept = {key for key in own if not key.startswith("detector.")}
+    missing, unexpected = sorted(set(own) - set(stored) - kept), sorted(set(stored) - set(own))
     if missing or unexpected:
         raise UserError(
             f"{path} does not fit the model: {len(missing)} weights are missing ({', '.join(missing[:2])}), "
             f"{len(unexpected)} are unknown ({', '.join(unexpected[:2])}); build the model of its own configuration"
         )
-    kept = []
     if new_classes and classes != model.model_config.classes:
-        kept = class_head_names(own)
+        kept.update(class_head_names(own))
     for key, value in stored.items():
         if key not in kept and own[key].shape != value.shape:
             raise UserError(
@@ -111,7 +116,7 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False) 
                 "(another number of classes or queries?)"
             )
     model.load_state_dict(stored | {key: own[key] for key in kept})
-    return kept
+    return [key for key in own if key in kept]
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:

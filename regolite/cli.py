@@ -420,7 +420,9 @@ def _complexity_options(parser: Parser) -> None:
 
 def _model_options(parser: Parser) -> None:
     """The options of all commands that load a model."""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help=".safetensors file of a run")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="FILE", help="weights: of a run, or a published file"
+    )
     parser.add_argument("--stages", type=whole_number, metavar="N", help="use N REGO stages, 0 for none (default: all)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)"

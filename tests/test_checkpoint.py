@@ -204,6 +204,23 @@ def test_other_classes_keep_the_models_own_class_heads(saved):
     assert load_weights(same, path, new_classes=True) == [], "the same classes are loaded whole"
 
 
+def test_a_base_detectors_checkpoint_lets_rego_start_anew(tmp_path):
+    base, model = small("deformable_detr_scenes"), small("rego_deformable_detr_scenes")
+    save_model(base, tmp_path / "base.safetensors")
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_weights(model, tmp_path / "base.safetensors")
+    kept = load_weights(model, tmp_path / "base.safetensors", new_stages=True)
+    assert sorted(kept) == sorted(key for key in own if not key.startswith("detector."))
+    assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items() if key in kept)
+    images = batch((40, 64), (64, 48))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images, stages=0).final.boxes, base.eval()(images).final.boxes)
+    with pytest.raises(UserError, match="does not fit the model"):  # a REGO's, for the base alone
+        save_model(model, tmp_path / "rego.safetensors")
+        load_weights(base, tmp_path / "rego.safetensors", new_stages=True)
+
+
 def test_rego_put_on_a_detector_by_hand(tmp_path):
     """On a detector of regolite.build it is saved and loaded as a whole; a stranger's configuration is unknown."""
     model = Rego(small("deformable_detr_scenes"), stages=1, ffn_dim=32).eval()

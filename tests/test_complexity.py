@@ -180,9 +180,10 @@ class TestCount:
         assert cost.with_reading - base.with_reading == sum(cost.parts["rego"].values())
 
     def test_leaves_the_model_as_it_was(self):
-        model = deformable().train()
+        model, broken = deformable().train(), detr().train()
+        model.pyramid.eval()  # frozen, say
         count(model, 64, 64)
-        broken = detr().train()
+        assert not any(m.training for m in model.pyramid.modules())
         broken.box_head = None
         with pytest.raises(TypeError):
             count(broken, 64, 64)

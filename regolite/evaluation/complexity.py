@@ -94,13 +94,14 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
     device = next(model.parameters()).device
     pixels = torch.zeros(1, 3, height, width, device=device)
     image = ImageBatch(pixels, torch.zeros_like(pixels[:, 0]).bool(), torch.tensor([[height, width]], device=device))
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     counter = Counter(model.eval())
     try:
         with torch.no_grad(), counter, counter.knowing_parts():
             getattr(model, "dense", model)(image)
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     parameters = sum(p.numel() for p in model.parameters())
     return Cost(parameters, {part: dict(kinds) for part, kinds in counter.parts.items()})
 

@@ -34,9 +34,9 @@ from regolite.errors import UserError
 from regolite.presets import DETECTORS, ModelConfig, build, configure, presets
 from regolite.published import anchor_detr, conditional_detr, deformable_detr, detr, rego, smca
 from regolite.published.adapter import adapt
-from regolite.published.files import Weights, read
 from regolite.published.keys import from_theirs, to_theirs
 from regolite.published.transformers import from_transformers, to_transformers
+from regolite.state_dicts import Weights, read
 
 __all__ = ["adapt", "from_transformers", "load", "save", "state_dict", "to_transformers"]
 

@@ -12,9 +12,9 @@ from typing import Any
 from regolite.anchor_detr import AnchorDetrConfig
 from regolite.presets import ModelConfig
 from regolite.published.detr import attention, mlp
-from regolite.published.files import Weights
 from regolite.published.keys import Pair
 from regolite.published.sizes import backbone, count, tensor
+from regolite.state_dicts import Weights
 
 TITLE = "Anchor DETR of megvii-research/AnchorDETR"
 

@@ -10,9 +10,9 @@ from typing import Any
 from regolite.conditional_detr import ConditionalDetrConfig
 from regolite.presets import ModelConfig
 from regolite.published import detr
-from regolite.published.files import Weights
 from regolite.published.keys import Pair
 from regolite.published.sizes import tensor
+from regolite.state_dicts import Weights
 
 TITLE = "Conditional DETR (Atten4Vis/ConditionalDETR: a ResNet, 256 channels)"
 DECODER_LAYER = {

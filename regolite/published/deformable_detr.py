@@ -16,9 +16,9 @@ from regolite.deformable_detr import DeformableDetrConfig
 from regolite.presets import ModelConfig
 from regolite.published import detr
 from regolite.published.detr import attention, feed_forward, mlp
-from regolite.published.files import Weights
 from regolite.published.keys import Pair
 from regolite.published.sizes import tensor
+from regolite.state_dicts import Weights
 
 TITLE = (
     "Deformable DETR (fundamentalvision/Deformable-DETR: a ResNet, of which one level reads stage 5 and several read "

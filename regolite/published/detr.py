@@ -10,9 +10,9 @@ from typing import Any
 
 from regolite.detr import DetrConfig
 from regolite.presets import ModelConfig
-from regolite.published.files import Weights
 from regolite.published.keys import Pair
 from regolite.published.sizes import backbone, count, tensor
+from regolite.state_dicts import Weights
 
 TITLE = "DETR (facebookresearch/detr: a ResNet, softmax scores, no reference points)"
 

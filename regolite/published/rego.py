@@ -11,9 +11,9 @@ from typing import Any
 from regolite.presets import ModelConfig
 from regolite.published import deformable_detr
 from regolite.published.detr import decoder, mlp
-from regolite.published.files import Weights
 from regolite.published.keys import Pair
 from regolite.published.sizes import count, tensor
+from regolite.state_dicts import Weights
 
 TITLE = (
     "REGO (zhechen/Deformable-DETR-REGO: form 'released' on a Deformable DETR with 256 channels, stages with alphas "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regolite.backbone import WEIGHTS, Backbone
 from regolite.errors import UserError
-from regolite.published.files import Weights
+from regolite.state_dicts import Weights
 
 
 def count(weights: Weights, prefix: str) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 from regolite.errors import UserError
 from regolite.presets import ModelConfig
 from regolite.published.detr import attention, common, encoder, feed_forward, mlp
-from regolite.published.files import Weights
 from regolite.published.keys import Pair
 from regolite.published.sizes import tensor
 from regolite.smca import SmcaConfig
+from regolite.state_dicts import Weights
 
 TITLE = "SMCA of gaopengcuhk/SMCA-DETR"
 LAYER = "transformer.decoder.layers.0."

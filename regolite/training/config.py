@@ -26,7 +26,7 @@ class RunConfig:
     model: str = _option("rego_deformable_detr_tiny", "name of a preset, see `regolite presets`")
     output: str = _option("runs/rego", "folder of the run")
     overrides: tuple[str, ...] = _option((), "changes of the preset, as in queries=50 stages=2")
-    checkpoint: str | None = _option(None, "start from the weights of this .safetensors file (fine-tuning)")
+    checkpoint: str | None = _option(None, "start from the weights of this file, a checkpoint or a published one")
     epochs: int = _option(50, "how often every picture is seen")
     max_minutes: float | None = _option(None, "stop after this time; schedules then end with the time")
     batch_size: int = _option(16, "pictures per step, over all processes")

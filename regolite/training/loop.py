@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from regolite.baselines import BaselineConfig
-from regolite.checkpoint import load_weights, save_model
+from regolite.checkpoint import class_head_names, load_weights, save_model
 from regolite.data import DetectionDataset, make_transform, open_data
 from regolite.errors import UserError
 from regolite.evaluation import evaluate
@@ -91,8 +91,12 @@ def train(
     else:
         model.model_config = model_config
     model.to(device)
-    if config.checkpoint is not None and (anew := load_weights(model, config.checkpoint, new_classes=True)):
-        folder.log.info("%s knows other classes: %d class heads start anew", config.checkpoint, len(anew) // 2)
+    if config.checkpoint is not None:
+        anew = load_weights(model, config.checkpoint, new_classes=True, new_stages=True)
+        heads = class_head_names(anew)
+        what = [f"{len(heads) // 2} class heads"] * bool(heads) + ["all of REGO"] * (len(anew) > len(heads))
+        if what:
+            folder.log.info("%s: start anew, since %s has none that fit", " and ".join(what), config.checkpoint)
     if device.type in ("cpu", "cuda"):
         model.to(memory_format=torch.channels_last)
     set_loss = SetLoss(model_config.loss, model.scoring)
