@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -85,13 +85,14 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
     Args:
         model: the model.
         path: the checkpoint, or a file that :func:`regolite.published.load` reads.
-        new_classes: allow other classes than the checkpoint's: then the class heads, base detector's and stages', keep
-            the weights that they have in the model. This is how a model is fine-tuned to data of its own.
+        new_classes: allow other classes than the checkpoint's. Then the class heads, base detector's and stages', take
+            over the rows of the classes that both know by name, and keep the model's own for the others. This is how a
+            model is fine-tuned to data of its own.
         new_stages: allow a checkpoint of the base detector alone, where the model is a REGO: then all of REGO keeps the
             weights that it has. This is how REGO is trained on top of a detector that is there.
 
     Returns:
-        The names of the weights that the model kept.
+        The names of the weights of which the model kept some or all.
 
     Raises:
         UserError: when names or shapes differ; the first of them is named.
@@ -107,15 +108,18 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
             f"{path} does not fit the model: {len(missing)} weights are missing ({', '.join(missing[:2])}), "
             f"{len(unexpected)} are unknown ({', '.join(unexpected[:2])}); build the model of its own configuration"
         )
-    if new_classes and classes != model.model_config.classes:
-        kept.update(class_head_names(own))
+    if new_classes and classes != (ours := model.model_config.classes):
+        for key in class_head_names(set(own) & set(stored)):
+            if own[key].shape[1:] == stored[key].shape[1:]:
+                stored[key], is_whole = _rows_by_name(key, own[key], stored[key], ours, classes)
+                kept.update([] if is_whole else [key])
     for key, value in stored.items():
-        if key not in kept and own[key].shape != value.shape:
+        if own[key].shape != value.shape:
             raise UserError(
                 f"{path} does not fit the model: {key} is {tuple(value.shape)} there and {tuple(own[key].shape)} here "
                 "(another number of classes or queries?)"
             )
-    model.load_state_dict(stored | {key: own[key] for key in kept})
+    model.load_state_dict(own | stored)
     return [key for key in own if key in kept]
 
 
@@ -140,6 +144,25 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
 def class_head_names(names: Iterable[str]) -> list[str]:
     """Which of a model's weights belong to class heads: the base detector's, its proposals' and the stages'."""
     return [key for key in names if {"class_head", "class_heads"} & set(key.split("."))]
+
+
+def _rows_by_name(
+    key: str, own: Tensor, stored: Tensor, ours: Sequence[str], theirs: Sequence[str]
+) -> tuple[Tensor, bool]:
+    """A class head of ours with the checkpoint's rows of the classes that both know, and whether no row is ours.
+
+    Numbers that stand for missing names, and COCO's holes, are no names in common.
+    """
+    rows = [(i, theirs.index(n)) for i, n in enumerate(ours) if n in theirs and not n.isdigit() and n != "N/A"]
+    if (len(own), len(stored)) == (len(ours) + 1, len(theirs) + 1):  # a softmax: the last column is "no object"
+        rows.append((len(ours), len(theirs)))
+    is_whole = len(rows) == len(own)
+    if "proposals" in key.split("."):  # these know one class only, object, in the first column
+        rows, is_whole = [(0, 0)], True
+    mixed = own.clone()
+    for here, there in rows:
+        mixed[here] = stored[there]
+    return mixed, is_whole
 
 
 def _stored(path: str | Path) -> tuple[tuple[str, ...], dict[str, Tensor]]:

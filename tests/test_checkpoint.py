@@ -204,6 +204,31 @@ def test_other_classes_keep_the_models_own_class_heads(saved):
     assert load_weights(same, path, new_classes=True) == [], "the same classes are loaded whole"
 
 
+@pytest.mark.parametrize(
+    "name", ["rego_detr_scenes", "rego_deformable_detr_scenes", "deformable_detr_two_stage_scenes"]
+)
+def test_rows_of_classes_that_both_name_are_taken_over(name, tmp_path):
+    """Columns are COCO's ids in one head and classes in another: rows move by their names."""
+    first = small(name, classes=("cat", "N/A", "dog", "3"), num_classes=4)
+    save_model(first, tmp_path / "model.safetensors")
+    model = small(name, classes=("3", "dog", "emu", "cat", "N/A"), num_classes=5)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    kept = load_weights(model, tmp_path / "model.safetensors", new_classes=True)
+    stored, now = first.state_dict(), model.state_dict()
+    heads = [key for key in own if "class_head" in key]
+    assert kept == [key for key in heads if "proposals" not in key] and len(heads) >= 2
+    for key in set(own) - set(heads):
+        assert torch.equal(now[key], stored[key]), key
+    for key in heads:
+        if "proposals" in key:
+            assert torch.equal(now[key][0], stored[key][0]), "the proposals' only class is 'object'"
+            continue
+        assert torch.equal(now[key][1], stored[key][2]) and torch.equal(now[key][3], stored[key][0]), key
+        assert torch.equal(now[key][[0, 2, 4]], own[key][[0, 2, 4]]), key
+        if len(own[key]) == 6:
+            assert torch.equal(now[key][5], stored[key][4]), "no object"
+
+
 def test_a_base_detectors_checkpoint_lets_rego_start_anew(tmp_path):
     base, model = small("deformable_detr_scenes"), small("rego_deformable_detr_scenes")
     save_model(base, tmp_path / "base.safetensors")

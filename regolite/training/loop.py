@@ -94,9 +94,9 @@ def train(
     if config.checkpoint is not None:
         anew = load_weights(model, config.checkpoint, new_classes=True, new_stages=True)
         heads = class_head_names(anew)
-        what = [f"{len(heads) // 2} class heads"] * bool(heads) + ["all of REGO"] * (len(anew) > len(heads))
+        what = ["classes that it does not name"] * bool(heads) + ["all of REGO"] * (len(anew) > len(heads))
         if what:
-            folder.log.info("%s: start anew, since %s has none that fit", " and ".join(what), config.checkpoint)
+            folder.log.info("weights are those of %s, but these start anew: %s", config.checkpoint, ", ".join(what))
     if device.type in ("cpu", "cuda"):
         model.to(memory_format=torch.channels_last)
     set_loss = SetLoss(model_config.loss, model.scoring)
