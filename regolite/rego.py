@@ -108,11 +108,20 @@ class Rego(nn.Module):
     Args:
         detector: the base detector, anything that satisfies :class:`Detector`.
         config: what REGO is made of; fields can be given by name instead, as in ``Rego(detector, stages=3)``.
+
+    Raises:
+        UserError: when the detector lacks what REGO asks for.
     """
 
     def __init__(self, detector: nn.Module, config: RegoConfig | None = None, **fields: object) -> None:
         super().__init__()
         self.config = config = config if config is not None else RegoConfig(**fields)
+        missing = [name for name in Detector.__annotations__ if not hasattr(detector, name)]
+        if missing:
+            raise UserError(
+                f"REGO can't stand on a {type(detector).__name__}, which has no {', '.join(missing)}; a detector of "
+                "transformers gets them from regolite.published.adapt"
+            )
         self.detector = detector
         self.dim, self.scoring, self.columns = detector.dim, detector.scoring, detector.columns
         if hasattr(detector, "model_config"):  # a detector of regolite.build: together they can be saved and loaded

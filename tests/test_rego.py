@@ -295,6 +295,13 @@ def test_regions_are_the_previous_boxes_enlarged(monkeypatch):
         assert all(m.any() for m in masks)
 
 
+def test_what_is_no_detector_is_named_with_what_it_lacks():
+    with pytest.raises(
+        UserError, match=r"can't stand on a Linear, which has no dim, heads, .*published\.adapt"
+    ):
+        Rego(nn.Linear(2, 2), stages=1)
+
+
 def test_wrong_configurations():
     with pytest.raises(UserError, match="at least one stage, not 0"):
         RegoConfig(stages=0)
