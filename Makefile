@@ -1,10 +1,11 @@
 # `make` lists the tasks; tasks.py does them (on Windows: `py tasks.py demo`). Needs Python >= 3.10, nothing else.
 #   make demo [MINUTES=5] [DATA=data/coco_tiny] [MODEL=preset] [RUN=runs/name]
+#   make coco-table1 [DATA=folder of COCO] [ARGS="--processes 4 --tflops 20"]
 #   make PYTHON=python3.12 test ARGS="-k boxes"
 PYTHON ?= python3
 ARGS ?=
 
-TASKS = demo test test-fast lab notebooks book lint format
+TASKS = demo test test-fast coco-table1 lab notebooks book lint format
 
 .PHONY: help python $(TASKS)
 
@@ -16,6 +17,8 @@ $(TASKS): python
 
 demo: OPTIONS = $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(DATA),--data "$(DATA)") \
 	$(if $(MODEL),--model "$(MODEL)") $(if $(RUN),--run "$(RUN)")
+
+coco-table1: OPTIONS = $(if $(DATA),--data "$(DATA)")
 
 python:
 	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || { \

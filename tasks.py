@@ -270,6 +270,13 @@ def write_time(notebook, seconds, kilobytes):
     print(f"      {took}", flush=True)
 
 
+def coco_table1(args, rest):
+    """Print the command of every training of Table 1, with the paper's AP and estimates of GPU hours and memory."""
+    python = activate(args.no_venv, "1/2")
+    step("2/2", "counting what each takes (half a minute)")
+    module(python, "regolite", "recipes", *rest)
+
+
 def lab(args, rest):
     """Open JupyterLab on the course."""
     python = activate(args.no_venv, "1/2")
@@ -311,7 +318,7 @@ def main():
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     parsers = {}
-    for task in (demo, test, test_fast, lab, notebooks, book, lint, format):
+    for task in (demo, test, test_fast, coco_table1, lab, notebooks, book, lint, format):
         name = task.__name__.replace("_", "-")
         parsers[name] = tasks.add_parser(name, help=task.__doc__, description=task.__doc__, allow_abbrev=False)
         parsers[name].add_argument(

@@ -28,7 +28,7 @@ from regolite.deformable_detr import PictureNorm
 from regolite.errors import UserError
 from regolite.positions import waves
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Prediction
-from regolite.transformer import MLP, DecoderLayer, EncoderLayer, box_head, class_head
+from regolite.transformer import MLP, DecoderLayer, EncoderLayer, box_head, class_head, in_float32
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,8 @@ class AnchorDetr(nn.Module):
         layers = []
         for layer in self.decoder_layers:
             queries = layer(queries, (xy, x, y), grid)
-            boxes = self.box_head(queries) + F.pad(inverse_sigmoid(points), (0, 2))
-            layers.append(Prediction(self.class_head(queries), boxes.sigmoid()))
+            boxes = in_float32(self.box_head, queries) + F.pad(inverse_sigmoid(points), (0, 2))
+            layers.append(Prediction(in_float32(self.class_head, queries), boxes.sigmoid()))
 
         if self.dilated:  # the glimpses of a DC5 model read its last map at the normal stride (REGO, appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)

@@ -8,10 +8,15 @@
     regolite detect --checkpoint runs/mine/best.safetensors street.jpg harbour.png --output found
     regolite convert my_export --output data/mine
     regolite complexity --models detr_r50 rego_detr_r50 --json complexity.json
+    regolite prepare-coco --root data/coco
+    regolite compare runs/base runs/rego --metric AP50
+    regolite recipes --data COCO
+    regolite train --recipe rego_deformable_detr_r50_50ep --data COCO --output runs/r50 --processes 8
 
 Each command is a function that says in Python what the command does; :func:`main` chooses it and turns what goes wrong
-into one line. Exit codes: 0 done, 2 wrong input, 130 interrupted. What a command alone needs is imported where it is
-needed, so that the others need not wait for it.
+into one line. Exit codes: 0 done, 1 prepare-coco has found something wrong, 2 wrong input, 130 interrupted by
+Ctrl-C, 143 by SIGTERM. What a command alone needs is imported where it is needed, so that the others need not wait for
+it.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -37,7 +43,6 @@ import regolite
 from regolite.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from regolite.data import DetectionDataset
@@ -62,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _fail(_one_line(error))
-    except KeyboardInterrupt:
-        print(f"\nregolite: interrupted{_how_to_go_on(argv)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:  # RunStopped, where a run has saved what it had done
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nregolite: {getattr(error, 'what', 'interrupted')}{_how_to_go_on(argv)}", file=sys.stderr)
+        return 128 + getattr(error, "signum", signal.SIGINT)
     except BrokenPipeError:  # `regolite presets | head -3`: nobody reads on, and nobody wants to hear of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -105,9 +111,12 @@ def presets(arguments: argparse.Namespace) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Train, then say where the results are and how good they are."""
     from regolite.inspect import table_by_stage
+    from regolite.training.recipes import recipe
 
     known = {f.name for f in fields(regolite.RunConfig)}
-    config = regolite.RunConfig.of({name: value for name, value in vars(arguments).items() if name in known})
+    given = {name: value for name, value in vars(arguments).items() if name in known}
+    defaults = recipe(arguments.recipe).settings() if arguments.recipe is not None else {}
+    config = regolite.RunConfig.of({**defaults, **given})
     folder = regolite.train(config)
     if os.environ.get("RANK", "0") == "0":  # of several processes only the first has results to show
         metrics = (json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines())
@@ -124,6 +133,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from regolite.inspect import table_by_stage
 
     _prepare(arguments.json)
+    _prepare(arguments.save_detections, "--save-detections")
     model = _load(arguments)
     config = model.model_config
     data = _open(arguments.data, arguments.split, model, arguments.limit_images, arguments.image_size)
@@ -135,7 +145,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     names = dict(zip(config.category_ids, config.classes))
     if any(names[category] != name for category, name in zip(data.category_ids, data.classes)):
         print("regolite: warning: the data's classes have other names than the model's", file=sys.stderr)
-    figures = regolite.evaluate(model, data, arguments.stages, arguments.batch_size, backend=arguments.backend)
+    how = {"backend": arguments.backend, "detections": arguments.save_detections}
+    figures = regolite.evaluate(model, data, arguments.stages, arguments.batch_size, **how)
     print(f"AP on {figures['images']} pictures of {arguments.split}, in percent\n\n{table_by_stage(figures)}")
     if arguments.json is not None:
         about = {
@@ -177,17 +188,19 @@ def detect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(file: Path | None) -> None:
-    """Make sure, now and not after an hour, that figures can be written to the file of ``--json``."""
+def _prepare(file: Path | None, option: str = "--json") -> None:
+    """Make sure, now and not after an hour, that results can be written to the file of an option."""
     if file is not None:
         if file.is_dir():
-            raise UserError(f"--json {file} is a folder; give a file")
+            raise UserError(f"{option} {file} is a folder; give a file")
         file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _load(arguments: argparse.Namespace) -> nn.Module:
     """The model of ``--checkpoint`` on ``--device``, after checking that it has the wanted ``--stages``."""
-    model = regolite.load(arguments.checkpoint, _device(arguments.device))
+    from regolite.detection import choose_device
+
+    model = regolite.load(arguments.checkpoint, choose_device(arguments.device))
     stages = len(model.stages) if isinstance(model, regolite.Rego) else 0
     if arguments.stages is not None and not 0 <= arguments.stages <= stages:
         has = f"has 0 to {stages}" if stages else "has no REGO: give 0, or leave it out"
@@ -201,17 +214,6 @@ def _open(root: str, split: str, model: nn.Module, limit: int | None, size: int 
 
     config = model.model_config
     return open_data(root, split, make_transform(config.augment, size or config.image_size, train=False), limit)
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, is_there in there.items() if is_there)
-    if not there[name]:
-        raise UserError(f"--device {name}: PyTorch sees no such device; give --device auto")
-    return torch.device(name)
 
 
 def _records(path: Path, found: Detections, model: nn.Module) -> list[dict[str, Any]]:
@@ -275,6 +277,59 @@ def complexity(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def recipes(arguments: argparse.Namespace) -> int:
+    """List the paper's trainings: AP, estimates of GPU hours and memory, and the commands."""
+    from regolite.training.recipes import RECIPES, as_text, assumptions, recipe, rows
+
+    chosen = [recipe(arguments.name)] if arguments.name is not None else list(RECIPES.values())
+    if arguments.json and arguments.name is not None:
+        print(json.dumps(chosen[0].settings(), indent=2))
+        return 0
+    how = (arguments.processes, arguments.tflops)
+    found = rows(chosen, arguments.data, *how, progress=sys.stderr.isatty())
+    print(json.dumps(found, indent=2) if arguments.json else as_text(found, assumptions(*how)))
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print how far runs have come, in how much training, and in what they differ."""
+    from regolite.training.runs import Comparison, as_text, differences, differences_as_text, rows
+
+    names = ("runs", "labels", "base", "metric", "stage", "split")
+    comparison = Comparison.of({name: getattr(arguments, name) for name in names})
+    runs = comparison.read()
+    table = rows(runs, **comparison.figure)
+    if arguments.json:
+        print(json.dumps({"runs": table, "differences": differences(runs)}, indent=2))
+    else:
+        print(f"{as_text(table, comparison.metric)}\n\n{differences_as_text(runs)}")
+        for note in (note for row in table for note in row["notes"]):
+            print(f"regolite: warning: {note}", file=sys.stderr)
+    return 0
+
+
+def prepare_coco(arguments: argparse.Namespace) -> int:
+    """Download COCO 2017, unpack and check it; or only check a data folder."""
+    from regolite.checkpoint import write_atomic
+    from regolite.data import prepare
+
+    _prepare(arguments.json)
+    if not arguments.check:
+        prepare.prepare_coco(arguments.root, arguments.splits, arguments.mirror, arguments.keep_zips)
+    print(f"checking {arguments.root} ...", flush=True)
+    report = prepare.check_coco(arguments.root, arguments.splits, arguments.read_pictures)
+    print(report)
+    if arguments.json is not None:
+        write_atomic(arguments.json, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
+    if report.wrong:
+        whole = f"all are in {arguments.json}" if arguments.json else "--json FILE lists all"
+        print(f"regolite: {len(report.wrong)} things are wrong in {arguments.root}; {whole}", file=sys.stderr)
+        return 1
+    example = f"train --data {arguments.root} --model rego_deformable_detr_r50 --output runs/coco"
+    print(f"nothing is wrong\n\nnext: {_program()} {example}")
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------- the options
 
 
@@ -329,8 +384,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (detect, _detect_options),
         (convert, _convert_options),
         (complexity, _complexity_options),
+        (prepare_coco, _prepare_coco_options),
+        (compare, _compare_options),
+        (recipes, _recipes_options),
     ):
-        name, about = command.__name__, command.__doc__
+        name, about = command.__name__.replace("_", "-"), command.__doc__
         options = commands.add_parser(name, help=about, description=about)
         options.set_defaults(command=command)
         if argv[:1] == [name]:
@@ -347,7 +405,9 @@ def _presets_options(parser: Parser) -> None:
 
 def _train_options(parser: Parser) -> None:
     """One option for every field of :class:`regolite.RunConfig`; what is not given keeps the field's default."""
-    parser.usage = f"{parser.prog} --data DIR --model PRESET --output DIR [option ...]"
+    parser.usage = f"{parser.prog} --data DIR (--model PRESET | --recipe NAME) --output DIR [option ...]"
+    about = "a training of the paper, see `regolite recipes`; other options go before what it says"
+    parser.add_argument("--recipe", action=_Recipe, metavar="NAME", help=about)
     hints = typing.get_type_hints(regolite.RunConfig)
     metavars = {"data": "DIR", "output": "DIR", "model": "PRESET", "checkpoint": "FILE", "overrides": "NAME=VALUE"}
     for field in fields(regolite.RunConfig):
@@ -361,6 +421,14 @@ def _train_options(parser: Parser) -> None:
             default = field.default if isinstance(field.default, tuple) else (field.default,)
             about += f" (default: {' '.join(map(str, default))})"
         parser.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, help=about, **how)
+
+
+class _Recipe(argparse.Action):
+    """``--recipe`` names a model, so that ``--model`` may be left out."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any) -> None:
+        setattr(namespace, self.dest, value)
+        next(action for action in parser._actions if action.dest == "model").required = False
 
 
 def _how_to_read(hint: Any) -> dict[str, Any]:
@@ -396,6 +464,8 @@ def _evaluate_options(parser: Parser) -> None:
         help="what computes the figures (default: pycocotools)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    about = "write what the last stage finds to this file, in COCO's form of results"
+    parser.add_argument("--save-detections", type=Path, metavar="FILE", help=about)
 
 
 def _detect_options(parser: Parser) -> None:
@@ -416,6 +486,44 @@ def _convert_options(parser: Parser) -> None:
 def _complexity_options(parser: Parser) -> None:
     parser.add_argument("--models", nargs="+", metavar="PRESET", help="which models (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts, by part too, to this file")
+
+
+def _recipes_options(parser: Parser) -> None:
+    from regolite.training.estimates import TFLOPS
+
+    parser.add_argument("name", nargs="?", metavar="NAME", help="only this one")
+    parser.add_argument("--data", default="COCO", metavar="DIR", help="folder of COCO in the commands (default: COCO)")
+    about = "processes to start, one a GPU; a batch is divided among them (default: 8)"
+    parser.add_argument("--processes", type=positive, default=8, metavar="N", help=about)
+    about = f"what a GPU sustains, 10^12 operations a second (default: {TFLOPS}, a V100 in float32; why is printed)"
+    parser.add_argument("--tflops", type=number, default=TFLOPS, metavar="X", help=about)
+    about = "print JSON: the whole table, or with NAME the parameters of notebook 20, for papermill's -f FILE"
+    parser.add_argument("--json", action="store_true", help=about)
+
+
+def _compare_options(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; config.json and metrics.jsonl will do")
+    parser.add_argument("--labels", nargs="+", default=[], metavar="NAME", help="their names (default: the folders')")
+    parser.add_argument("--base", metavar="NAME", help="the run to compare with (default: the first)")
+    metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    parser.add_argument("--metric", choices=metrics, default="AP", help="which figure (default: AP)")
+    parser.add_argument("--stage", type=whole_number, metavar="N", help="which stage (default: each run's last)")
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="which pictures (default: val)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _prepare_coco_options(parser: Parser) -> None:
+    from regolite.data import prepare
+
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="data folder to make, or to check")
+    about = "which pictures (default: both; val alone is 2 GB instead of 40 GB while it is unpacked)"
+    parser.add_argument("--splits", nargs="+", choices=prepare.SPLITS, default=prepare.SPLITS, help=about)
+    parser.add_argument("--check", action="store_true", help="download nothing: check the folder as it is, COCO or not")
+    parser.add_argument("--read-pictures", action="store_true", help="open every picture too; takes long")
+    about = f"server with COCO's files under the same paths (default: {prepare.MIRROR}); sums are checked anyway"
+    parser.add_argument("--mirror", default=prepare.MIRROR, metavar="URL", help=about)
+    parser.add_argument("--keep-zips", action="store_true", help="keep the zip files once they are unpacked")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to this file")
 
 
 def _model_options(parser: Parser) -> None:
@@ -480,8 +588,10 @@ def _about_file(error: OSError, arguments: argparse.Namespace) -> str:
 
 def _how_to_go_on(argv: Sequence[str]) -> str:
     """What to say after Ctrl-C."""
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    if list(argv[:1]) == ["prepare-coco"]:
+        return f"; go on by the same command: {_program()} {join(argv)}"
     if list(argv[:1]) != ["train"]:
         return ""
     again = ["train", "--resume", *(word for word in argv[1:] if word not in ("--resume", "--no-resume"))]
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
     return f"; go on by the same command with --resume: {_program()} {join(again)}"

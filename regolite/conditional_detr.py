@@ -33,7 +33,7 @@ from regolite.backbone import Backbone
 from regolite.boxes import inverse_sigmoid
 from regolite.positions import sine_positions, waves
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
-from regolite.transformer import MLP, Encoder, EncoderLayer, FeedForward, box_head, class_head, flatten
+from regolite.transformer import MLP, Encoder, EncoderLayer, FeedForward, box_head, class_head, flatten, in_float32
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ConditionalDetr(nn.Module):
         memory = self.encoder(flatten([projected], [sine_positions(last.mask, self.dim)]))
 
         positions = self.query_positions.weight.expand(len(images), -1, -1)
-        points = self.reference_head(positions).sigmoid()
+        points = in_float32(self.reference_head, positions).sigmoid()
         places = waves(points.flip(-1) * 2 * math.pi, self.dim // 2).flatten(-2)  # p_s; y first, as the cells have it
         queries, layers = torch.zeros_like(positions), []
         for number, layer in enumerate(self.decoder_layers):
@@ -128,8 +128,8 @@ class ConditionalDetr(nn.Module):
 
     def _predict(self, hidden: Float[Tensor, "B Q C"], points: Float[Tensor, "B Q 2"]) -> Prediction:
         """A box around the reference point: sigmoid(FFN(f) + [s, 0, 0]) (section 3.1)."""
-        boxes = self.box_head(hidden) + F.pad(inverse_sigmoid(points), (0, 2))
-        return Prediction(self.class_head(hidden), boxes.sigmoid())
+        boxes = in_float32(self.box_head, hidden) + F.pad(inverse_sigmoid(points), (0, 2))
+        return Prediction(in_float32(self.class_head, hidden), boxes.sigmoid())
 
 
 class ConditionalDecoderLayer(nn.Module):

@@ -20,7 +20,7 @@ from regolite.boxes import inverse_sigmoid
 from regolite.deformable import DeformableAttention
 from regolite.positions import box_positions, sine_positions
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
-from regolite.transformer import DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten
+from regolite.transformer import DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten, in_float32
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class DeformableDetr(nn.Module):
         else:
             query_positions = self.query_positions.weight.expand(len(images), -1, -1)
             queries = self.queries.weight.expand(len(images), -1, -1)
-            reference = self.reference_points(query_positions).sigmoid()
+            reference = in_float32(self.reference_points, query_positions).sigmoid()
 
         layers = []
         for number, layer in enumerate(self.decoder_layers):
@@ -156,8 +156,8 @@ class DeformableDetr(nn.Module):
     def _predict(self, layer: int, queries: Float[Tensor, "B Q C"], reference: Float[Tensor, "B Q d"]) -> Prediction:
         head = min(layer, len(self.box_heads) - 1)
         start = inverse_sigmoid(reference)
-        boxes = self.box_heads[head](queries) + F.pad(start, (0, 4 - start.shape[-1]))
-        return Prediction(self.class_heads[head](queries), boxes.sigmoid())
+        boxes = in_float32(self.box_heads[head], queries) + F.pad(start, (0, 4 - start.shape[-1]))
+        return Prediction(in_float32(self.class_heads[head], queries), boxes.sigmoid())
 
 
 class Pyramid(nn.Module):
@@ -260,8 +260,8 @@ class Proposals(nn.Module):
         anchors, usable = self._anchors(memory)
         tokens = memory.tokens.masked_fill(~usable, 0.0)
         tokens = self.project_norm(self.project(tokens))
-        logits = self.class_head(tokens)
-        boxes = self.box_head(tokens) + inverse_sigmoid(anchors)
+        logits = in_float32(self.class_head, tokens)
+        boxes = in_float32(self.box_head, tokens) + inverse_sigmoid(anchors)
         # Anchors near the edge of the range have no finite logit: their boxes are set to ones, as published.
         boxes = boxes.masked_fill(~usable, float("inf")).sigmoid()
         scores = logits[..., 0]

@@ -45,6 +45,20 @@ def to_detections(
     return [Detections(s, c, b, q) for s, c, b, q in zip(scores.cpu(), labels.cpu(), chosen.cpu(), queries.cpu())]
 
 
+def choose_device(name: str) -> torch.device:
+    """A device by its name: ``cpu``, ``cuda``, ``mps``, or ``auto`` for a GPU where there is one.
+
+    Raises:
+        UserError: when PyTorch sees no such device.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    if not there.get(name, False):
+        raise UserError(f"device {name}: PyTorch sees no such device; give auto")
+    return torch.device(name)
+
+
 def run(model: nn.Module, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
     """Run any detector; ``stages`` says how many REGO stages to use, where it has any."""
     return model(images, stages) if isinstance(model, Rego) else model(images)

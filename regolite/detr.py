@@ -18,7 +18,7 @@ from regolite.backbone import Backbone
 from regolite.boxes import inverse_sigmoid
 from regolite.positions import sine_positions
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Prediction
-from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten
+from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten, in_float32
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Detr(nn.Module):
         return DetectorOutput(layers, hidden[-1], maps)
 
     def _predict(self, hidden: Float[Tensor, "B Q C"], positions: Float[Tensor, "B Q C"]) -> Prediction:
-        boxes = self.box_head(hidden)
+        boxes = in_float32(self.box_head, hidden)
         if self.reference_points is not None:
-            centre = self.reference_points(positions).sigmoid()
+            centre = in_float32(self.reference_points, positions).sigmoid()
             boxes = boxes + F.pad(inverse_sigmoid(centre), (0, 2))
-        return Prediction(self.class_head(hidden), boxes.sigmoid())
+        return Prediction(in_float32(self.class_head, hidden), boxes.sigmoid())

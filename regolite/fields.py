@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import types
 import typing
@@ -11,6 +12,25 @@ from typing import Any, Literal, TypeVar
 from regolite.errors import UserError
 
 T = TypeVar("T")
+
+
+def from_values(kind: type[T], values: dict[str, Any]) -> T:
+    """A configuration from names and values, as a notebook's parameters are; lists are taken for tuples.
+
+    Args:
+        kind: its dataclass.
+        values: the value of each field.
+
+    Raises:
+        UserError: for an unknown name (the message names the nearest right one).
+    """
+    known = {f.name for f in fields(kind)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(known))}"
+            raise UserError(f"unknown parameter {name!r}; {hint}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def check(config: Any) -> None:

@@ -57,15 +57,23 @@ class SetLoss:
         self.costs = MatchingCosts(config.label, config.l1, config.giou)
 
     def __call__(
-        self, output: DetectorOutput, targets: Sequence[Target], num_boxes: float | None = None
+        self,
+        output: DetectorOutput,
+        targets: Sequence[Target],
+        num_boxes: float | None = None,
+        num_pictures: float | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss and its weighted terms.
+
+        Every sum is divided by something of the batch. A batch that is done in parts, one after another or by several
+        processes, is divided by what the *whole* of it has: then the losses of its parts sum up to its own.
 
         Args:
             output: a detector's output.
             targets: the objects of each picture.
-            num_boxes: what box and focal terms are divided by; the number of objects in the batch by default, and its
-                mean over processes where there are several.
+            num_boxes: the number of objects by which box and focal terms are divided; that of these targets by default.
+            num_pictures: the number of pictures for the cross-entropy, which is divided by the weight of all queries;
+                that of these targets, whatever ``num_boxes``, by default.
 
         Returns:
             The sum to minimise, and every term of it by name: ``base/label``, ``base.1/l1`` (layer 1 of the base),
@@ -75,12 +83,12 @@ class SetLoss:
             NonFinitePrediction: when a prediction is infinite or not a number.
         """
         padded = PaddedTargets.of(targets)
-        count = max(num_boxes if num_boxes is not None else float(len(padded)), 1.0)
+        boxes = num_boxes if num_boxes is not None else float(len(padded))
         named = self._named(output)
-        terms = self._terms(named, padded, count, self.scoring)
+        terms = self._terms(named, padded, self.scoring, boxes, num_pictures)
         if output.proposals is not None:  # the proposals know one class only: object
             objects = PaddedTargets(torch.zeros_like(padded.labels), padded.boxes, padded.counts)
-            terms |= self._terms({"proposals": output.proposals}, objects, count, "sigmoid")
+            terms |= self._terms({"proposals": output.proposals}, objects, "sigmoid", boxes)
         return torch.stack(list(terms.values())).sum(), terms
 
     def _named(self, output: DetectorOutput) -> dict[str, Prediction]:
@@ -94,7 +102,12 @@ class SetLoss:
         return named
 
     def _terms(
-        self, named: dict[str, Prediction], targets: PaddedTargets, count: float, scoring: str
+        self,
+        named: dict[str, Prediction],
+        targets: PaddedTargets,
+        scoring: str,
+        num_boxes: float,
+        num_pictures: float | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """The weighted terms of several predictions with the same number of queries."""
         predictions = list(named.values())
@@ -102,13 +115,13 @@ class SetLoss:
         logits = torch.stack([p.logits for p in predictions]).float()  # [P, B, Q, K]
         boxes = torch.stack([p.boxes for p in predictions]).float()
 
-        label = self._label_loss(logits, targets, matches, count, scoring)
+        label = self._label_loss(logits, targets, matches, scoring, num_boxes, num_pictures)
         matched = boxes[matches.prediction, matches.picture, matches.query]
         wanted = targets.boxes[matches.picture, matches.target]
         l1 = F.l1_loss(matched, wanted, reduction="none").sum(-1)
         giou = generalized_box_iou_loss(to_xyxy(matched), to_xyxy(wanted), reduction="none")
         sums = torch.stack([l1, giou]).new_zeros(2, len(predictions))
-        l1, giou = sums.index_add(1, matches.prediction, torch.stack([l1, giou])) / count
+        l1, giou = sums.index_add(1, matches.prediction, torch.stack([l1, giou])) / max(num_boxes, 1.0)
 
         c, terms = self.config, {}
         for i, name in enumerate(named):
@@ -119,7 +132,13 @@ class SetLoss:
         return terms
 
     def _label_loss(
-        self, logits: Float[Tensor, "P B Q K"], targets: PaddedTargets, matches: Matches, count: float, scoring: str
+        self,
+        logits: Float[Tensor, "P B Q K"],
+        targets: PaddedTargets,
+        matches: Matches,
+        scoring: str,
+        num_boxes: float,
+        num_pictures: float | None,
     ) -> Float[Tensor, "P"]:
         """Focal loss over all queries and classes, or the cross-entropy in which no-object weighs less."""
         at = (matches.prediction, matches.picture, matches.query)
@@ -127,10 +146,13 @@ class SetLoss:
         if scoring == "sigmoid":
             truth = torch.zeros_like(logits)
             truth[(*at, labels)] = 1.0
-            return sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2).sum((1, 2, 3)) / count
+            return sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2).sum((1, 2, 3)) / max(num_boxes, 1.0)
         nothing = logits.shape[-1] - 1
         truth = torch.full(logits.shape[:3], nothing, device=logits.device)
         truth[at] = labels
         weight = torch.where(truth == nothing, self.config.no_object, 1.0)
         entropy = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view_as(truth)
-        return (entropy * weight).sum((1, 2)) / weight.sum((1, 2))
+        whole = weight.sum((1, 2))
+        if num_pictures is not None:  # that of all queries of the whole batch, of which every object has one
+            whole = num_boxes + self.config.no_object * (num_pictures * logits.shape[2] - num_boxes)
+        return (entropy * weight).sum((1, 2)) / whole

@@ -26,7 +26,7 @@ from regolite.boxes import enlarge, inverse_sigmoid, to_pixels
 from regolite.errors import UserError
 from regolite.glimpse import FeatureContext, GlimpseHead, cut_glimpses
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
-from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head
+from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head, in_float32
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,8 @@ class Stage(nn.Module):
         logit = inverse_sigmoid(boxes)
         for h, fuse, norm in zip(translated, self.fuse, self.fuse_norms):
             fused = norm(fuse(torch.cat([hidden.detach(), h], -1)))
-            logit = logit + self.box_head(fused)  # equation (4), summed up over the layers too
-            predictions.append(Prediction(self.class_head(fused), logit.sigmoid()))
+            logit = logit + in_float32(self.box_head, fused)  # equation (4), summed up over the layers too
+            predictions.append(Prediction(in_float32(self.class_head, fused), logit.sigmoid()))
         return predictions, torch.cat([hidden, translated[-1]], -1)
 
     def regions(self, boxes: Float[Tensor, "B Q 4"], sizes: Int[Tensor, "B 2"]) -> Float[Tensor, "B Q 4"]:

@@ -32,7 +32,17 @@ from regolite.backbone import Backbone, shrink
 from regolite.errors import UserError
 from regolite.positions import sine_positions
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
-from regolite.transformer import MLP, Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten
+from regolite.transformer import (
+    MLP,
+    Decoder,
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    box_head,
+    class_head,
+    flatten,
+    in_float32,
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class Smca(nn.Module):
 
         positions = self.query_positions.weight.expand(len(images), -1, -1)
         # Centres are read off what enters the first decoder layer: positions alone, since hidden states start at zero.
-        centres = self.centre_head(self.decoder.layers[0].prior_norm(positions))
+        centres = in_float32(self.centre_head, self.decoder.layers[0].prior_norm(positions))
         pixels = centres.sigmoid() * images.sizes.flip(1)[:, None]  # x and y in the unpadded picture
         cells = pixels[:, :, None] / pixels.new_tensor(self.strides)[:, None]  # [B, Q, L, 2]
         queries, hidden = positions.new_zeros(positions.shape), []
@@ -137,8 +147,8 @@ class Smca(nn.Module):
             queries = layer(queries, positions, memory, cells)
             hidden.append(self.decoder.norm(queries))
 
-        boxes = [(self.box_head(h) + F.pad(centres, (0, 2))).sigmoid() for h in hidden]
-        layers = [Prediction(self.class_head(h), b) for h, b in zip(hidden, boxes)]
+        boxes = [(in_float32(self.box_head, h) + F.pad(centres, (0, 2))).sigmoid() for h in hidden]
+        layers = [Prediction(in_float32(self.class_head, h), b) for h, b in zip(hidden, boxes)]
         return DetectorOutput(layers, hidden[-1], maps)
 
     def _memory(self, maps: list[FeatureMap]) -> Memory:

@@ -42,6 +42,10 @@ class ImageBatch:
         moved = (t.to(device, non_blocking=non_blocking) for t in (self.pixels, self.mask, self.sizes))
         return ImageBatch(*moved)
 
+    def pin_memory(self) -> ImageBatch:
+        """The same batch in pinned memory, from which a GPU can fetch it by itself; a ``DataLoader`` asks for it."""
+        return ImageBatch(self.pixels.pin_memory(), self.mask.pin_memory(), self.sizes.pin_memory())
+
 
 @dataclass
 class FeatureMap:
@@ -140,6 +144,10 @@ class Target:
         """The same target on another device."""
         labels, boxes = (t.to(device, non_blocking=non_blocking) for t in (self.labels, self.boxes))
         return Target(labels, boxes, self.image_id, self.size)
+
+    def pin_memory(self) -> Target:
+        """The same target in pinned memory."""
+        return Target(self.labels.pin_memory(), self.boxes.pin_memory(), self.image_id, self.size)
 
 
 @dataclass

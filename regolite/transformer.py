@@ -157,6 +157,19 @@ class Decoder(nn.Module):
         return hidden
 
 
+def in_float32(head: nn.Module, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n D"]:
+    """What a head answers, in float32 under autocast too.
+
+    In mixed precision a linear layer answers in 16 bits. bfloat16 has 8 of precision: all boxes would lie on a grid
+    of 2.5 pixels in a picture of 640, and what is rounded cannot be brought back.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return head(x)
+    with torch.autocast(kind, enabled=False):
+        return head(x.float())
+
+
 class MLP(nn.Sequential):
     """The box head F_box of equation (3): linear layers with ReLU between them."""
 

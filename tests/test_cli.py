@@ -192,6 +192,13 @@ class TestEvaluate:
         assert read(file)["stages"] == logged["stages"][:1]
         assert read(file)["AP"] == logged["stages"][0]["AP"] != logged["AP"]
 
+    def test_saves_what_it_found(self, checkpoint, tmp_path, error):
+        file = tmp_path / "new" / "found.json"
+        assert main(["evaluate", *checkpoint, "--data", DATA, "--save-detections", str(file)]) == 0
+        assert {one["image_id"] for one in read(file)} == set(regolite.data.open_data(DATA, "val").image_ids)
+        words = ["--save-detections", str(tmp_path)]
+        assert f"--save-detections {tmp_path} is a folder" in error(["evaluate", *checkpoint, "--data", DATA, *words])
+
     def test_both_backends_agree(self, checkpoint, tmp_path):
         pytest.importorskip("faster_coco_eval")
         figures = []

@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from torch import nn
 from regolite import build, configure
 from regolite.data import CocoFolder, Scenes, make_transform
 from regolite.errors import UserError
-from regolite.evaluation import FIGURES, average_precision, evaluate
+from regolite.evaluation import FIGURES, average_precision, detect_all, evaluate, measure
 from regolite.structures import DetectorOutput, FeatureMap, Prediction
 
 TINY = Path(__file__).parents[1] / "data" / "coco_tiny"
@@ -246,6 +247,28 @@ def test_pictures_are_prepared_as_the_model_says(folder):
         assert evaluate(model, dataset, batch_size=2, progress=False)["AP"] == pytest.approx(100)
         assert [max(size) for size in sizes] == wanted and dataset.transform is transform
         sizes.clear()
+
+
+def test_the_detections_can_be_kept(folder):
+    """The file is the last stage's, and gives the same figures by pycocotools alone."""
+    dataset, file = CocoFolder(folder, "val"), folder / "new" / "detections.json"
+    figures = evaluate(Oracle(dataset), dataset, progress=False, detections=file)
+    by_stage = detect_all(Oracle(dataset), dataset, progress=False)
+    assert json.loads(file.read_text()) == by_stage[-1] != by_stage[0]
+    wanted = by_pycocotools(folder / "annotations" / "instances_val.json", str(file))
+    assert [-100.0 if v is None else v for v in (figures[n] for n in FIGURES)] == pytest.approx(wanted.tolist())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_precision_by_category_and_recall(tiny, backend):
+    measured = measure(tiny.coco, planted(tiny.coco, "mixture"), backend)
+    assert measured.precision.shape == (10, 101, len(tiny.classes))
+    assert np.nanmean(measured.by_category) == pytest.approx(measured.figures["AP"], abs=1e-3)
+    labels = {label for i in range(len(tiny)) for label in tiny[i][1].labels.tolist()}
+    assert set(np.flatnonzero(~np.isnan(measured.by_category))) == labels
+    for name, iou in (("AP50", 0.5), ("AP75", 0.75)):
+        curve = measured.curve(iou)
+        assert (np.diff(curve) <= 1e-9).all() and curve.mean() == pytest.approx(measured.figures[name], abs=1e-3)
 
 
 def test_top_k(folder):

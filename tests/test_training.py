@@ -14,6 +14,7 @@ from regolite.data import Scenes, collate, make_transform
 from regolite.training import NonFiniteLoss, loop
 from regolite.training.batches import EpochBatches, SeededItems, loader
 from regolite.training.folder import RunFolder
+from regolite.training.metrics import MEASURED
 from regolite.training.schedule import lr_factor, parameter_groups
 
 SMALL = (
@@ -54,7 +55,7 @@ def config(tmp_path):
 def lines(folder):
     """The metrics without what depends on the clock."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in found]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in found]
 
 
 def losses(folder):
@@ -111,7 +112,10 @@ def test_loss_falls_and_the_run_leaves_what_it_should(config):
     assert "training rego_deformable_detr_scenes" in (folder / "train.log").read_text()
     model = load(folder / "model.safetensors")
     assert model.model_config.classes == Scenes(1, size=64).classes and len(model.stages) == 2
-    assert (folder / "best.safetensors").exists() and len(list((folder / "checkpoints").iterdir())) == 1
+    left = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors")]
+    assert sorted(left) == [
+        "best.safetensors", "checkpoints/best.pt", "checkpoints/step_00000025.pt", "model.safetensors",
+    ]  # fmt: skip
 
 
 def test_same_run_twice_gives_the_same_bytes(config):
@@ -363,7 +367,7 @@ def test_run_that_is_limited_by_time(config, monkeypatch):
     monkeypatch.setattr(loop, "_Clock", Ticking)
     folder = train(config(epochs=10_000, max_minutes=1.0))
     rates = [line["lr"] for line in lines(folder) if line["kind"] == "train"]
-    assert 8 < len(rates) < 60
+    assert 8 < len(rates) <= 60
     assert max(rates) > 0.9e-3 and rates[-1] < 0.05e-3
 
 
@@ -393,7 +397,7 @@ def test_parameter_groups():
     ("values", "message"),
     [
         ({"epohcs": 3}, "unknown parameter 'epohcs'; did you mean 'epochs'?"),
-        ({"zzz": 3}, "unknown parameter 'zzz'; choose from augment, backbone_lr"),
+        ({"zzz": 3}, "unknown parameter 'zzz'; choose from accumulate, augment, backbone_lr"),
         ({"epochs": "3"}, "epochs='3' is not a whole number"),
         ({"epochs": 2.5}, "epochs=2.5 is not a whole number"),
         ({"epochs": True}, "epochs=True is not a whole number"),
@@ -484,10 +488,10 @@ def test_a_picture_looks_the_same_whoever_prepares_it():
     items = SeededItems(dataset, seed=3)
     batches = EpochBatches(torch.ones(4), 2, 3, 0)
     for workers in (0, 2):
-        for (images, targets), keys in zip(loader(dataset, 3, workers, batches, False), batches):
-            wanted, others = collate([items[key] for key in keys], multiple=32)
+        for (images, targets, broken), keys in zip(loader(dataset, 3, workers, batches, False), batches):
+            wanted, others = collate([items[key][:2] for key in keys], multiple=32)
             assert torch.equal(images.pixels, wanted.pixels)
-            assert [t.image_id for t in targets] == [t.image_id for t in others]
+            assert [t.image_id for t in targets] == [t.image_id for t in others] and not broken
     before = torch.get_rng_state()
     assert not torch.equal(items[0, 1][0], items[1, 1][0])  # but another one in another epoch
     assert torch.equal(torch.get_rng_state(), before)

@@ -7,6 +7,7 @@ from regolite.data.collate import batch_pictures, collate
 from regolite.data.convert import Conversion, convert
 from regolite.data.dataset import DetectionDataset
 from regolite.data.open import open_data
+from regolite.data.prepare import Report, check_coco, prepare_coco
 from regolite.data.scenes import Scenes
 from regolite.data.transforms import make_transform
 
@@ -14,11 +15,14 @@ __all__ = [
     "CocoFolder",
     "Conversion",
     "DetectionDataset",
+    "Report",
     "Scenes",
     "batch_pictures",
+    "check_coco",
     "collate",
     "convert",
     "make_transform",
     "open_data",
+    "prepare_coco",
     "read_picture",
 ]

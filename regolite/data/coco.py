@@ -37,6 +37,7 @@ class CocoFolder(DetectionDataset):
             normalises.
         limit: use only the first so many pictures.
         keep_empty: keep pictures without a single target.
+        check_files: refuse a folder in which pictures are missing.
 
     Attributes:
         classes: names of the classes in the order of the labels, which is the order of COCO's category ids.
@@ -55,12 +56,13 @@ class CocoFolder(DetectionDataset):
         transform: Callable[..., Any] | None = None,
         limit: int | None = None,
         keep_empty: bool = True,
+        check_files: bool = True,
     ) -> None:
         if limit is not None and limit < 1:
             raise UserError(f"limit of {limit} pictures: give at least 1, or leave it out for all")
         self.transform = transform
-        file = _find_annotations(Path(root), split)
-        images, annotations, categories = _read_json(file)
+        file = find_annotations(Path(root), split)
+        images, annotations, categories = read_annotations(file)
 
         category_ids = _whole_numbers(categories, "id", "category", file)
         names = _column(categories, "name", "category", file)
@@ -107,7 +109,9 @@ class CocoFolder(DetectionDataset):
         self._start, self._end, self._sizes = start[kept], end[kept], sizes[kept]
         self._file_names = [file_names[i] for i in kept]
         self.image_ids = image_ids[kept].tolist()
-        self._folder = _find_pictures(Path(root), split, self._file_names, file)
+        self._folder = find_folder(Path(root), split, self._file_names[0])
+        if check_files:
+            _check_present(self._folder, self._file_names, file)
 
     def objects(self, i: int) -> Objects:
         """All annotations of picture ``i``, crowds included."""
@@ -164,7 +168,12 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
         raise UserError(f"picture {path} cannot be read ({error}): replace the file") from error
 
 
-def _find_annotations(root: Path, split: str) -> Path:
+def find_annotations(root: Path, split: str) -> Path:
+    """The file with the annotations of a split.
+
+    Raises:
+        UserError: there is none.
+    """
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist: give a folder with images and annotations in COCO format")
     names = (f"instances_{split}.json", f"instances_{split}2017.json")
@@ -174,12 +183,19 @@ def _find_annotations(root: Path, split: str) -> Path:
     raise UserError(f"{root / 'annotations'} has no annotations of split {split!r}: looked for {' and '.join(names)}")
 
 
-def _find_pictures(root: Path, split: str, names: list[str], file: Path) -> Path:
-    """The folder of the pictures, after checking that each one is there."""
+def find_folder(root: Path, split: str, name: str) -> Path:
+    """The folder of the pictures of a split: of those that there are, the one that holds the picture of this name.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     folders = [folder for folder in (root / "images", root / f"{split}2017", root / split) if folder.is_dir()]
     if not folders:
         raise UserError(f"{root} has no pictures: looked for the folders images, {split}2017 and {split}")
-    folder = next((folder for folder in folders if (folder / names[0]).is_file()), folders[0])
+    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+
+
+def _check_present(folder: Path, names: list[str], file: Path) -> None:
     present = {entry.name for entry in os.scandir(folder)}  # one listing is much faster than asking for each file
     missing = [name for name in names if name not in present and not (folder / name).is_file()]
     if missing:
@@ -187,11 +203,14 @@ def _find_pictures(root: Path, split: str, names: list[str], file: Path) -> Path
             f"{len(missing)} of the {len(names)} pictures of {file} are missing in {folder}, "
             f"the first is {missing[0]}: add them or take them out of the annotations"
         )
-    return folder
 
 
-def _read_json(file: Path) -> list[list[dict[str, Any]]]:
-    """The lists of images, annotations and categories."""
+def read_annotations(file: Path) -> list[list[dict[str, Any]]]:
+    """The lists of images, annotations and categories, without segmentations.
+
+    Raises:
+        UserError: no valid JSON, or not in COCO's format.
+    """
     try:
         # dropping segmentations while parsing halves the time for full COCO and takes a third of the memory
         content = json.loads(file.read_bytes(), object_hook=_without_segmentation)

@@ -25,6 +25,7 @@ def open_data(
     split: str = "train",
     transform: Callable[..., Any] | None = None,
     limit: int | None = None,
+    check_files: bool = True,
 ) -> DetectionDataset:
     """Open a COCO-format folder, or scenes.
 
@@ -36,13 +37,14 @@ def open_data(
         split: ``train`` or ``val``.
         transform: called with the picture and its boxes and labels; None only normalises.
         limit: use only the first so many pictures.
+        check_files: refuse a folder in which pictures are missing.
 
     Raises:
         UserError: what ``CocoFolder`` and ``Scenes`` raise, or a specification of scenes that cannot be read.
     """
     name, *words = str(root).split(":")
     if name != "scenes":
-        return CocoFolder(root, split, transform, limit)
+        return CocoFolder(root, split, transform, limit, check_files=check_files)
     options: dict[str, Any] = {"val": None}
     num_images = 2000
     for n, word in enumerate(words):

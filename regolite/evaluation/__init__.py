@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
-from regolite.evaluation.coco import FIGURES, average_precision, evaluate
+from regolite.evaluation.coco import FIGURES, Measured, average_precision, detect_all, evaluate, measure
+from regolite.evaluation.config import EvaluationConfig
+from regolite.evaluation.errors import KINDS, Judged, judge
+from regolite.evaluation.published_rows import COLUMNS, PUBLISHED, published_rows
 
-__all__ = ["FIGURES", "average_precision", "evaluate"]
+__all__ = [
+    "COLUMNS",
+    "FIGURES",
+    "KINDS",
+    "PUBLISHED",
+    "EvaluationConfig",
+    "Judged",
+    "Measured",
+    "average_precision",
+    "detect_all",
+    "evaluate",
+    "judge",
+    "measure",
+    "published_rows",
+]

@@ -9,17 +9,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
 
+from regolite import processes
+from regolite.checkpoint import write_atomic
 from regolite.data import DetectionDataset, collate, make_transform
 from regolite.detection import detections_by_stage
 from regolite.errors import UserError
@@ -30,8 +37,41 @@ from regolite.structures import Detections
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What COCO's evaluation gives.
+
+    Attributes:
+        figures: the figures by the names of :data:`FIGURES`, in percent.
+        precision: precision at T demands on the overlap (IoU 0.50, 0.55, ..., 0.95), R recalls (0, 0.01, ..., 1) and
+            for K categories in the order of their ids; all sizes, 100 detections; nan where a category has no object.
+    """
+
+    figures: dict[str, Any]
+    precision: Float[np.ndarray, "T R K"]
+
+    @property
+    def by_category(self) -> Float[np.ndarray, "K"]:
+        """AP of each category in percent; their mean is AP."""
+        return 100 * self.precision.mean((0, 1))
+
+    def curve(self, iou: float = 0.5) -> Float[np.ndarray, "R"]:
+        """Precision in percent at each recall, the mean over the categories that have objects.
+
+        Args:
+            iou: the demand on the overlap, one of the T.
+        """
+        at = self.precision[round((iou - 0.5) / 0.05)]
+        return 100 * at[:, ~np.isnan(at[0])].mean(1)
+
+
 def average_precision(coco: COCO, results: Sequence[dict[str, Any]], backend: str = "pycocotools") -> dict[str, Any]:
-    """COCO's twelve figures for boxes, in percent.
+    """COCO's twelve figures for boxes, in percent: the figures of :func:`measure`, which takes the same."""
+    return measure(coco, results, backend).figures
+
+
+def measure(coco: COCO, results: Sequence[dict[str, Any]], backend: str = "pycocotools") -> Measured:
+    """COCO's evaluation of boxes.
 
     Args:
         coco: the ground truth.
@@ -40,7 +80,7 @@ def average_precision(coco: COCO, results: Sequence[dict[str, Any]], backend: st
         backend: ``"pycocotools"`` or ``"faster-coco-eval"``.
 
     Returns:
-        The figures by the names of :data:`FIGURES`.
+        The twelve figures, and the precision that they are means of.
 
     Raises:
         UserError: when there is no such backend, or it is not installed.
@@ -67,7 +107,12 @@ def average_precision(coco: COCO, results: Sequence[dict[str, Any]], backend: st
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return {n: None if v < 0 else round(100 * float(v), 4) for n, v in zip(FIGURES, np.asarray(evaluation.stats))}
+    values = zip(FIGURES, np.asarray(evaluation.stats))
+    precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]  # all sizes, most detections
+    return Measured(
+        {name: None if value < 0 else round(100 * float(value), 4) for name, value in values},
+        np.where(precision < 0, np.nan, precision),
+    )
 
 
 def to_results(detections: Detections, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -80,7 +125,6 @@ def to_results(detections: Detections, image_id: int, category_ids: Sequence[int
     ]
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     dataset: DetectionDataset,
@@ -90,6 +134,7 @@ def evaluate(
     backend: str = "pycocotools",
     workers: int = 0,
     progress: bool = True,
+    detections: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a detector and every stage of it.
 
@@ -103,6 +148,7 @@ def evaluate(
         backend: see :func:`average_precision`.
         workers: processes that prepare pictures.
         progress: show a progress bar.
+        detections: a file to write the last stage's detections to, in COCO's form, for other tools; none by default.
 
     Returns:
         The figures of the last stage, and ``stages``: the figures by stage, of which number 0 is the base detector.
@@ -110,33 +156,67 @@ def evaluate(
     Raises:
         UserError: when the model does not know all of the data's categories.
     """
+    results, figures = detect_all(model, dataset, stages, batch_size, top_k, workers, progress), None
+    if processes.rank() == 0:
+        if detections is not None:
+            write_atomic(detections, json.dumps(results[-1]).encode())
+        by_stage = [{"stage": i, **average_precision(dataset.coco, r, backend)} for i, r in enumerate(results)]
+        figures = {**{name: by_stage[-1][name] for name in FIGURES}, "images": len(dataset), "stages": by_stage}
+    return processes.from_first(figures)
+
+
+@torch.inference_mode()
+def detect_all(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    stages: int | None = None,
+    batch_size: int = 8,
+    top_k: int = 100,
+    workers: int = 0,
+    progress: bool = True,
+) -> list[list[dict[str, Any]]]:
+    """All that a detector finds in a data set, in COCO's form: one list a stage, number 0 the base detector's.
+
+    Several processes share the batches. A batch holds the same pictures however many there are, so that they find the
+    very same; the first one gets everything, the others nothing.
+
+    Arguments and errors are those of :func:`evaluate`, which measures these lists.
+    """
     config = getattr(model, "model_config", None)
     category_ids = _category_ids(config, dataset)
-    coco = dataset.coco
     if dataset.transform is None and config is not None:
         dataset = copy.copy(dataset)
         dataset.transform = make_transform(config.augment, config.image_size, train=False)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
+    every = torch.arange(len(dataset)).split(batch_size)
     batches = DataLoader(
         dataset,
-        batch_size,
+        batch_sampler=[batch.tolist() for batch in every[processes.rank() :: processes.count()]],
         num_workers=workers,
         collate_fn=partial(collate, multiple=32),
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or a seed for the workers would be drawn from everybody's generator
     )
-    results: list[list[dict[str, Any]]] = []
-    for images, targets in track(batches, "evaluating", progress):
+    results: list[list[list[dict[str, Any]]]] = []  # of each batch: of each stage
+    for images, targets in track(batches, "evaluating", progress and processes.rank() == 0):
         sizes = torch.tensor([target.size for target in targets])
-        found = detections_by_stage(model, images.to(device), sizes, stages, top_k)
-        results = results or [[] for _ in found]
-        for stage, detections in zip(results, found):
-            for one, target in zip(detections, targets):
-                stage += to_results(one, target.image_id, category_ids)
+        by_stage = detections_by_stage(model, images.to(device, non_blocking=True), sizes, stages, top_k)
+        results.append(
+            [
+                [
+                    line
+                    for found, target in zip(stage, targets)
+                    for line in to_results(found, target.image_id, category_ids)
+                ]
+                for stage in by_stage
+            ]
+        )
     model.train(was_training)
-    by_stage = [{"stage": i, **average_precision(coco, r, backend)} for i, r in enumerate(results)]
-    return {**{name: by_stage[-1][name] for name in FIGURES}, "images": len(dataset), "stages": by_stage}
+    shares = processes.gather(results)
+    in_order = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
+    return [list(chain.from_iterable(stage)) for stage in zip(*in_order)]
 
 
 def _category_ids(config: ModelConfig | None, dataset: DetectionDataset) -> tuple[int, ...]:

@@ -229,16 +229,17 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def plot_ap_by_stage(figures: Mapping[str, Any], title: str) -> Figure:
-    """AP, AP50 and AP75 of every stage as bars.
+def plot_ap_by_stage(figures: Mapping[str, Any], title: str, names: Sequence[str] = ("AP", "AP50", "AP75")) -> Figure:
+    """Some of COCO's figures of every stage as bars.
 
     Args:
         figures: what :func:`regolite.evaluate` gives, or a line of ``metrics.jsonl`` of an evaluation.
         title: of the figure.
+        names: which figures.
     """
-    figure = Figure((6.4, 3.6), dpi=100, layout="constrained")
+    figure = Figure((1.6 + 1.6 * len(names), 3.6), dpi=100, layout="constrained")
     ax = figure.subplots()
-    names, stages = ("AP", "AP50", "AP75"), figures["stages"]
+    stages = figures["stages"]
     style_axes(ax, title, "")
     wide = 0.8 / len(stages)
     for stage, measured in enumerate(stages):
@@ -250,8 +251,8 @@ def plot_ap_by_stage(figures: Mapping[str, Any], title: str) -> Figure:
     ax.tick_params(axis="x", length=0, labelsize=10)
     ax.set_ylim(0, max(1.0, 1.12 * ax.get_ylim()[1]))
     ax.set_ylabel("%", fontsize=9, color=GREY)
-    names = {"loc": "outside lower center", "ncols": len(stages), "frameon": False, "fontsize": 9}
-    figure.legend(*ax.get_legend_handles_labels(), **names)
+    below = {"loc": "outside lower center", "ncols": len(stages), "frameon": False, "fontsize": 9}
+    figure.legend(*ax.get_legend_handles_labels(), **below)
     return figure
 
 

@@ -1,8 +1,9 @@
-"""Training: the configuration of a run, its loop, its schedule, its folder."""
+"""Training: the configuration of a run, its loop, its schedule, its folder, its processes."""
 
 from __future__ import annotations
 
 from regolite.training.config import RunConfig
+from regolite.training.launch import launch
 from regolite.training.loop import NonFiniteLoss, train
 
-__all__ = ["NonFiniteLoss", "RunConfig", "train"]
+__all__ = ["NonFiniteLoss", "RunConfig", "launch", "train"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,21 +11,43 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from regolite.data import collate
+from regolite.errors import UserError
+from regolite.signals import leave_signals_to_parent
+from regolite.structures import ImageBatch, Target
 
+TRIES = 20  # pictures in a row that may be broken; when there are more, it is the disk
 STRIDE = 32  # batches are padded to whole cells of the coarsest map of a backbone
 
 
 class SeededItems(Dataset):
-    """Pictures whose augmentation depends on seed, epoch and index alone, not on what was drawn before."""
+    """Pictures whose augmentation depends on seed, epoch and index alone, not on what was drawn before.
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    The place of a picture that cannot be read is taken by the next one of the data set that can: so a step has as many
+    pictures as it would have, and which ones depends on nothing but the data. That one is then seen twice an epoch.
 
-    def __getitem__(self, key: tuple[int, int]):
+    Args:
+        dataset: the pictures.
+        seed: seed of the augmentation.
+        on_broken: ``"stop"`` lets the error pass that says what cannot be read, ``"skip"`` takes another picture.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, on_broken: str = "stop") -> None:
+        self.dataset, self.seed, self.on_broken = dataset, seed, on_broken
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Float[Tensor, "3 H W"], Target, list[str]]:
+        """A picture, its objects, and what could not be read in its place."""
         epoch, index = key
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
-            return self.dataset[index]
+        broken: list[str] = []
+        while len(broken) < TRIES:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
+                try:
+                    return *self.dataset[(index + len(broken)) % len(self.dataset)], broken
+                except UserError as error:
+                    if self.on_broken == "stop":
+                        raise
+                    broken.append(str(error))
+        raise UserError(f"{TRIES} pictures in a row cannot be read, is the disk there? The first: {broken[0]}")
 
 
 class EpochBatches(Sampler):
@@ -42,7 +64,8 @@ class EpochBatches(Sampler):
         epoch: number of the epoch.
         skip: batches that an interrupted run has seen already.
         rank: number of this process.
-        processes: how many share the batches.
+        processes: how many share every batch.
+        parts: in how many parts each of them does its share, one after another.
     """
 
     POOL = 16
@@ -56,32 +79,89 @@ class EpochBatches(Sampler):
         skip: int = 0,
         rank: int = 0,
         processes: int = 1,
+        parts: int = 1,
     ) -> None:
         self.shapes, self.batch_size, self.seed, self.epoch, self.skip = shapes, batch_size, seed, epoch, skip
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes, self.parts = rank, processes, parts
 
     def __len__(self) -> int:
-        return -(-len(self.shapes) // self.batch_size) - self.skip
+        return (-(-len(self.shapes) // self.batch_size) - self.skip) * self.parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.whole():
+            for part in range(self.parts):
+                own = batch[part * self.processes + self.rank :: self.processes * self.parts]
+                # Nobody is left without a picture, even by a batch smaller than their number; see `steps`.
+                yield [(self.epoch, i) for i in own or batch[:1]]
+
+    def whole(self) -> list[list[int]]:
+        """The batches of all processes together."""
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
         order = torch.randperm(len(self.shapes), generator=generator)
         batches: list[Tensor] = []
         for pool in order.split(self.POOL * self.batch_size):
             batches += pool[self.shapes[pool].argsort(stable=True)].split(self.batch_size)
-        for number in torch.randperm(len(batches), generator=generator).tolist()[self.skip :]:
-            batch = batches[number]
-            # Every process takes at least one picture, even of a batch smaller than their number.
-            own = batch[self.rank :: self.processes] if len(batch) > self.rank else batch[:1]
-            yield [(self.epoch, int(i)) for i in own]
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return [batches[number].tolist() for number in order[self.skip :]]
 
 
-def loader(dataset: Dataset, seed: int, workers: int, batches: EpochBatches, pin_memory: bool) -> DataLoader:
-    """The padded batches of one epoch."""
+def loader(
+    dataset: Dataset, seed: int, workers: int, batches: EpochBatches, pin_memory: bool, on_broken: str = "stop"
+) -> DataLoader:
+    """The padded batches of one epoch: pictures, their objects, and what could not be read."""
     return DataLoader(
-        SeededItems(dataset, seed),
+        SeededItems(dataset, seed, on_broken),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=partial(collate, multiple=STRIDE),
+        collate_fn=_collate,
         pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_parent,
     )
+
+
+def _collate(
+    items: list[tuple[Float[Tensor, "3 _h _w"], Target, list[str]]],
+) -> tuple[ImageBatch, list[Target], list[str]]:
+    images, targets = collate([(pixels, target) for pixels, target, _ in items], multiple=STRIDE)
+    return images, targets, [message for *_, broken in items for message in broken]
+
+
+@dataclass
+class Part:
+    """What a process does at once: its share of a batch, or one of several parts of that.
+
+    Attributes:
+        images: the pictures.
+        targets: their objects.
+        broken: what could not be read, and has another picture in its place.
+        counts: 1, or 0 where the batch has too few pictures for everybody: then this is one that another process has
+            too. It is done all the same, since the others wait for everybody's gradient, and counts for nothing.
+    """
+
+    images: ImageBatch
+    targets: list[Target]
+    broken: list[str]
+    counts: int
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures count."""
+        return self.counts * len(self.targets)
+
+    @property
+    def objects(self) -> int:
+        """How many objects count."""
+        return self.counts * sum(len(target) for target in self.targets)
+
+
+def steps(loaded: DataLoader, batches: EpochBatches) -> Iterator[list[Part]]:
+    """For each step of an epoch, the parts that this process does.
+
+    Args:
+        loaded: the :func:`loader` of these batches.
+        batches: the batches.
+    """
+    items = iter(loaded)
+    for batch in batches.whole():
+        numbers = [part * batches.processes + batches.rank for part in range(batches.parts)]
+        yield [Part(*next(items), counts=int(number < len(batch))) for number in numbers]

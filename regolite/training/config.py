@@ -6,12 +6,11 @@ The command line, the papermill notebook and Python all make a :class:`RunConfig
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from regolite.errors import UserError
-from regolite.fields import check
+from regolite.fields import check, from_values
 
 
 def _option(default: Any, help: str) -> Any:
@@ -44,20 +43,28 @@ class RunConfig:
     )
     image_size: int | None = _option(None, "size of the pictures; the model's own by default")
     limit_images: int | None = _option(None, "use only the first N training pictures")
+    on_broken: Literal["stop", "skip"] = _option(
+        "stop", "what to do with a training picture that cannot be read: stop, or skip and count it"
+    )
     evaluate_every: int = _option(1, "epochs between evaluations; 0 for one at the end")
     evaluate_train: bool = _option(False, "evaluate on the training pictures too, at the end")
     log_every: int = _option(20, "steps between two lines of metrics")
     checkpoint_minutes: float = _option(10.0, "minutes between checkpoints; one is written at the end in any case")
+    keep_checkpoints: int = _option(2, "how many of the last checkpoints to keep; the best is kept in any case")
     seed: int = _option(0, "seed of weights, order and augmentation")
     workers: int = _option(0, "processes that prepare pictures; 0 prepares them in the training process")
     device: str = _option("auto", "auto, cpu, cuda or mps")
-    precision: Literal["no", "bf16", "fp16"] = _option("no", "mixed precision; costs and losses stay in float32")
+    precision: Literal["no", "bf16", "fp16"] = _option("no", "mixed precision; boxes, costs and losses stay in float32")
+    processes: int = _option(1, "processes to start, one a GPU; 1 where torchrun or Slurm starts them")
+    accumulate: int = _option(1, "parts in which a process does its share of a batch, for less memory")
+    recompute: bool = _option(False, "keep fewer activations and compute them again, for less memory and more time")
+    tensorboard: bool = _option(False, "write the metrics for TensorBoard too")
     resume: bool = _option(False, "go on with the run in the output folder, or start it where there is none")
 
     def __post_init__(self) -> None:
         """Check the values, one by one."""
         check(self)
-        for name in ("epochs", "batch_size", "lr", "log_every"):
+        for name in ("epochs", "batch_size", "lr", "log_every", "keep_checkpoints", "processes", "accumulate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
         for name in (
@@ -65,6 +72,8 @@ class RunConfig:
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.on_broken == "skip" and self.evaluate_train:
+            raise UserError("on_broken='skip' leaves no whole set of training pictures: use evaluate_train=False")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must be at least 0 and less than 2**32")
         for name in ("max_minutes", "image_size", "limit_images"):
@@ -81,13 +90,7 @@ class RunConfig:
         Raises:
             UserError: for an unknown name (the message names the nearest right one) or a value of the wrong type.
         """
-        known = {f.name for f in fields(RunConfig)}
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(known))}"
-                raise UserError(f"unknown parameter {name!r}; {hint}")
-        return RunConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return from_values(RunConfig, values)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""

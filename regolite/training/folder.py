@@ -2,15 +2,22 @@
 
 ``config.json`` the configuration; ``metrics.jsonl`` a line for every logged step and every evaluation; ``train.log``
 the same for people; ``model.safetensors`` the last weights; ``best.safetensors`` those with the best AP on the
-validation pictures; ``checkpoints/`` what a run needs to go on; ``figures/`` curves and pictures.
+validation pictures; ``checkpoints/`` what a run needs to go on: the last few, and ``best.pt``; ``figures/`` curves and
+pictures.
+
+A disk that is full ends no run. Lines of metrics wait in memory until they can be written, a checkpoint waits for the
+next one's time, and those that are there are kept. Only what is written at the end has to succeed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +26,7 @@ import torch
 
 from regolite.checkpoint import write_atomic
 from regolite.errors import UserError
-
-KEEP = 2
+from regolite.progress import Status
 
 
 class RunFolder:
@@ -30,13 +36,17 @@ class RunFolder:
         path: where it is.
         resume: go on with what is there.
         watch: called with every line of metrics when it is written.
+        keep: how many checkpoints to keep, apart from the best.
 
     Raises:
         UserError: when there is a run already and it is not to be resumed.
     """
 
-    def __init__(self, path: str | Path, resume: bool, watch: Callable[[dict[str, Any]], None] | None = None) -> None:
-        self.path, self.watch = Path(path), watch
+    def __init__(
+        self, path: str | Path, resume: bool, watch: Callable[[dict[str, Any]], None] | None = None, keep: int = 2
+    ) -> None:
+        self.path, self.watch, self.keep = Path(path), watch, keep
+        self._unwritten = ""  # lines of metrics for which there was no space
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file; give a folder")
         if (self.path / "config.json").exists() and not resume:
@@ -47,7 +57,7 @@ class RunFolder:
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
         self.close()  # what an earlier run in this folder left open when it failed
-        handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        handler = _LogFile(self.path / "train.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self.log.addHandler(handler)
 
@@ -55,7 +65,14 @@ class RunFolder:
         """Close ``train.log``."""
         for handler in list(self.log.handlers):
             self.log.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # a full disk
+                handler.close()
+
+    def warn(self, message: str) -> None:
+        """Say something, on the screen too; of several processes only the first."""
+        if self.log.isEnabledFor(logging.WARNING):
+            self.log.warning(message)
+            Status.say(f"warning: {message}")
 
     @property
     def checkpoints(self) -> Path:
@@ -76,12 +93,40 @@ class RunFolder:
         """Write ``config.json``."""
         write_atomic(self.path / "config.json", json.dumps(config, indent=2).encode())
 
+    def read_config(self) -> dict[str, Any]:
+        """What ``config.json`` holds; nothing where there is none, or a damaged one."""
+        try:
+            return json.loads((self.path / "config.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+
     def write_metrics(self, line: dict[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append a line to ``metrics.jsonl``, now or when there is space again."""
+        waiting = bool(self._unwritten)
+        self._unwritten += json.dumps(line) + "\n"
+        try:
+            self._write_lines()
+        except OSError as error:
+            if not waiting:
+                self.warn(
+                    f"{self.metrics} cannot be written ({error.strerror}): free some space. The lines wait, and the "
+                    "run goes on"
+                )
         if self.watch is not None:
             self.watch(line)
+
+    def _write_lines(self) -> None:
+        """Append what is unwritten, wholly or not at all."""
+        with open(self.metrics, "ab", buffering=0) as file:
+            size, data = file.tell(), self._unwritten.encode()
+            try:
+                while data:  # a nearly full disk takes a part, and then says that it is full
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+        self._unwritten = ""
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of ``metrics.jsonl``."""
@@ -89,29 +134,52 @@ class RunFolder:
         return [json.loads(line) for line in text.splitlines()]
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint to go on from, and keep the last few."""
+        """Write a checkpoint to go on from, and keep the last few.
+
+        Raises:
+            OSError: when it cannot be written, or the metrics before it cannot; then all others are still there.
+        """
+        if self._unwritten:
+            self._write_lines()
         written = self.metrics.stat().st_size if self.metrics.exists() else 0
         buffer = io.BytesIO()
         torch.save(state | {"metrics": written}, buffer)
-        write_atomic(self.checkpoints / f"step_{state['step']:08d}.pt", buffer.getvalue())
-        for old in sorted(self.checkpoints.glob("step_*.pt"))[:-KEEP]:
+        write_atomic(self._state(state["step"]), buffer.getvalue())
+        # What is newer was passed over as damaged when the run went on, and must not take the place of a sound one.
+        newer = [path for path in self._states() if path > self._state(state["step"])]
+        for old in [*newer, *self._states()[len(newer) + self.keep :]]:
             old.unlink()
+
+    def keep_best(self, step: int) -> None:
+        """Keep the checkpoint of this step as the best one, ``best.pt``: a second name, and no second file."""
+        if not self._state(step).exists():  # there was no space for it
+            return
+        new = self.checkpoints / ".best.pt.tmp"
+        new.unlink(missing_ok=True)
+        try:
+            os.link(self._state(step), new)
+        except OSError:  # not every disk can do that
+            shutil.copy2(self._state(step), new)
+        os.replace(new, self.checkpoints / "best.pt")
+        new.unlink(missing_ok=True)  # it stays where both names are of the same file already
 
     def load_state(self) -> dict[str, Any] | None:
         """The newest checkpoint, or None where there is none yet.
 
-        A damaged one is passed over for the one before, and that is said. Lines of metrics that were written after the
-        checkpoint are dropped: the run will write them again.
+        A damaged one is passed over for the one before, or the best one at last, and that is said. Lines of metrics
+        that were written after the checkpoint are dropped: the run will write them again.
 
         Raises:
             UserError: when every checkpoint is damaged.
         """
-        paths = sorted(self.checkpoints.glob("step_*.pt"), reverse=True)
+        best = self.checkpoints / "best.pt"
+        paths = self._states() + [best] * best.exists()
         for path in paths:
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = _read_state(path)
             except Exception as error:  # noqa: BLE001 - whatever a damaged file makes torch raise
-                self.log.warning("checkpoint %s is damaged (%s); going on from the one before", path.name, error)
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                self.warn(f"checkpoint {path.name} is damaged ({reason}); going on from the one before")
             else:
                 self._cut_metrics(state.get("metrics"))
                 return state
@@ -120,7 +188,38 @@ class RunFolder:
         self._cut_metrics(0)
         return None
 
+    def last_step(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return next((int(path.stem.removeprefix("step_")) for path in self._states()), None)
+
+    def clean(self) -> None:
+        """Delete what a killed run had begun to write."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
+    def _state(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}.pt"
+
+    def _states(self) -> list[Path]:
+        """The checkpoints, the newest first."""
+        return sorted(self.checkpoints.glob("step_*.pt"), reverse=True)
+
     def _cut_metrics(self, size: int | None) -> None:
         """Keep so many bytes of the metrics."""
         if size is not None and self.metrics.exists() and self.metrics.stat().st_size > size:
             os.truncate(self.metrics, size)
+
+
+class _LogFile(logging.FileHandler):
+    """A log for which a full disk is no error: whoever cannot write a checkpoint says so on the screen."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as file:  # torch.load compares no check sums
+        if (name := file.testzip()) is not None:
+            raise ValueError(f"the check sum of {name} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -6,19 +6,24 @@ Read :func:`train` from top to bottom. What belongs to distribution, mixed preci
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from regolite import processes
 from regolite.baselines import BaselineConfig
 from regolite.checkpoint import class_head_names, load_weights, save_model
 from regolite.data import DetectionDataset, make_transform, open_data
@@ -28,11 +33,17 @@ from regolite.losses import SetLoss
 from regolite.matching import NonFinitePrediction
 from regolite.presets import ModelConfig, build, configure
 from regolite.progress import Status
+from regolite.signals import stop
 from regolite.structures import DetectorOutput, Target
-from regolite.training.batches import EpochBatches, loader
+from regolite.training.batches import EpochBatches, Part, loader, steps
 from regolite.training.config import RunConfig
 from regolite.training.folder import RunFolder
+from regolite.training.launch import from_slurm, launch, launched
+from regolite.training.metrics import TensorBoard, Window, timed
+from regolite.training.recompute import keep, recompute
 from regolite.training.schedule import lr_factor, parameter_groups
+
+T = TypeVar("T")
 
 
 class NonFiniteLoss(UserError):
@@ -50,6 +61,7 @@ class Progress:
         seconds: time spent, over all sessions of the run.
         best: best AP on the validation pictures, -1 before the first evaluation.
         evaluated: the step of the last evaluation on each split.
+        broken: how often a picture could not be read and another took its place.
     """
 
     step: int = 0
@@ -58,8 +70,10 @@ class Progress:
     seconds: float = 0.0
     best: float = -1.0
     evaluated: dict[str, int] = field(default_factory=dict)
+    broken: int = 0
 
 
+@stop
 def train(
     config: RunConfig, watch: Callable[[dict[str, Any]], None] | None = None, model: nn.Module | None = None
 ) -> Path:
@@ -79,12 +93,18 @@ def train(
     Raises:
         UserError: when something in the configuration can't be had.
         NonFiniteLoss: when the loss stops being a number; the last checkpoint stays.
+        RunStopped: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the step is finished and saved, see
+            :mod:`regolite.signals`.
     """
+    if _is_to_launch(config, watch, model):
+        return launch(config)
     accelerator = _accelerator(config)
     device = accelerator.device
     train_set, val_set, model_config = _prepare_data(config, model)
     config = replace(config, model=model_config.preset)
-    folder = RunFolder(config.output, config.resume, watch)
+    if config.tensorboard and accelerator.is_main_process:
+        watch = TensorBoard(Path(config.output) / "tensorboard", watch)
+    folder = _folder(config, watch, accelerator)
     set_seed(config.seed)
     if model is None:
         model = build(model_config)
@@ -100,12 +120,19 @@ def train(
     if device.type in ("cpu", "cuda"):
         model.to(memory_format=torch.channels_last)
     set_loss = SetLoss(model_config.loss, model.scoring)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay)
+    fused = True if device.type == "cuda" else None  # one kernel for all weights
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-    progress, window = _restore(folder, model, optimizer, average) if config.resume else (Progress(), _Window())
-    folder.write_config({"run": config.to_dict(), "model": model_config.to_dict()})
-    _announce(folder, config, model, train_set, progress)
+    progress, window = Progress(), Window()
+    if config.resume:
+        _check_categories(folder, config, model_config)
+        progress, window = _restore(folder, model, optimizer, average, accelerator)
+    if accelerator.is_main_process:
+        folder.write_config({"run": config.to_dict(), "model": model_config.to_dict()})
+        _announce(folder, config, model, train_set, progress, accelerator)
 
+    if config.recompute:
+        recompute(model)
     trained, optimizer = accelerator.prepare(model, optimizer)
     evaluated = average.module if average is not None else model
     sizes = torch.tensor([train_set.size(i) for i in range(len(train_set))], dtype=torch.float32)
@@ -116,69 +143,114 @@ def train(
     saved = time.monotonic()
 
     def done() -> float:
-        """How much of the run is done: by steps or by time, whichever ends first."""
-        by_time = clock.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
+        """How much of the run is done: by steps or by time, whichever ends first; the same in every process."""
+        by_time = progress.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
         return min(1.0, max(progress.step / total_steps, by_time))
+
+    def save() -> OSError | None:
+        return _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
 
     status = Status(model_config.preset, accelerator.is_main_process)
     status.update(done())
+    named: set[str] = set()  # pictures that could not be read
+    stop.hold()
     while done() < 1.0:
         batches = EpochBatches(
             shapes, config.batch_size, config.seed, progress.epoch, progress.batch,
-            accelerator.process_index, accelerator.num_processes,
+            accelerator.process_index, accelerator.num_processes, config.accumulate,
         )  # fmt: skip
         model.train()
-        for images, targets in loader(train_set, config.seed, config.workers, batches, device.type == "cuda"):
+        loaded = loader(train_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
+        for waited, parts in timed(_or_save(steps(loaded, batches), save)):
+            begun = time.perf_counter()
             factor = lr_factor(config, progress.epoch, done())
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-            targets = [target.to(device, non_blocking=True) for target in targets]
-            objects = torch.tensor(float(sum(len(t) for t in targets)), device=device)
-            objects = accelerator.reduce(objects, "mean").item()
-
             # What a step draws (dropout) depends on its number and the process alone, not on how the run came to it.
             torch.manual_seed(hash((config.seed, progress.step, accelerator.process_index)) % 2**63)
-            output = trained(images.to(device, non_blocking=True))
-            loss, terms = _finite_loss(set_loss, output, targets, objects, progress, folder)
             optimizer.zero_grad()
-            accelerator.backward(loss)
+            losses, pictures = _backward(trained, set_loss, parts, accelerator, progress, folder)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip) if config.clip else None
             optimizer.step()
             if average is not None:
                 average.update_parameters(model)
 
-            progress.step, progress.batch, progress.seconds = progress.step + 1, progress.batch + 1, clock.seconds
-            window.add(loss, terms, norm, len(targets) * accelerator.num_processes)
-            status.update(done(), f"epoch {progress.epoch}, loss {loss.item():.2f}")
+            progress.step, progress.batch = progress.step + 1, progress.batch + 1
+            broken = [message for part in parts for message in part.broken * part.counts]
+            seconds, asked, skipped = processes.total(clock.seconds, stop.asked or 0, len(broken))
+            progress.seconds = seconds / accelerator.num_processes  # one time for all: it says when to end
+            if skipped:
+                progress.broken += int(skipped)
+                _name(folder, broken, named)
+            took = time.perf_counter() - begun
+            window.add(losses, norm, accelerator.optimizer_step_was_skipped, pictures, waited, took)
+            status.update(done(), f"epoch {progress.epoch}, loss {losses['loss']:.2f}")
             if progress.step % config.log_every == 0:
-                _log(folder, window.line(progress, optimizer.param_groups[-1]["lr"]), accelerator)
-                window = _Window()
+                rate = optimizer.param_groups[-1]["lr"]
+                line = window.line(progress.step, progress.epoch, progress.seconds, rate, device)
+                _log(folder, line | ({"broken_pictures": progress.broken} if progress.broken else {}), accelerator)
+                window = Window()
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
-                _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
+                save()
                 saved = time.monotonic()
+            if asked:
+                status.close()
+                _stop(folder, save(), progress)  # who is asked to stop stops all
             if done() >= 1.0 and progress.batch < steps_per_epoch:
                 break  # in the middle of an epoch; one that has ended is counted below
         else:
+            ends = config.evaluate_every and (progress.epoch + 1) % config.evaluate_every == 0 and done() < 1.0
+            if ends:  # saved as the last step of its epoch: whoever goes on from here evaluates again
+                save()
+                saved = time.monotonic()
             progress.epoch, progress.batch = progress.epoch + 1, 0
-            if config.evaluate_every and progress.epoch % config.evaluate_every == 0 and done() < 1.0:
-                _evaluate(folder, evaluated, val_set, "val", progress, accelerator)
+            if ends:
+                with stop.at_once(_where(folder, progress, "while evaluating ")):
+                    _evaluate(folder, evaluated, val_set, "val", progress, accelerator, config.workers)
     status.close()
 
+    if progress.batch == steps_per_epoch:  # as it was saved after the last step of the run
+        progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.seconds = clock.seconds
-    _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
-    _evaluate(folder, evaluated, val_set, "val", progress, accelerator)
-    if config.evaluate_train:
-        plain = make_transform(model_config.augment, model_config.image_size, train=False)
-        train_set.transform = plain
-        _evaluate(folder, evaluated, train_set, "train", progress, accelerator)
-    _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
+    _must(save(), folder, progress)
+    with stop.at_once(_where(folder, progress, "while evaluating ")):
+        _evaluate(folder, evaluated, val_set, "val", progress, accelerator, config.workers)
+        if config.evaluate_train:
+            plain = make_transform(model_config.augment, model_config.image_size, train=False)
+            train_set.transform = plain
+            _evaluate(folder, evaluated, train_set, "train", progress, accelerator, config.workers)
+    _must(save(), folder, progress)
     if accelerator.is_main_process:
         from regolite.inspect import draw_run  # here, so that nobody else waits for matplotlib
 
-        draw_run(folder.path, evaluated, {"val": val_set, "train": train_set})
+        with stop.at_once(_where(folder, progress, "while drawing the figures ")):
+            draw_run(folder.path, evaluated, {"val": val_set, "train": train_set})
+    accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # a model that was given is given back as it was
+    keep(model)
     accelerator.end_training()
+    if isinstance(folder.watch, TensorBoard):
+        folder.watch.close()
     folder.close()
     return folder.path
+
+
+def _is_to_launch(config: RunConfig, watch: object, model: object) -> bool:
+    """Whether this process is to start the processes that train, and not to train itself."""
+    os.environ.update(from_slurm())
+    there = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if launched() and config.processes not in (1, there):
+        raise UserError(f"processes={config.processes}, but {there} have been started; leave it out")
+    wanted = max(config.processes, there)
+    if config.batch_size % (wanted * config.accumulate):
+        raise UserError(
+            f"batch_size={config.batch_size} is that of all processes together, and cannot be shared by {wanted} with "
+            f"accumulate={config.accumulate}; choose a multiple of {wanted * config.accumulate}"
+        )
+    if config.processes > 1 and not launched() and not (watch is None and model is None):
+        raise UserError(
+            "processes that are started know no watch and no model of this one; use processes=1, or save it"
+        )
+    return config.processes > 1 and not launched()
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
@@ -190,7 +262,10 @@ def _accelerator(config: RunConfig) -> Accelerator:
         raise UserError("device='mps', but PyTorch sees no Apple GPU; use device='auto'")
     AcceleratorState._reset_state(reset_partial_state=True)  # or the next run in a notebook had to be like the first
     try:
-        accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+        together = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradient
+        accelerator = Accelerator(
+            cpu=config.device == "cpu", mixed_precision=config.precision, kwargs_handlers=[together]
+        )
     except ValueError as error:
         raise UserError(f"precision={config.precision!r} cannot be had here: {error}") from error
     if config.precision == "fp16" and accelerator.device.type == "cpu":
@@ -211,7 +286,8 @@ def _prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[Detection
     if isinstance(model.detector, BaselineConfig):
         raise UserError(f"{model.preset} is a baseline, which is measured and not trained here; train a DETR")
     size, augment = config.image_size or model.image_size, config.augment or model.augment
-    train_set = open_data(config.data, "train", make_transform(augment, size, train=True), config.limit_images)
+    transform, strict = make_transform(augment, size, train=True), config.on_broken == "stop"
+    train_set = open_data(config.data, "train", transform, config.limit_images, check_files=strict)
     val_set = open_data(config.data, "val", make_transform(augment, size, train=False))
     if given is not None and len(model.classes) != len(train_set.classes):
         raise UserError(
@@ -250,20 +326,49 @@ def _literal(text: str) -> Any:
     return text
 
 
+def _backward(
+    trained: nn.Module,
+    set_loss: SetLoss,
+    parts: list[Part],
+    accelerator: Accelerator,
+    progress: Progress,
+    folder: RunFolder,
+) -> tuple[dict[str, float], float]:
+    """The gradient of a batch, done by all processes and each of them in parts.
+
+    Every part's loss is divided by the objects of the whole batch, so that losses and gradients sum up to the batch's.
+
+    Returns:
+        The loss and its terms by name, and the number of pictures, all of the whole batch.
+    """
+    whole = processes.total(sum(part.objects for part in parts), sum(part.pictures for part in parts))
+    sums: Counter[str] = Counter()
+    for part in parts:
+        images = part.images.to(accelerator.device, non_blocking=True)
+        targets = [target.to(accelerator.device, non_blocking=True) for target in part.targets]
+        with nullcontext() if part is parts[-1] else accelerator.no_sync(trained):
+            loss, numbers = _finite_loss(set_loss, trained(images), targets, whole, progress, folder)
+            # Processes are given the mean of their gradients, and here the sum is wanted.
+            accelerator.backward(loss * (part.counts * accelerator.num_processes))
+        sums.update({name: part.counts * number for name, number in numbers.items()})
+    return dict(zip(sums, processes.total(*sums.values()))), whole[1]
+
+
 def _finite_loss(
     set_loss: SetLoss,
     output: DetectorOutput,
     targets: list[Target],
-    objects: float,
+    whole: list[float],
     progress: Progress,
     folder: RunFolder,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its terms, or one error that says what of it is not finite."""
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss; it and its terms as numbers. Or one error that says what of it is not finite."""
     try:
-        loss, terms = set_loss(output, targets, objects)
-        if torch.isfinite(loss):
-            return loss, terms
-        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
+        loss, terms = set_loss(output, targets, *whole)
+        numbers = torch.stack([loss.detach(), *(term.detach() for term in terms.values())]).tolist()  # one transfer
+        if math.isfinite(numbers[0]):
+            return loss, dict(zip(["loss", *terms], numbers))
+        bad = [name for name, number in zip(terms, numbers[1:]) if not math.isfinite(number)]
         message = (
             f"these terms of the loss are not finite: {', '.join(bad)}. Lower the learning rate, clip the gradient, "
             "or train without mixed precision"
@@ -275,12 +380,35 @@ def _finite_loss(
     raise NonFiniteLoss(message)
 
 
-def _announce(folder: RunFolder, config: RunConfig, model: nn.Module, data: DetectionDataset, at: Progress) -> None:
+def _folder(config: RunConfig, watch: Callable[[dict[str, Any]], None] | None, accelerator: Accelerator) -> RunFolder:
+    """The folder of the run; only the first process writes there, but what goes wrong."""
+    folder = RunFolder(config.output, config.resume, watch, config.keep_checkpoints)
+    if accelerator.is_main_process:
+        folder.clean()
+    else:
+        folder.log.setLevel("ERROR")
+    accelerator.wait_for_everyone()  # or the others would find a run that the first has begun
+    return folder
+
+
+def _announce(
+    folder: RunFolder,
+    config: RunConfig,
+    model: nn.Module,
+    data: DetectionDataset,
+    at: Progress,
+    accelerator: Accelerator,
+) -> None:
     count = sum(p.numel() for p in model.parameters())
     folder.log.info(
         "%s %s (%.2f M parameters) on %d pictures of %s, seed %d, PyTorch %s",
         "going on with" if at.step else "training", config.model, count / 1e6, len(data), config.data, config.seed,
         torch.__version__,
+    )  # fmt: skip
+    folder.log.info(
+        "%d pictures a step, learning rate %g: %d processes on %s, each with %d parts of %d pictures, precision %s",
+        config.batch_size, config.lr, accelerator.num_processes, accelerator.device.type, config.accumulate,
+        config.batch_size // (accelerator.num_processes * config.accumulate), config.precision,
     )  # fmt: skip
 
 
@@ -301,19 +429,26 @@ def _evaluate(
     split: str,
     progress: Progress,
     accelerator: Accelerator,
+    workers: int = 0,
 ) -> None:
-    if not accelerator.is_main_process or progress.evaluated.get(split) == progress.step:
+    if progress.evaluated.get(split) == progress.step:
         return
     progress.evaluated[split] = progress.step
-    figures = evaluate(model, dataset, batch_size=8)
+    figures = evaluate(model, dataset, batch_size=8, workers=workers)
+    if not accelerator.is_main_process:
+        return
     where = {"kind": "evaluation", "split": split, "step": progress.step, "epoch": progress.epoch}
     folder.write_metrics({**where, "seconds": progress.seconds, **figures})
     by_stage = ", ".join(f"{s['AP'] or 0.0:.1f}" for s in figures["stages"])
     folder.log.info("step %d AP on %s by stage: %s", progress.step, split, by_stage)
     Status.say(f"step {progress.step}, AP on {split} by stage, the base detector first: {by_stage}")
     if split == "val" and (figures["AP"] or 0.0) > progress.best:
-        progress.best = figures["AP"] or 0.0
-        save_model(model, folder.path / "best.safetensors")
+        try:
+            save_model(model, folder.path / "best.safetensors")
+            folder.keep_best(progress.step)
+            progress.best = figures["AP"] or 0.0
+        except OSError as error:
+            folder.warn(f"the best weights so far cannot be written ({error.strerror}): free some space")
 
 
 def _save(
@@ -323,11 +458,12 @@ def _save(
     average: AveragedModel | None,
     evaluated: nn.Module,
     progress: Progress,
-    window: _Window,
+    window: Window,
     accelerator: Accelerator,
-) -> None:
+) -> OSError | None:
+    """Write a checkpoint, or say what keeps it from being written; the older ones stay, and the run can go on."""
     if not accelerator.is_main_process:
-        return
+        return None
     bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:  # the loss was finite and its gradient was not: the next step would say so, but too late for the checkpoint
         message = (
@@ -336,24 +472,91 @@ def _save(
         )
         folder.log.error(message)
         raise NonFiniteLoss(message)
-    folder.save_state(
-        {
-            **vars(progress),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "average": average.state_dict() if average is not None else None,
-            "window": window.state(),
-        }
-    )
-    save_model(evaluated, folder.path / "model.safetensors")
+    state = {
+        **vars(progress),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average.state_dict() if average is not None else None,
+        "window": window.state(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+    }
+    try:
+        folder.save_state(state)
+        save_model(evaluated, folder.path / "model.safetensors")
+    except OSError as error:
+        folder.warn(
+            f"step {progress.step} cannot be saved ({error.strerror}): free some space at {folder.path}. "
+            f"{_kept(folder)}, and the run goes on"
+        )
+        return error
+    return None
+
+
+def _or_save(items: Iterator[T], save: Callable[[], object]) -> Iterator[T]:
+    """The items; where one cannot be had, a broken picture say, what is done is saved before the error passes."""
+    try:
+        yield from items
+    except Exception:
+        save()
+        raise
+
+
+def _kept(folder: RunFolder) -> str:
+    last = folder.last_step()
+    return "There is no checkpoint yet" if last is None else f"The checkpoint of step {last} is kept"
+
+
+def _must(error: OSError | None, folder: RunFolder, progress: Progress) -> None:
+    """What was to be saved is the end of the run: without it the run has failed."""
+    if error is not None:
+        raise UserError(
+            f"step {progress.step}, where the run ends, cannot be saved ({error.strerror}). {_kept(folder)}: free "
+            f"some space at {folder.path} and go on with resume=True"
+        ) from error
+
+
+def _where(folder: RunFolder, progress: Progress, doing: str = "") -> str:
+    """Where a run stands that is saved."""
+    return f"{doing}after step {progress.step}, which is saved in {folder.path}"
+
+
+def _stop(folder: RunFolder, error: OSError | None, progress: Progress) -> NoReturn:
+    """End the run, as somebody has asked for."""
+    saved = f"after step {progress.step}, which cannot be saved ({error and error.strerror}). {_kept(folder)}"
+    stop.so_far = _where(folder, progress) if error is None else saved
+    folder.log.info("stopped %s", stop.so_far)
+    folder.close()
+    stop.leave()
+
+
+def _name(folder: RunFolder, messages: list[str], named: set[str]) -> None:
+    """Name pictures that could not be read, each one once."""
+    for message in chain.from_iterable(processes.gather(messages)):
+        if message not in named:
+            named.add(message)
+            folder.warn(f"{message}. Another takes its place")
+
+
+def _check_categories(folder: RunFolder, config: RunConfig, model: ModelConfig) -> None:
+    """A class head of the right size would take any categories."""
+    before = folder.read_config().get("model", {}).get("category_ids")
+    if before is not None and tuple(before) != model.category_ids:
+        raise UserError(
+            f"{folder.path} holds a run on other categories than those of {config.data}: go on with the data that it "
+            "was begun with, or give another output folder"
+        )
 
 
 def _restore(
-    folder: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None
-) -> tuple[Progress, _Window]:
+    folder: RunFolder,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedModel | None,
+    accelerator: Accelerator,
+) -> tuple[Progress, Window]:
     state = folder.load_state()
     if state is None:
-        return Progress(), _Window()
+        return Progress(), Window()
     try:
         model.load_state_dict(state["model"])
         chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -364,8 +567,10 @@ def _restore(
         raise UserError(f"{folder.path} holds a run of another model ({str(error).splitlines()[0]})") from error
     if average is not None and state["average"] is not None:
         average.load_state_dict(state["average"])
+    if accelerator.scaler is not None and state.get("scaler"):
+        accelerator.scaler.load_state_dict(state["scaler"])
     progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-    return progress, _Window(**state.get("window", {}))
+    return progress, Window(**state.get("window", {}))
 
 
 class _Clock:
@@ -377,39 +582,3 @@ class _Clock:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
-
-
-class _Window:
-    """Means of the metrics since the last line."""
-
-    def __init__(
-        self, seconds: float = 0.0, images: int = 0, steps: int = 0, sums: dict[str, Tensor] | None = None
-    ) -> None:
-        self.start, self.images, self.steps = time.monotonic() - seconds, images, steps
-        self.sums = sums or {}
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run writes the same means."""
-        seconds = time.monotonic() - self.start
-        return {"seconds": seconds, "images": self.images, "steps": self.steps, "sums": self.sums}
-
-    def add(self, loss: Tensor, terms: dict[str, Tensor], norm: Tensor | None, images: int) -> None:
-        self.images, self.steps = self.images + images, self.steps + 1
-        values = {"loss": loss, **terms} | ({"gradient_norm": norm} if norm is not None else {})
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-
-    def line(self, progress: Progress, lr: float) -> dict[str, Any]:
-        means = {name: round(float(total) / self.steps, 5) for name, total in self.sums.items()}
-        loss, norm = means.pop("loss"), means.pop("gradient_norm", None)
-        return {
-            "kind": "train",
-            "step": progress.step,
-            "epoch": progress.epoch,
-            "seconds": round(progress.seconds, 2),
-            "lr": lr,
-            "loss": loss,
-            "gradient_norm": norm,
-            "images_per_second": round(self.images / (time.monotonic() - self.start), 2),
-            "terms": means,
-        }

@@ -1,0 +1,673 @@
+"""Full COCO 2017: download it, unpack it, and say what is wrong with it; or with any data folder in COCO's format.
+
+Twenty gigabytes come over connections that break, from a server that cannot be reached over https, onto disks that
+fill up. So nothing is believed: a download goes on where it stopped (HTTP's ``Range``) and counts only once its size
+and SHA-256 are COCO's; an archive is looked through before any of it is written, and may hold COCO's own names and
+nothing else; each file is unpacked beside its place, compared with the archive's CRC, and renamed. Whatever stops it,
+the same command goes on from there.
+
+:func:`check_coco` tells apart what is *wrong*, so that training would stop or learn nonsense, and what is only worth
+*noting*, as two boxes without area that COCO's own annotations have: training leaves them out.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import re
+import shutil
+import stat
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException, HTTPResponse
+from io import FileIO
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+from regolite.data.coco import find_annotations, find_folder, read_annotations, read_picture
+from regolite.errors import UserError
+from regolite.progress import Status
+
+MIRROR = "http://images.cocodataset.org"  # its https shows the certificate of another name
+SPLITS = ("train", "val")
+TIMEOUT = 60.0  # seconds without a byte
+WAITS = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds before each new attempt; what arrives in between resets the count
+CHUNK = 1 << 20  # bytes
+NO_SIZE = 1 << 60  # pixels of a picture that has no size: no box can lie outside
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One of COCO's zip files.
+
+    Attributes:
+        path: its path below the server's address.
+        size: its bytes.
+        sha256: its SHA-256.
+        unpacked: bytes of what is unpacked of it.
+        folder: the only folder in it.
+        files: regular expression of the names in that folder.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    unpacked: int
+    folder: str
+    files: str
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return self.path.rpartition("/")[2]
+
+
+# COCO publishes no sums. These sizes and sums are those that TensorFlow Datasets checks its downloads against
+# (tensorflow/datasets, url_checksums/coco.txt); torchvision's prototype of COCO has the same sums.
+ARCHIVES = {
+    "annotations": Archive(
+        "annotations/annotations_trainval2017.zip",
+        252_907_541,
+        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+        469_785_474 + 19_987_840,  # of its six files only instances_train2017.json and instances_val2017.json
+        "annotations",
+        r"(captions|instances|person_keypoints)_(train|val)2017\.json",
+    ),
+    "val": Archive(
+        "zips/val2017.zip",
+        815_585_330,
+        "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+        815_585_330,  # JPEG cannot be packed any denser
+        "val2017",
+        r"\d{12}\.jpg",
+    ),
+    "train": Archive(
+        "zips/train2017.zip",
+        19_336_861_798,
+        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+        19_336_861_798,
+        "train2017",
+        r"\d{12}\.jpg",
+    ),
+}
+
+
+def prepare_coco(
+    root: str | os.PathLike[str],
+    splits: Sequence[str] = SPLITS,
+    mirror: str = MIRROR,
+    keep_zips: bool = False,
+    archives: Mapping[str, Archive] = ARCHIVES,
+) -> None:
+    """Download what is missing of COCO 2017 and unpack it: ``train2017/``, ``val2017/`` and ``annotations/``.
+
+    Files that are there already are not downloaded again, be they unpacked or a zip file in ``root``. A zip file that
+    was downloaded here is deleted once it is unpacked; one that was there before never is.
+
+    Args:
+        root: the data folder; it is made where there is none.
+        splits: ``train``, ``val`` or both.
+        mirror: address of a server that has COCO's files under their own paths. It need not be trusted: sizes and sums
+            are checked.
+        keep_zips: keep the zip files.
+        archives: the files by what they hold: ``annotations``, ``train``, ``val``.
+
+    Raises:
+        UserError: no room on the disk; a server that cannot be reached, does not have the files or has others; an
+            archive that is damaged or holds what it must not. What has been downloaded is still there.
+    """
+    root = Path(root)
+    if not re.fullmatch(r"https?://([\w.@-]+|\[[\da-f:.]+\])(:\d+)?(/\S*)?", mirror):
+        raise UserError(f"--mirror {mirror} is no address: give one that begins with http:// or https://")
+    if unknown := set(splits) - set(SPLITS):
+        raise UserError(f"COCO has no split {min(unknown)!r}: give {' or '.join(SPLITS)}")
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file: give a folder")
+    root.mkdir(parents=True, exist_ok=True)
+    listed: dict[str, list[str]] = {}
+    done: set[str] = set()
+    while todo := [name for name in _missing(root, splits, listed) if name not in done]:
+        _check_room(root, [archives[name] for name in todo], keep_zips)
+        archive = archives[todo[0]]
+        own = root / archive.name
+        file = own if own.exists() else _part(root, archive)
+        if file != own:
+            download(f"{mirror.rstrip('/')}/{archive.path}", file, archive.size)
+        verify(file, archive, ours=file != own)
+        unpack(file, root, archive, {f"instances_{split}2017.json" for split in splits} | set(listed.get(todo[0], ())))
+        if file != own:
+            if keep_zips:
+                os.replace(file, own)
+            else:
+                getattr(os, "sync", lambda: None)()  # the pictures must be on the disk before their zip file goes
+                file.unlink()
+        done.add(todo[0])
+
+
+def _missing(root: Path, splits: Sequence[str], listed: dict[str, list[str]]) -> list[str]:
+    """Names of the archives that are needed, annotations first, since they say which pictures there must be.
+
+    Args:
+        root: the data folder.
+        splits: the wanted splits.
+        listed: the pictures that the annotations list, by split; filled here, since reading them takes a while.
+    """
+    files = {split: root / "annotations" / f"instances_{split}2017.json" for split in splits}
+    needed = [] if all(file.exists() for file in files.values()) else ["annotations"]
+    for split in sorted(splits, reverse=True):  # val, the small one, before train
+        folder = root / f"{split}2017"
+        if files[split].exists():
+            if split not in listed:
+                listed[split] = [str(image.get("file_name")) for image in read_annotations(files[split])[0]]
+            if not set(listed[split]) <= _sizes(folder).keys():
+                needed.append(split)
+        elif not folder.is_dir():
+            needed.append(split)
+    return needed
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files in a folder, without empty ones: those are what is left of a picture after a power cut."""
+    if not folder.is_dir():
+        return {}
+    return {entry.name: size for entry in os.scandir(folder) if entry.is_file() and (size := entry.stat().st_size)}
+
+
+def _part(root: Path, archive: Archive) -> Path:
+    """The file into which an archive is downloaded."""
+    return root / f"{archive.name}.part"
+
+
+def _check_room(root: Path, archives: Sequence[Archive], keep_zips: bool) -> None:
+    """Refuse to begin what the disk has no room for."""
+    used = most = 0
+    for archive in archives:
+        part, own = _part(root, archive), (root / archive.name).exists()
+        if not own:
+            used += archive.size - (min(part.stat().st_size, archive.size) if part.exists() else 0)
+        used += max(0, archive.unpacked - sum(_sizes(root / archive.folder).values()))
+        most = max(most, used)
+        if not (own or keep_zips):
+            used -= archive.size
+    free = shutil.disk_usage(root).free
+    if most > free:
+        raise UserError(
+            f"{root}: {_bytes(most)} are needed for {', '.join(archive.name for archive in archives)} and what is in "
+            f"it, {_bytes(free)} are free: free some space, give another --root, or begin with --splits val"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- downloading
+
+
+def download(url: str, file: Path, size: int) -> None:
+    """Download a file, from where an earlier attempt stopped.
+
+    Args:
+        url: its address.
+        file: where to put it; what is in it already is taken for its beginning.
+        size: bytes that it must have in the end.
+
+    Raises:
+        UserError: the server does not have the file, has another one, or broke off again and again.
+    """
+    with open(file, "ab", buffering=0) as out:
+        have = out.tell()
+        progress, failures = _Progress(f"download {Path(url).name}", size, have), 0
+        while have < size:
+            reason = "the connection was closed"
+            try:
+                _receive(url, out, size, progress)
+            except urllib.error.HTTPError as error:
+                error.close()
+                reason = f"{error.code} {error.reason}"
+                if error.code == 416:
+                    raise UserError(f"{url} ends before byte {have} of {size}: give another --mirror") from error
+                if error.code < 500 and error.code not in (408, 425, 429):
+                    raise UserError(f"{url}: {reason}; check --mirror, or give another") from error
+            except (OSError, HTTPException) as error:  # of the network: _write() speaks for the disk
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            failures = 0 if out.tell() > have else failures + 1
+            have = out.tell()
+            if have < size:
+                if failures >= len(WAITS):
+                    raise UserError(
+                        f"{url}: {failures} attempts in a row brought nothing ({reason}); {_bytes(have)} of "
+                        f"{_bytes(size)} are kept in {file}: go on later by the same command, or give another --mirror"
+                    )
+                wait = WAITS[failures]
+                progress.say(f"{file.name}: {reason} at {100 * have / size:.0f} %; going on in {wait} s")
+                time.sleep(wait)
+        progress.close()
+
+
+def _receive(url: str, out: FileIO, size: int, progress: _Progress) -> None:
+    """One attempt: append to a file what the server sends, as far as it gets."""
+    have = out.tell()
+    request = urllib.request.Request(url, headers={"User-Agent": "regolite"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        skip = _beginning(answer, url, have, size)
+        while have < size and (data := answer.read1(CHUNK)):  # read1: what has come is not lost when it breaks
+            data, skip = data[skip:][: size - have], max(0, skip - len(data))
+            if not have and data[:2] not in (b"P", b"PK"):
+                raise UserError(f"{url} is no zip file, perhaps a page to log in: check the network, or --mirror")
+            _write(out, data)
+            have += len(data)
+            progress.update(have)
+
+
+def _beginning(answer: HTTPResponse, url: str, have: int, size: int) -> int:
+    """How many bytes of an answer to pass over: all that we have, where the server knows no ``Range``.
+
+    Raises:
+        UserError: the answer's head says that this is another file.
+        HTTPException: it begins elsewhere.
+    """
+    said, skip = answer.headers.get("Content-Length", ""), have
+    if answer.status == 206:
+        match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        if not match or int(match[1]) != have:
+            raise HTTPException("the server sent another part of the file than was asked for")
+        said, skip = match[2], 0
+    if said.isdecimal() and int(said) != size:
+        raise UserError(f"{url} has {said} bytes and COCO's file {size}, so it is another one: give another --mirror")
+    return skip
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    """Write all of it; what the disk says is no matter of the network."""
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise _disk_error(error, Path(file.name)) from error
+
+
+def _disk_error(error: OSError, file: Path) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    mend = "free some space" if full else "check the disk"
+    return UserError(f"{file}: {error.strerror}; what is there already is kept: {mend} and give the same command again")
+
+
+def verify(file: Path, archive: Archive, ours: bool) -> None:
+    """Check that a file has the size and the SHA-256 of COCO's.
+
+    Args:
+        file: the file.
+        archive: what it must be.
+        ours: it was downloaded here. A wrong one is then put aside, so that the next download begins anew; a file of
+            somebody else's is left as it is.
+
+    Raises:
+        UserError: it is another file, or damaged.
+    """
+    size = file.stat().st_size
+    what = f"has {size} bytes, not {archive.size}"
+    if size == archive.size:
+        digest, progress = hashlib.sha256(), _Progress(f"check {archive.name}", size)
+        with open(file, "rb") as content:
+            while data := content.read(CHUNK):
+                digest.update(data)
+                progress.update(content.tell())
+        progress.close()
+        if digest.hexdigest() == archive.sha256:
+            return
+        what = f"has another SHA-256 than {archive.sha256[:8]}..., so it was damaged on its way or is another file"
+    if ours:
+        aside = file.with_suffix(".damaged")
+        os.replace(file, aside)
+        mend = f"it is now {aside.name}, delete it, and give the same command again or another --mirror"
+    else:
+        mend = f"delete it, or call it {archive.name}.part where it is only the beginning"
+    raise UserError(f"{file} {what}: {mend}")
+
+
+# ------------------------------------------------------------------------------------------------------ unpacking
+
+
+def unpack(file: Path, root: Path, archive: Archive, wanted: Collection[str]) -> None:
+    """Unpack an archive; files that are there already with the right size and CRC stay as they are.
+
+    Args:
+        file: the zip file.
+        root: where its folder goes.
+        archive: what it may hold.
+        wanted: names of the files to unpack.
+
+    Raises:
+        UserError: it is damaged, or it holds names that COCO's does not have (``../x``, ``/x``, ...), links, or a file
+            twice: then nothing of it is written.
+    """
+    folder, mended = root / archive.folder, 0
+    try:
+        with zipfile.ZipFile(file) as content:
+            members = [m for m in _look_through(content, file, archive) if m.filename.rpartition("/")[2] in wanted]
+            folder.mkdir(parents=True, exist_ok=True)
+            room = sum(member.file_size for member in members) - sum(_sizes(folder).values())
+            if room > (free := shutil.disk_usage(folder).free):
+                raise UserError(f"{folder}: {_bytes(room)} are needed, {_bytes(free)} are free: free some space")
+            progress = _Progress(f"unpack {archive.name}", sum(member.file_size for member in members))
+            for member in members:
+                target = root / member.filename
+                if not _is_whole(target, member):
+                    mended += target.exists()
+                    with content.open(member) as source:
+                        _write_beside(source, target)
+                progress.add(member.file_size)
+            progress.close()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{file} cannot be unpacked ({error}): delete it and give the same command again") from error
+    if mended:
+        Status.say(f"{mended} files in {folder} differed from those in {archive.name} and were written anew")
+
+
+def _look_through(content: zipfile.ZipFile, file: Path, archive: Archive) -> list[zipfile.ZipInfo]:
+    """The files in an archive, after making sure that each is a file in the right place."""
+    members, seen = [], set()
+    for member in content.infolist():
+        name, kind = member.orig_filename, stat.S_IFMT(member.external_attr >> 16)
+        if name == f"{archive.folder}/" and kind in (0, stat.S_IFDIR):
+            continue
+        if not re.fullmatch(f"{archive.folder}/{archive.files}", name):
+            wrong = "a name that COCO's does not have"
+        elif kind not in (0, stat.S_IFREG):
+            wrong = "a link" if kind == stat.S_IFLNK else "no plain file"
+        elif name in seen:
+            wrong = "there twice"
+        else:
+            seen.add(name)
+            members.append(member)
+            continue
+        raise UserError(f"{file} holds {name!r}, {wrong}: nothing of it was unpacked; delete it and fetch another")
+    return members
+
+
+def _is_whole(target: Path, member: zipfile.ZipInfo) -> bool:
+    """Whether a file is there, with the size and the CRC that the archive says."""
+    if target.is_symlink() or not target.is_file() or target.stat().st_size != member.file_size:
+        return False
+    crc = 0
+    with open(target, "rb") as content:
+        while data := content.read(CHUNK):
+            crc = zlib.crc32(data, crc)
+    return crc == member.CRC
+
+
+def _write_beside(source: zipfile.ZipExtFile, target: Path) -> None:
+    """Write a file so that it is there whole or not at all; at the source's end its CRC is checked."""
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        with open(temporary, "wb", buffering=0) as out:
+            while data := source.read(CHUNK):
+                _write(out, data)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------- checking
+
+
+@dataclass
+class Report:
+    """What there is in a data folder, and what is wrong with it.
+
+    Attributes:
+        root: the folder.
+        counts: of each split its pictures, objects and categories.
+        wrong: what training would stop at or learn nonsense from: ``split``, ``kind``, ``file`` (of a picture, or of
+            the annotations), ``image_id`` and ``annotation_id`` where there is one, and ``said``, the details.
+        notes: the same of what training copes with.
+    """
+
+    root: str
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    wrong: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        """A few lines: counts, and of each kind of finding the number and the first three."""
+        lines = []
+        for split, counts in self.counts.items():
+            lines.append(f"{split}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+            for mark, findings in (("!", self.wrong), ("-", self.notes)):
+                found = [finding for finding in findings if finding["split"] == split]
+                for kind, count in Counter(finding["kind"] for finding in found).items():
+                    first = [_in_words(finding) for finding in found if finding["kind"] == kind][:3]
+                    more = ["..."] if count > len(first) else []
+                    lines.append(f"{mark} {split}: {kind} ({count}): {', '.join(first + more)}")
+        return "\n".join(lines)
+
+
+def _in_words(finding: Mapping[str, Any]) -> str:
+    annotation = f", annotation {finding['annotation_id']}" if finding.get("annotation_id") is not None else ""
+    said = f" ({finding['said']})" if finding["said"] else ""
+    return f"{finding['file']}{annotation}{said}"
+
+
+def check_coco(
+    root: str | os.PathLike[str],
+    splits: Sequence[str] = SPLITS,
+    read_pictures: bool = False,
+    workers: int | None = None,
+) -> Report:
+    """Look for what is wrong with a data folder in COCO's format, be it COCO or another.
+
+    Wrong are pictures that are missing, empty, listed twice or without a size; ids given twice; annotations of unknown
+    pictures or categories; boxes that are no four numbers, have a negative size or lie outside their picture. Noted are
+    boxes without area (no targets in training), boxes that reach more than a pixel over the edge (training clips them),
+    objects whose outline has no area, pictures without objects, and pictures that are not listed.
+
+    Args:
+        root: the data folder, as :func:`regolite.data.open_data` takes it.
+        splits: ``train``, ``val`` or both.
+        read_pictures: open every picture too, which takes long: finds broken ones and those of another size.
+        workers: how many pictures to open at a time; as many as there are processors by default.
+
+    Raises:
+        UserError: there is no such folder, or its annotations are no JSON of COCO's form.
+    """
+    report = Report(str(root))
+    for split in splits:
+        _check_split(Path(root), split, read_pictures, workers, report)
+    return report
+
+
+def _check_split(root: Path, split: str, read_pictures: bool, workers: int | None, report: Report) -> None:
+    file = find_annotations(root, split)
+    images, annotations, categories = read_annotations(file)
+    lists = file.relative_to(root).as_posix()
+    folder = find_folder(root, split, str(images[0].get("file_name")))
+
+    def wrong(kind: str, name: str = lists, said: str = "", **ids: Any) -> None:
+        report.wrong.append({"split": split, "kind": kind, "file": name, **ids, "said": said})
+
+    def note(kind: str, name: str, said: str = "", **ids: Any) -> None:
+        report.notes.append({"split": split, "kind": kind, "file": name, **ids, "said": said})
+
+    known = _check_ids("category", categories, lists, wrong)
+    _check_ids("image", images, lists, wrong)
+    _check_ids("annotation", annotations, lists, wrong)
+    for category in categories:
+        if not isinstance(category.get("name"), str):
+            wrong("category without a name", said=f"id {category.get('id')}")
+    by_id = _check_images(images, folder, wrong, note)
+    with_objects = _check_annotations(annotations, by_id, known, wrong, note)
+    for number, (name, *_) in by_id.items():
+        if number not in with_objects:
+            note("picture without objects", name, image_id=number)
+    report.counts[split] = {
+        "pictures": len(images),
+        "objects": len(annotations),
+        "categories": len(categories),
+    }
+    if read_pictures:
+        there = {number: image for number, image in by_id.items() if (folder / image[0]).is_file()}
+        for number, kind, said in _read_all(folder, there, f"open the pictures of {split}", workers):
+            wrong(kind, there[number][0], said, image_id=number)
+
+
+def _check_ids(kind: str, records: Sequence[Mapping[str, Any]], lists: str, wrong: Callable[..., None]) -> set[int]:
+    """The ids, which must be whole numbers and there once."""
+    seen: set[int] = set()
+    for record in records:
+        number, name = record.get("id"), str(record.get("file_name", lists))
+        if type(number) is not int:
+            wrong(f"{kind} without an id", name, f"id {number!r}", **{f"{kind}_id": number})
+        elif number in seen:
+            wrong(f"{kind} id given twice", name, f"id {number}", **{f"{kind}_id": number})
+        else:
+            seen.add(number)
+    return seen
+
+
+def _check_images(
+    images: Sequence[Mapping[str, Any]], folder: Path, wrong: Callable[..., None], note: Callable[..., None]
+) -> dict[int, tuple[str, int, int]]:
+    """Name, width and height of the pictures, by id."""
+    sizes, by_id, seen = _sizes(folder), {}, set()
+    for image in images:
+        number, name, width, height = (image.get(key) for key in ("id", "file_name", "width", "height"))
+        if not isinstance(name, str):
+            wrong("picture without a file name", said=f"file_name {name!r}", image_id=number)
+            continue
+        if name in seen:
+            wrong("picture listed twice", name, image_id=number)
+        seen.add(name)
+        if name not in sizes and not ("/" in name and (folder / name).is_file()):
+            wrong("empty picture" if (folder / name).is_file() else "missing picture", name, image_id=number)
+        if not all(type(side) is int and side > 0 for side in (width, height)):
+            wrong("picture without a size", name, f"width {width!r}, height {height!r}", image_id=number)
+            width = height = NO_SIZE
+        if type(number) is int:
+            by_id.setdefault(number, (name, width, height))
+    if folder.name != "images":  # where both splits share a folder, each has pictures that the other does not list
+        for name in sorted(sizes.keys() - seen):
+            note("picture not listed", name)
+    return by_id
+
+
+def _check_annotations(
+    annotations: Sequence[Mapping[str, Any]],
+    by_id: Mapping[int, tuple[str, int, int]],
+    categories: set[int],
+    wrong: Callable[..., None],
+    note: Callable[..., None],
+) -> set[int]:
+    """Ids of the pictures that have annotations."""
+    with_objects: set[int] = set()
+    for annotation in annotations:
+        image_id, category, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
+        ids = {"image_id": image_id, "annotation_id": annotation.get("id")}
+        if type(image_id) is not int or image_id not in by_id:
+            wrong("annotation of an unknown picture", said=f"image_id {image_id!r}", **ids)
+            continue
+        name, width, height = by_id[image_id]
+        with_objects.add(image_id)
+        if type(category) is not int or category not in categories:
+            wrong("unknown category", name, f"category_id {category!r}", **ids)
+        for key in ("area", "iscrowd"):
+            if not isinstance(annotation.get(key, 0), (int, float, type(None))):
+                wrong(f"{key} is no number", name, repr(annotation[key]), **ids)
+        if not _is_box(box):
+            wrong("box is not [x, y, width, height]", name, repr(box), **ids)
+            continue
+        x, y, w, h = box
+        if w == 0 or h == 0:
+            note("box without area", name, f"bbox {box}", **ids)
+        elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
+            wrong("box outside its picture", name, f"bbox {box} in {width}x{height}", **ids)
+        elif min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
+            note("box over the edge", name, f"bbox {box} in {width}x{height}", **ids)
+        elif annotation.get("area") == 0:
+            note("object with an area of 0", name, **ids)
+    return with_objects
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
+        return False
+    return all(math.isfinite(value) for value in box) and box[2] >= 0 and box[3] >= 0
+
+
+def _read_all(
+    folder: Path, images: Mapping[int, tuple[str, int, int]], title: str, workers: int | None
+) -> list[tuple[int, str, str]]:
+    """Id, kind and details of the pictures that cannot be read or have another size."""
+
+    def read(number: int) -> tuple[int, str, str] | None:
+        name, width, height = images[number]
+        try:
+            picture = read_picture(folder / name)
+        except UserError as error:
+            return number, "unreadable picture", str(error.__cause__ or error)
+        if picture.size != (width, height) and width < NO_SIZE:
+            return number, "picture of another size", f"{picture.width}x{picture.height}, not {width}x{height}"
+        return None
+
+    status, found = Status(title, leave=False), []
+    status.update(0.0)
+    with ThreadPool(workers) as pool:  # Pillow decodes without holding Python's lock
+        for n, one in enumerate(pool.imap(read, images, chunksize=16), 1):
+            found += [one] if one else []
+            if n % 16 == 0:
+                status.update(n / len(images))
+    status.close()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- progress
+
+
+class _Progress:
+    """Bytes done and bytes a second, shown a few times a second."""
+
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self.total, self.done, self.first = max(total, 1), done, done
+        self.start = self.shown = time.monotonic()
+        self.status = Status(title, leave=False)
+        self.status.update(done / self.total)
+
+    def add(self, count: int) -> None:
+        """So many bytes more."""
+        self.update(self.done + count)
+
+    def update(self, done: int) -> None:
+        """So many bytes in all."""
+        self.done, now = done, time.monotonic()
+        if now - self.shown >= 0.2:
+            self.shown = now
+            speed = (done - self.first) / (now - self.start)
+            self.status.update(done / self.total, f"{_bytes(done)} of {_bytes(self.total)}, {_bytes(speed)}/s")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.status.say(text)
+
+    def close(self) -> None:
+        """End it."""
+        self.status.close()
+
+
+def _bytes(count: int | float) -> str:
+    """A number of bytes in words."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:.0f} bytes"

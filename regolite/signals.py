@@ -1,0 +1,116 @@
+"""Signals that ask a run to end: Ctrl-C, and what Slurm, systemd and the closing of a terminal send.
+
+A run finishes its step, saves, and raises :class:`RunStopped`. Where a step is not running there is nothing to finish,
+and it is raised at once. A signal that was ignored when the run began (`nohup`, `&`) stays ignored.
+
+SIGUSR1 is there for Slurm: ``sbatch --signal=USR1@120`` sends it two minutes before the time is up. Under torchrun,
+which does not pass it on, that is ``--signal=TERM@120``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)  # Windows has the first two
+ONE = 1.0  # seconds in which two Ctrl-C are one: torchrun passes on what the terminal has sent to everybody
+
+
+class RunStopped(KeyboardInterrupt):
+    """A signal has ended a run, and what it had done is saved.
+
+    A ``KeyboardInterrupt``, so that no ``except Exception`` takes it for an error.
+
+    Attributes:
+        what: what ended it, after which step, and where it is saved.
+        signum: number of the signal; the command line exits with 128 more, as a shell does.
+    """
+
+    def __init__(self, what: str, signum: int) -> None:
+        super().__init__(what, signum)
+        self.what, self.signum = what, signum
+
+    def __str__(self) -> str:
+        """What happened, and how to go on from Python."""
+        return f"{self.what}; go on with resume=True"
+
+
+class StopSignals(contextlib.ContextDecorator):
+    """Catches the signals while a function runs that it decorates: signals belong to the process, and so does this.
+
+    Attributes:
+        asked: the signal that has come, or None.
+        so_far: what a message says of where the run stands.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.so_far = ""
+        self._holds, self._since = False, 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self.asked, self.so_far, self._holds = None, "before the first step", False
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+            before = {number: signal.getsignal(number) for number in SIGNALS}
+            self._before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+            for number in self._before:
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def hold(self) -> None:
+        """From here on a signal waits until :meth:`leave` is called, or :meth:`at_once` entered."""
+        self._holds = True
+
+    @contextlib.contextmanager
+    def at_once(self, so_far: str) -> Iterator[None]:
+        """A part of the run with nothing to save: it ends here, if a signal has come or comes."""
+        self.so_far = so_far
+        if self.asked is not None:
+            self.leave()
+        self._holds = False
+        yield
+        self._holds = True
+
+    def leave(self) -> NoReturn:
+        """End the run.
+
+        Raises:
+            RunStopped: always.
+        """
+        signum = self.asked or signal.SIGTERM  # where another process was asked, and not this one
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        raise RunStopped(f"stopped by {name} {self.so_far}", signum)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked, self._since = signum, now
+            if not self._holds:
+                self.leave()
+            if signum == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                # Not by print, which the signal may have interrupted.
+                os.write(2, b"\nfinishing the step, then saving; Ctrl-C once more leaves at once\n")
+        elif signum == signal.SIGINT and now - self._since > ONE:
+            raise KeyboardInterrupt
+
+
+stop = StopSignals()
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """For processes that prepare pictures: Ctrl-C and Slurm reach them too, and they are needed for one more step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,138 @@
+"""Several processes: started from Python, by torchrun, or by Slurm.
+
+All three do the same: every process runs :func:`regolite.train` with the same configuration, and finds in its
+environment which of them it is and where the first one listens.
+
+::
+
+    regolite train ... --processes 4
+    torchrun --nproc-per-node 4 -m regolite train ...
+    srun --ntasks 8 --gpus-per-task 1 python -m regolite train ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from regolite.errors import UserError
+from regolite.signals import RunStopped
+from regolite.training.config import RunConfig
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process was started as one of several."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def launch(config: RunConfig) -> Path:
+    """Train in processes of their own on this machine, and show what the first one prints.
+
+    They begin anew and share nothing with this one, so that a notebook may start them.
+
+    Args:
+        config: what to train, in ``config.processes`` processes.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        UserError: what a process raised.
+        RunStopped: when a signal asked this process to end, or them; what they had done is saved.
+        RuntimeError: when one of them ended otherwise; with all that they wrote to stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        told, result, errors = (Path(folder, name) for name in ("config.json", "result.json", "errors.txt"))
+        told.write_text(json.dumps(config.to_dict()), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={config.processes}", "-m", "regolite.training.launch", str(told), str(result)]
+        package = str(Path(__file__).parents[2])  # where it is imported from here, even if it is not installed
+        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.processes)))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        with (
+            open(errors, "w", encoding="utf-8") as log,
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            ) as running,
+        ):
+            try:
+                for line in running.stdout:
+                    print(line, end="", flush=True)
+            except BaseException as error:  # Ctrl-C above all, which the terminal sends to this process alone
+                running.terminate()
+                for line in running.stdout:  # they save what they have, and end
+                    print(line, end="", flush=True)
+                running.wait()
+                stopped = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+                if isinstance(error, RunStopped) and "stopped" in stopped:
+                    raise RunStopped(stopped["stopped"], error.signum) from None
+                raise
+        # Not by the exit code: with gloo a process may abort after all is done, when the interpreter ends.
+        outcome = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        if "folder" in outcome:
+            return Path(outcome["folder"])
+        if "stopped" in outcome:
+            raise RunStopped(outcome["stopped"], int(outcome["signum"]))
+        if "error" in outcome:
+            raise UserError(outcome["error"])
+        said = errors.read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"one of {config.processes} processes ended with code {running.returncode}:\n{said}")
+
+
+def from_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a process that ``srun`` has started must add to its environment to be one of several.
+
+    Slurm counts the processes and tells each its number; PyTorch asks for the same under other names. Nothing is added
+    where there is one task, where another launcher has spoken, and in a batch script outside of ``srun``.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if launched(environment) or tasks == "1":
+        return {}
+    nodes = environment.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    first = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)  # of "gpu[07-09,12].site,other"
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        # With --gpus-per-task a process sees one GPU alone, and that is number 0.
+        "LOCAL_RANK": str(int(environment["SLURM_LOCALID"]) % max(torch.cuda.device_count(), 1)),
+        "WORLD_SIZE": tasks,
+        "LOCAL_WORLD_SIZE": re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", tasks))[0],
+        "MASTER_ADDR": "".join(part or "" for part in first.groups()),
+        # The same for all tasks of a step, and another one for the next step.
+        "MASTER_PORT": str(20000 + (31 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 20000),
+    }
+    return {name: environment.get(name, value) for name, value in found.items()}
+
+
+def _main(told: str, result: str) -> None:
+    """One of the processes that :func:`launch` has started."""
+    from regolite.training.loop import train
+
+    def tell(**outcome: str) -> None:
+        if "error" not in outcome and os.environ["RANK"] != "0":
+            return
+        new = Path(f"{result}.{os.environ['RANK']}")
+        new.write_text(json.dumps(outcome), encoding="utf-8")
+        os.replace(new, result)
+
+    try:
+        config = RunConfig.of(json.loads(Path(told).read_text(encoding="utf-8")))
+        tell(folder=str(train(config)))
+    except RunStopped as stopped:
+        tell(stopped=stopped.what, signum=str(int(stopped.signum)))
+        raise SystemExit(128 + stopped.signum) from None
+    except UserError as error:
+        tell(error=str(error))
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

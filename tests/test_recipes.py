@@ -1,0 +1,370 @@
+"""The paper's trainings: what they decide, the commands that start them, and what they are estimated to take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+import regolite
+from regolite.cli import main
+from regolite.data import make_transform, open_data
+from regolite.errors import UserError
+from regolite.evaluation.complexity import TABLE_1
+from regolite.presets import ModelConfig, configure, presets
+from regolite.structures import ImageBatch
+from regolite.training import RunConfig
+from regolite.training.estimates import (
+    LARGEST_PICTURE,
+    MEAN_PICTURE,
+    PICTURES,
+    TFLOPS,
+    V100_HOURS,
+    estimate,
+    kept_bytes,
+)
+from regolite.training.recipes import RECIPES, as_text, assumptions, recipe, rows
+from regolite.training.schedule import lr_factor, parameter_groups
+
+ROOT = Path(__file__).resolve().parent.parent
+every_recipe = pytest.mark.parametrize("name", RECIPES)
+
+# Table 1 of the paper and, for X101 in 36 epochs, section 5.2; None where the paper prints nothing.
+PRINTED = {
+    "detr_star_r50_50ep": (39.3, 42.3),
+    "detr_star_dc5_r50_50ep": (41.3, 44.0),
+    "conditional_detr_r50_50ep": (40.9, None),
+    "deformable_detr_r50_36ep": (42.7, 44.8),
+    "deformable_detr_r50_36ep_drop15": (None, None),
+    "deformable_detr_r50_36ep_drop20": (None, None),
+    "deformable_detr_r50_50ep": (43.8, 45.9),
+    "deformable_detr_two_stage_r50_50ep": (46.4, 47.6),
+    "deformable_detr_two_stage_r101_50ep": (47.2, 48.5),
+    "deformable_detr_two_stage_x101_36ep": (None, 48.1),
+    "deformable_detr_two_stage_x101_50ep": (47.7, 49.1),
+}
+
+
+def trained_with(words: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> RunConfig:
+    """The configuration that a command hands to training."""
+    (folder / "metrics.jsonl").touch()
+    seen = []
+    monkeypatch.setattr(regolite, "train", lambda config: seen.append(config) or folder)
+    assert main(words) == 0
+    [config] = seen
+    return config
+
+
+def outline(preset: str, **overrides: object) -> torch.nn.Module:
+    with torch.device("meta"):
+        return regolite.build(preset, weights=None, **overrides)
+
+
+class TestRecipes:
+    def test_are_the_papers_with_its_ap(self):
+        assert {name: RECIPES[name].published_ap for name in RECIPES} == {
+            f"{rego}{name}": ap for name, both in PRINTED.items() for rego, ap in zip(("", "rego_"), both)
+        }
+
+    def test_hold_every_row_of_table_1_with_rego(self):
+        assert {name for name in TABLE_1 if name.startswith("rego_")} <= {r.model for r in RECIPES.values()}
+
+    @every_recipe
+    def test_make_a_run_and_its_model(self, name: str):
+        one = recipe(name)
+        config = one.config("COCO", "runs/r")
+        assert (config.data, config.output, config.model) == ("COCO", "runs/r", one.model)
+        assert {k: getattr(config, k) for k in one.settings()} == one.settings()
+        assert one.model in presets() and name.startswith(f"{one.model}_{one.epochs}ep")
+        assert sum(p.numel() for p in outline(config.model).parameters()) > 30e6
+
+    def test_decide_all_that_changes_the_result(self):
+        machine = {"data", "output", "workers", "device", "precision", "processes", "accumulate", "recompute", "resume"}
+        machine |= {"checkpoint_minutes", "keep_checkpoints", "on_broken"}
+        watching = {"evaluate_every", "evaluate_train", "log_every", "tensorboard", "seed"}
+        decided = set(recipe("deformable_detr_r50_50ep").settings())
+        every = {f.name for f in fields(RunConfig)}
+        assert decided == every - machine - watching, "a field came or went: is it the recipe's or the machine's?"
+
+    @every_recipe
+    def test_drop_inside_the_run_and_by_ten(self, name: str):
+        config = recipe(name).config("COCO", "r")
+        assert config.drop_epochs and all(0 < drop < config.epochs for drop in config.drop_epochs)
+        factors = [lr_factor(config, epoch, epoch / config.epochs) for epoch in range(config.epochs)]
+        drop = config.drop_epochs[0]
+        assert factors == pytest.approx([1.0] * drop + [0.1] * (config.epochs - drop))
+
+    @pytest.mark.parametrize("name", PRINTED)
+    def test_with_and_without_rego_differ_in_the_model_alone(self, name: str):
+        base, rego = recipe(name), recipe(f"rego_{name}")
+        assert rego.model == f"rego_{base.model}" and rego.remarks == base.remarks
+        changed = {"name": rego.name, "model": rego.model, "published_ap": rego.published_ap}
+        assert replace(base, **changed) == rego
+        assert rego.settings() | {"model": base.model} == base.settings()
+        one, other = configure(base.model), configure(rego.model)
+        assert one.rego is None and other.rego is not None
+        assert replace(other, preset=one.preset, rego=None) == one
+
+    def test_rates_are_those_of_the_original_codes(self):
+        def rates(name: str) -> dict[str, float]:
+            config = recipe(name).config("COCO", "r")
+            return {g["name"]: round(g["lr"], 12) for g in parameter_groups(outline(config.model), config)}
+
+        for name in ("deformable_detr_r50_50ep", "rego_deformable_detr_two_stage_r50_50ep"):
+            assert rates(name) == {"backbone": 1e-5, "sampling": 1e-5, "rest": 1e-4}
+        # DETR's and Conditional DETR's codes slow nothing but the backbone: reference points learn like the rest.
+        for name in ("detr_star_r50_50ep", "rego_detr_star_dc5_r50_50ep", "conditional_detr_r50_50ep"):
+            assert rates(name).pop("sampling", 1e-4) == 1e-4 and rates(name)["backbone"] == 1e-5
+
+    @every_recipe
+    def test_pictures_are_the_presets_own(self, name: str):
+        one, model = recipe(name), configure(recipe(name).model)
+        assert isinstance(model, ModelConfig)
+        assert (one.augment, one.image_size) == (model.augment, model.image_size) == ("detr", 800)
+
+    def test_cannot_be_changed(self):
+        with pytest.raises(FrozenInstanceError):
+            recipe("deformable_detr_r50_50ep").lr = 1.0
+
+    def test_take_other_fields_first(self):
+        config = recipe("rego_deformable_detr_r50_36ep").config("d", "o", lr=2e-4, batch_size=32)
+        assert (config.lr, config.batch_size, config.drop_epochs) == (2e-4, 32, (30,))
+        with pytest.raises(UserError, match="unknown parameter 'epohcs'; did you mean 'epochs'"):
+            recipe("rego_deformable_detr_r50_36ep").config("d", "o", epohcs=3)
+
+    def test_unknown_ones_are_named(self):
+        with pytest.raises(UserError, match="did you mean 'deformable_detr_r50_50ep'.*recipes` lists"):
+            recipe("deformable_detr_r50_50")
+
+
+class TestCommands:
+    @every_recipe
+    def test_give_the_run_of_the_recipe(self, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        program, option, package, *words = shlex.split(recipe(name).command("my data/coco", 4, workers=2))
+        assert (program, option, package) == ("python", "-m", "regolite")
+        own = {"processes": 4, "workers": 2, "resume": True}
+        wanted = recipe(name).config("my data/coco", f"runs/{name}", **own)
+        assert trained_with(words, monkeypatch, tmp_path) == wanted
+
+    @pytest.mark.parametrize("order", ["{recipe} {own}", "{own} {recipe}"])
+    def test_options_go_before_the_recipe(self, order: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        own = "--epochs 2 --drop-epochs 1 --model deformable_detr_tiny --image-size 128"
+        words = order.format(recipe="--recipe deformable_detr_r50_36ep", own=own)
+        config = trained_with(f"train --data d --output o {words}".split(), monkeypatch, tmp_path)
+        wanted = recipe("deformable_detr_r50_36ep").config(
+            "d", "o", epochs=2, drop_epochs=(1,), model="deformable_detr_tiny", image_size=128
+        )
+        assert config == wanted
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ("train --recipe deformable_detr_r50_50ep --output o", "required: --data "),
+            ("train --data d --output o", "required: --model "),
+            ("train --data d --output o --recipe deformable_detr_r50_5ep", "did you mean 'deformable_detr_r50_50ep'?"),
+            ("recipes rego_deformable_r50_50ep", "did you mean 'rego_deformable_detr_r50_50ep'?"),
+            ("recipes deformable_detr_r50_50ep --tflops 0", "tflops=0.0 must be greater than 0"),
+            ("recipes deformable_detr_r50_50ep --processes 0", "'0' is not a whole number greater than 0"),
+            ("recipes deformable_detr_r50_50ep --processes 17", "has 16 pictures a step"),
+        ],
+    )
+    def test_wrong_input_is_one_line(self, words: str, said: str, capsys: pytest.CaptureFixture[str]):
+        assert main(words.split()) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert said in line
+
+    def test_a_recipe_as_json_is_what_papermill_takes(self, capsys: pytest.CaptureFixture[str]):
+        assert main(["recipes", "rego_detr_star_r50_50ep", "--json"]) == 0
+        told = yaml.safe_load(capsys.readouterr().out)  # papermill's -f reads YAML, in which 1e-05 would be a text
+        one = recipe("rego_detr_star_r50_50ep")
+        assert RunConfig.of({**told, "data": "d", "output": "o"}) == one.config("d", "o")
+        assert set(told) == set(one.settings())
+
+    def test_a_rehearsal_leaves_nothing_in_the_notebook(self):
+        """Whatever notebook 20 rehearses with is replaced by the recipe, or is no part of the result."""
+        import nbformat
+
+        cells = nbformat.read(ROOT / "notebooks" / "20_train_coco.ipynb", as_version=4).cells
+        [source] = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+        rehearsal: dict[str, object] = {}
+        exec("from typing import Optional\n" + source, {}, rehearsal)
+        rehearsal.pop("Optional")
+        rehearsal.pop("__annotations__", None)
+        one = recipe("rego_deformable_detr_r50_50ep")
+        left = RunConfig.of({**rehearsal, **one.settings(), "data": "d", "output": "o"})
+        wanted = asdict(one.config("d", "o"))
+        differ = {name for name, value in asdict(left).items() if value != wanted[name]}
+        assert differ <= {"evaluate_every", "evaluate_train", "log_every"}
+
+
+class TestTable:
+    def test_is_stable_text(self):
+        found = [
+            {
+                "recipe": "a",
+                "published_ap": 45.9,
+                "estimated_gpu_hours": 340.0,
+                "estimated_gigabytes_a_gpu": 14.0,
+                "command": "python -m regolite train --recipe a",
+                "remarks": ["first", "second"],
+            },
+            {
+                "recipe": "b",
+                "published_ap": None,
+                "estimated_gpu_hours": 1200.0,
+                "estimated_gigabytes_a_gpu": 2.6,
+                "command": "python -m regolite train --recipe b",
+                "remarks": ["second"],
+            },
+        ]
+        assert as_text(found, ["Said."]).splitlines() == [
+            "    AP   GPU hours    GB a GPU  notes       command",
+            " paper   estimated   estimated",
+            "  45.9        ~340         ~14  [1] [2]     python -m regolite train --recipe a",
+            "     -       ~1200        ~2.6  [2]         python -m regolite train --recipe b",
+            "",
+            "Said.",
+            "[1] first",
+            "[2] second",
+        ]
+
+    def test_one_command_a_row(self, capsys: pytest.CaptureFixture[str]):
+        assert main(["recipes", "deformable_detr_r50_50ep", "--data", "coco", "--processes", "4"]) == 0
+        text = capsys.readouterr().out
+        command = recipe("deformable_detr_r50_50ep").command("coco", 4)
+        [row] = [line for line in text.splitlines() if command in line]
+        assert re.fullmatch(r" +43\.8 +~\d+ +~\d+  \[1\] \[2\] +" + re.escape(command), row)
+        assert "estimate" in text and "nothing was measured" in text
+        assert main(["recipes", "deformable_detr_r50_50ep", "--data", "coco", "--processes", "4"]) == 0
+        assert capsys.readouterr().out == text
+
+    def test_as_json(self, capsys: pytest.CaptureFixture[str]):
+        found = rows([recipe("deformable_detr_r50_36ep")])
+        assert json.loads(json.dumps(found)) == found
+        assert found[0]["estimated_gpu_hours"] == float(f"{found[0]['estimated_gpu_hours']:.2g}")
+
+    def test_says_which_assumptions_are_whose(self):
+        assert "3.25 TFLOP/s a GPU, which is what a V100 sustained" in " ".join(assumptions())
+        given = " ".join(assumptions(4, 20.0))
+        assert "20 TFLOP/s a GPU, as given" in given and "V100" not in given and "(4 GPUs)" in given
+
+    def test_numbers_in_the_notes_are_those_of_the_code(self):
+        """Sentences that hold numbers, beside what they are about."""
+        said = " ".join(assumptions()) + " ".join(r for one in RECIPES.values() for r in one.remarks)
+        for text in (f"{PICTURES:,} pictures", f"{MEAN_PICTURE[0]} x {MEAN_PICTURE[1]}", f"{V100_HOURS} GPU hours"):
+            assert text in said
+        assert f"{LARGEST_PICTURE[0]} x {LARGEST_PICTURE[1]} pixels, the largest" in said
+        hours = {name: estimate(name, 1, 2).gpu_hours for name in ("detr_r50", "detr_dc5_r50")}
+        assert f"DETR-R50 takes {hours['detr_r50']:.1f} GPU hours an epoch" in said
+        assert f"DETR-DC5 takes {hours['detr_dc5_r50']:.1f} GPU hours an epoch" in said
+
+    @pytest.mark.slow
+    def test_whole(self):
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        words = [sys.executable, "-m", "regolite", "recipes", "--data", "coco"]
+        done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, "")
+        for one in RECIPES.values():
+            assert done.stdout.count(one.command("coco") + "\n") == 1
+        wide = [line for line in done.stdout.splitlines() if "--recipe" not in line and len(line) > 112]
+        assert not wide
+
+
+class TestEstimates:
+    def test_calibration(self):
+        """Deformable DETR's authors print 325 GPU hours for 50 epochs, and 340 for the two-stage model."""
+        assert estimate("deformable_detr_r50", 50, 2).gpu_hours == pytest.approx(50 * V100_HOURS, rel=0.02)
+        assert estimate("deformable_detr_two_stage_r50", 50, 2).gpu_hours == pytest.approx(340, rel=0.05)
+
+    def test_hours_grow_with_what_they_must(self):
+        base = estimate("deformable_detr_r50", 36, 2)
+        assert estimate("deformable_detr_r50", 72, 2).gpu_hours == pytest.approx(2 * base.gpu_hours)
+        assert estimate("deformable_detr_r50", 36, 2, 2 * TFLOPS).gpu_hours == pytest.approx(base.gpu_hours / 2)
+        assert estimate("deformable_detr_r50", 36, 4).gpu_hours == base.gpu_hours
+        two_stage = "deformable_detr_two_stage_r50"
+        chain = ["detr_r50", "deformable_detr_r50", two_stage, f"rego_{two_stage}"]
+        hours = [estimate(name, 36, 2).gpu_hours for name in chain]
+        assert hours == sorted(hours) and len(set(hours)) == len(chain)
+        assert base.picture_tflop * PICTURES * 36 / TFLOPS / 3600 == pytest.approx(base.gpu_hours)
+
+    def test_memory_grows_with_what_it_must(self):
+        def gigabytes(name: str, pictures: int) -> float:
+            return estimate(name, 50, pictures).gigabytes
+
+        rego = "rego_deformable_detr_two_stage_r50"
+        one, two, four = (gigabytes(rego, n) for n in (1, 2, 4))
+        assert four - two == pytest.approx(2 * (two - one)) and two > one
+        weights = 2 * one - two
+        parameters = sum(p.numel() for p in outline(rego).parameters())
+        assert 15 * parameters < 1e9 * weights < 16 * parameters  # the stem and the first stage are frozen
+        assert gigabytes("detr_r50", 2) < gigabytes("deformable_detr_r50", 2) < two
+        assert estimate(rego, 1, 2).gigabytes == two, "epochs cost no memory"
+
+    def test_a_batch_is_divided_among_processes(self):
+        one = recipe("deformable_detr_r50_50ep")
+        assert one.estimate(8) == estimate(one.model, 50, 2) and one.estimate(3) == estimate(one.model, 50, 6)
+        assert one.estimate(16).gigabytes < one.estimate(8).gigabytes
+
+    @pytest.mark.parametrize("name", ["rego_deformable_detr_tiny", "rego_detr_tiny"])
+    def test_memory_is_what_a_real_forward_pass_keeps(self, name: str):
+        """Counted on ``meta``, and held by PyTorch's autograd in a forward pass with numbers.
+
+        The two differ in what embedding_bag keeps of a glimpse's indices; a GPU keeps what ``meta`` says.
+        """
+        height, width = 256, 320
+        counted = kept_bytes(outline(name).train(), height, width)
+        model = regolite.build(name, weights=None).train()
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        held = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage
+            return tensor
+
+        pixels = torch.zeros(1, 3, height, width)
+        image = ImageBatch(pixels, torch.zeros(1, height, width).bool(), torch.tensor([[height, width]]))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(image)
+        assert counted == pytest.approx(sum(storage.nbytes() for storage in held.values()), rel=0.05)
+
+    def test_fused_attention_keeps_no_map(self):
+        """Four times the tokens: four times the memory, and not sixteen times."""
+        small, large = (kept_bytes(outline("detr_tiny", dropout=0.1).train(), n, n) for n in (512, 1024))
+        assert large < 4.5 * small
+
+    def test_the_mean_picture_is_what_the_recipe_makes(self):
+        whole = make_transform("detr", 800, train=True)
+        geometry = v2.Compose(whole.transforms[:-1])  # without the step from a picture to pixels
+        data, areas = open_data(ROOT / "data" / "coco_tiny", "train"), []
+        torch.manual_seed(0)
+        for i in [*range(len(data))] * 2:
+            height, width = data.size(i)
+            box = tv_tensors.BoundingBoxes([[0.0, 0.0, width, height]], format="XYXY", canvas_size=(height, width))
+            made, _ = geometry(Image.new("L", (width, height)), {"boxes": box, "labels": torch.zeros(1).long()})
+            areas.append(made.height * made.width)
+        assert sum(areas) / len(areas) == pytest.approx(MEAN_PICTURE[0] * MEAN_PICTURE[1], rel=0.05)
+        assert max(areas) <= LARGEST_PICTURE[0] * LARGEST_PICTURE[1]
+
+
+def test_make_prints_the_same_command():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    [tasks] = re.findall(r"^TASKS = (.*)$", makefile, re.MULTILINE)
+    assert "coco-table1" in tasks.split()
+    done = subprocess.run(
+        [sys.executable, "tasks.py", "coco-table1", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "estimates" in done.stdout
