@@ -8,11 +8,14 @@ and mixes the values that it reads there. There is nothing to compile: ``grid_sa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from regolite.structures import Memory
 
@@ -32,15 +35,66 @@ def sample_and_mix(
         weights: attention weights, which sum to 1 over levels and points.
     """
     batch, _, heads, _ = values.shape
+    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # [L, B*M, K, Q, 2], -1 to 1
+    weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)  # [L, B*M, K, Q]
     mixed = 0.0
     # Level by level: the samples of all levels side by side would be the largest tensor of the whole model.
-    for level, (value, (height, width)) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes)):
-        picture = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
-        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1  # [B*M, Q, K, 2], -1 to 1
-        sampled = F.grid_sample(picture, grid.to(picture.dtype), mode="bilinear", align_corners=False)
-        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]  # [B*M, 1, Q, K]
-        mixed = mixed + (sampled * weight).sum(-1)  # [B*M, c, Q]
-    return mixed.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
+    by_level = values.split([height * width for height, width in shapes], 1)
+    for value, shape, grid, weight in zip(by_level, shapes, grids, weights):
+        maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, *shape)  # [B*M, c, h, w]
+        mixed = mixed + read_and_mix(maps.to(grid.dtype), grid, weight.to(grid.dtype))  # [B*M, c, Q]
+    return mixed.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2).to(values.dtype)
+
+
+def read_and_mix(
+    maps: Float[Tensor, "N c h w"], grid: Float[Tensor, "N K Q 2"], weight: Float[Tensor, "N K Q"]
+) -> Float[Tensor, "N c Q"]:
+    """The core of deformable attention: ``(F.grid_sample(maps, grid) * weight[:, None]).sum(2)``, with less memory.
+
+    Autograd would keep the samples, [N, c, K, Q], for the backward pass: most of the memory of the whole model. Here
+    the backward pass reads them a second time.
+
+    Args:
+        maps: one level, the heads as if they were pictures.
+        grid: where to read, x and y from -1 to 1.
+        weight: the weight of each sample.
+    """
+    return _ReadAndMix.apply(maps, grid, weight)
+
+
+class _ReadAndMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, grid: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(maps, grid, weight)
+        return torch.cat([_read(m, g).mul_(w[:, None]).sum(2) for m, g, w in _few(maps, grid, weight)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = []
+        for m, g, w, upstream in _few(*ctx.saved_tensors, gradient[:, :, None]):  # [n, c, 1, Q]
+            samples = _read(m, g)
+            to_weight = samples.mul_(upstream).sum(1)
+            to_samples = torch.mul(upstream, w[:, None], out=samples)
+            to_maps, to_grid = _read_backward(to_samples, m, g, 0, 0, False, [True, True])
+            parts.append((to_maps, to_grid, to_weight))
+        return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def _read(maps: Tensor, grid: Tensor) -> Tensor:
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+_read_backward = torch.ops.aten.grid_sampler_2d_backward  # modes of _read as numbers, and which gradients are wanted
+
+
+def _few(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each tensor after the other, so that what is in flight stays in the cache of a CPU.
+
+    As many as there are threads: ``grid_sample`` gives each thread a map of its own. On a GPU, all of them.
+    """
+    few = torch.get_num_threads() if tensors[0].device.type == "cpu" else len(tensors[0])
+    return zip(*(tensor.split(few) for tensor in tensors))
 
 
 class DeformableAttention(nn.Module):

@@ -395,9 +395,9 @@ def test_full_disk_for_a_while(config, whole, monkeypatch, capsys, name):
         assert "the best weights so far cannot be written (No space left on device): free some space" in said
         assert sha256(Path(run.output) / "model.safetensors") == sha256(whole / "model.safetensors")
     else:
-        assert "step 7 cannot be saved (No space left on device): free some space at" in said
-        if name == "step_":
-            assert "The checkpoint of step 3 is kept, and the run goes on" in said
+        what, last = ("step 7", 3) if name == "step_" else ("model.safetensors", 7)
+        wanted = f"{what} cannot be saved (No space left on device), the checkpoint of step {last} is kept: free some"
+        assert wanted in said
         assert_same(run.output, whole)
 
 
@@ -438,8 +438,8 @@ def test_full_disk_at_the_end(config, whole, monkeypatch):
     with pytest.raises(UserError) as error:
         train(run)
     assert str(error.value) == (
-        f"step {STEPS}, where the run ends, cannot be saved (No space left on device). The checkpoint of step "
-        f"{STEPS - 1} is kept: free some space at {run.output} and go on with resume=True"
+        f"the run ends, and step {STEPS} cannot be saved (No space left on device), the checkpoint of step "
+        f"{STEPS - 1} is kept: free some space at {run.output} and resume it"
     )
     monkeypatch.setattr(folder, "write_atomic", write)
     train(replace(run, resume=True))
@@ -456,7 +456,7 @@ def test_full_disk_when_a_signal_comes(config, whole, monkeypatch):
 
     monkeypatch.setattr(folder, "write_atomic", scarce)
     run = config(checkpoint_minutes=0.0)
-    with pytest.raises(RunStopped, match=r"after step 5, which cannot be saved \(No space.*step 4 is kept; go on with"):
+    with pytest.raises(RunStopped, match=r"after step 5: step 5 cannot be saved \(No space.*step 4 is kept; go on"):
         train(run, at(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     monkeypatch.setattr(folder, "write_atomic", write)
     train(replace(run, resume=True))

@@ -2,8 +2,8 @@
 
 Deformable DETR alone, REGO on it, and REGO on it with an earlier drop of the learning rate learn the same 256 drawn
 scenes with the same seed, as the three kinds of curves of the paper's Figure 3. Of each run's folder ``config.json``
-and ``metrics.jsonl`` are copied to ``notebooks/results/runs``; the folders themselves stay in ``runs/compare_runs``,
-from where an interrupted run goes on when the script is started again.
+and ``metrics.jsonl`` are copied to the folder ``compare_runs`` beside this file; the folders themselves stay in
+``runs/compare_runs``, from where an interrupted run goes on when the script is started again.
 
 The two runs of REGO are the same, number by number, until the first of them drops its learning rate; what is stored
 was trained once up to the ninth epoch and then went on twice. Run one by one, they give the same.
@@ -27,7 +27,7 @@ import torch
 import regolite
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).with_name("runs")
+RESULTS = Path(__file__).with_suffix("")
 
 RECIPE: dict[str, Any] = {
     "data": "scenes:256:val=64:context=0:max_objects=4",

@@ -147,7 +147,8 @@ def train(
         by_time = progress.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
         return min(1.0, max(progress.step / total_steps, by_time))
 
-    def save() -> OSError | None:
+    def save() -> str:
+        """Save, and say what keeps it from being saved."""
         return _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
 
     status = Status(model_config.preset, accelerator.is_main_process)
@@ -161,7 +162,7 @@ def train(
         )  # fmt: skip
         model.train()
         loaded = loader(train_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
-        for waited, parts in timed(_or_save(steps(loaded, batches), save)):
+        for waited, parts in timed(_or_save(steps(loaded, batches), folder, save)):
             begun = time.perf_counter()
             factor = lr_factor(config, progress.epoch, done())
             for group in optimizer.param_groups:
@@ -191,7 +192,7 @@ def train(
                 _log(folder, line | ({"broken_pictures": progress.broken} if progress.broken else {}), accelerator)
                 window = Window()
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
-                save()
+                _save_or_go_on(folder, save)
                 saved = time.monotonic()
             if asked:
                 status.close()
@@ -201,7 +202,7 @@ def train(
         else:
             ends = config.evaluate_every and (progress.epoch + 1) % config.evaluate_every == 0 and done() < 1.0
             if ends:  # saved as the last step of its epoch: whoever goes on from here evaluates again
-                save()
+                _save_or_go_on(folder, save)
                 saved = time.monotonic()
             progress.epoch, progress.batch = progress.epoch + 1, 0
             if ends:
@@ -212,14 +213,14 @@ def train(
     if progress.batch == steps_per_epoch:  # as it was saved after the last step of the run
         progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.seconds = clock.seconds
-    _must(save(), folder, progress)
+    _save_the_end(folder, save)
     with stop.at_once(_where(folder, progress, "while evaluating ")):
         _evaluate(folder, evaluated, val_set, "val", progress, accelerator, config.workers)
         if config.evaluate_train:
             plain = make_transform(model_config.augment, model_config.image_size, train=False)
             train_set.transform = plain
             _evaluate(folder, evaluated, train_set, "train", progress, accelerator, config.workers)
-    _must(save(), folder, progress)
+    _save_the_end(folder, save)
     if accelerator.is_main_process:
         from regolite.inspect import draw_run  # here, so that nobody else waits for matplotlib
 
@@ -460,10 +461,10 @@ def _save(
     progress: Progress,
     window: Window,
     accelerator: Accelerator,
-) -> OSError | None:
+) -> str:
     """Write a checkpoint, or say what keeps it from being written; the older ones stay, and the run can go on."""
     if not accelerator.is_main_process:
-        return None
+        return ""
     bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:  # the loss was finite and its gradient was not: the next step would say so, but too late for the checkpoint
         message = (
@@ -484,35 +485,32 @@ def _save(
         folder.save_state(state)
         save_model(evaluated, folder.path / "model.safetensors")
     except OSError as error:
-        folder.warn(
-            f"step {progress.step} cannot be saved ({error.strerror}): free some space at {folder.path}. "
-            f"{_kept(folder)}, and the run goes on"
-        )
-        return error
-    return None
+        last = folder.last_step()
+        kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is kept"
+        what = "model.safetensors" if last == progress.step else f"step {progress.step}"
+        return f"{what} cannot be saved ({error.strerror}), {kept}"
+    return ""
 
 
-def _or_save(items: Iterator[T], save: Callable[[], object]) -> Iterator[T]:
+def _or_save(items: Iterator[T], folder: RunFolder, save: Callable[[], str]) -> Iterator[T]:
     """The items; where one cannot be had, a broken picture say, what is done is saved before the error passes."""
     try:
         yield from items
     except Exception:
-        save()
+        _save_or_go_on(folder, save)
         raise
 
 
-def _kept(folder: RunFolder) -> str:
-    last = folder.last_step()
-    return "There is no checkpoint yet" if last is None else f"The checkpoint of step {last} is kept"
+def _save_or_go_on(folder: RunFolder, save: Callable[[], str]) -> None:
+    """Save; where that fails the run goes on, since there may be space the next time."""
+    if problem := save():
+        folder.warn(f"{problem}: free some space at {folder.path}. The run goes on")
 
 
-def _must(error: OSError | None, folder: RunFolder, progress: Progress) -> None:
-    """What was to be saved is the end of the run: without it the run has failed."""
-    if error is not None:
-        raise UserError(
-            f"step {progress.step}, where the run ends, cannot be saved ({error.strerror}). {_kept(folder)}: free "
-            f"some space at {folder.path} and go on with resume=True"
-        ) from error
+def _save_the_end(folder: RunFolder, save: Callable[[], str]) -> None:
+    """Save what the run was for; without it the run has failed."""
+    if problem := save():
+        raise UserError(f"the run ends, and {problem}: free some space at {folder.path} and resume it")
 
 
 def _where(folder: RunFolder, progress: Progress, doing: str = "") -> str:
@@ -520,10 +518,9 @@ def _where(folder: RunFolder, progress: Progress, doing: str = "") -> str:
     return f"{doing}after step {progress.step}, which is saved in {folder.path}"
 
 
-def _stop(folder: RunFolder, error: OSError | None, progress: Progress) -> NoReturn:
+def _stop(folder: RunFolder, problem: str, progress: Progress) -> NoReturn:
     """End the run, as somebody has asked for."""
-    saved = f"after step {progress.step}, which cannot be saved ({error and error.strerror}). {_kept(folder)}"
-    stop.so_far = _where(folder, progress) if error is None else saved
+    stop.so_far = f"after step {progress.step}: {problem}" if problem else _where(folder, progress)
     folder.log.info("stopped %s", stop.so_far)
     folder.close()
     stop.leave()
