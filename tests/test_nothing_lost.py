@@ -121,23 +121,32 @@ def command(config, *more):
     return [*words, *more]
 
 
+# `python -m regolite`, deaf to a shell that has begun these tests with `&` and so made its children ignore Ctrl-C.
+MAIN = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("regolite", run_name="__main__", alter_sys=True)
+"""
+
+
 def start(config, *more):
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [sys.executable, "-m", "regolite", *command(config, *more)],
+        [sys.executable, "-c", MAIN, *command(config, *more)],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's & ignores it
     )
 
 
 def wait_for(step, config, running):
     """Until this step is logged."""
-    metrics = Path(config.output) / "metrics.jsonl"
+    metrics, start = Path(config.output) / "metrics.jsonl", time.monotonic()
     while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
-        assert running.poll() is None, running.communicate()
+        if running.poll() is not None or time.monotonic() - start > 200:
+            running.kill()
+            pytest.fail(f"step {step} never came: {running.communicate()}")
         time.sleep(0.005)
 
 
@@ -165,7 +174,10 @@ def test_stopped_from_outside(config, whole, signum, code, capsys):
     running = start(plan)
     wait_for(2, plan, running)
     running.send_signal(signum)
-    _, said = running.communicate(timeout=120)
+    try:
+        _, said = running.communicate(timeout=200)
+    finally:
+        running.kill()
     assert running.returncode == code, said
     last = said.strip().splitlines()[-1]
     name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"

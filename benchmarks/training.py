@@ -1,0 +1,324 @@
+"""How fast and how large a training step is: ``python -m benchmarks.training [--json FILE]``.
+
+Deformable DETR R50 and REGO on it, 480x640, batch 2, float32, on the CPU, beside Hugging Face's Deformable DETR (the
+extra ``transformers``) with the same weights, pictures and targets:
+
+- training: forward, loss with matching, backward, clipping and AdamW;
+- inference, batch 1;
+- memory: the peak of a fresh process that does nothing but train one of them;
+- pictures: how many a second one worker prepares by DETR's whole augmentation, and which share of a real training is
+  spent waiting for them.
+
+The sides take turns, so that whatever else the machine does slows all of them; a ratio is the median of the ratios of
+neighbours. Before anything is timed they must give the same outputs, losses and gradients. Exit code 1 where they do
+not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+import regolite
+from benchmarks.speed import CLASSES, OBJECTS, some_boxes
+from regolite.data import make_transform, open_data
+from regolite.errors import UserError
+from regolite.losses import SetLoss
+from regolite.presets import configure
+from regolite.published import adapt, to_transformers
+from regolite.rego import Rego, RegoConfig
+from regolite.structures import DetectorOutput, ImageBatch, Target
+from regolite.training.batches import EpochBatches, loader
+from regolite.training.metrics import peak_memory
+
+SIZE, BATCH = (480, 640), 2
+PAIRS = {  # ours, and what it is compared with
+    "Deformable DETR": ("base", "base of transformers"),
+    "REGO on it": ("rego", "rego on transformers"),
+    "REGO on it, against Deformable DETR alone": ("rego", "base of transformers"),
+    "Deformable DETR, padding hidden": ("base, padding hidden", "base of transformers"),
+}
+SIDES = tuple(dict.fromkeys(side for pair in PAIRS.values() for side in pair))
+COCO = Path(__file__).parent.parent / "data" / "coco_tiny"
+
+
+class Side:
+    """A model and how it is trained.
+
+    Args:
+        name: one of :data:`SIDES`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.theirs = name, "transformers" in name
+        torch.manual_seed(0)
+        config = configure(
+            "deformable_detr_r50",
+            weights=None,
+            dropout=0.0,
+            mask_padding=name == "base, padding hidden",
+            label=1.0,  # transformers' loss knows no other weight
+        )
+        detector = regolite.build(config)
+        for layer in detector.modules():  # as in a trained model, every query looks elsewhere
+            if isinstance(layer, regolite.deformable.DeformableAttention):
+                nn.init.normal_(layer.sampling_offsets.weight, std=0.05)
+                nn.init.normal_(layer.attention_weights.weight, std=0.05)
+        torch.manual_seed(1)
+        rego = Rego(detector, RegoConfig(dropout=0.0)) if name.startswith("rego") else None
+        self.model = detector if rego is None else rego
+        if self.theirs:
+            self.model = to_transformers(detector)
+            for key, weight in self.model.named_parameters():  # theirs to choose; ours trains the stages 3 to 5
+                if ".backbone." in key:
+                    weight.requires_grad_(any(f"layer{stage - 1}" in key for stage in (3, 4, 5)))
+            self.model.config.auxiliary_loss = True
+        if self.theirs and rego is not None:
+            rego.detector = adapt(self.model)
+            self.model = rego
+        self.set_loss = SetLoss(config.loss, detector.scoring)
+        self.model.train()
+        if not self.theirs:
+            self.model.to(memory_format=torch.channels_last)  # as the training loop does
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, 1e-5)
+
+    def loss(self, images: ImageBatch, targets: list[Target]) -> Tensor:
+        """The loss of a batch."""
+        if isinstance(self.model, Rego) or not self.theirs:
+            return self.set_loss(self.model(images), targets)[0]
+        labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets]
+        return self.model(images.pixels, pixel_mask=(~images.mask).long(), labels=labels).loss
+
+    def step(self, images: ImageBatch, targets: list[Target]) -> tuple[float, float]:
+        """Train once; the loss and the norm of the gradient."""
+        loss = self.loss(images, targets)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.weights, 0.1)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), norm.item()
+
+    def detect(self, images: ImageBatch) -> tuple[Tensor, Tensor]:
+        """Logits and boxes of the last layer."""
+        if isinstance(self.model, Rego) or not self.theirs:
+            output: DetectorOutput = self.model(images)
+            return output.final.logits, output.final.boxes
+        output = self.model(images.pixels, pixel_mask=(~images.mask).long())
+        return output.logits, output.pred_boxes
+
+
+def some_batch() -> tuple[ImageBatch, list[Target]]:
+    """Pictures of noise, without padding, and their objects."""
+    torch.manual_seed(2)
+    mask = torch.zeros(BATCH, *SIZE, dtype=torch.bool)
+    images = ImageBatch(torch.randn(BATCH, 3, *SIZE), mask, torch.tensor([SIZE] * BATCH))
+    return images, [Target(torch.randint(CLASSES, (OBJECTS,)), some_boxes(OBJECTS), b, SIZE) for b in range(BATCH)]
+
+
+# --------------------------------------------------------------------------------------------------------- time
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, round by round; each round begins with another one."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """For each comparison the median seconds of both, and quartiles of the ratio (theirs to ours)."""
+    rows = {}
+    for row, (ours, theirs) in PAIRS.items():
+        low, middle, high = statistics.quantiles([t / o for o, t in zip(times[ours], times[theirs])], n=4)
+        medians = {"ours": statistics.median(times[ours]), "theirs": statistics.median(times[theirs])}
+        rows[row] = {**medians, "ratio": middle, "low": low, "high": high}
+    return rows
+
+
+def must_agree(what: str, values: dict[str, tuple[Any, ...]], tolerance: float) -> None:
+    """Stop where a pair with the same weights does not give the same numbers, relative to the largest of them."""
+    for ours, theirs in (("base", "base of transformers"), ("rego", "rego on transformers")):
+        for mine, other in zip(values[ours], values[theirs]):
+            mine, other = torch.as_tensor(mine), torch.as_tensor(other)
+            difference = ((mine - other).abs().max() / other.abs().max()).item()
+            if not difference <= tolerance:
+                raise SystemExit(f"{what} of '{ours}' and of '{theirs}' differ by {difference:.1e}")
+
+
+def training_and_inference(rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds of a training step, batch 2, and of inference, batch 1."""
+    sides = {name: Side(name) for name in SIDES}
+    trained = {name: sum(weight.numel() for weight in side.weights) for name, side in sides.items()}
+    for ours, theirs in (("base", "base of transformers"), ("rego", "rego on transformers")):
+        if trained[ours] != trained[theirs]:
+            raise SystemExit(f"'{ours}' trains {trained[ours]} weights and '{theirs}' {trained[theirs]}")
+    images, targets = some_batch()
+    one = ImageBatch(images.pixels[:1], images.mask[:1], images.sizes[:1])
+    report = {}
+
+    with torch.inference_mode():
+        for side in sides.values():
+            side.model.eval()
+        must_agree("outputs", {name: side.detect(one) for name, side in sides.items()}, 1e-4)
+        times = take_turns({name: lambda side=side: side.detect(one) for name, side in sides.items()}, 3 * rounds)
+    report["inference"] = ratios(times)
+
+    for side in sides.values():
+        side.model.train()
+    # The first step makes the optimiser's state.
+    must_agree("losses and gradients", {n: side.step(images, targets) for n, side in sides.items()}, 1e-4)
+    times = take_turns({name: lambda side=side: side.step(images, targets) for name, side in sides.items()}, rounds)
+    report["training"] = ratios(times)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+def memory(name: str) -> dict[str, float]:
+    """GB of this process before the first step, and at the most in two steps."""
+    side, batch = Side(name), some_batch()
+    before = psutil.Process().memory_info().rss / 1e9
+    side.step(*batch)
+    side.step(*batch)
+    return {"before": before, "peak": peak_memory(torch.device("cpu"))}
+
+
+def memory_in_fresh_processes(threads: int) -> dict[str, dict[str, float]]:
+    """The same for each side, in a process of its own."""
+    figures = {}
+    for name in SIDES:
+        command = [sys.executable, "-m", "benchmarks.training", "--memory-of", name, "--threads", str(threads)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        figures[name] = json.loads(output.splitlines()[-1])
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+def loading(epochs: int = 3) -> float:
+    """Pictures a second that one worker prepares: reading, DETR's augmentation at full size, padding to batches."""
+    dataset = open_data(COCO, "train", make_transform("detr"))
+    sizes = torch.tensor([dataset.size(i) for i in range(len(dataset))], dtype=torch.float32)
+    rates = []
+    for epoch in range(epochs):
+        batches = iter(loader(dataset, 0, 1, EpochBatches(sizes[:, 0] / sizes[:, 1], BATCH, 0, epoch), False))
+        next(batches)  # the worker has started
+        start = time.perf_counter()
+        pictures = sum(len(images) for images, *_ in batches)
+        rates.append(pictures / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+class Enough(Exception):
+    """The training has been watched for long enough."""
+
+
+def waiting(workers: int, steps: int) -> dict[str, float]:
+    """The share of the steps' time in which a real training waits for pictures, and its pictures a second."""
+    lines: list[dict[str, Any]] = []
+
+    def watch(line: dict[str, Any]) -> None:
+        if line["kind"] == "train":
+            lines.append(line)
+        if len(lines) > steps:
+            raise Enough
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = regolite.RunConfig(
+            data=str(COCO), model="rego_deformable_detr_tiny", output=f"{folder}/run", augment="detr", image_size=800,
+            batch_size=4, workers=workers, log_every=1, evaluate_every=0, device="cpu",
+        )  # fmt: skip
+        with contextlib.suppress(Enough):
+            regolite.train(config, watch)
+    seconds = [line["step_seconds"] for line in lines[1:]]  # in the first one the workers start
+    waited = sum(line["step_seconds"] * line["data_wait"] for line in lines[1:])
+    return {"waited": waited / sum(seconds), "pictures_per_second": 4 * len(seconds) / sum(seconds)}
+
+
+# ----------------------------------------------------------------------------------------------------- the report
+
+
+def print_ratios(title: str, unit: str, rows: dict[str, dict[str, float]]) -> None:
+    """A table of comparisons, in things done per second."""
+    print(f"\n{title}\n{'':44} {'transformers':>16} {'regolite':>16} {'ratio':>8} (quartiles)")
+    for name, row in rows.items():
+        print(
+            f"{name:44} {1 / row['theirs']:8.3f} {unit:7} {1 / row['ours']:8.3f} {unit:7} {row['ratio']:7.2f}x "
+            f"({row['low']:.2f} to {row['high']:.2f})"
+        )
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file too")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default 7)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch (default: all cores)")
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(json.dumps(memory(args.memory_of)))
+        return
+    try:
+        to_transformers(regolite.build("deformable_detr_r50", weights=None, mask_padding=False))
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+    report: dict[str, Any] = {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "rounds": args.rounds,
+    }
+    print(f"{report['machine']}, {args.threads} threads, PyTorch {torch.__version__}; medians of {args.rounds} rounds")
+
+    report |= training_and_inference(args.rounds)
+    size = f"{SIZE[0]}x{SIZE[1]}"
+    print_ratios(f"Training, {size}, batch {BATCH} (the same losses and gradients)", "steps/s", report["training"])
+    print_ratios(f"Inference, {size}, batch 1 (the same outputs)", "pict./s", report["inference"])
+
+    report["memory"] = memory_in_fresh_processes(args.threads)
+    print("\nMemory of a training process at its peak (of it, before the first step)")
+    for name, row in report["memory"].items():
+        print(f"{name:44} {row['peak']:9.2f} GB {row['before']:9.2f} GB")
+
+    report["loading"] = loading()
+    print(f"\nOne worker prepares {report['loading']:.1f} pictures a second by DETR's augmentation (coco_tiny)")
+    report["waiting"] = {workers: waiting(workers, 8) for workers in (0, 1)}
+    print("Training rego_deformable_detr_tiny on the same pictures, batch 4, waiting for data takes")
+    for workers, row in report["waiting"].items():
+        print(
+            f"{workers} workers {100 * row['waited']:9.1f} % of the time ({row['pictures_per_second']:.1f} pictures/s)"
+        )
+
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
