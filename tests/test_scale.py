@@ -244,14 +244,14 @@ def test_a_given_model_is_given_back_as_it_was(config):
 
 def test_the_scaler_of_float16_goes_on_where_it_was(config, monkeypatch):
     """A CPU has no use for it, but can multiply and divide all the same."""
-    make = loop._accelerator
+    make = loop.make_accelerator
 
     def with_scaler(plan):
         accelerator = make(plan)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
         return accelerator
 
-    monkeypatch.setattr(loop, "_accelerator", with_scaler)
+    monkeypatch.setattr(loop, "make_accelerator", with_scaler)
     whole = train(config("whole", epochs=2))
     plan = config("parts", epochs=1)
     train(plan)

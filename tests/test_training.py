@@ -16,6 +16,7 @@ from regolite.training.batches import EpochBatches, SeededItems, loader
 from regolite.training.folder import RunFolder
 from regolite.training.metrics import MEASURED
 from regolite.training.schedule import lr_factor, parameter_groups
+from regolite.training.state import State
 
 SMALL = (
     "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
@@ -78,13 +79,12 @@ def interrupt_at(step):
 
 def save_only_at(monkeypatch, *steps):
     """Checkpoints after these steps alone, and at the end; for runs with ``checkpoint_minutes=0.0``."""
-    save = loop._save
+    save = State.save
 
-    def chosen(folder, model, optimizer, average, evaluated, progress, window, accelerator):
-        if progress.step in steps or progress.step == 9:
-            save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
+    def chosen(state):
+        return save(state) if state.progress.step in (*steps, 9) else ""
 
-    monkeypatch.setattr(loop, "_save", chosen)
+    monkeypatch.setattr(State, "save", chosen)
 
 
 # ------------------------------------------------------------------------------------------------- a run as a whole

@@ -6,71 +6,40 @@ Read :func:`train` from top to bottom. What belongs to distribution, mixed preci
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from regolite import processes
-from regolite.baselines import BaselineConfig
 from regolite.checkpoint import class_head_names, load_weights, save_model
-from regolite.data import DetectionDataset, make_transform, open_data
-from regolite.errors import UserError
+from regolite.data import DetectionDataset, make_transform
 from regolite.evaluation import evaluate
 from regolite.losses import SetLoss
 from regolite.matching import NonFinitePrediction
-from regolite.presets import ModelConfig, build, configure
+from regolite.presets import ModelConfig, build
 from regolite.progress import Status
 from regolite.signals import stop
 from regolite.structures import DetectorOutput, Target
 from regolite.training.batches import EpochBatches, Part, loader, steps
 from regolite.training.config import RunConfig
 from regolite.training.folder import RunFolder
-from regolite.training.launch import from_slurm, launch, launched
+from regolite.training.launch import launch
 from regolite.training.metrics import TensorBoard, Window, timed
 from regolite.training.recompute import keep, recompute
 from regolite.training.schedule import lr_factor, parameter_groups
-
-T = TypeVar("T")
-
-
-class NonFiniteLoss(UserError):
-    """The loss became infinite or not a number; the message names its terms, or the predictions that are."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        step: optimiser steps done.
-        epoch: number of the running epoch, from 0.
-        batch: batches of this epoch done.
-        seconds: time spent, over all sessions of the run.
-        best: best AP on the validation pictures, -1 before the first evaluation.
-        evaluated: the step of the last evaluation on each split.
-        broken: how often a picture could not be read and another took its place.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0
-    best: float = -1.0
-    evaluated: dict[str, int] = field(default_factory=dict)
-    broken: int = 0
+from regolite.training.setup import is_to_launch, make_accelerator, prepare_data
+from regolite.training.state import State
 
 
 @stop
@@ -96,45 +65,32 @@ def train(
         RunStopped: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the step is finished and saved, see
             :mod:`regolite.signals`.
     """
-    if _is_to_launch(config, watch, model):
+    if is_to_launch(config, watch, model):
         return launch(config)
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     device = accelerator.device
-    train_set, val_set, model_config = _prepare_data(config, model)
+    train_set, val_set, model_config = prepare_data(config, model)
     config = replace(config, model=model_config.preset)
     if config.tensorboard and accelerator.is_main_process:
         watch = TensorBoard(Path(config.output) / "tensorboard", watch)
     folder = _folder(config, watch, accelerator)
     set_seed(config.seed)
-    if model is None:
-        model = build(model_config)
-    else:
-        model.model_config = model_config
-    model.to(device)
-    if config.checkpoint is not None:
-        anew = load_weights(model, config.checkpoint, new_classes=True, new_stages=True)
-        heads = class_head_names(anew)
-        what = ["classes that it does not name"] * bool(heads) + ["all of REGO"] * (len(anew) > len(heads))
-        if what:
-            folder.log.info("weights are those of %s, but these start anew: %s", config.checkpoint, ", ".join(what))
-    if device.type in ("cpu", "cuda"):
-        model.to(memory_format=torch.channels_last)
+    model = _model(config, model_config, model, device, folder)
     set_loss = SetLoss(model_config.loss, model.scoring)
     fused = True if device.type == "cuda" else None  # one kernel for all weights
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-    progress, window = Progress(), Window()
+    state = State(folder, model, optimizer, average, accelerator)
     if config.resume:
-        _check_categories(folder, config, model_config)
-        progress, window = _restore(folder, model, optimizer, average, accelerator)
+        state.restore(config.data, model_config.category_ids)
+    progress = state.progress
     if accelerator.is_main_process:
         folder.write_config({"run": config.to_dict(), "model": model_config.to_dict()})
-        _announce(folder, config, model, train_set, progress, accelerator)
+        _announce(config, state, len(train_set))
 
     if config.recompute:
         recompute(model)
     trained, optimizer = accelerator.prepare(model, optimizer)
-    evaluated = average.module if average is not None else model
     sizes = torch.tensor([train_set.size(i) for i in range(len(train_set))], dtype=torch.float32)
     shapes = sizes[:, 0] / sizes[:, 1]
     steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
@@ -147,10 +103,6 @@ def train(
         by_time = progress.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
         return min(1.0, max(progress.step / total_steps, by_time))
 
-    def save() -> str:
-        """Save, and say what keeps it from being saved."""
-        return _save(folder, model, optimizer, average, evaluated, progress, window, accelerator)
-
     status = Status(model_config.preset, accelerator.is_main_process)
     status.update(done())
     named: set[str] = set()  # pictures that could not be read
@@ -162,7 +114,7 @@ def train(
         )  # fmt: skip
         model.train()
         loaded = loader(train_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
-        for waited, parts in timed(_or_save(steps(loaded, batches), folder, save)):
+        for waited, parts in timed(state.saved_before_errors(steps(loaded, batches))):
             begun = time.perf_counter()
             factor = lr_factor(config, progress.epoch, done())
             for group in optimizer.param_groups:
@@ -170,7 +122,7 @@ def train(
             # What a step draws (dropout) depends on its number and the process alone, not on how the run came to it.
             torch.manual_seed(hash((config.seed, progress.step, accelerator.process_index)) % 2**63)
             optimizer.zero_grad()
-            losses, pictures = _backward(trained, set_loss, parts, accelerator, progress, folder)
+            losses, pictures = _backward(trained, set_loss, parts, state)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip) if config.clip else None
             optimizer.step()
             if average is not None:
@@ -184,48 +136,44 @@ def train(
                 progress.broken += int(skipped)
                 _name(folder, broken, named)
             took = time.perf_counter() - begun
-            window.add(losses, norm, accelerator.optimizer_step_was_skipped, pictures, waited, took)
+            state.window.add(losses, norm, accelerator.optimizer_step_was_skipped, pictures, waited, took)
             status.update(done(), f"epoch {progress.epoch}, loss {losses['loss']:.2f}")
             if progress.step % config.log_every == 0:
-                rate = optimizer.param_groups[-1]["lr"]
-                line = window.line(progress.step, progress.epoch, progress.seconds, rate, device)
-                _log(folder, line | ({"broken_pictures": progress.broken} if progress.broken else {}), accelerator)
-                window = Window()
+                _log(state, optimizer.param_groups[-1]["lr"])
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
-                _save_or_go_on(folder, save)
+                state.save_or_go_on()
                 saved = time.monotonic()
-            if asked:
+            if asked:  # who is asked to stop stops all
                 status.close()
-                _stop(folder, save(), progress)  # who is asked to stop stops all
+                state.save_and_leave()
             if done() >= 1.0 and progress.batch < steps_per_epoch:
                 break  # in the middle of an epoch; one that has ended is counted below
         else:
             ends = config.evaluate_every and (progress.epoch + 1) % config.evaluate_every == 0 and done() < 1.0
             if ends:  # saved as the last step of its epoch: whoever goes on from here evaluates again
-                _save_or_go_on(folder, save)
+                state.save_or_go_on()
                 saved = time.monotonic()
             progress.epoch, progress.batch = progress.epoch + 1, 0
             if ends:
-                with stop.at_once(_where(folder, progress, "while evaluating ")):
-                    _evaluate(folder, evaluated, val_set, "val", progress, accelerator, config.workers)
+                with stop.at_once(state.where("while evaluating ")):
+                    _evaluate(state, val_set, "val", config.workers)
     status.close()
 
     if progress.batch == steps_per_epoch:  # as it was saved after the last step of the run
         progress.epoch, progress.batch = progress.epoch + 1, 0
     progress.seconds = clock.seconds
-    _save_the_end(folder, save)
-    with stop.at_once(_where(folder, progress, "while evaluating ")):
-        _evaluate(folder, evaluated, val_set, "val", progress, accelerator, config.workers)
+    state.save_the_end()
+    with stop.at_once(state.where("while evaluating ")):
+        _evaluate(state, val_set, "val", config.workers)
         if config.evaluate_train:
-            plain = make_transform(model_config.augment, model_config.image_size, train=False)
-            train_set.transform = plain
-            _evaluate(folder, evaluated, train_set, "train", progress, accelerator, config.workers)
-    _save_the_end(folder, save)
+            train_set.transform = make_transform(model_config.augment, model_config.image_size, train=False)
+            _evaluate(state, train_set, "train", config.workers)
+    state.save_the_end()
     if accelerator.is_main_process:
         from regolite.inspect import draw_run  # here, so that nobody else waits for matplotlib
 
-        with stop.at_once(_where(folder, progress, "while drawing the figures ")):
-            draw_run(folder.path, evaluated, {"val": val_set, "train": train_set})
+        with stop.at_once(state.where("while drawing the figures ")):
+            draw_run(folder.path, state.evaluated, {"val": val_set, "train": train_set})
     accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # a model that was given is given back as it was
     keep(model)
     accelerator.end_training()
@@ -233,152 +181,6 @@ def train(
         folder.watch.close()
     folder.close()
     return folder.path
-
-
-def _is_to_launch(config: RunConfig, watch: object, model: object) -> bool:
-    """Whether this process is to start the processes that train, and not to train itself."""
-    os.environ.update(from_slurm())
-    there = int(os.environ["WORLD_SIZE"]) if launched() else 1
-    if launched() and config.processes not in (1, there):
-        raise UserError(f"processes={config.processes}, but {there} have been started; leave it out")
-    wanted = max(config.processes, there)
-    if config.batch_size % (wanted * config.accumulate):
-        raise UserError(
-            f"batch_size={config.batch_size} is that of all processes together, and cannot be shared by {wanted} with "
-            f"accumulate={config.accumulate}; choose a multiple of {wanted * config.accumulate}"
-        )
-    if config.processes > 1 and not launched() and not (watch is None and model is None):
-        raise UserError(
-            "processes that are started know no watch and no model of this one; use processes=1, or save it"
-        )
-    return config.processes > 1 and not launched()
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
-    if config.device not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"unknown device {config.device!r}; choose auto, cpu, cuda or mps")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device='cuda', but PyTorch sees no CUDA GPU; use device='auto'")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device='mps', but PyTorch sees no Apple GPU; use device='auto'")
-    AcceleratorState._reset_state(reset_partial_state=True)  # or the next run in a notebook had to be like the first
-    try:
-        together = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradient
-        accelerator = Accelerator(
-            cpu=config.device == "cpu", mixed_precision=config.precision, kwargs_handlers=[together]
-        )
-    except ValueError as error:
-        raise UserError(f"precision={config.precision!r} cannot be had here: {error}") from error
-    if config.precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("precision='fp16' needs a GPU; use precision='bf16' or 'no'")
-    return accelerator
-
-
-def _prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:
-    """Training and validation pictures, and the configuration of the model with their classes in it."""
-    if given is None:
-        model = configure(config.model, **parse_overrides(config.overrides))
-    elif getattr(given, "model_config", None) is None:
-        raise UserError("a model to train must carry its configuration: set its model_config (regolite.configure)")
-    elif config.overrides:
-        raise UserError(f"overrides ({', '.join(config.overrides)}) change a preset, and a model was given: change it")
-    else:
-        model = given.model_config
-    if isinstance(model.detector, BaselineConfig):
-        raise UserError(f"{model.preset} is a baseline, which is measured and not trained here; train a DETR")
-    size, augment = config.image_size or model.image_size, config.augment or model.augment
-    transform, strict = make_transform(augment, size, train=True), config.on_broken == "stop"
-    train_set = open_data(config.data, "train", transform, config.limit_images, check_files=strict)
-    val_set = open_data(config.data, "val", make_transform(augment, size, train=False))
-    if given is not None and len(model.classes) != len(train_set.classes):
-        raise UserError(
-            f"the model has {len(model.classes)} classes and {config.data} has {len(train_set.classes)}: make it with "
-            f"num_classes={len(train_set.classes)} (regolite.build, regolite.published.load and adapt take that)"
-        )
-    model = replace(
-        model, augment=augment, image_size=size, classes=train_set.classes, category_ids=train_set.category_ids
-    )
-    if val_set.category_ids != train_set.category_ids:
-        raise UserError(f"{config.data}: training and validation annotations name different categories")
-    return train_set, val_set, model
-
-
-def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """``queries=50`` to a name and a value; a list is written with commas, as in ``alphas=1,1,1``."""
-    parsed = {}
-    for text in overrides:
-        name, _, value = text.partition("=")
-        if not value.strip(","):
-            raise UserError(f"override {text!r} has no value; write name=value, as in queries=50")
-        parts = tuple(_literal(part) for part in value.split(",") if part)
-        parsed[name] = parts if "," in value else parts[0]
-    return parsed
-
-
-def _literal(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _backward(
-    trained: nn.Module,
-    set_loss: SetLoss,
-    parts: list[Part],
-    accelerator: Accelerator,
-    progress: Progress,
-    folder: RunFolder,
-) -> tuple[dict[str, float], float]:
-    """The gradient of a batch, done by all processes and each of them in parts.
-
-    Every part's loss is divided by the objects of the whole batch, so that losses and gradients sum up to the batch's.
-
-    Returns:
-        The loss and its terms by name, and the number of pictures, all of the whole batch.
-    """
-    whole = processes.total(sum(part.objects for part in parts), sum(part.pictures for part in parts))
-    sums: Counter[str] = Counter()
-    for part in parts:
-        images = part.images.to(accelerator.device, non_blocking=True)
-        targets = [target.to(accelerator.device, non_blocking=True) for target in part.targets]
-        with nullcontext() if part is parts[-1] else accelerator.no_sync(trained):
-            loss, numbers = _finite_loss(set_loss, trained(images), targets, whole, progress, folder)
-            # Processes are given the mean of their gradients, and here the sum is wanted.
-            accelerator.backward(loss * (part.counts * accelerator.num_processes))
-        sums.update({name: part.counts * number for name, number in numbers.items()})
-    return dict(zip(sums, processes.total(*sums.values()))), whole[1]
-
-
-def _finite_loss(
-    set_loss: SetLoss,
-    output: DetectorOutput,
-    targets: list[Target],
-    whole: list[float],
-    progress: Progress,
-    folder: RunFolder,
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss; it and its terms as numbers. Or one error that says what of it is not finite."""
-    try:
-        loss, terms = set_loss(output, targets, *whole)
-        numbers = torch.stack([loss.detach(), *(term.detach() for term in terms.values())]).tolist()  # one transfer
-        if math.isfinite(numbers[0]):
-            return loss, dict(zip(["loss", *terms], numbers))
-        bad = [name for name, number in zip(terms, numbers[1:]) if not math.isfinite(number)]
-        message = (
-            f"these terms of the loss are not finite: {', '.join(bad)}. Lower the learning rate, clip the gradient, "
-            "or train without mixed precision"
-        )
-    except NonFinitePrediction as error:
-        message = str(error)
-    message = f"training stopped at step {progress.step}: {message}"
-    folder.log.error(message)
-    raise NonFiniteLoss(message)
 
 
 def _folder(config: RunConfig, watch: Callable[[dict[str, Any]], None] | None, accelerator: Accelerator) -> RunFolder:
@@ -392,138 +194,89 @@ def _folder(config: RunConfig, watch: Callable[[dict[str, Any]], None] | None, a
     return folder
 
 
-def _announce(
-    folder: RunFolder,
-    config: RunConfig,
-    model: nn.Module,
-    data: DetectionDataset,
-    at: Progress,
-    accelerator: Accelerator,
-) -> None:
-    count = sum(p.numel() for p in model.parameters())
-    folder.log.info(
+def _model(
+    config: RunConfig, model_config: ModelConfig, given: nn.Module | None, device: torch.device, folder: RunFolder
+) -> nn.Module:
+    """The model to train, with the weights that it starts from."""
+    model = build(model_config) if given is None else given
+    model.model_config = model_config
+    model.to(device)
+    if config.checkpoint is not None:
+        anew = load_weights(model, config.checkpoint, new_classes=True, new_stages=True)
+        heads = class_head_names(anew)
+        what = ["classes that it does not name"] * bool(heads) + ["all of REGO"] * (len(anew) > len(heads))
+        if what:
+            folder.log.info("weights are those of %s, but these start anew: %s", config.checkpoint, ", ".join(what))
+    if device.type in ("cpu", "cuda"):
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _announce(config: RunConfig, state: State, pictures: int) -> None:
+    accelerator, log = state.accelerator, state.folder.log
+    log.info(
         "%s %s (%.2f M parameters) on %d pictures of %s, seed %d, PyTorch %s",
-        "going on with" if at.step else "training", config.model, count / 1e6, len(data), config.data, config.seed,
-        torch.__version__,
+        "going on with" if state.progress.step else "training", config.model,
+        sum(p.numel() for p in state.model.parameters()) / 1e6, pictures, config.data, config.seed, torch.__version__,
     )  # fmt: skip
-    folder.log.info(
+    log.info(
         "%d pictures a step, learning rate %g: %d processes on %s, each with %d parts of %d pictures, precision %s",
         config.batch_size, config.lr, accelerator.num_processes, accelerator.device.type, config.accumulate,
         config.batch_size // (accelerator.num_processes * config.accumulate), config.precision,
     )  # fmt: skip
 
 
-def _log(folder: RunFolder, line: dict[str, Any], accelerator: Accelerator) -> None:
-    if not accelerator.is_main_process:
+def _backward(trained: nn.Module, set_loss: SetLoss, parts: list[Part], state: State) -> tuple[dict[str, float], float]:
+    """The gradient of a batch, done by all processes and each of them in parts.
+
+    Every part's loss is divided by the objects of the whole batch, so that losses and gradients sum up to the batch's.
+
+    Returns:
+        The loss and its terms by name, and the number of pictures, all of the whole batch.
+    """
+    accelerator = state.accelerator
+    whole = processes.total(sum(part.objects for part in parts), sum(part.pictures for part in parts))
+    sums: Counter[str] = Counter()
+    for part in parts:
+        images = part.images.to(accelerator.device, non_blocking=True)
+        targets = [target.to(accelerator.device, non_blocking=True) for target in part.targets]
+        with nullcontext() if part is parts[-1] else accelerator.no_sync(trained):
+            loss, numbers = _finite_loss(set_loss, trained(images), targets, whole, state)
+            # Processes are given the mean of their gradients, and here the sum is wanted.
+            accelerator.backward(loss * (part.counts * accelerator.num_processes))
+        sums.update({name: part.counts * number for name, number in numbers.items()})
+    return dict(zip(sums, processes.total(*sums.values()))), whole[1]
+
+
+def _finite_loss(
+    set_loss: SetLoss, output: DetectorOutput, targets: list[Target], whole: list[float], state: State
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss; it and its terms as numbers. Or one error that says what of it is not finite."""
+    try:
+        loss, terms = set_loss(output, targets, *whole)
+    except NonFinitePrediction as error:
+        state.fail(str(error))
+    numbers = torch.stack([loss.detach(), *(term.detach() for term in terms.values())]).tolist()  # one transfer
+    if not math.isfinite(numbers[0]):
+        bad = [name for name, number in zip(terms, numbers[1:]) if not math.isfinite(number)]
+        state.fail(
+            f"these terms of the loss are not finite: {', '.join(bad)}. Lower the learning rate, clip the gradient, "
+            "or train without mixed precision"
+        )
+    return loss, dict(zip(["loss", *terms], numbers))
+
+
+def _log(state: State, lr: float) -> None:
+    progress = state.progress
+    line = state.window.line(progress.step, progress.epoch, progress.seconds, lr, state.accelerator.device)
+    state.window = Window()
+    if not state.accelerator.is_main_process:
         return
-    folder.write_metrics(line)
-    folder.log.info(
+    state.folder.write_metrics(line | ({"broken_pictures": progress.broken} if progress.broken else {}))
+    state.folder.log.info(
         "step %d epoch %d loss %.3f lr %.2e %.1f pictures/s",
         *(line[k] for k in ("step", "epoch", "loss", "lr", "images_per_second")),
     )
-
-
-def _evaluate(
-    folder: RunFolder,
-    model: nn.Module,
-    dataset: DetectionDataset,
-    split: str,
-    progress: Progress,
-    accelerator: Accelerator,
-    workers: int = 0,
-) -> None:
-    if progress.evaluated.get(split) == progress.step:
-        return
-    progress.evaluated[split] = progress.step
-    figures = evaluate(model, dataset, batch_size=8, workers=workers)
-    if not accelerator.is_main_process:
-        return
-    where = {"kind": "evaluation", "split": split, "step": progress.step, "epoch": progress.epoch}
-    folder.write_metrics({**where, "seconds": progress.seconds, **figures})
-    by_stage = ", ".join(f"{s['AP'] or 0.0:.1f}" for s in figures["stages"])
-    folder.log.info("step %d AP on %s by stage: %s", progress.step, split, by_stage)
-    Status.say(f"step {progress.step}, AP on {split} by stage, the base detector first: {by_stage}")
-    if split == "val" and (figures["AP"] or 0.0) > progress.best:
-        try:
-            save_model(model, folder.path / "best.safetensors")
-            folder.keep_best(progress.step)
-            progress.best = figures["AP"] or 0.0
-        except OSError as error:
-            folder.warn(f"the best weights so far cannot be written ({error.strerror}): free some space")
-
-
-def _save(
-    folder: RunFolder,
-    model: nn.Module,
-    optimizer: Any,
-    average: AveragedModel | None,
-    evaluated: nn.Module,
-    progress: Progress,
-    window: Window,
-    accelerator: Accelerator,
-) -> str:
-    """Write a checkpoint, or say what keeps it from being written; the older ones stay, and the run can go on."""
-    if not accelerator.is_main_process:
-        return ""
-    bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    if bad:  # the loss was finite and its gradient was not: the next step would say so, but too late for the checkpoint
-        message = (
-            f"training stopped at step {progress.step}: {len(bad)} weights are not finite ({bad[0]}, ...). Lower "
-            "the learning rate, clip the gradient, or train without mixed precision"
-        )
-        folder.log.error(message)
-        raise NonFiniteLoss(message)
-    state = {
-        **vars(progress),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "average": average.state_dict() if average is not None else None,
-        "window": window.state(),
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-    }
-    try:
-        folder.save_state(state)
-        save_model(evaluated, folder.path / "model.safetensors")
-    except OSError as error:
-        last = folder.last_step()
-        kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is kept"
-        what = "model.safetensors" if last == progress.step else f"step {progress.step}"
-        return f"{what} cannot be saved ({error.strerror}), {kept}"
-    return ""
-
-
-def _or_save(items: Iterator[T], folder: RunFolder, save: Callable[[], str]) -> Iterator[T]:
-    """The items; where one cannot be had, a broken picture say, what is done is saved before the error passes."""
-    try:
-        yield from items
-    except Exception:
-        _save_or_go_on(folder, save)
-        raise
-
-
-def _save_or_go_on(folder: RunFolder, save: Callable[[], str]) -> None:
-    """Save; where that fails the run goes on, since there may be space the next time."""
-    if problem := save():
-        folder.warn(f"{problem}: free some space at {folder.path}. The run goes on")
-
-
-def _save_the_end(folder: RunFolder, save: Callable[[], str]) -> None:
-    """Save what the run was for; without it the run has failed."""
-    if problem := save():
-        raise UserError(f"the run ends, and {problem}: free some space at {folder.path} and resume it")
-
-
-def _where(folder: RunFolder, progress: Progress, doing: str = "") -> str:
-    """Where a run stands that is saved."""
-    return f"{doing}after step {progress.step}, which is saved in {folder.path}"
-
-
-def _stop(folder: RunFolder, problem: str, progress: Progress) -> NoReturn:
-    """End the run, as somebody has asked for."""
-    stop.so_far = f"after step {progress.step}: {problem}" if problem else _where(folder, progress)
-    folder.log.info("stopped %s", stop.so_far)
-    folder.close()
-    stop.leave()
 
 
 def _name(folder: RunFolder, messages: list[str], named: set[str]) -> None:
@@ -534,40 +287,26 @@ def _name(folder: RunFolder, messages: list[str], named: set[str]) -> None:
             folder.warn(f"{message}. Another takes its place")
 
 
-def _check_categories(folder: RunFolder, config: RunConfig, model: ModelConfig) -> None:
-    """A class head of the right size would take any categories."""
-    before = folder.read_config().get("model", {}).get("category_ids")
-    if before is not None and tuple(before) != model.category_ids:
-        raise UserError(
-            f"{folder.path} holds a run on other categories than those of {config.data}: go on with the data that it "
-            "was begun with, or give another output folder"
-        )
-
-
-def _restore(
-    folder: RunFolder,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: AveragedModel | None,
-    accelerator: Accelerator,
-) -> tuple[Progress, Window]:
-    state = folder.load_state()
-    if state is None:
-        return Progress(), Window()
-    try:
-        model.load_state_dict(state["model"])
-        chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, choice in zip(optimizer.param_groups, chosen):
-            group.update(choice)  # learning rates are the configuration's, which may have changed
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{folder.path} holds a run of another model ({str(error).splitlines()[0]})") from error
-    if average is not None and state["average"] is not None:
-        average.load_state_dict(state["average"])
-    if accelerator.scaler is not None and state.get("scaler"):
-        accelerator.scaler.load_state_dict(state["scaler"])
-    progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-    return progress, Window(**state.get("window", {}))
+def _evaluate(state: State, dataset: DetectionDataset, split: str, workers: int) -> None:
+    progress, folder = state.progress, state.folder
+    if progress.evaluated.get(split) == progress.step:
+        return
+    progress.evaluated[split] = progress.step
+    figures = evaluate(state.evaluated, dataset, batch_size=8, workers=workers)
+    if not state.accelerator.is_main_process:
+        return
+    where = {"kind": "evaluation", "split": split, "step": progress.step, "epoch": progress.epoch}
+    folder.write_metrics({**where, "seconds": progress.seconds, **figures})
+    by_stage = ", ".join(f"{s['AP'] or 0.0:.1f}" for s in figures["stages"])
+    folder.log.info("step %d AP on %s by stage: %s", progress.step, split, by_stage)
+    Status.say(f"step {progress.step}, AP on {split} by stage, the base detector first: {by_stage}")
+    if split == "val" and (figures["AP"] or 0.0) > progress.best:
+        try:
+            save_model(state.evaluated, folder.path / "best.safetensors")
+            folder.keep_best(progress.step)
+            progress.best = figures["AP"] or 0.0
+        except OSError as error:
+            folder.warn(f"the best weights so far cannot be written ({error.strerror}): free some space")
 
 
 class _Clock:

@@ -1,0 +1,117 @@
+"""What a run needs before its first step: processes, a device, pictures, a model that knows their classes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from regolite.baselines import BaselineConfig
+from regolite.data import DetectionDataset, make_transform, open_data
+from regolite.errors import UserError
+from regolite.presets import ModelConfig, configure
+from regolite.training.config import RunConfig
+from regolite.training.launch import from_slurm, launched
+
+
+def is_to_launch(config: RunConfig, watch: object, model: object) -> bool:
+    """Whether this process is to start the processes that train, and not to train itself."""
+    os.environ.update(from_slurm())
+    there = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if launched() and config.processes not in (1, there):
+        raise UserError(f"processes={config.processes}, but {there} have been started; leave it out")
+    wanted = max(config.processes, there)
+    if config.batch_size % (wanted * config.accumulate):
+        raise UserError(
+            f"batch_size={config.batch_size} is that of all processes together, and cannot be shared by {wanted} with "
+            f"accumulate={config.accumulate}; choose a multiple of {wanted * config.accumulate}"
+        )
+    if config.processes > 1 and not launched() and not (watch is None and model is None):
+        raise UserError(
+            "processes that are started know no watch and no model of this one; use processes=1, or save it"
+        )
+    return config.processes > 1 and not launched()
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The processes, the device and the precision of a run.
+
+    Raises:
+        UserError: when there is no such device, or it knows no such precision.
+    """
+    if config.device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"unknown device {config.device!r}; choose auto, cpu, cuda or mps")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device='cuda', but PyTorch sees no CUDA GPU; use device='auto'")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device='mps', but PyTorch sees no Apple GPU; use device='auto'")
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the next run in a notebook had to be like the first
+    try:
+        together = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradient
+        accelerator = Accelerator(
+            cpu=config.device == "cpu", mixed_precision=config.precision, kwargs_handlers=[together]
+        )
+    except ValueError as error:
+        raise UserError(f"precision={config.precision!r} cannot be had here: {error}") from error
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("precision='fp16' needs a GPU; use precision='bf16' or 'no'")
+    return accelerator
+
+
+def prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:
+    """Training and validation pictures, and the configuration of the model with their classes in it."""
+    if given is None:
+        model = configure(config.model, **parse_overrides(config.overrides))
+    elif getattr(given, "model_config", None) is None:
+        raise UserError("a model to train must carry its configuration: set its model_config (regolite.configure)")
+    elif config.overrides:
+        raise UserError(f"overrides ({', '.join(config.overrides)}) change a preset, and a model was given: change it")
+    else:
+        model = given.model_config
+    if isinstance(model.detector, BaselineConfig):
+        raise UserError(f"{model.preset} is a baseline, which is measured and not trained here; train a DETR")
+    size, augment = config.image_size or model.image_size, config.augment or model.augment
+    transform, strict = make_transform(augment, size, train=True), config.on_broken == "stop"
+    train_set = open_data(config.data, "train", transform, config.limit_images, check_files=strict)
+    val_set = open_data(config.data, "val", make_transform(augment, size, train=False))
+    if given is not None and len(model.classes) != len(train_set.classes):
+        raise UserError(
+            f"the model has {len(model.classes)} classes and {config.data} has {len(train_set.classes)}: make it with "
+            f"num_classes={len(train_set.classes)} (regolite.build, regolite.published.load and adapt take that)"
+        )
+    model = replace(
+        model, augment=augment, image_size=size, classes=train_set.classes, category_ids=train_set.category_ids
+    )
+    if val_set.category_ids != train_set.category_ids:
+        raise UserError(f"{config.data}: training and validation annotations name different categories")
+    return train_set, val_set, model
+
+
+def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """``queries=50`` to a name and a value; a list is written with commas, as in ``alphas=1,1,1``."""
+    parsed = {}
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if not value.strip(","):
+            raise UserError(f"override {text!r} has no value; write name=value, as in queries=50")
+        parts = tuple(_literal(part) for part in value.split(",") if part)
+        parsed[name] = parts if "," in value else parts[0]
+    return parsed
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

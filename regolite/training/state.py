@@ -1,0 +1,200 @@
+"""What a run is made of between two steps: how it is saved, and how it goes on from there.
+
+A run that cannot be saved goes on all the same: there may be space the next time. Only at its end it has failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NoReturn, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from regolite.checkpoint import save_model
+from regolite.errors import UserError
+from regolite.signals import stop
+from regolite.training.folder import RunFolder
+from regolite.training.metrics import Window
+
+T = TypeVar("T")
+
+
+class NonFiniteLoss(UserError):
+    """The loss became infinite or not a number; the message names its terms, or the predictions that are."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimiser steps done.
+        epoch: number of the running epoch, from 0.
+        batch: batches of this epoch done.
+        seconds: time spent, over all sessions of the run.
+        best: best AP on the validation pictures, -1 before the first evaluation.
+        evaluated: the step of the last evaluation on each split.
+        broken: how often a picture could not be read and another took its place.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    best: float = -1.0
+    evaluated: dict[str, int] = field(default_factory=dict)
+    broken: int = 0
+
+
+class State:
+    """All that changes while a run trains, and the folder where it is kept.
+
+    Args:
+        folder: where checkpoints are written.
+        model: what learns.
+        optimizer: how it learns.
+        average: the moving average of its weights, if there is one.
+        accelerator: the processes; the first of them writes.
+
+    Attributes:
+        progress: how far the run has come.
+        window: the metrics since the last line.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: AveragedModel | None,
+        accelerator: Accelerator,
+    ) -> None:
+        self.folder, self.model, self.optimizer, self.average = folder, model, optimizer, average
+        self.accelerator, self.progress, self.window = accelerator, Progress(), Window()
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that the run is for: the average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def where(self, doing: str = "") -> str:
+        """Where a run stands that is saved, for a message."""
+        return f"{doing}after step {self.progress.step}, which is saved in {self.folder.path}"
+
+    def fail(self, reason: str) -> NoReturn:
+        """End a run whose numbers are none.
+
+        Raises:
+            NonFiniteLoss: always.
+        """
+        message = f"training stopped at step {self.progress.step}: {reason}"
+        self.folder.log.error(message)
+        raise NonFiniteLoss(message)
+
+    # ------------------------------------------------------------------------------------------------------- saving
+
+    def save(self) -> str:
+        """Write a checkpoint, or say what keeps it from being written; the older ones stay."""
+        if not self.accelerator.is_main_process:
+            return ""
+        bad = [name for name, value in self.model.state_dict().items() if not torch.isfinite(value).all()]
+        if bad:  # the loss was finite and its gradient was not: the next step would say so, too late for the checkpoint
+            self.fail(
+                f"{len(bad)} weights are not finite ({bad[0]}, ...). Lower the learning rate, clip the gradient, or "
+                "train without mixed precision"
+            )
+        scaler = self.accelerator.scaler
+        state = {
+            **vars(self.progress),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "window": self.window.state(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        try:
+            self.folder.save_state(state)
+            save_model(self.evaluated, self.folder.path / "model.safetensors")
+        except OSError as error:
+            last = self.folder.last_step()
+            kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is kept"
+            what = "model.safetensors" if last == self.progress.step else f"step {self.progress.step}"
+            return f"{what} cannot be saved ({error.strerror}), {kept}"
+        return ""
+
+    def save_or_go_on(self) -> None:
+        """Save, or warn."""
+        if problem := self.save():
+            self.folder.warn(f"{problem}: free some space at {self.folder.path}. The run goes on")
+
+    def save_the_end(self) -> None:
+        """Save what the run was for.
+
+        Raises:
+            UserError: when that is not possible.
+        """
+        if problem := self.save():
+            raise UserError(f"the run ends, and {problem}: free some space at {self.folder.path} and resume it")
+
+    def save_and_leave(self) -> NoReturn:
+        """End the run, as a signal has asked for.
+
+        Raises:
+            RunStopped: always.
+        """
+        problem = self.save()
+        stop.so_far = f"after step {self.progress.step}: {problem}" if problem else self.where()
+        self.folder.log.info("stopped %s", stop.so_far)
+        self.folder.close()
+        stop.leave()
+
+    def saved_before_errors(self, items: Iterator[T]) -> Iterator[T]:
+        """The items; where one cannot be had, a broken picture say, what is done is saved before the error passes."""
+        try:
+            yield from items
+        except Exception:
+            self.save_or_go_on()
+            raise
+
+    # --------------------------------------------------------------------------------------------------- going on
+
+    def restore(self, data: str, category_ids: tuple[int, ...]) -> None:
+        """Go on from the newest checkpoint, where there is one.
+
+        Args:
+            data: the data set, by its name.
+            category_ids: its categories. A class head of the right size would take any.
+
+        Raises:
+            UserError: when the run in the folder is one of another model or on other categories.
+        """
+        before = self.folder.read_config().get("model", {}).get("category_ids")
+        if before is not None and tuple(before) != category_ids:
+            raise UserError(
+                f"{self.folder.path} holds a run on other categories than those of {data}: go on with the data that it "
+                "was begun with, or give another output folder"
+            )
+        state = self.folder.load_state()
+        if state is None:
+            return
+        groups = self.optimizer.param_groups
+        try:
+            self.model.load_state_dict(state["model"])
+            chosen = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, choice in zip(self.optimizer.param_groups, chosen):
+                group.update(choice)  # learning rates are the configuration's, which may have changed
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self.folder.path} holds a run of another model ({str(error).splitlines()[0]})"
+            ) from error
+        if self.average is not None and state["average"] is not None:
+            self.average.load_state_dict(state["average"])
+        if self.accelerator.scaler is not None and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
+        self.window = Window(**state.get("window", {}))
