@@ -8,9 +8,13 @@ The public face::
     figures = regolite.evaluate(model, dataset)
     model = regolite.Rego(detector, stages=3)                             # REGO on a detector of your own
     model = regolite.published.load("detr-r50-e632da11.pth")              # weights that others have published
+    with regolite.record(model) as trace:                                 # look inside: attention, glimpses, boxes
+        regolite.detect(model, "picture.jpg")
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from regolite import published
 from regolite.checkpoint import load
@@ -25,6 +29,7 @@ __all__ = [
     "Rego",
     "RegoConfig",
     "RunConfig",
+    "Trace",
     "UserError",
     "build",
     "configure",
@@ -33,7 +38,17 @@ __all__ = [
     "load",
     "presets",
     "published",
+    "record",
     "train",
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """``record`` and ``Trace`` on first use: their room also draws, and nobody else waits for matplotlib."""
+    if name in ("Trace", "record"):
+        from regolite.inspect import recorder
+
+        return getattr(recorder, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@
     regolite evaluate --checkpoint runs/mine/best.safetensors --data data/coco_tiny --json figures.json
     regolite detect --checkpoint runs/mine/best.safetensors street.jpg harbour.png --output found
     regolite convert my_export --output data/mine
+    regolite relations --checkpoint runs/mine/best.safetensors --data scenes:200 --json relations.json
     regolite complexity --models detr_r50 rego_detr_r50 --json complexity.json
     regolite prepare-coco --root data/coco
     regolite compare runs/base runs/rego --metric AP50
@@ -185,6 +186,28 @@ def detect(arguments: argparse.Namespace) -> int:
     print(f"All of them are in {output / 'detections.json'}")
     if broken:
         raise UserError(f"{len(broken)} of {len(written)} pictures failed, the others are done: {'; '.join(broken)}")
+    return 0
+
+
+def relations(arguments: argparse.Namespace) -> int:
+    """Measure how often attention points at the object that decides the class, and what follows when it is removed."""
+    from regolite.checkpoint import write_atomic
+    from regolite.data import Scenes
+    from regolite.evaluation import relations, removal
+
+    _prepare(arguments.json)
+    model = _load(arguments)
+    data = _open(arguments.data, arguments.split, model, arguments.limit_images)
+    if arguments.removal and not isinstance(data, Scenes):
+        raise UserError(f"{arguments.data}: pictures in files cannot be drawn again; give scenes, or --no-removal")
+    figures, cases = relations.relation_score(model, data, arguments.stages, arguments.batch_size)
+    print(relations.as_text(figures))
+    if arguments.removal:
+        figures["removal"] = removal.removal(model, data, cases, arguments.stages)
+        print(f"\n{removal.as_text(figures['removal'])}")
+    if arguments.json is not None:
+        about = {"checkpoint": str(arguments.checkpoint), "data": arguments.data, "split": arguments.split}
+        write_atomic(arguments.json, json.dumps({**about, **figures}, indent=2).encode())
     return 0
 
 
@@ -381,6 +404,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (presets, _presets_options),
         (train, _train_options),
         (evaluate, _evaluate_options),
+        (relations, _relations_options),
         (detect, _detect_options),
         (convert, _convert_options),
         (complexity, _complexity_options),
@@ -466,6 +490,19 @@ def _evaluate_options(parser: Parser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     about = "write what the last stage finds to this file, in COCO's form of results"
     parser.add_argument("--save-detections", type=Path, metavar="FILE", help=about)
+
+
+def _relations_options(parser: Parser) -> None:
+    _model_options(parser)
+    about = "scenes, as scenes:200; with --no-removal also a folder with decided_by"
+    parser.add_argument("--data", required=True, metavar="DATA", help=about)
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="which pictures (default: val)")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
+    about = "use only the first N pictures"
+    parser.add_argument("--limit-images", "--limit", type=positive, metavar="N", help=about)
+    about = "take objects out of the scenes too (the default), which takes several times as long"
+    parser.add_argument("--removal", action=argparse.BooleanOptionalAction, default=True, help=about)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
 
 
 def _detect_options(parser: Parser) -> None:

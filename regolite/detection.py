@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int
@@ -81,6 +82,7 @@ def detections_by_stage(
     """
     if hasattr(model, "detections"):
         return [model.detections(images, sizes, top_k)]
+    images = replace(images, original_sizes=sizes)
     return [to_detections(p, sizes, model.scoring, top_k) for p in run(model, images, stages).by_stage]
 
 

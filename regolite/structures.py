@@ -28,11 +28,14 @@ class ImageBatch:
         pixels: normalised pixels, zero on padding.
         mask: True on padding.
         sizes: height and width of each picture before padding.
+        original_sizes: height and width of each picture before it was resized, or None where nobody has told. No model
+            reads them: they are for people who look inside.
     """
 
     pixels: Float[Tensor, "B 3 H W"]
     mask: Bool[Tensor, "B H W"]
     sizes: Int[Tensor, "B 2"]
+    original_sizes: Int[Tensor, "B 2"] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -40,11 +43,12 @@ class ImageBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
         """The same batch on another device."""
         moved = (t.to(device, non_blocking=non_blocking) for t in (self.pixels, self.mask, self.sizes))
-        return ImageBatch(*moved)
+        return ImageBatch(*moved, self.original_sizes)
 
     def pin_memory(self) -> ImageBatch:
         """The same batch in pinned memory, from which a GPU can fetch it by itself; a ``DataLoader`` asks for it."""
-        return ImageBatch(self.pixels.pin_memory(), self.mask.pin_memory(), self.sizes.pin_memory())
+        pinned = (t.pin_memory() for t in (self.pixels, self.mask, self.sizes))
+        return ImageBatch(*pinned, self.original_sizes)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from regolite.inspect.drawing import (
     style_axes,
     to_picture,
 )
+from regolite.inspect.entropy import EntropyByEpoch, entropies, entropy_by_layer, entropy_figure
 from regolite.inspect.figures import (
     draw_detections,
     draw_run,
@@ -30,9 +31,14 @@ from regolite.inspect.figures import (
     save_figure,
     table_by_stage,
 )
+from regolite.inspect.looking import attention_figure, sampling_figure
 from regolite.inspect.notebook import begin, show
+from regolite.inspect.stages import related, relations_figure, stages_figure
+from regolite.inspect.verdicts import errors_figure, verdicts
 
 __all__ = [
+    "EntropyByEpoch",
+    "attention_figure",
     "begin",
     "draw_box",
     "draw_detections",
@@ -45,15 +51,24 @@ __all__ = [
     "draw_stages",
     "draw_title",
     "draw_truth",
+    "entropies",
+    "entropy_by_layer",
+    "entropy_figure",
+    "errors_figure",
     "ground_truth",
     "panels",
     "plot_ap_by_stage",
     "plot_curves",
+    "related",
+    "relations_figure",
+    "sampling_figure",
     "save_figure",
     "show",
     "stage_colour",
     "stage_name",
+    "stages_figure",
     "style_axes",
     "table_by_stage",
     "to_picture",
+    "verdicts",
 ]

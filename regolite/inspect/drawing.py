@@ -209,9 +209,16 @@ def draw_objects(
     boxes = detections.boxes_xyxy.tolist()
     for box, colour in reversed(list(zip(boxes, colours))):
         draw_box(ax, box, colour, 0.2 * size)
+    draw_labels(ax, boxes, [label_text(detections, n, classes, scores) for n in range(len(detections))], colours, size)
+
+
+def draw_labels(
+    ax: Axes, boxes_xyxy: Sequence[Sequence[float]], texts: Sequence[str], colours: Sequence[str], size: float = 7.0
+) -> None:
+    """A label for every box, each off those before it."""
     taken: list[tuple[float, float, float, float]] = []
-    for n, (box, colour) in enumerate(zip(boxes, colours)):
-        taken.append(_draw_label(ax, label_text(detections, n, classes, scores), box, colour, size, taken))
+    for box, text, colour in zip(boxes_xyxy, texts, colours):
+        taken.append(_draw_label(ax, text, box, colour, size, taken))
 
 
 def label_text(detections: Detections, n: int, classes: Sequence[str], scores: bool = True) -> str:

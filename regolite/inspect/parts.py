@@ -1,0 +1,115 @@
+"""The parts of a detector that have attention, and the weights that fused kernels do not write down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+LAYERS = (
+    ("self_attention", "cross_attention"),  # our decoder layers
+    ("self_attn", "encoder_attn"),  # those of transformers
+    ("self_attn", "cross_attn"),  # DAB-DETR's
+    ("attention", None),  # our encoder layers
+    ("self_attn", None),  # those of transformers
+)
+"""Layers are known by what their attentions are called: of each other, and of the picture."""
+
+
+Attention = tuple[nn.Module, nn.Module]
+"""A layer and an attention in it."""
+
+
+def attentions(model: nn.Module) -> Iterator[tuple[str, Attention]]:
+    """The attentions of all layers by name, in the order of the layers."""
+    encoder = decoder = 0
+    for layer, among, cross in _layers(model):
+        if cross is None:
+            yield f"encoder.{encoder}", (layer, among)
+            encoder += 1
+        else:
+            yield f"decoder.{decoder}.self", (layer, among)
+            yield f"decoder.{decoder}.cross", (layer, cross)
+            decoder += 1
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | None]]:
+    """The layers of encoders and decoders, with their attentions; a backbone that has attention is left out."""
+    for name, child in model.named_children():
+        if name == "backbone":
+            continue
+        parts = dict(child.named_children())
+        for among, cross in LAYERS:
+            if among in parts and (cross is None or cross in parts):
+                # DAB-DETR has one more module around each, of the same name.
+                inner = (getattr(parts[part], part, parts[part]) if part else None for part in (among, cross))
+                yield (child, *inner)
+                break
+        else:
+            yield from _layers(child)
+
+
+def in_stage(name: str, number: int) -> str:
+    """The name of an attention in REGO's stage: its decoder's cross-attention relates glimpses to queries."""
+    if name.endswith(".cross"):
+        return f"stage.{number}.relations.{name.split('.')[1]}"
+    return f"stage.{number}.{name}"
+
+
+def their_sampling(
+    attention: nn.Module,
+    offsets: Float[Tensor, "B Q _o"],
+    weights: Float[Tensor, "B Q _w"],
+    references: Float[Tensor, "B Q L d"],
+    shapes: Sequence[tuple[int, int]],
+) -> tuple[Float[Tensor, "B Q M L K 2"], Float[Tensor, "B Q M L K"]]:
+    """Locations and weights of deformable attention of transformers.
+
+    Args:
+        attention: theirs.
+        offsets: what its projection ``sampling_offsets`` answered.
+        weights: what its projection ``attention_weights`` answered.
+        references: the reference points that it was given.
+        shapes: height and width of each level.
+    """
+    heads, split = attention.n_heads, (attention.n_levels, attention.n_points)
+    weights = weights.unflatten(2, (heads, -1)).softmax(-1).unflatten(3, split)
+    offsets = offsets.unflatten(2, (heads, *split, 2))
+    centre = references[:, :, None, :, None]
+    if references.shape[-1] == 2:
+        offsets = offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
+    else:
+        scale = getattr(attention, "offset_scale", 0.5)  # RT-DETRv2 lets one choose
+        offsets = offsets / attention.n_points * centre[..., 2:] * scale
+    return centre[..., :2] + offsets, weights
+
+
+@torch.no_grad()
+def dense_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "B M Q S"]:
+    """The weights of which ``scaled_dot_product_attention``, called with the same, gives only the mixed values."""
+    with torch.inference_mode(False), torch.autocast(query.device.type, enabled=False):
+        scores = query.float() @ key.float().transpose(-2, -1)
+        scores *= query.shape[-1] ** -0.5 if scale is None else scale
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores.masked_fill_(~attn_mask, float("-inf"))
+        elif attn_mask is not None:
+            scores += attn_mask
+        return scores.softmax(-1).cpu()
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy in the computer's own memory that nothing of the model, nor its inference mode, clings to."""
+    with torch.inference_mode(False):
+        kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to("cpu", kind, copy=True)
