@@ -142,8 +142,8 @@ def whole(place: Path, coco: Path) -> Path:
     """The run that nothing interrupts, from the command line."""
     words = ["regolite", "train", "--data", str(coco), "--output", str(place / "whole")]
     for name, value in SETTINGS.items():
-        option = "--" + name.replace("_", "-")
-        words += {True: [option], None: []}.get(value, [option, str(value)])
+        if value is not None:
+            words += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
     finish(start(place, *words))
     return place / "whole"
 
