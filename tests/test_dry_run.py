@@ -211,7 +211,7 @@ def test_it_ends_as_the_run_that_nothing_stopped(place: Path, whole: Path, mende
 
 
 def test_the_evaluation_has_the_figures_of_the_run(place: Path, mended: Path, evaluation: Path):
-    assert_whole(place / "21.ipynb", pictures=8)
+    assert_whole(place / "21.ipynb", pictures=7)
     measured = json.loads((evaluation / "figures.json").read_text("utf-8"))["splits"]
     last = {line["split"]: line for line in metrics(mended) if line["kind"] == "evaluation"}
     assert measured.keys() == last.keys() == {"train", "val"}
