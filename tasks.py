@@ -92,7 +92,7 @@ def environment(number):
             )
     log = VENV / "install.log"
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["-c", "constraints.txt", "-e", ".[transformers,test,fast-eval,book]"]
+    command += ["-c", "constraints.txt", "-e", ".[transformers,test,tensorboard,fast-eval,book]"]
     with log.open("w", encoding="utf-8") as file:
         pip = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for raw in pip.stdout:

@@ -74,8 +74,9 @@ class _ReadAndMix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = [torch.empty_like(tensor) for tensor in ctx.saved_tensors]
-        for some_maps, at, w, upstream, *outs in _few(*ctx.saved_tensors, gradient[:, :, None], *gradients):
+        saved = ctx.saved_tensors  # once: what is computed again is given once
+        gradients = [torch.empty_like(tensor) for tensor in saved]
+        for some_maps, at, w, upstream, *outs in _few(*saved, gradient[:, :, None], *gradients):
             grid = 2 * at - 1
             samples = _read(some_maps, grid)
             torch.sum(samples.mul_(upstream), 1, out=outs[2])

@@ -111,6 +111,20 @@ stop = StopSignals()
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """For processes that prepare pictures: Ctrl-C and Slurm reach them too, and they are needed for one more step."""
+    """For processes that prepare pictures: Ctrl-C and Slurm reach them too, and they are needed for one more step.
+
+    A SIGTERM of the training process itself, by which PyTorch ends a worker that does not end, is obeyed. Only Linux
+    says who has sent a signal; elsewhere workers end with the first.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> NoReturn:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

@@ -24,8 +24,8 @@ Attention = nn.Module  # a MultiHeadAttention, a DeformableAttention, or one tha
 def flatten(features: Sequence[FeatureMap], positions: Sequence[Float[Tensor, "B C _h _w"]]) -> Memory:
     """Lay the levels of a pyramid out as one row of tokens, finest level first, row by row."""
     return Memory(
-        tokens=torch.cat([f.tensor.flatten(2).transpose(1, 2) for f in features], 1),
-        positions=torch.cat([p.flatten(2).transpose(1, 2) for p in positions], 1),
+        tokens=torch.cat([f.tensor.flatten(2) for f in features], 2).transpose(1, 2),
+        positions=torch.cat([p.flatten(2) for p in positions], 2).transpose(1, 2),
         mask=torch.cat([f.mask.flatten(1) for f in features], 1),
         shapes=[tuple(f.tensor.shape[-2:]) for f in features],
     )

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -25,7 +26,7 @@ from safetensors import safe_open
 
 from regolite import RunConfig, UserError, cli, train
 from regolite.data import Scenes, make_transform
-from regolite.signals import RunStopped, StopSignals, stop
+from regolite.signals import RunStopped, StopSignals, leave_signals_to_parent, stop
 from regolite.training import NonFiniteLoss, folder, loop
 from regolite.training.batches import TRIES, SeededItems
 from regolite.training.folder import RunFolder
@@ -305,14 +306,35 @@ def test_workers_leave_signals_to_the_training_process(config, whole):
 
         workers = psutil.Process().children(recursive=True)
         assert workers
-        for process in (*workers, psutil.Process()):
-            process.send_signal(signal.SIGTERM)
+        # From outside: what the training process itself asks of its workers they do.
+        subprocess.run(["kill", "-TERM", *(str(process.pid) for process in (*workers, psutil.Process()))], check=True)
 
     plan = config(workers=1)
     with pytest.raises(RunStopped, match="after step 5"):
         train(plan, at(4, to_all))
     train(replace(plan, workers=0, resume=True))
     assert_same(plan.output, whole)
+
+
+def test_a_worker_ends_when_the_training_process_says_so():
+    """Deaf ones would keep a failed run from ending."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=sleep_as_a_worker, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(20.0)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(1.0)
+    assert worker.is_alive(), "what others say is none of its business"
+    worker.terminate()
+    worker.join(20.0)
+    assert worker.exitcode == 0
+
+
+def sleep_as_a_worker(ready):
+    leave_signals_to_parent()
+    ready.set()
+    time.sleep(100)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

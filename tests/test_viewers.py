@@ -103,15 +103,19 @@ def test_a_threshold_above_all_leaves_the_best_and_says_so(deformable):
     assert viewer.message.text == "" and len(viewer.object.options) == 7
 
 
-def test_planted_attention_is_hot_at_its_spot():
-    """A decoder that looks at the one bright cell: the hottest cell of the canvas lies on it, in a picture resized."""
-    model, spot = planted()
-    viewer = AttentionViewer(prepared(model), [spot_picture()])
+@pytest.mark.parametrize("size", [(320, 240), (150, 290), (200, 200)])
+def test_planted_attention_is_hot_at_its_spot(size):
+    """A decoder that looks at the one red spot, in a picture that is resized and padded: the hottest cell is there."""
+    width, height = size
+    x, y = int(0.7 * width), int(0.3 * height)
+    viewer = AttentionViewer(planted(160), [spot_picture(width, height, x, y, 24)])
     shades = canvas.shades_of(viewer.canvas)
     row, column = np.unravel_index(shades.argmax(), shades.shape)
-    width, height = (n / cells for n, cells in zip(viewer.canvas.heat_size, shades.shape[::-1]))
-    assert abs((column + 0.5) * width - spot[0]) <= width / 2
-    assert abs((row + 0.5) * height - spot[1]) <= height / 2
+    wide, high = (n / cells for n, cells in zip(viewer.canvas.heat_size, shades.shape[::-1]))
+    assert abs((column + 0.5) * wide - x) <= wide / 2 + 12 and abs((row + 0.5) * high - y) <= high / 2 + 12
+    assert (shades > 40).sum() <= 4, "it looks at nothing else"
+    viewer.ask.value = "point"  # there is no encoder that could be asked
+    assert viewer.settings["query"] is not None and not viewer.canvas.asks
 
 
 @pytest.mark.parametrize("model", ["dense", "deformable"])

@@ -164,7 +164,9 @@ def draw_errors(dataset: DetectionDataset, judged: Judged, count: int = 6, colum
         about, note, frames = int(judged.objects[row]), "", []
         if about >= 0:
             frames = [(judged.truth.boxes[about], TRUTH_COLOUR, True)]
-            note = f"{names[int(judged.truth.categories[about])]}, IoU {judged.overlaps[row]:.2f}"
+            note = f"IoU {judged.overlaps[row]:.2f}"
+            if judged.truth.categories[about] != judged.categories[row]:
+                note = f"{names[int(judged.truth.categories[about])]}, {note}"
         title = f"{judged.kinds[row]}: {names[int(judged.categories[row])]} {judged.scores[row]:.2f}"
         entries.append((int(judged.image_ids[row]), title, note, [(judged.boxes[row], VERMILLION, False), *frames]))
     return _draw_details(dataset, entries, columns)

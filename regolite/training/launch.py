@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,7 +38,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
 def launch(config: RunConfig) -> Path:
     """Train in processes of their own on this machine, and show what the first one prints.
 
-    They begin anew and share nothing with this one, so that a notebook may start them.
+    They begin anew and share nothing with this one, so that a notebook may start them. When this one is killed, they
+    save and end: nobody would see them go on, and write between the lines of whoever resumes the run.
 
     Args:
         config: what to train, in ``config.processes`` processes.
@@ -61,7 +64,13 @@ def launch(config: RunConfig) -> Path:
         with (
             open(errors, "w", encoding="utf-8") as log,
             subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
             ) as running,
         ):
             try:
@@ -112,8 +121,19 @@ def from_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {name: environment.get(name, value) for name, value in found.items()}
 
 
+def _end_with_starter() -> None:
+    """Ask this process to end, as Slurm would, when the one that has started it is gone."""
+
+    def wait() -> None:
+        os.read(0, 1)  # of a pipe into which nobody writes: this returns when its other end is closed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _main(told: str, result: str) -> None:
     """One of the processes that :func:`launch` has started."""
+    _end_with_starter()
     from regolite.training.loop import train
 
     def tell(**outcome: str) -> None:
