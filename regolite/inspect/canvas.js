@@ -3,6 +3,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const STEPS = 100; // the arrow keys cross the picture in so many steps
+const EDGE = 0.003; // of the picture's longer side: how far from its edge boxes are drawn that reach beyond it
 const HEAT = [[255, 255, 255, 0], [230, 159, 0, 176], [213, 94, 0, 240]]; // as in regolite.inspect.drawing
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -118,7 +119,7 @@ function render({ model, el }) {
     });
     made.forEach((node, n) => {
       const thing = things[n];
-      const [left, top, right, bottom] = thing.box;
+      const [left, top, right, bottom] = inside(thing.box);
       const picked = n === get("picked");
       node.classList.toggle("rg-picked", picked);
       node.classList.toggle("rg-dashed", Boolean(thing.dashed));
@@ -185,10 +186,21 @@ function render({ model, el }) {
     figure.dataset.settings = get("settings"); // last: whoever waits for it sees the rest
   }
 
-  // A label at the upper left corner of a box, inside the picture.
-  function place(node, [left, top]) {
-    node.style.left = `${Math.max(0, Math.min(88, (100 * left) / get("width")))}%`;
-    node.style.top = `${Math.max(0, Math.min(94, (100 * top) / get("height")))}%`;
+  // A box as it is drawn: what reaches beyond the picture ends a little before its edge, where it can be seen.
+  function inside([left, top, right, bottom]) {
+    const seam = EDGE * Math.max(get("width"), get("height"));
+    const kept = (value, end) => Math.max(seam, Math.min(end - seam, value));
+    const [width, height] = [get("width"), get("height")];
+    return [kept(left, width), kept(top, height), kept(right, width), kept(bottom, height)];
+  }
+
+  // A label at an upper corner of a box, inside the picture: at the left one, but for boxes far to the right.
+  function place(node, box) {
+    const [left, top, right] = inside(box).map((value, n) => (100 * value) / get(n % 2 ? "height" : "width"));
+    const far = left > 60;
+    node.style.left = far ? "auto" : `${left}%`;
+    node.style.right = far ? `${100 - right}%` : "auto";
+    node.style.top = `${Math.min(94, top)}%`;
   }
 
   function showTip(index) {
@@ -207,8 +219,8 @@ function render({ model, el }) {
   }
 
   function ask(x, y) {
-    const inside = (value, end) => Math.max(0, Math.min(end - 0.01, value));
-    model.set("clicked", [inside(x, get("width")), inside(y, get("height"))]);
+    const kept = (value, end) => Math.max(0, Math.min(end - 0.01, value));
+    model.set("clicked", [kept(x, get("width")), kept(y, get("height"))]);
     model.save_changes();
   }
 
@@ -259,13 +271,15 @@ function render({ model, el }) {
     });
   };
   const pictureChanged = () => (drawPicture(), drawSoon());
-  window.addEventListener("keydown", guard, true); // before the notebook hears of it; twice the same is once
+  const guardOwn = (event) => guard(event); // a listener of each view's own, to take away with it
+  window.addEventListener("keydown", guardOwn, true); // on the window: before the notebook hears of the key
   model.on("change:picture", pictureChanged);
   model.on("change", drawSoon);
   drawPicture();
   draw();
 
   return () => {
+    window.removeEventListener("keydown", guardOwn, true);
     model.off("change:picture", pictureChanged);
     model.off("change", drawSoon);
     if (url) URL.revokeObjectURL(url);

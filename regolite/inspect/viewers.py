@@ -12,14 +12,15 @@ other choice only draws again, from the trace. An :class:`Explorer` has a tab fo
 - :class:`StageViewer`: one object's way through the stages of REGO, with its glimpses;
 - :class:`RelationViewer`: which other objects an object asks.
 
-They work alone too, each with its own choice of pictures. ``figure()`` gives what a viewer shows as a matplotlib figure,
-for print and for places where nothing is live; "Save PNG" writes that figure, its settings within.
+They work alone too, each with its own choice of pictures. ``figure()`` gives what a viewer shows as a matplotlib
+figure, for print and for places where nothing is live; "Save PNG" writes that figure, its settings within.
 """
 
 from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import tempfile
 from collections import OrderedDict
@@ -95,7 +96,7 @@ class Message(ipywidgets.HTML):
     text = traitlets.Unicode("")
 
     def __init__(self) -> None:
-        super().__init__(layout=ipywidgets.Layout(display="none", margin="0"))
+        super().__init__(layout=ipywidgets.Layout(display="none", margin="1px 4px"))
 
     def say(self, text: str, wrong: bool = True) -> None:
         """Show a line; screen readers read it out."""
@@ -626,8 +627,12 @@ class AttentionViewer(AskingViewer):
         level = None if self.level.value == ALL else self.level.value
         heat = _on_cells(record, number, head, level)
         _, right, bottom, _ = record.extent(level or 0)
+        # Cells that begin beyond the picture are padding: they must not set the scale either.
+        high, wide = bottom / heat.shape[0], right / heat.shape[1]
+        heat = heat[: math.ceil(self.canvas.height / high), : math.ceil(self.canvas.width / wide)]
+        right, bottom = wide * heat.shape[1], high * heat.shape[0]
         entropy = float(torch.special.entr(record.of(number, head)).sum())
-        even = float(torch.tensor(float(len(record.of(number, head)))).log())
+        even = math.log(len(record.of(number, head)))
         caption = (
             f"{self.who(look)}: the most that a cell gets is {float(heat.max()):.3f}; entropy {entropy:.2f} of at most "
             f"{even:.2f} nats."

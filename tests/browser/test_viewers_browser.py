@@ -33,11 +33,14 @@ CHECKPOINT = "../data/checkpoints/rego_deformable_detr_tiny.safetensors"
 PICTURES = [f"../data/coco_tiny/images/{number:012}.jpg" for number in (599, 86, 450)]
 OWN, NAMED = (ROOT / f"data/coco_tiny/images/{number:012}.jpg" for number in (491, 30))
 
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PLACES = (
+    "chromium", "chromium-browser", "google-chrome", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)  # fmt: skip
+CHROMIUM = next(filter(None, map(shutil.which, PLACES)), None)
 WAIT = 30_000  # milliseconds: two slow cores may be shared
 
 pytestmark = pytest.mark.slow
@@ -173,8 +176,12 @@ STATE = """figure => {
 
 def expected_of(canvas):
     """What the browser must show of a canvas."""
+
     def corners(box):
-        return [box[0], box[1], max(0, box[2] - box[0]), max(0, box[3] - box[1])]
+        edge = 0.003 * max(canvas.width, canvas.height)
+        low, high = np.array([edge] * 4), np.array([canvas.width, canvas.height] * 2) - edge
+        left, top, right, bottom = np.clip(box, low, high).tolist()
+        return [left, top, right - left, bottom - top]
 
     shades = shades_of(canvas).astype(float) / 255 * 2
     alpha = np.where(shades < 1, 176 * shades, 176 + 64 * (shades - 1))
@@ -277,7 +284,8 @@ class Hand:
     def use_slider(self, label, control, name, fraction=0.0):
         target = self.slider(label).locator(".noUi-target")
         frame = target.bounding_box()
-        click = {"position": {"x": max(1, min(frame["width"] - 1, fraction * frame["width"])), "y": frame["height"] / 2}}
+        x = max(1, min(frame["width"] - 1, fraction * frame["width"]))
+        click = {"position": {"x": x, "y": frame["height"] / 2}}
         low, high = control.min, control.max
         shown = self.change(f"{label} by mouse", lambda: target.click(**click), self.follow(control, name))
         assert abs(shown[name] - (low + fraction * (high - low))) <= max(0.03 * (high - low), control.step / 2)
@@ -357,6 +365,7 @@ class Hand:
 
     def lonely(self, boxes):
         """The middle of the smallest box that is a button, and its index: no smaller one can be meant there."""
+
         def area(n):
             left, top, right, bottom = boxes[n]["box"]
             return (right - left) * (bottom - top)
@@ -564,5 +573,3 @@ def test_words_of_what_is_missing(monkeypatch):
     """Without a browser the tests are skipped with a word that says what to install."""
     monkeypatch.setattr(sys.modules[__name__], "CHROMIUM", None)
     assert "install chromium" in missing()
-
-
