@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 import regolite
-from regolite.inspect.viewers import Explorer, Viewer
+from regolite.inspect.viewer import Viewer
+from regolite.inspect.viewers import Explorer
 
 CHECKPOINT = Path(__file__).parents[1] / "data/checkpoints/rego_deformable_detr_tiny.safetensors"
 MODELS = ("trained rego_deformable_detr_tiny", "rego_deformable_detr_r50", "detr_r50")

@@ -1,4 +1,4 @@
-"""What the repository ships: a checkpoint that knows its training pictures, as its card says."""
+"""What the repository ships: checkpoints that know what their card says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import regolite
-from regolite.data import CocoFolder, make_transform
+from regolite.data import CocoFolder, make_transform, open_data
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "data" / "checkpoints" / "rego_deformable_detr_tiny.safetensors"
@@ -33,3 +33,14 @@ def test_finds_the_teddy_bears_of_the_readme(model):
     picture = ROOT / "data" / "coco_tiny" / "images" / "000000000491.jpg"
     [found] = regolite.detect(model, picture, threshold=0.5)
     assert [model.model_config.classes[label] for label in found.labels] == ["teddy bear"] * 4
+
+
+def test_the_other_one_knows_scenes():
+    model = regolite.load(ROOT / "data" / "checkpoints" / "rego_deformable_detr_scenes.safetensors")
+    config = model.model_config
+    transform = make_transform(config.augment, config.image_size, train=False)
+    scenes = open_data("scenes:1:val=24:context=0.5:max_objects=6", "val", transform)
+    assert scenes.classes == config.classes
+    figures = regolite.evaluate(model, scenes, progress=False)
+    assert figures["AP50"] >= 80
+    assert figures["AP"] > figures["stages"][0]["AP"]

@@ -16,21 +16,14 @@ from test_recorder import planted, spot_picture, with_rego
 import regolite
 from regolite import Trace, UserError, record
 from regolite.data import Scenes
-from regolite.inspect import canvas, viewers
+from regolite.inspect import canvas
 from regolite.inspect.asking import predictions
+from regolite.inspect.gallery import KEPT, Gallery
 from regolite.inspect.looking import as_attention
 from regolite.inspect.stages import related
 from regolite.inspect.trace import Sampling
-from regolite.inspect.viewers import (
-    ALL,
-    KEPT,
-    AttentionViewer,
-    Explorer,
-    Gallery,
-    RelationViewer,
-    SamplingViewer,
-    StageViewer,
-)
+from regolite.inspect.viewer import ALL
+from regolite.inspect.viewers import AttentionViewer, Explorer, RelationViewer, SamplingViewer, StageViewer
 from regolite.presets import configure
 
 VIEWERS = (AttentionViewer, SamplingViewer, StageViewer, RelationViewer)
@@ -279,7 +272,7 @@ def test_every_control_has_a_label_and_changes_what_is_shown(kind, deformable):
 
 def test_a_changed_control_computes_nothing(deformable, monkeypatch):
     viewer = AttentionViewer(deformable, [picture_of()])
-    monkeypatch.setattr(viewers, "detect", lambda *_: pytest.fail("the model ran again"))
+    monkeypatch.setattr("regolite.inspect.gallery.detect", lambda *_: pytest.fail("the model ran again"))
     viewer.layer.value, viewer.head.value, viewer.canvas.clicked = 0, 1, [3.0, 4.0]
     assert viewer.settings["head"] == 1
 
@@ -379,7 +372,9 @@ def _png(picture):
 def test_progress_is_said_while_a_picture_is_computed(plain, monkeypatch):
     gallery = Gallery(plain, [picture_of(), picture_of(seed=1)])
     said = []
-    monkeypatch.setattr(viewers, "detect", lambda *given: said.append(gallery.message.text) or regolite.detect(*given))
+    monkeypatch.setattr(
+        "regolite.inspect.gallery.detect", lambda *given: said.append(gallery.message.text) or regolite.detect(*given)
+    )
     gallery.chooser.value = 1
     assert said == ["computing picture 2 ..."] and gallery.message.text == ""
 

@@ -38,7 +38,7 @@ def masked_weights(answer: Callable[..., Any]) -> str:
         (plain, "the mask changes nothing: padded keys still have weight."),
         (
             zeroed,
-            "padded keys have weight 0, but the others do not sum to 1: take them out before the softmax, not after it.",
+            "padded keys have weight 0, but the others do not sum to 1: take them out before the softmax, not after.",
         ),
         (
             attention.weights(query, key, ~mask),
@@ -102,7 +102,7 @@ def cell_number(answer: Callable[..., Any]) -> str:
 @exercise(
     "13.3",
     "How many cells share the weight evenly when the entropy is log 5?",
-    "The exponential of the entropy. And 0 times log 0 is NaN to PyTorch, while it should be 0: torch.special.entr knows.",
+    "The exponential of the entropy. And 0 times log 0 is NaN to PyTorch; it should be 0: torch.special.entr knows.",
     "by_head = torch.special.entr(weights).sum(-1).exp(), and the same of weights.mean(0).",
 )
 def perplexity(answer: Callable[..., Any]) -> str:
@@ -171,12 +171,12 @@ def gathered(answer: Callable[..., Any]) -> str:
     "13.5",
     "The ball itself may not be removed: of a scene without it nobody can ask about it.",
     "The removal that *lowers* the preference most leaves the *smallest* preference.",
-    "others = [k for k in range(len(scene.things)) if k != ball]; return min(others, key=lambda k: ask(without(scene, k))).",
+    "With all numbers but the ball's as `others`: min(others, key=lambda k: ask(without(scene, k))).",
 )
 def needed(answer: Callable[..., Any]) -> str:
     """``answer(ask, scene, ball)``: the thing whose removal lowers the preference most."""
     scenes = Scenes(40, seed=5, context=1, split="exercise")
-    tried = 0
+    tried, wrong = 0, False
     for i in range(len(scenes)):
         scene = scenes.scene(i)
         pairs = scenes.relations(i)
@@ -184,43 +184,49 @@ def needed(answer: Callable[..., Any]) -> str:
             continue
         tried += 1
         for ball, decider in pairs:
-            worth = _worth(scene, ball, decider)
-            asked: list[Scene] = []
+            others = [k for k in range(len(scene.things)) if k != ball]
+            right = others[int(torch.randint(len(others), ()))]  # this model need not use the decider
+            worth = _worth(scene, ball, right)
 
-            def ask(variant: Scene, worth: dict[tuple[float, float], float] = worth, asked: list = asked) -> float:
-                asked.append(variant)
+            def ask(variant: Scene, worth: dict[tuple[float, float], float] = worth) -> float:
                 return sum(worth.get((thing.x, thing.y), 0.0) for thing in variant.things)
 
             found = answer(ask, scene, ball)
-            others = [k for k in range(len(scene.things)) if k != ball]
-            after = {k: ask(without(scene, k)) for k in range(len(scene.things))}
-            right = min(others, key=after.__getitem__)
             if found == right:
                 continue
+            after = {k: ask(without(scene, k)) for k in range(len(scene.things))}
             if not isinstance(found, int):
                 raise Mistake(f"give the number of a thing, an int; this is a {type(found).__name__}.")
             if found == ball:
                 raise Mistake("that is the ball itself: without it there is nothing to ask about.")
-            if found == max(range(len(scene.things)), key=after.__getitem__):
+            least, among = max(range(len(scene.things)), key=after.__getitem__), others.index(right)
+            if found == least == among:  # either mistake; another ball will tell which
+                wrong = True
+                continue
+            if found == least:
                 raise Mistake("that is the thing whose removal leaves the largest preference: it is needed least.")
-            if found == others.index(right):
+            if found == among:
                 raise Mistake("that is its place among the others, without the ball: give its number in the scene.")
+            if found == decider:
+                raise Mistake("that is the decider: true, but this model may need another thing. Ask it.")
             raise Mistake(f"thing {right} is needed most, and the answer was {found}.")
     assert tried, "the scenes have no such case"
+    if wrong:
+        raise Mistake("for some balls another thing is needed most.")
     return "Whatever a model is like inside, this asks it. It takes one forward pass for every thing."
 
 
-def _worth(scene: Scene, ball: int, decider: int) -> dict[tuple[float, float], float]:
-    """A preference that is a sum: what each thing adds to it, by its place. The ball adds most, another one takes away."""
+def _worth(scene: Scene, ball: int, needed: int) -> dict[tuple[float, float], float]:
+    """A preference that is a sum: what each thing adds to it, by its place. The ball adds most, then the needed one."""
     shares = torch.rand(len(scene.things)) * 0.1 - 0.05
-    shares[ball], shares[decider] = 0.6, 0.3
+    shares[ball], shares[needed] = 0.6, 0.3
     return {(thing.x, thing.y): float(share) for thing, share in zip(scene.things, shares)}
 
 
 @exercise(
     "13.6",
     "A softmax over equal scores is even. Scores are products of projected queries and keys.",
-    "If every projected query is the zero vector, all scores are 0: set weight and bias of module.query to 0, in no_grad.",
+    "If every projected query is the zero vector, all scores are 0: set weight and bias of `query` to 0, in no_grad.",
     "Keep a clone of both, fill them with zeros, yield inside `try`, and copy them back in `finally`.",
 )
 def even(answer: Callable[..., AbstractContextManager]) -> str:
@@ -279,6 +285,4 @@ def _check_restored(
     if not torch.equal(after, before):
         raise Mistake("afterwards the module answers otherwise than before.")
     if {name: id(parameter) for name, parameter in attention.named_parameters()} != parameters:
-        raise Mistake(
-            "afterwards its parameters are other objects, which an optimiser does not know: copy values back."
-        )
+        raise Mistake("afterwards its parameters are other objects, unknown to an optimiser: copy the values back.")

@@ -1,9 +1,13 @@
-"""Looking at detectors: figures of detections, stages, curves and average precision.
+"""Looking at detectors: figures of detections, stages, curves and average precision; what happens inside, live.
 
-Models know nothing of this room; it reads their outputs and the lines of ``metrics.jsonl``.
+Models know nothing of this room; it reads their outputs, what :func:`regolite.record` saw in them, and the lines of
+``metrics.jsonl``.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from regolite.inspect.drawing import (
     draw_box,
@@ -37,7 +41,12 @@ from regolite.inspect.stages import related, relations_figure, stages_figure
 from regolite.inspect.verdicts import errors_figure, verdicts
 
 __all__ = [
+    "AttentionViewer",
     "EntropyByEpoch",
+    "Explorer",
+    "RelationViewer",
+    "SamplingViewer",
+    "StageViewer",
     "attention_figure",
     "begin",
     "draw_box",
@@ -72,3 +81,10 @@ __all__ = [
     "to_picture",
     "verdicts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The viewers, loaded when they are asked for: they need widgets, which a training does not."""
+    if name in ("Explorer", "AttentionViewer", "SamplingViewer", "StageViewer", "RelationViewer"):
+        return getattr(importlib.import_module("regolite.inspect.viewers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

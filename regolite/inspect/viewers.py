@@ -18,486 +18,26 @@ figure, for print and for places where nothing is live; "Save PNG" writes that f
 
 from __future__ import annotations
 
-import html
-import json
 import math
-import os
-import tempfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets
 import torch
-import traitlets
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from regolite.data import DetectionDataset, read_picture
-from regolite.detection import detect
 from regolite.errors import UserError
 from regolite.inspect import looking, stages
-from regolite.inspect.asking import Look, check_picture, class_name, heads_of, last_stage, looks, predictions
-from regolite.inspect.canvas import PictureCanvas, heat_of, jpeg_of
-from regolite.inspect.drawing import BLUE, CLASS_COLOURS, DPI, INK, ORANGE, SKY, stage_colour, stage_name
-from regolite.inspect.figures import THRESHOLD
-from regolite.inspect.recorder import record
-from regolite.inspect.trace import AttentionMap, Boxes, Sampling, Trace, Weights
-
-KEPT = 3  # pictures whose traces are kept: that of a large DETR takes hundreds of megabytes
-MOST = 50  # boxes that are drawn: a hundred would hide the picture, and nobody tabs through them
-ALL = -1  # in drop-downs, whose None means that nothing is chosen: the mean of all heads, or all levels
-
-Given = str | os.PathLike | Image.Image | DetectionDataset
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A picture, and what happened inside the detector that looked at it."""
-
-    name: str
-    picture: Image.Image
-    trace: Trace
-
-    @cached_property
-    def jpeg(self) -> bytes:
-        """The picture as browsers get it."""
-        return jpeg_of(self.picture)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a picture comes from, and its trace, where somebody has it already."""
-
-    name: str
-    open: Callable[[], Image.Image]
-    trace: Trace | None = None
-
-
-# ----------------------------------------------------------------------------------------------- pieces of all viewers
-
-
-def _labelled(kind: type, label: str, **more: Any) -> Any:
-    """A control with its label, all of them aligned."""
-    width = more.pop("width", "270px")
-    style = {"description_width": "84px"}
-    return kind(description=label, style=style, layout=ipywidgets.Layout(width=width, margin="1px"), **more)
-
-
-class Message(ipywidgets.HTML):
-    """A line that says what is being done, or what went wrong; gone when there is nothing to say."""
-
-    text = traitlets.Unicode("")
-
-    def __init__(self) -> None:
-        super().__init__(layout=ipywidgets.Layout(display="none", margin="1px 4px"))
-
-    def say(self, text: str, wrong: bool = True) -> None:
-        """Show a line; screen readers read it out."""
-        colour = "var(--jp-error-color1, #b3261e)" if wrong else "inherit"
-        role = "alert" if wrong else "status"
-        self.text = text
-        self.value = f'<div role="{role}" style="color: {colour}; line-height: 1.4">{html.escape(text)}</div>'
-        self.layout.display = "block" if text else "none"
-
-
-class Gallery(ipywidgets.VBox):
-    """The choice of a picture: one of those that were given, or one's own; it runs the detector and keeps the traces.
-
-    Args:
-        model: the detector; None where a trace is all there is.
-        pictures: paths, PIL pictures and data sets.
-        trace: what was recorded of the first picture, so that it need not be computed.
-
-    Attributes:
-        scene: the picture that is looked at, with its trace; None before there is one. Observe it.
-    """
-
-    scene = traitlets.Any(None)
-
-    def __init__(
-        self, model: nn.Module | None = None, pictures: Sequence[Given] | Given = (), trace: Trace | None = None
-    ) -> None:
-        self.model = model
-        self.sources: dict[int, Source] = dict(enumerate(_sources(pictures)))
-        if trace is not None:
-            if not self.sources:
-                raise UserError("a trace is shown over its picture: give that too, as the first of pictures")
-            self.sources[0] = replace(self.sources[0], trace=trace)
-        self._next = len(self.sources)
-        self._own: list[int] = []  # pictures that were uploaded, which only we hold
-        self._scenes: OrderedDict[int, Scene] = OrderedDict()
-
-        self.chooser = _labelled(ipywidgets.Dropdown, "Picture", width="290px")
-        self.upload = ipywidgets.FileUpload(
-            accept="image/*", description="Your picture", tooltip="a file of your computer",
-            layout=ipywidgets.Layout(width="140px"),
-        )  # fmt: skip
-        self.path = ipywidgets.Text(
-            description="or its path", placeholder="picture.jpg", continuous_update=False,
-            style={"description_width": "70px"}, layout=ipywidgets.Layout(width="260px"),
-        )  # fmt: skip
-        self.message = Message()
-        row = ipywidgets.HBox([self.chooser, self.upload, self.path])
-        row.layout.flex_flow = "row wrap"
-        super().__init__([row, self.message])
-        self._offer(0 if self.sources else None)
-        self.chooser.observe(lambda change: self._choose(change["new"]), "value")
-        self.upload.observe(lambda change: self._uploaded(change["new"]), "value")
-        self.path.observe(lambda change: self._named(change["new"]), "value")
-        self._choose(self.chooser.value)
-
-    @property
-    def kept(self) -> list[str]:
-        """Names of the pictures whose traces are kept."""
-        return [scene.name for scene in self._scenes.values()]
-
-    def _offer(self, chosen: int | None) -> None:
-        """Let the drop-down offer all pictures there are."""
-        options = [("no picture yet", None)] if not self.sources else []
-        self.chooser.options = options + [(source.name, number) for number, source in self.sources.items()]
-        self.chooser.value = chosen
-
-    def _choose(self, number: int | None) -> None:
-        if number is None:
-            return self.message.say("Choose a picture: a file of your own, or its path.", wrong=False)
-        try:
-            self.scene = self._compute(number)
-            self.message.say("")
-        except UserError as error:
-            self.message.say(str(error))
-
-    def _compute(self, number: int) -> Scene:
-        if number not in self._scenes:
-            source = self.sources[number]
-            self.message.say(f"computing {source.name} ...", wrong=False)
-            picture, trace = source.open(), source.trace
-            if trace is not None:
-                check_picture(picture, trace, 0)
-            elif self.model is None:
-                raise UserError(f"{source.name} has no trace, and without a model it can't be computed: give a model")
-            else:
-                while len(self._scenes) >= KEPT:  # before, so that there is room
-                    self._scenes.popitem(last=False)
-                with record(self.model) as trace:
-                    detect(self.model, picture)
-            self._scenes[number] = Scene(source.name, picture, trace)
-            while len(self._scenes) > KEPT:
-                self._scenes.popitem(last=False)
-        self._scenes.move_to_end(number)
-        return self._scenes[number]
-
-    def _uploaded(self, files: Sequence[Any]) -> None:
-        if not files:
-            return
-        file = files[0]
-        try:
-            picture = _decode(file["name"], bytes(file["content"]))
-        except UserError as error:
-            return self.message.say(str(error))
-        finally:
-            self.upload.value = ()  # it would keep the file a second time
-        self._own.append(self._next)
-        while len(self._own) > KEPT:
-            old = self._own.pop(0)
-            del self.sources[old]
-            self._scenes.pop(old, None)
-        self._add(Source(file["name"], lambda: picture))
-
-    def _named(self, path: str) -> None:
-        path = path.strip()
-        if not path:
-            return
-        try:
-            read_picture(path)
-        except UserError as error:
-            return self.message.say(str(error))
-        known = [number for number, source in self.sources.items() if source.name == path]
-        if known:
-            self.chooser.value = known[0]
-        else:
-            self._add(Source(path, lambda: read_picture(path)))
-
-    def _add(self, source: Source) -> None:
-        number, self._next = self._next, self._next + 1
-        self.sources[number] = source
-        self._offer(number)
-
-
-def _sources(pictures: Sequence[Given] | Given) -> Iterator[Source]:
-    if isinstance(pictures, (str, os.PathLike, Image.Image, DetectionDataset)):
-        pictures = [pictures]
-    for number, given in enumerate(pictures):
-        if isinstance(given, DetectionDataset):
-            for i in range(len(given)):
-                yield Source(Path(given.file_name(i)).name, lambda given=given, i=i: given.image(i).convert("RGB"))
-        elif isinstance(given, Image.Image):
-            name = Path(getattr(given, "filename", "") or f"picture {number + 1}").name
-            yield Source(name, lambda given=given: given.convert("RGB"))
-        else:
-            yield Source(Path(given).name, lambda given=given: read_picture(given))
-
-
-def _decode(name: str, content: bytes) -> Image.Image:
-    """A picture from the bytes of a file, by the same door as all others."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture"
-        path.write_bytes(content)
-        try:
-            return read_picture(path)
-        except UserError:
-            raise UserError(f"{name} is no picture that can be read: choose a JPEG or PNG file") from None
-
-
-class Viewer(ipywidgets.VBox):
-    """What all viewers share: pictures, a canvas, controls beside it, a button that saves.
-
-    A viewer says by :meth:`lacks` whether a trace has what it shows, by :meth:`fit` which choices a trace offers, and
-    by :meth:`draw` what the canvas shows of the present choices.
-
-    Args:
-        model: the detector; None where a trace is all there is.
-        pictures: paths, PIL pictures and data sets to choose from.
-        trace: what was recorded of the first picture, so that it need not be computed.
-        gallery: pictures that several viewers share, instead of all that.
-    """
-
-    title = ""
-    """Name of the tab, and in small letters of the file that is saved."""
-
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        pictures: Sequence[Given] | Given = (),
-        trace: Trace | None = None,
-        *,
-        gallery: Gallery | None = None,
-    ) -> None:
-        self.gallery = gallery or Gallery(model, pictures, trace)
-        self.canvas = PictureCanvas(layout=ipywidgets.Layout(flex="1 1 340px", max_width="680px", margin="0 12px 0 0"))
-        self.object = _labelled(ipywidgets.Dropdown, "Object")
-        self.threshold = _labelled(
-            ipywidgets.FloatSlider, "Least score", value=THRESHOLD, max=1.0, step=0.01, readout_format=".2f"
-        )
-        self.layer = _labelled(ipywidgets.IntSlider, "Layer")
-        self.head = _labelled(ipywidgets.Dropdown, "Head")
-        self.stage = _labelled(ipywidgets.IntSlider, "Stage")
-        self.level = _labelled(ipywidgets.Dropdown, "Level")
-        self.file = _labelled(ipywidgets.Text, "Save as", value=f"{self.title.lower()}.png", continuous_update=False)
-        self.button = ipywidgets.Button(
-            description="Save PNG", icon="download", layout=ipywidgets.Layout(width="178px", margin="1px 1px 1px 93px")
-        )
-        self.saved = Message()
-        self.message = Message()
-        self._quiet = False
-        self.choices = self.controls()
-        beside = [*self.choices.values(), self.file, self.button, self.saved]
-        side = ipywidgets.VBox(beside, layout=ipywidgets.Layout(flex="0 0 280px"))
-        body = ipywidgets.HBox([self.canvas, side], layout=ipywidgets.Layout(flex_flow="row wrap"))
-        own = [] if gallery else [self.gallery]
-        super().__init__([*own, self.message, body], layout=ipywidgets.Layout(max_width="1000px"))
-
-        self.add_class("rg-viewer")  # for canvas.js: keys pressed in here are not the notebook's
-        for control in self.choices.values():
-            for part in control.children if isinstance(control, ipywidgets.Box) else [control]:
-                part.observe(lambda _: self._changed(), "value")
-        self.canvas.observe(lambda change: self._picked(change["new"]), "picked")
-        self.canvas.observe(lambda change: self._clicked(change["new"]), "clicked")
-        self.button.on_click(lambda _: self._save())
-        self.gallery.observe(lambda _: self._new_scene(), "scene")
-        self._new_scene()
-
-    # What a viewer is.
-
-    def controls(self) -> dict[str, ipywidgets.Widget]:
-        """The controls beside the picture, by name, in their order."""
-        raise NotImplementedError
-
-    def lacks(self, trace: Trace) -> str:
-        """What a trace lacks that this viewer needs, as a sentence; nothing where it has all."""
-        raise NotImplementedError
-
-    def fit(self, scene: Scene) -> None:
-        """Set the choices that the controls offer to those that there are."""
-        raise NotImplementedError
-
-    def draw(self, scene: Scene) -> dict[str, Any]:
-        """What the canvas shows: its attributes."""
-        raise NotImplementedError
-
-    def draw_figure(self, scene: Scene) -> Figure:
-        """The static figure of the present choices."""
-        raise NotImplementedError
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that is chosen, by the names that the figures use."""
-        scene, choices = self.gallery.scene, {}
-        for name, control in self.choices.items():
-            if hasattr(control, "value"):
-                value = control.value
-                value = None if name in ("head", "level") and value == ALL else value
-                choices["query" if name == "object" else name] = value
-        return {"viewer": self.title.lower(), "picture": scene.name if scene else None, **choices, "index": 0}
-
-    def figure(self) -> Figure:
-        """What is shown, as a matplotlib figure.
-
-        Raises:
-            UserError: when there is no picture yet, or the detector has nothing that this viewer shows.
-        """
-        scene = self.gallery.scene
-        if scene is None:
-            raise UserError("there is no picture yet: choose one")
-        if self.lacks(scene.trace):
-            raise UserError(self.lacks(scene.trace))
-        return self.draw_figure(scene)
-
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write :meth:`figure` as PNG, with the settings in its text field ``regolite``, as JSON.
-
-        Args:
-            path: of the file; where there is one already, a number is added to its name.
-
-        Returns:
-            The path of the file.
-        """
-        figure = self.figure()
-        wanted = Path(path).with_suffix(".png")
-        file, number = wanted, 1
-        while file.exists():
-            number += 1
-            file = wanted.with_stem(f"{wanted.stem}_{number}")
-        try:
-            figure.savefig(file, dpi=DPI, metadata={"Software": None, "regolite": json.dumps(self.settings)})
-        except OSError as error:
-            raise UserError(f"{file} can't be written: {error.strerror or error}") from error
-        return file
-
-    # What happens.
-
-    @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Set controls without drawing at each of them."""
-        before, self._quiet = self._quiet, True
-        try:
-            yield
-        finally:
-            self._quiet = before
-
-    def _new_scene(self) -> None:
-        scene = self.gallery.scene
-        reason = self.lacks(scene.trace) if scene else ""
-        for control in (*self.choices.values(), self.file, self.button):
-            for part in getattr(control, "children", [control]):
-                part.disabled = scene is None or bool(reason)
-        self.message.say(reason)
-        if scene is None:
-            return
-        with self._quietly():
-            label = f"{scene.name}, {scene.picture.width} x {scene.picture.height} pixels"
-            self.canvas.show_picture(scene.picture, scene.jpeg, label)
-            self.object.options = ()  # whoever was chosen is in another picture
-        if not reason:
-            self._changed()
-
-    def _changed(self) -> None:
-        """Draw again, of what is chosen now."""
-        scene = self.gallery.scene
-        if self._quiet or scene is None or self.lacks(scene.trace):
-            return
-        with self._quietly():
-            self.saved.say("")
-            try:
-                self.fit(scene)
-                self.canvas.show(**self.draw(scene), settings=json.dumps(self.settings))
-            except UserError as error:
-                self.message.say(str(error))
-
-    def _picked(self, index: int) -> None:
-        """Somebody picked a box."""
-        if not self._quiet and 0 <= index < len(self.object.options):
-            self.object.value = self.object.options[index][1]
-
-    def _clicked(self, point: list) -> None:
-        """Somebody asked for a point; only some viewers answer."""
-
-    def _save(self) -> None:
-        try:
-            self.saved.say(f"Saved {self.save(self.file.value.strip() or self.title.lower()).resolve()}", wrong=False)
-        except UserError as error:
-            self.saved.say(str(error))
-
-    # What several of them need.
-
-    def fit_objects(self, trace: Trace, boxes: Boxes, keep: bool = False) -> None:
-        """Offer what was found, best first; the best alone where nothing is above the threshold.
-
-        Args:
-            trace: what was recorded.
-            boxes: of which stage.
-            keep: offer the object that is chosen now, whatever its score.
-        """
-        scores, labels = boxes.best()
-        order = scores.argsort(descending=True, stable=True)[:MOST]
-        chosen = order[scores[order] >= self.threshold.value].tolist()
-        self.message.say("")
-        if not chosen:
-            best, least = scores.max().item(), self.threshold.value
-            self.message.say(f"Nothing has a score of {least:.2f} or more: this is the best, of {best:.2f}.", False)
-            chosen = order[:1].tolist()
-        now = self.object.value
-        if keep and now is not None and now < len(scores) and now not in chosen:
-            chosen.append(now)
-        names = [f"{q}: {class_name(trace, int(labels[q]))} {scores[q]:.2f}" for q in chosen]
-        _offer(self.object, list(zip(names, chosen)))
-
-    def draw_objects(self, boxes: Boxes, colour: str) -> list[dict[str, Any]]:
-        """The boxes of the objects that are offered, in their order."""
-        places = boxes.boxes_xyxy().tolist()
-        chosen = self.object.value
-        return [
-            {"box": _rounded(places[q]), "label": name, "colour": BLUE if q == chosen else colour}
-            for name, q in self.object.options
-        ]
-
-    @property
-    def picked(self) -> int:
-        """The number of the chosen object among those that are offered."""
-        return [query for _, query in self.object.options].index(self.object.value)
-
-
-def _offer(control: ipywidgets.Dropdown, options: list[tuple[str, int]]) -> None:
-    """Let a drop-down offer these, and keep what is chosen if it is among them."""
-    now = control.value
-    if list(control.options) != options:
-        control.options = options
-    values = [value for _, value in options]
-    control.value = now if now in values else values[0]
-
-
-def _span(control: ipywidgets.IntSlider, count: int, fresh: int) -> None:
-    """Let a slider go over 0, ..., count - 1; ``fresh`` is where it stands the first time, or when it is too far."""
-    first = not hasattr(control, "fitted")
-    control.fitted = True
-    if control.max != count - 1:
-        stands = fresh if first or control.value > count - 1 else control.value
-        control.max = count - 1
-        control.value = stands
-    elif first:
-        control.value = fresh
-    control.disabled = count < 2
-
-
-def _rounded(numbers: Sequence[float]) -> list[float]:
-    return [round(float(number), 2) for number in numbers]
-
+from regolite.inspect.asking import Look, class_name, heads_of, last_stage, looks, predictions
+from regolite.inspect.canvas import heat_of
+from regolite.inspect.drawing import CLASS_COLOURS, INK, ORANGE, SKY, stage_colour, stage_name
+from regolite.inspect.gallery import Gallery, Given, Scene, labelled
+from regolite.inspect.trace import AttentionMap, Sampling, Trace, Weights
+from regolite.inspect.viewer import ALL, Viewer, offer, rounded, span
 
 # --------------------------------------------------------------------------------------- where queries and cells look
 
@@ -506,9 +46,9 @@ class AskingViewer(Viewer):
     """Viewers in which an object is asked, or the cell of the encoder under a point."""
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102 (said above)
-        self.ask = _labelled(ipywidgets.Dropdown, "Ask", options=[("an object", "object"), ("a point", "point")])
-        self.x = _labelled(ipywidgets.BoundedIntText, "Point: x", width="160px")
-        self.y = _labelled(ipywidgets.BoundedIntText, "y", width="106px")
+        self.ask = labelled(ipywidgets.Dropdown, "Ask", options=[("an object", "object"), ("a point", "point")])
+        self.x = labelled(ipywidgets.BoundedIntText, "Point: x", width="160px")
+        self.y = labelled(ipywidgets.BoundedIntText, "y", width="106px")
         self.y.style.description_width = "24px"
         return {
             "threshold": self.threshold, "ask": self.ask, "object": self.object,
@@ -542,12 +82,12 @@ class AskingViewer(Viewer):
         self.object.disabled, self.x.disabled, self.y.disabled = at_point, not at_point, not at_point
         self.fit_objects(trace, predictions(trace, last_stage(trace)))
         names = self.names(trace)
-        _span(self.layer, len(names), len(names) - 1)
+        span(self.layer, len(names), len(names) - 1)
         asked = trace[names[self.layer.value]]
         heads = heads_of(asked)
-        _offer(self.head, [(self.all_heads.format(heads), ALL), *((str(head), head) for head in range(heads))])
+        offer(self.head, [(self.all_heads.format(heads), ALL), *((str(head), head) for head in range(heads))])
         levels = [(f"{n} (stride {stride})", n) for n, stride in enumerate(asked.strides)]
-        _offer(self.level, [("all", ALL), *levels] if len(levels) > 1 else levels)
+        offer(self.level, [("all", ALL), *levels] if len(levels) > 1 else levels)
         self.level.disabled = len(levels) < 2
 
     def look(self, scene: Scene) -> Look:
@@ -613,7 +153,7 @@ class AttentionViewer(AskingViewer):
     all_heads = "mean of {}"
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102
-        self.smooth = _labelled(ipywidgets.Checkbox, "Smooth", indent=True)
+        self.smooth = labelled(ipywidgets.Checkbox, "Smooth", indent=True)
         return super().controls() | {"smooth": self.smooth}
 
     def lacks(self, trace: Trace) -> str:  # noqa: D102
@@ -666,7 +206,7 @@ class SamplingViewer(AskingViewer):
     all_heads = "all {}"
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102
-        self.colour = _labelled(ipywidgets.Dropdown, "Colour by", options=["level", "head"])
+        self.colour = labelled(ipywidgets.Dropdown, "Colour by", options=["level", "head"])
         return super().controls() | {"colour": self.colour}
 
     def lacks(self, trace: Trace) -> str:  # noqa: D102
@@ -726,8 +266,8 @@ class StageViewer(Viewer):
     title = "Stages"
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102
-        self.glimpse = _labelled(ipywidgets.Checkbox, "Its glimpse", value=True, indent=True)
-        self.path = _labelled(ipywidgets.Checkbox, "Its path", value=True, indent=True)
+        self.glimpse = labelled(ipywidgets.Checkbox, "Its glimpse", value=True, indent=True)
+        self.path = labelled(ipywidgets.Checkbox, "Its path", value=True, indent=True)
         return {
             "threshold": self.threshold, "stage": self.stage, "object": self.object,
             "glimpse": self.glimpse, "path": self.path,
@@ -740,7 +280,7 @@ class StageViewer(Viewer):
 
     def fit(self, scene: Scene) -> None:  # noqa: D102
         last = last_stage(scene.trace)
-        _span(self.stage, last + 1, last)
+        span(self.stage, last + 1, last)
         self.fit_objects(scene.trace, predictions(scene.trace, self.stage.value), keep=True)
 
     def draw(self, scene: Scene) -> dict[str, Any]:  # noqa: D102
@@ -755,7 +295,7 @@ class StageViewer(Viewer):
         if self.path.value:
             for number in range(stage):
                 place = found[number].boxes_xyxy()[query].tolist()
-                boxes.append({"box": _rounded(place), "label": said[number], "colour": stage_colour(number),
+                boxes.append({"box": rounded(place), "label": said[number], "colour": stage_colour(number),
                               "fixed": True})  # fmt: skip
         caption = f"Query {query}: " + ", ".join(word.replace(":", "") for word in said[: stage + 1]) + "."
         if self.glimpse.value and stage:
@@ -763,7 +303,7 @@ class StageViewer(Viewer):
             level = int(glimpses.level[0, query])
             name = f"glimpse of stage {stage}, read from level {level} (stride {glimpses.strides[level]})"
             place = glimpses.boxes_xyxy()[query].tolist()
-            boxes.append({"box": _rounded(place), "label": name, "colour": stage_colour(stage), "fixed": True,
+            boxes.append({"box": rounded(place), "label": name, "colour": stage_colour(stage), "fixed": True,
                           "dashed": True})  # fmt: skip
             caption += f" Dashed: {name}."
         legend = [[stage_colour(number), stage_name(number)] for number in range(stage + 1)]
@@ -779,7 +319,7 @@ class RelationViewer(Viewer):
     title = "Relations"
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102
-        self.top = _labelled(ipywidgets.IntSlider, "Related", value=4, min=1, max=10)
+        self.top = labelled(ipywidgets.IntSlider, "Related", value=4, min=1, max=10)
         return {
             "threshold": self.threshold, "stage": self.stage, "object": self.object, "layer": self.layer,
             "head": self.head, "top": self.top,
@@ -792,14 +332,14 @@ class RelationViewer(Viewer):
 
     def fit(self, scene: Scene) -> None:  # noqa: D102
         trace, last = scene.trace, last_stage(scene.trace)
-        _span(self.stage, last + 1, last)
+        span(self.stage, last + 1, last)
         stage = self.stage.value
         self.fit_objects(trace, predictions(trace, max(stage - 1, 0)), keep=True)
         names = trace.names(f"stage.{stage}.relations.*" if stage else "decoder.*.self")
-        _span(self.layer, len(names), len(names) - 1)
+        span(self.layer, len(names), len(names) - 1)
         record = trace[names[self.layer.value]]
         heads = heads_of(record) if isinstance(record, AttentionMap) else 1
-        _offer(self.head, [(f"mean of {heads}", ALL), *((str(head), head) for head in range(heads))])
+        offer(self.head, [(f"mean of {heads}", ALL), *((str(head), head) for head in range(heads))])
 
     def draw(self, scene: Scene) -> dict[str, Any]:  # noqa: D102
         trace, query, choices = scene.trace, self.object.value, self._figure_choices()
@@ -817,10 +357,10 @@ class RelationViewer(Viewer):
             said.append(word)
             if other not in at:  # more objects than are offered
                 at[other] = len(boxes)
-                boxes.append({"box": _rounded(places[other]), "label": labels[other], "fixed": True})
+                boxes.append({"box": rounded(places[other]), "label": labels[other], "fixed": True})
             boxes[at[other]] |= {"colour": ORANGE, "tag": word}
             ends = [*_middle(places[query], scene.picture), *_middle(places[other], scene.picture)]
-            lines.append({"ends": _rounded(ends), "width": round(1 + 16 * weight, 2), "colour": ORANGE})
+            lines.append({"ends": rounded(ends), "width": round(1 + 16 * weight, 2), "colour": ORANGE})
         boxes[self.picked]["tag"] = labels[query]
         rest = float(found.weights[top:].sum())
         who = f"{stage_name(stage).capitalize()}, layer {choices['layer']}: {labels[query]} (query {query}) asks"

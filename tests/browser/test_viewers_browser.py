@@ -18,19 +18,19 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 from PIL import Image
 
 import regolite
+from regolite.data import open_data
 from regolite.inspect.canvas import shades_of
 from regolite.inspect.viewers import Explorer
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = None  # a notebook of the course that shows `Explorer(load(CHECKPOINT), PICTURES)`; None makes a small one
-CHECKPOINT = "../data/checkpoints/rego_deformable_detr_tiny.safetensors"
-PICTURES = [f"../data/coco_tiny/images/{number:012}.jpg" for number in (599, 86, 450)]
+NOTEBOOK = ROOT / "notebooks" / "13_look_inside.ipynb"  # in which `Explorer(load(CHECKPOINT), PHOTOGRAPHS)` stands
+CHECKPOINT = ROOT / "data" / "checkpoints" / "rego_deformable_detr_tiny.safetensors"
+PHOTOGRAPHS = open_data(ROOT / "data" / "coco_tiny", "train")
 OWN, NAMED = (ROOT / f"data/coco_tiny/images/{number:012}.jpg" for number in (491, 30))
 
 FLAGS = [
@@ -101,17 +101,6 @@ def jupyterlab(folder):
             server.wait(30)
 
 
-def small_notebook():
-    """A notebook with nothing but the Explorer."""
-    lines = [
-        "import regolite",
-        "from regolite.inspect.viewers import Explorer",
-        f"Explorer(regolite.load({CHECKPOINT!r}), {PICTURES!r})",
-    ]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))], metadata=kernel)
-
-
 @pytest.fixture(scope="module")
 def hand(tmp_path_factory):
     """A hand at a browser in which the notebook has run, and the mirror of what it should see."""
@@ -124,13 +113,9 @@ def hand(tmp_path_factory):
     notebooks = folder / "root" / "notebooks"
     notebooks.mkdir(parents=True)
     shutil.copytree(ROOT / "data", folder / "root" / "data")
-    if NOTEBOOK is None:
-        name = "look.ipynb"
-        nbformat.write(small_notebook(), notebooks / name)
-    else:
-        name = NOTEBOOK.name
-        shutil.copy(NOTEBOOK, notebooks / name)
-    mirror = Explorer(regolite.load(ROOT / "notebooks" / CHECKPOINT), [ROOT / "notebooks" / p for p in PICTURES])
+    shutil.copy(NOTEBOOK, notebooks)
+    shutil.copytree(NOTEBOOK.parent / "results", notebooks / "results")
+    mirror = Explorer(regolite.load(CHECKPOINT), PHOTOGRAPHS)
     with jupyterlab(folder) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 900, "height": 900})
@@ -138,7 +123,7 @@ def hand(tmp_path_factory):
         problems = []
         page.on("pageerror", lambda error: problems.append(f"page error: {error}"))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.goto(f"{address}/lab/tree/notebooks/{name}?reset&token=T")
+        page.goto(f"{address}/lab/tree/notebooks/{NOTEBOOK.name}?reset&token=T")
         page.wait_for_selector(".jp-Toolbar-kernelName:has-text('Python 3')")
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")  # idle alone comes too early
         page.keyboard.press("Control+B")  # more room: without the list of files
@@ -211,7 +196,7 @@ class Hand:
         self.explorer = page.locator(".rg-viewer:has(.lm-TabBar)").first
         self.figure = self.explorer.locator(".rg-figure:visible")
         self.stage = self.explorer.locator(".rg-stage:visible")
-        self.figure.wait_for(timeout=3 * WAIT)
+        self.figure.wait_for(timeout=10 * WAIT)  # the chapter runs from its top
         self.explorer.scroll_into_view_if_needed()
 
     def control(self, label):
@@ -272,7 +257,7 @@ class Hand:
 
     def follow(self, control, name):
         """Set the mirror's control to what the browser says."""
-        from regolite.inspect.viewers import ALL
+        from regolite.inspect.viewer import ALL
 
         def follow(shown):
             control.value = ALL if shown[name] is None else shown[name]
@@ -525,7 +510,9 @@ def test_pictures(hand):
         assert shown["picture"] == name
 
     picture = hand.control("Picture")
-    chosen(lambda: picture.select_option(index=1), lambda: setattr(gallery.chooser, "value", 1), Path(PICTURES[1]).name)
+    chosen(
+        lambda: picture.select_option(index=1), lambda: setattr(gallery.chooser, "value", 1), PHOTOGRAPHS.file_name(1)
+    )
     picture.focus()
     chosen(lambda: page.keyboard.press("ArrowUp"), lambda: setattr(gallery.chooser, "value", 0), before)
 
