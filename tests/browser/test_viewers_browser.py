@@ -23,15 +23,13 @@ import pytest
 from PIL import Image
 
 import regolite
-from regolite.data import open_data
 from regolite.inspect.canvas import shades_of
 from regolite.inspect.viewers import Explorer
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "notebooks" / "13_look_inside.ipynb"  # in which `Explorer(load(CHECKPOINT), PHOTOGRAPHS)` stands
+NOTEBOOK = ROOT / "notebooks" / "13_look_inside.ipynb"  # in which `Explorer(load(CHECKPOINT), ALBUM)` stands
 CHECKPOINT = ROOT / "data" / "checkpoints" / "rego_deformable_detr_tiny.safetensors"
-PHOTOGRAPHS = open_data(ROOT / "data" / "coco_tiny", "train")
-OWN, NAMED = (ROOT / f"data/coco_tiny/images/{number:012}.jpg" for number in (491, 30))
+*ALBUM, OWN, NAMED = (ROOT / f"data/coco_tiny/images/{number:012}.jpg" for number in (599, 86, 450, 72, 491, 30))
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -115,7 +113,7 @@ def hand(tmp_path_factory):
     shutil.copytree(ROOT / "data", folder / "root" / "data")
     shutil.copy(NOTEBOOK, notebooks)
     shutil.copytree(NOTEBOOK.parent / "results", notebooks / "results")
-    mirror = Explorer(regolite.load(CHECKPOINT), PHOTOGRAPHS)
+    mirror = Explorer(regolite.load(CHECKPOINT), ALBUM)
     with jupyterlab(folder) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 900, "height": 900})
@@ -511,7 +509,7 @@ def test_pictures(hand):
 
     picture = hand.control("Picture")
     chosen(
-        lambda: picture.select_option(index=1), lambda: setattr(gallery.chooser, "value", 1), PHOTOGRAPHS.file_name(1)
+        lambda: picture.select_option(index=1), lambda: setattr(gallery.chooser, "value", 1), ALBUM[1].name
     )
     picture.focus()
     chosen(lambda: page.keyboard.press("ArrowUp"), lambda: setattr(gallery.chooser, "value", 0), before)
