@@ -183,7 +183,7 @@ def detect_all(
     Arguments and errors are those of :func:`evaluate`, which measures these lists.
     """
     config = getattr(model, "model_config", None)
-    category_ids = _category_ids(config, dataset)
+    category_ids = category_ids_of(config, dataset)
     if dataset.transform is None and config is not None:
         dataset = copy.copy(dataset)
         dataset.transform = make_transform(config.augment, config.image_size, train=False)
@@ -219,7 +219,7 @@ def detect_all(
     return [list(chain.from_iterable(stage)) for stage in zip(*in_order)]
 
 
-def _category_ids(config: ModelConfig | None, dataset: DetectionDataset) -> tuple[int, ...]:
+def category_ids_of(config: ModelConfig | None, dataset: DetectionDataset) -> tuple[int, ...]:
     """COCO's id of each of the model's labels: its own where it has them, the data's where it does not.
 
     A model may know more than the data, as a published one with a column for every number up to 90; what it finds of

@@ -50,7 +50,7 @@ from regolite.boxes import box_iou, to_xyxy
 from regolite.data import DetectionDataset, collate, make_transform
 from regolite.detection import run
 from regolite.errors import UserError
-from regolite.evaluation.coco import _category_ids
+from regolite.evaluation.coco import category_ids_of
 from regolite.inspect.recorder import record
 from regolite.inspect.trace import AttentionMap, Trace
 from regolite.progress import track
@@ -179,7 +179,7 @@ def relation_score(
     Raises:
         UserError: when no object of the data is decided by another, or the model finds none with its decider.
     """
-    _category_ids(getattr(model, "model_config", None), dataset)  # that the model knows what the data shows
+    category_ids_of(getattr(model, "model_config", None), dataset)  # that the model knows what the data shows
     dataset = prepared(model, dataset)
     relations = {i: dataset.relations(i) for i in range(len(dataset))}
     relations = {i: pairs for i, pairs in relations.items() if pairs and _count(dataset, i) > 2}

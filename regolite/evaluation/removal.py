@@ -32,7 +32,7 @@ from regolite.data.scenes import CLASSES, DECIDERS, Scene
 from regolite.data.transforms import to_pixels
 from regolite.detection import run
 from regolite.errors import UserError
-from regolite.evaluation.coco import _category_ids
+from regolite.evaluation.coco import category_ids_of
 from regolite.evaluation.relations import BASE, Case, evaluating, figures_of, group, percent, prepared, stand_for
 from regolite.progress import track
 from regolite.structures import Prediction
@@ -95,7 +95,7 @@ def removal(
     """
     if not isinstance(scenes, Scenes):
         raise UserError("pictures in files cannot be drawn again without an object; give scenes, as scenes:200")
-    known = _category_ids(getattr(model, "model_config", None), scenes)
+    known = category_ids_of(getattr(model, "model_config", None), scenes)
     columns = [known.index(scenes.category_ids[CLASSES.index(f"ball of {shape}")]) for shape in DECIDERS]
     transform = prepared(model, scenes).transform or to_pixels()
     place = {image_id: i for i, image_id in enumerate(scenes.image_ids)}

@@ -414,6 +414,10 @@ class Explorer(ipywidgets.VBox):
         self.gallery.observe(lambda _: self._suit(), "scene")
         self._suit()
 
+    def __repr__(self) -> str:
+        """What stands in a stored notebook, where nothing is live."""
+        return f"Explorer of {len(self.gallery.sources)} pictures"
+
     @property
     def viewer(self) -> Viewer:
         """The viewer whose tab is open."""
