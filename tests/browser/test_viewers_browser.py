@@ -508,9 +508,7 @@ def test_pictures(hand):
         assert shown["picture"] == name
 
     picture = hand.control("Picture")
-    chosen(
-        lambda: picture.select_option(index=1), lambda: setattr(gallery.chooser, "value", 1), ALBUM[1].name
-    )
+    chosen(lambda: picture.select_option(index=1), lambda: setattr(gallery.chooser, "value", 1), ALBUM[1].name)
     picture.focus()
     chosen(lambda: page.keyboard.press("ArrowUp"), lambda: setattr(gallery.chooser, "value", 0), before)
 
