@@ -5,13 +5,14 @@ extra ``transformers``) with the same weights, pictures and targets:
 
 - training: forward, loss with matching, backward, clipping and AdamW; also without what makes ours fast, one by one;
 - inference, batch 1;
-- memory: the peak of a fresh process that does nothing but train one of them;
+- memory: the peak of a process that does nothing but run one of them;
 - pictures: how many a second one worker prepares by DETR's whole augmentation, and which share of a real training is
   spent waiting for them.
 
-The sides take turns, so that whatever else the machine does slows all of them; a ratio is the median of the ratios of
-neighbours. Before anything is timed they must give the same outputs, losses and gradients. Exit code 1 where they do
-not.
+Each side has a process of its own, as a training has: memory that is given back and asked for again is a part of what
+a step costs, and one process would share it among all. They take turns, step by step, so that whatever else the machine
+does slows all of them; a ratio is the median of the ratios of neighbours. Before anything is timed they must give the
+same outputs, losses and gradients. Exit code 1 where they do not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -147,18 +147,6 @@ def some_batch() -> tuple[ImageBatch, list[Target]]:
 # --------------------------------------------------------------------------------------------------------- time
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, round by round; each round begins with another one."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
 def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """For each comparison the median seconds of both, and quartiles of the ratio (theirs to ours)."""
     rows = {}
@@ -179,53 +167,74 @@ def must_agree(what: str, values: dict[str, tuple[Any, ...]], tolerance: float) 
                 raise SystemExit(f"{what} of '{ours}' and of '{theirs}' differ by {difference:.1e}")
 
 
-def training_and_inference(rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Seconds of a training step, batch 2, and of inference, batch 1."""
-    sides = {name: Side(name) for name in SIDES}
-    trained = {name: sum(weight.numel() for weight in side.weights) for name, side in sides.items()}
-    for ours, theirs in (("base", "base of transformers"), ("rego", "rego on transformers")):
-        if trained[ours] != trained[theirs]:
-            raise SystemExit(f"'{ours}' trains {trained[ours]} weights and '{theirs}' {trained[theirs]}")
-    images, targets = some_batch()
+class Process:
+    """A side in a process of its own, which does what it is asked.
+
+    Args:
+        name: one of :data:`SIDES`.
+        threads: of PyTorch.
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.training", "--side", name, "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, what: str) -> Any:
+        """Ask for something, and wait for the answer."""
+        print(what, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a process ended while it was asked for: {what}")
+        return json.loads(answer)
+
+
+def serve(name: str) -> None:
+    """What such a process does: answer, line by line."""
+    side, (images, targets) = Side(name), some_batch()
     one = ImageBatch(images.pixels[:1], images.mask[:1], images.sizes[:1])
-    report = {}
-
-    with torch.inference_mode():
-        for side in sides.values():
-            side.model.eval()
-        must_agree("outputs", {name: side.detect(one) for name, side in sides.items()}, 1e-4)
-        times = take_turns({name: lambda side=side: side.detect(one) for name, side in sides.items()}, 3 * rounds)
-    report["inference"] = ratios(times)
-
-    for side in sides.values():
-        side.model.train()
-    # The first step makes the optimiser's state.
-    must_agree("losses and gradients", {n: side.step(images, targets) for n, side in sides.items()}, 1e-4)
-    times = take_turns({name: lambda side=side: side.step(images, targets) for name, side in sides.items()}, rounds)
-    report["training"] = ratios(times)
-    return report
-
-
-# ------------------------------------------------------------------------------------------------------- memory
-
-
-def memory(name: str) -> dict[str, float]:
-    """GB of this process before the first step, and at the most in two steps."""
-    side, batch = Side(name), some_batch()
     before = psutil.Process().memory_info().rss / 1e9
-    side.step(*batch)
-    side.step(*batch)
-    return {"before": before, "peak": peak_memory(torch.device("cpu"))}
+    for line in sys.stdin:
+        what, start = line.strip(), time.perf_counter()
+        side.model.train(what == "step")
+        if what == "step":
+            answer: Any = side.step(images, targets)
+        elif what == "weights":
+            answer = sum(weight.numel() for weight in side.weights)
+        elif what == "memory":
+            answer = {"before": before, "peak": peak_memory(torch.device("cpu"))}
+        else:
+            with torch.inference_mode():
+                answer = side.detect(one)
+            answer = [tensor.tolist() for tensor in answer] if what == "outputs" else None
+        print(json.dumps([time.perf_counter() - start, answer]), flush=True)
 
 
-def memory_in_fresh_processes(threads: int) -> dict[str, dict[str, float]]:
-    """The same for each side, in a process of its own."""
-    figures = {}
-    for name in SIDES:
-        command = [sys.executable, "-m", "benchmarks.training", "--memory-of", name, "--threads", str(threads)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        figures[name] = json.loads(output.splitlines()[-1])
-    return figures
+def training_and_inference(rounds: int, threads: int) -> dict[str, dict[str, Any]]:
+    """Seconds of a training step, batch 2, and of inference, batch 1; GB of memory."""
+    sides = {name: Process(name, threads) for name in SIDES}
+    report: dict[str, dict[str, Any]] = {}
+
+    def turns(what: str, rounds: int) -> dict[str, list[float]]:
+        """Seconds by side, round by round; each round begins with another one."""
+        times: dict[str, list[float]] = {name: [] for name in SIDES}
+        for turn in range(rounds):
+            begin = turn % len(SIDES)
+            for name in SIDES[begin:] + SIDES[:begin]:
+                times[name].append(sides[name].ask(what)[0])
+        return times
+
+    trained = {name: side.ask("weights")[1] for name, side in sides.items()}
+    must_agree("the numbers of trained weights", {name: (count,) for name, count in trained.items()}, 0.0)
+    must_agree("outputs", {name: side.ask("outputs")[1] for name, side in sides.items()}, 1e-4)
+    report["inference"] = ratios(turns("detect", 3 * rounds))
+    # The first step makes the optimiser's state.
+    must_agree("losses and gradients", {name: side.ask("step")[1] for name, side in sides.items()}, 1e-4)
+    report["training"] = ratios(turns("step", rounds))
+    report["memory"] = {name: side.ask("memory")[1] for name, side in sides.items()}
+    for side in sides.values():
+        side.process.stdin.close()
+        side.process.wait()
+    return report
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
@@ -290,14 +299,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file too")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default 7)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch (default: all cores)")
-    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
     torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print(json.dumps(memory(args.memory_of)))
-        return
+    if args.side:
+        return serve(args.side)
     try:
         to_transformers(regolite.build("deformable_detr_r50", weights=None, mask_padding=False))
     except UserError as error:
@@ -310,13 +318,12 @@ def main() -> None:
     }
     print(f"{report['machine']}, {args.threads} threads, PyTorch {torch.__version__}; medians of {args.rounds} rounds")
 
-    report |= training_and_inference(args.rounds)
+    report |= training_and_inference(args.rounds, args.threads)
     size = f"{SIZE[0]}x{SIZE[1]}"
     print_ratios(f"Training, {size}, batch {BATCH} (the same losses and gradients)", "steps/s", report["training"])
     print_ratios(f"Inference, {size}, batch 1 (the same outputs)", "pict./s", report["inference"])
 
-    report["memory"] = memory_in_fresh_processes(args.threads)
-    print("\nMemory of a training process at its peak (of it, before the first step)")
+    print("\nMemory of the process at its peak (and before the first step)")
     for name, row in report["memory"].items():
         print(f"{name:44} {row['peak']:9.2f} GB {row['before']:9.2f} GB")
 
