@@ -10,8 +10,8 @@ extra ``transformers``) with the same weights, pictures and targets:
   spent waiting for them.
 
 Each side has a process of its own, as a training has: memory that is given back and asked for again is a part of what
-a step costs, and one process would share it among all. They take turns, step by step, so that whatever else the machine
-does slows all of them; a ratio is the median of the ratios of neighbours. Before anything is timed they must give the
+a step costs, and one process would share it between both. They take turns, step by step, so that whatever else the
+machine does slows both; a ratio is the median of the ratios of neighbours. Before anything is timed they must give the
 same outputs, losses and gradients. Exit code 1 where they do not.
 """
 
@@ -57,6 +57,7 @@ PAIRS = {  # ours, and what it is compared with
     "Deformable DETR, samples kept": ("base, samples kept", "base of transformers"),
     "Deformable DETR, channels first": ("base, channels first", "base of transformers"),
 }
+SAME = [row for row in PAIRS if "alone" not in row and "hidden" not in row]  # the rest differ in more than speed
 SIDES = tuple(dict.fromkeys(side for pair in PAIRS.values() for side in pair))
 COCO = Path(__file__).parent.parent / "data" / "coco_tiny"
 
@@ -147,24 +148,20 @@ def some_batch() -> tuple[ImageBatch, list[Target]]:
 # --------------------------------------------------------------------------------------------------------- time
 
 
-def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """For each comparison the median seconds of both, and quartiles of the ratio (theirs to ours)."""
-    rows = {}
-    for row, (ours, theirs) in PAIRS.items():
-        low, middle, high = statistics.quantiles([t / o for o, t in zip(times[ours], times[theirs])], n=4)
-        medians = {"ours": statistics.median(times[ours]), "theirs": statistics.median(times[theirs])}
-        rows[row] = {**medians, "ratio": middle, "low": low, "high": high}
-    return rows
+def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """The median seconds of both, and quartiles of the ratio (theirs to ours)."""
+    low, middle, high = statistics.quantiles([t / o for o, t in zip(ours, theirs)], n=4)
+    medians = {"ours": statistics.median(ours), "theirs": statistics.median(theirs)}
+    return {**medians, "ratio": middle, "low": low, "high": high}
 
 
-def must_agree(what: str, values: dict[str, tuple[Any, ...]], tolerance: float) -> None:
-    """Stop where a pair with the same weights does not give the same numbers, relative to the largest of them."""
-    for ours, theirs in (("base", "base of transformers"), ("rego", "rego on transformers")):
-        for mine, other in zip(values[ours], values[theirs]):
-            mine, other = torch.as_tensor(mine), torch.as_tensor(other)
-            difference = ((mine - other).abs().max() / other.abs().max()).item()
-            if not difference <= tolerance:
-                raise SystemExit(f"{what} of '{ours}' and of '{theirs}' differ by {difference:.1e}")
+def must_agree(what: str, mine: Any, other: Any, tolerance: float) -> None:
+    """Stop where a pair does not give the same numbers, relative to the largest of them."""
+    for ours, theirs in zip(mine, other):
+        ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
+        difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        if not difference <= tolerance:
+            raise SystemExit(f"{what} differ by {difference:.1e}")
 
 
 class Process:
@@ -209,29 +206,29 @@ def serve(name: str) -> None:
         print(json.dumps([time.perf_counter() - start, answer]), flush=True)
 
 
-def training_and_inference(rounds: int, threads: int) -> dict[str, dict[str, Any]]:
-    """Seconds of a training step, batch 2, and of inference, batch 1; GB of memory."""
-    sides = {name: Process(name, threads) for name in SIDES}
-    report: dict[str, dict[str, Any]] = {}
+def compare(row: str, rounds: int, threads: int) -> dict[str, Any]:
+    """Seconds of a training step, batch 2, and of inference, batch 1, of a pair; GB of memory of both."""
+    pair = [Process(name, threads) for name in PAIRS[row]]
 
-    def turns(what: str, rounds: int) -> dict[str, list[float]]:
-        """Seconds by side, round by round; each round begins with another one."""
-        times: dict[str, list[float]] = {name: [] for name in SIDES}
+    def turns(what: str, rounds: int) -> dict[str, float]:
+        times: list[list[float]] = [[], []]
         for turn in range(rounds):
-            begin = turn % len(SIDES)
-            for name in SIDES[begin:] + SIDES[:begin]:
-                times[name].append(sides[name].ask(what)[0])
-        return times
+            for side in (0, 1) if turn % 2 else (1, 0):
+                times[side].append(pair[side].ask(what)[0])
+        return ratio(*times)
 
-    trained = {name: side.ask("weights")[1] for name, side in sides.items()}
-    must_agree("the numbers of trained weights", {name: (count,) for name, count in trained.items()}, 0.0)
-    must_agree("outputs", {name: side.ask("outputs")[1] for name, side in sides.items()}, 1e-4)
-    report["inference"] = ratios(turns("detect", 3 * rounds))
-    # The first step makes the optimiser's state.
-    must_agree("losses and gradients", {name: side.ask("step")[1] for name, side in sides.items()}, 1e-4)
-    report["training"] = ratios(turns("step", rounds))
-    report["memory"] = {name: side.ask("memory")[1] for name, side in sides.items()}
-    for side in sides.values():
+    same_model = row in SAME
+    must_agree(f"{row}: trained weights", *([side.ask("weights")[1]] for side in pair), 0.0 if same_model else 1.0)
+    outputs, report = [side.ask("outputs")[1] for side in pair], {}
+    if same_model:
+        must_agree(f"{row}: outputs", *outputs, 1e-4)
+    report["inference"] = turns("detect", 3 * rounds)
+    first = [side.ask("step")[1] for side in pair]  # makes the optimiser's state
+    if same_model:
+        must_agree(f"{row}: losses and gradients", *first, 1e-4)
+    report["training"] = turns("step", rounds)
+    report["memory"] = dict(zip(("ours", "theirs"), (side.ask("memory")[1] for side in pair)))
+    for side in pair:
         side.process.stdin.close()
         side.process.wait()
     return report
@@ -299,6 +296,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file too")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default 7)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch (default: all cores)")
+    about = f"which comparisons (default all): {', '.join(map(repr, PAIRS))}"
+    parser.add_argument("--only", nargs="+", choices=list(PAIRS), default=list(PAIRS), metavar="ROW", help=about)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 2:
@@ -318,14 +317,17 @@ def main() -> None:
     }
     print(f"{report['machine']}, {args.threads} threads, PyTorch {torch.__version__}; medians of {args.rounds} rounds")
 
-    report |= training_and_inference(args.rounds, args.threads)
+    rows = {row: compare(row, args.rounds, args.threads) for row in args.only}
+    report["comparisons"] = rows
     size = f"{SIZE[0]}x{SIZE[1]}"
-    print_ratios(f"Training, {size}, batch {BATCH} (the same losses and gradients)", "steps/s", report["training"])
-    print_ratios(f"Inference, {size}, batch 1 (the same outputs)", "pict./s", report["inference"])
-
-    print("\nMemory of the process at its peak (and before the first step)")
-    for name, row in report["memory"].items():
-        print(f"{name:44} {row['peak']:9.2f} GB {row['before']:9.2f} GB")
+    print_ratios(f"Training, {size}, batch {BATCH}", "steps/s", {row: found["training"] for row, found in rows.items()})
+    print_ratios(f"Inference, {size}, batch 1", "pict./s", {row: found["inference"] for row, found in rows.items()})
+    print("\nMemory of the process at its peak in GB (and before the first step)")
+    for row, found in rows.items():
+        theirs, ours = (
+            f"{m['peak']:.2f} ({m['before']:.2f})" for m in (found["memory"][k] for k in ("theirs", "ours"))
+        )
+        print(f"{row:44} {theirs:>16} {ours:>16}")
 
     report["loading"] = loading()
     print(f"\nOne worker prepares {report['loading']:.1f} pictures a second by DETR's augmentation (coco_tiny)")
