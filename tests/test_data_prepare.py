@@ -487,12 +487,12 @@ class TestUnpack:
     )
     @pytest.mark.filterwarnings("ignore:Duplicate name")
     def test_refuses_what_is_not_coco(self, coco, tmp_path, evil, said):
-        root = tmp_path / "deep" / "root"
+        root = tmp_path / "deep" / "coco"
         publish(coco, "val", zipped([GOOD, (evil, b"/etc/passwd")]))  # with the right sum, as if COCO's own were evil
         with pytest.raises(UserError, match=f"{re.escape(said)}.*: nothing of it was unpacked"):
             prepare_coco(root, ["val"], coco.url)
         there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if not path.is_dir()}
-        assert there == {"deep/root/annotations/instances_val2017.json", "deep/root/val2017.zip.part"}
+        assert there == {"deep/coco/annotations/instances_val2017.json", "deep/coco/val2017.zip.part"}
 
     @pytest.mark.parametrize("cut", [10, 5000, -30])
     def test_a_truncated_zip(self, coco, tmp_path, cut, capsys):
