@@ -94,13 +94,19 @@ def _read(maps: Tensor, grid: Tensor) -> Tensor:
 _read_backward = torch.ops.aten.grid_sampler_2d_backward  # _read's modes as numbers, and which gradients are wanted
 
 
-def _few(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of every tensor after others: on a CPU as many as there are threads, on a GPU all of them.
+CACHED = 2**17  # samples: half a MiB of float32, which a core's cache holds
 
-    ``grid_sample`` gives each thread of a CPU a map of its own.
+
+def _few(maps: Tensor, places: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of every tensor after others: on a CPU as many as its cache holds the samples of, on a GPU all of them.
+
+    ``grid_sample`` gives each thread of a CPU a map of its own, so there are at least as many rows as threads. Small
+    maps go many at a time: for them a call takes longer than the reading.
     """
-    few = torch.get_num_threads() if tensors[0].device.type == "cpu" else len(tensors[0])
-    return zip(*(tensor.split(few) for tensor in tensors))
+    rows, channels, points, queries = len(maps), maps.shape[1], places.shape[1], places.shape[2]
+    if maps.device.type == "cpu":
+        rows = torch.get_num_threads() * max(1, CACHED // (channels * points * queries))
+    return zip(*(tensor.split(rows) for tensor in (maps, places, *others)))
 
 
 class DeformableAttention(nn.Module):

@@ -1,0 +1,173 @@
+"""All runs of some experiments, several at a time, resumable.
+
+Every run is a process of its own with one thread, so that two runs share two cores without waiting for each other, and
+so that what a run leaves in memory ends with it. Seed by seed: whoever stops early has all arms with fewer seeds, not
+some arms with all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regolite.errors import UserError
+from regolite.experiments import run as runs
+from regolite.experiments.table import ARMS, EXPERIMENTS, experiment
+from regolite.progress import Status
+from regolite.signals import RunStopped
+
+FAILED = "failed.txt"
+
+
+def plan(names: Sequence[str], seeds: Sequence[int] | None = None) -> list[tuple[str, int]]:
+    """The runs that experiments need, each once: pairs of arm and seed, the first seeds of all arms first.
+
+    Args:
+        names: of experiments; ``all`` for all of them.
+        seeds: which ones; by default those of each arm.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    wanted = list(EXPERIMENTS) if "all" in names else list(names)
+    arms = dict.fromkeys(arm for name in wanted for arm in experiment(name).arms)
+    pairs = [(arm, seed) for arm in arms for seed in (ARMS[arm].seeds if seeds is None else dict.fromkeys(seeds))]
+    return sorted(pairs, key=lambda pair: pair[1])  # stable: within a seed the order of the table
+
+
+def conduct(
+    names: Sequence[str],
+    seeds: Sequence[int] | None = None,
+    folder: str | Path = "runs/experiments",
+    results: str | Path = "experiments/results",
+    jobs: int = 1,
+    small: bool = False,
+) -> list[Path]:
+    """Do all runs that are missing, and write what they gave.
+
+    Args:
+        names: of experiments; ``all`` for all of them.
+        seeds: which ones; by default those of each arm.
+        folder: for the runs.
+        results: for the files of results.
+        jobs: how many runs at a time.
+        small: tiny runs that only show that everything works.
+
+    Returns:
+        The files of results.
+
+    Raises:
+        UserError: when an experiment is unknown, or runs have failed: the others are done, and their results written.
+        RunStopped: when a signal came; what the running ones had done is saved.
+    """
+    pairs, folder, results = plan(names, seeds), Path(folder), Path(results)
+    files = {arm: results / f"{arm}.json" for arm, _ in pairs}
+    done = {arm: _seeds(file) for arm, file in files.items()}
+    waiting = [pair for pair in pairs if pair[1] not in done[pair[0]]]
+    status, count = Status(f"{len(pairs)} runs"), len(pairs)
+    status.update(1 - len(waiting) / count)
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
+    with _interruptible(), _ended(running):
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                pair = waiting.pop(0)
+                running[pair] = _start(*pair, folder, small)
+            time.sleep(0.2)
+            for (arm, seed), process in [(pair, p) for pair, p in running.items() if p.poll() is not None]:
+                del running[arm, seed]
+                place = folder / arm / str(seed)
+                if process.returncode == 0:
+                    found = json.loads((place / "result.json").read_text(encoding="utf-8"))
+                    runs.merge(arm, ARMS[arm].about, [found], files[arm])
+                    ap = ", ".join("-" if s["AP"] is None else f"{s['AP']:.1f}" for s in found["stages"])
+                    Status.say(f"{arm}, seed {seed}: AP by stage {ap}")
+                else:
+                    said = (place / FAILED).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                    failed.append(f"{arm}, seed {seed}: {said[-1] if said else f'code {process.returncode}'}")
+                    Status.say(failed[-1])
+            status.update(1 - (len(waiting) + len(running)) / count, ", ".join(f"{a} {s}" for a, s in running))
+    status.close()
+    if failed:
+        raise UserError(f"{len(failed)} of {count} runs failed, the others are done: {'; '.join(failed)}")
+    return list(files.values())
+
+
+def _start(arm: str, seed: int, folder: Path, small: bool) -> subprocess.Popen[bytes]:
+    place = folder / arm / str(seed)
+    place.mkdir(parents=True, exist_ok=True)
+    package = str(Path(__file__).parents[2])  # where it is imported from here, even if it is not installed
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "regolite.experiments.queue", arm, str(seed), str(folder), str(int(small))]
+    with open(place / FAILED, "wb") as errors:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C comes to this process alone, which ends them
+        )
+
+
+@contextmanager
+def _ended(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Whatever happens, no run goes on without this process: each is asked to save and to end."""
+    try:
+        yield
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as Ctrl-C does."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise RunStopped("stopped; the runs are saved", signum)
+
+    names = [s for s in ("SIGTERM", "SIGHUP") if hasattr(signal, s)]
+    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise error if isinstance(error, RunStopped) else RunStopped("stopped; the runs are saved", signal.SIGINT)
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def _seeds(file: Path) -> set[int]:
+    """The seeds whose results are in a file."""
+    return {run["seed"] for run in json.loads(file.read_text(encoding="utf-8"))["runs"]} if file.exists() else set()
+
+
+def _main(arm: str, seed: str, folder: str, small: str) -> None:
+    """One of the processes that :func:`conduct` has started."""
+    torch.set_num_threads(1)
+    what = ARMS[arm]
+    if int(small):
+        runs.run(arm, runs.smaller(what), int(seed), folder, test=20)
+    else:
+        runs.run(arm, what, int(seed), folder)
+
+
+if __name__ == "__main__":
+    try:
+        _main(*sys.argv[1:])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
