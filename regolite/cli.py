@@ -12,6 +12,7 @@
     regolite prepare-coco --root data/coco
     regolite compare runs/base runs/rego --metric AP50
     regolite recipes --data COCO
+    regolite experiment stages --seeds 0 1 2 --jobs 2
     regolite train --recipe rego_deformable_detr_r50_50ep --data COCO --output runs/r50 --processes 8
 
 Each command is a function that says in Python what the command does; :func:`main` chooses it and turns what goes wrong
@@ -331,6 +332,30 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def experiment(arguments: argparse.Namespace) -> int:
+    """Ask the paper's questions at laptop scale: train what is missing, and print the verdicts."""
+    from regolite.experiments import cost, queue, report, statistics, table
+
+    small = "runs/experiments_small/results" if arguments.small else "experiments/results"
+    results = arguments.results or Path(small)
+    if not arguments.names:
+        print(report.overview(statistics.read_results(results) if any(results.glob("*.json")) else {}))
+        return 0
+    wanted = list(table.EXPERIMENTS) if "all" in arguments.names else [n for n in arguments.names if n != "cost"]
+    for name in wanted:
+        table.experiment(name)
+    if wanted:
+        folder = arguments.output or Path("runs/experiments_small" if arguments.small else "runs/experiments")
+        queue.conduct(wanted, arguments.seeds, folder, results, arguments.jobs, arguments.small)
+        found = statistics.read_results(results)
+        print("\n\n".join(report.as_text(table.EXPERIMENTS[name], found) for name in wanted))
+    if "cost" in arguments.names or "all" in arguments.names:
+        measured = cost.measure(results / "cost.json", rounds=2 if arguments.small else 30)
+        for arm, one in measured["arms"].items():
+            print(f"{arm:<20}{1000 * one['step']:8.0f} ms a step{one['relative']:7.2f}{one['macs'] / 1e6:9.1f} M")
+    return 0
+
+
 def prepare_coco(arguments: argparse.Namespace) -> int:
     """Download COCO 2017, unpack and check it; or only check a data folder."""
     from regolite.checkpoint import write_atomic
@@ -411,6 +436,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (prepare_coco, _prepare_coco_options),
         (compare, _compare_options),
         (recipes, _recipes_options),
+        (experiment, _experiment_options),
     ):
         name, about = command.__name__.replace("_", "-"), command.__doc__
         options = commands.add_parser(name, help=about, description=about)
@@ -547,6 +573,19 @@ def _compare_options(parser: Parser) -> None:
     parser.add_argument("--stage", type=whole_number, metavar="N", help="which stage (default: each run's last)")
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which pictures (default: val)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _experiment_options(parser: Parser) -> None:
+    about = "experiments, `all`, or `cost` for times of steps (default: list them, with what is done)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=about)
+    about = "seeds of the runs (default: 0 to 2, and 0 to 4 in the main comparison)"
+    parser.add_argument("--seeds", type=whole_number, nargs="+", metavar="N", help=about)
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time, one core each (default: 1)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs (default: runs/experiments)")
+    about = "folder of the results (default: experiments/results)"
+    parser.add_argument("--results", type=Path, metavar="DIR", help=about)
+    about = "tiny runs in folders of their own, which only show that everything works"
+    parser.add_argument("--small", action="store_true", help=about)
 
 
 def _prepare_coco_options(parser: Parser) -> None:

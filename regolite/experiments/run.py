@@ -74,7 +74,6 @@ def run(name: str, arm: Arm, seed: int, folder: str | Path, test: int = TEST) ->
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = {line["step"]: line for line in lines if line["kind"] == "evaluation" and line["split"] == "val"}
     found = {
-        "arm": name,
         "seed": seed,
         "config": about,
         "curve": [
