@@ -580,7 +580,8 @@ def _experiment_options(parser: Parser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=about)
     about = "seeds of the runs (default: 0 to 2, and 0 to 4 in the main comparison)"
     parser.add_argument("--seeds", type=whole_number, nargs="+", metavar="N", help=about)
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time, one core each (default: 1)")
+    about = "runs at a time, one core each (default: 1)"
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help=about)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the runs (default: runs/experiments)")
     about = "folder of the results (default: experiments/results)"
     parser.add_argument("--results", type=Path, metavar="DIR", help=about)

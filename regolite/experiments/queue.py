@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ from regolite.experiments import run as runs
 from regolite.experiments.table import ARMS, EXPERIMENTS, experiment
 from regolite.progress import Status
 from regolite.signals import RunStopped
+from regolite.training.launch import end_with_starter
 
-FAILED = "failed.txt"
+SAID = "stderr.txt"
 
 
 def plan(names: Sequence[str], seeds: Sequence[int] | None = None) -> list[tuple[str, int]]:
@@ -85,7 +87,8 @@ def conduct(
                 running[pair] = _start(*pair, folder, small)
             time.sleep(0.2)
             for (arm, seed), process in [(pair, p) for pair, p in running.items() if p.poll() is not None]:
-                del running[arm, seed]
+                with running.pop((arm, seed)):  # closes its pipe
+                    pass
                 place = folder / arm / str(seed)
                 if process.returncode == 0:
                     found = json.loads((place / "result.json").read_text(encoding="utf-8"))
@@ -93,7 +96,7 @@ def conduct(
                     ap = ", ".join("-" if s["AP"] is None else f"{s['AP']:.1f}" for s in found["stages"])
                     Status.say(f"{arm}, seed {seed}: AP by stage {ap}")
                 else:
-                    said = (place / FAILED).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                    said = (place / SAID).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     failed.append(f"{arm}, seed {seed}: {said[-1] if said else f'code {process.returncode}'}")
                     Status.say(failed[-1])
             status.update(1 - (len(waiting) + len(running)) / count, ", ".join(f"{a} {s}" for a, s in running))
@@ -109,11 +112,11 @@ def _start(arm: str, seed: int, folder: Path, small: bool) -> subprocess.Popen[b
     package = str(Path(__file__).parents[2])  # where it is imported from here, even if it is not installed
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "regolite.experiments.queue", arm, str(seed), str(folder), str(int(small))]
-    with open(place / FAILED, "wb") as errors:
+    with open(place / SAID, "wb") as errors:
         return subprocess.Popen(
             command,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # it ends when this process does, however that comes about
             stdout=subprocess.DEVNULL,
             stderr=errors,
             start_new_session=True,  # Ctrl-C comes to this process alone, which ends them
@@ -127,27 +130,29 @@ def _ended(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> Iterator[
         yield
     finally:
         for process in running.values():
-            process.terminate()
+            process.terminate()  # it saves what it has done
         for process in running.values():
-            process.wait()
+            with process:  # waits
+                pass
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM and SIGHUP end this process as Ctrl-C does."""
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def stop(signum: int, frame: Any) -> None:
-        raise RunStopped("stopped; the runs are saved", signum)
+        raise KeyboardInterrupt(signum)
 
-    names = [s for s in ("SIGTERM", "SIGHUP") if hasattr(signal, s)]
-    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
+    mine = threading.current_thread() is threading.main_thread()  # others may not ask for signals
+    before = {name: signal.signal(name, stop) for name in wanted if mine}
     try:
         yield
     except KeyboardInterrupt as error:
-        raise error if isinstance(error, RunStopped) else RunStopped("stopped; the runs are saved", signal.SIGINT)
+        raise RunStopped("stopped; what the runs had done is saved", *error.args or (signal.SIGINT,)) from None
     finally:
         for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+            signal.signal(name, handler)
 
 
 def _seeds(file: Path) -> set[int]:
@@ -157,6 +162,7 @@ def _seeds(file: Path) -> set[int]:
 
 def _main(arm: str, seed: str, folder: str, small: str) -> None:
     """One of the processes that :func:`conduct` has started."""
+    end_with_starter()
     torch.set_num_threads(1)
     what = ARMS[arm]
     if int(small):

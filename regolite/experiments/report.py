@@ -17,7 +17,8 @@ def overview(results: Results) -> str:
         there = sum(len(set(results.get(arm, {})) & set(ARMS[arm].seeds)) for arm in one.arms)
         hours = minutes(results, one.arms) / 60
         lines.append(f"{name:<15}{f'{there}/{wanted}':>9}{hours:7.1f}   {one.question}")
-    lines += ["", f"{minutes(results, list(ARMS)) / 60:.1f} hours of one core in all; arms of several count once there."]
+    hours = minutes(results, list(ARMS)) / 60
+    lines += ["", f"{hours:.1f} hours of one core in all, where arms of several experiments count once."]
     return "\n".join(lines)
 
 

@@ -121,7 +121,7 @@ def from_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {name: environment.get(name, value) for name, value in found.items()}
 
 
-def _end_with_starter() -> None:
+def end_with_starter() -> None:
     """Ask this process to end, as Slurm would, when the one that has started it is gone."""
 
     def wait() -> None:
@@ -133,7 +133,7 @@ def _end_with_starter() -> None:
 
 def _main(told: str, result: str) -> None:
     """One of the processes that :func:`launch` has started."""
-    _end_with_starter()
+    end_with_starter()
     from regolite.training.loop import train
 
     def tell(**outcome: str) -> None:

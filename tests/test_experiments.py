@@ -1,0 +1,321 @@
+"""The experiments: that arms can be compared, that runs are resumable and repeatable, and that verdicts follow."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import set_seed
+from scipy.stats import ttest_rel
+
+from regolite import RunConfig, UserError
+from regolite.cli import main
+from regolite.data import open_data
+from regolite.experiments import cost, queue, report, run, statistics
+from regolite.experiments.statistics import Estimate, judge
+from regolite.experiments.table import ARMS, EXPERIMENTS, PROTOCOL, Claim, Side, experiment
+from regolite.presets import build, configure
+from regolite.training.setup import parse_overrides
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+ONE = {"lr": 1e-3, "epochs": 1, "drop_epochs": (1,), "evaluate_every": 1, "data": "scenes:8:val=4:size=64"}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms that train for two steps on small pictures, in this process."""
+    for name in ("base", "rego"):
+        arm = replace(ARMS[name], recipe={**ONE, "image_size": 64})
+        monkeypatch.setitem(ARMS, name, arm)
+    monkeypatch.setattr("regolite.inspect.draw_run", lambda *_: [])
+
+
+def model_of(arm: str) -> torch.nn.Module:
+    config = RunConfig.of({**ARMS[arm].settings(), "output": "x"})
+    return build(configure(config.model, **parse_overrides(config.overrides)), num_classes=14)
+
+
+# ------------------------------------------------------------------------------------------------------ the table
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_is_a_configuration(arm: str) -> None:
+    config = RunConfig.of({**ARMS[arm].settings(), "output": "x"})
+    settings = configure(config.model, **parse_overrides(config.overrides))
+    assert settings.detector.dim == 64
+    assert config.drop_epochs[0] * 5 // 4 == config.epochs, "a fifth of the training comes after the drop"
+
+
+def test_arms_share_the_protocol_but_for_what_they_are_named_for() -> None:
+    for name, arm in ARMS.items():
+        changed = {field for field, value in PROTOCOL.items() if arm.settings()[field] != value}
+        assert changed <= ({"lr"} if "_lr_" in name else {"epochs", "drop_epochs"}), name
+        assert not changed or "_lr_" in name or "drop" in name or name == "base_longer", name
+
+
+def test_claims_compare_arms_of_their_experiment() -> None:
+    for name, one in EXPERIMENTS.items():
+        assert len(set(one.arms)) == len(one.arms)
+        for claim in one.claims:
+            assert {claim.ours.arm, claim.theirs.arm} <= set(one.arms), name
+    assert set(ARMS) == {arm for one in EXPERIMENTS.values() for arm in one.arms}, "no arm without an experiment"
+
+
+def test_with_the_same_seed_rego_begins_with_the_same_base_detector() -> None:
+    states = []
+    for arm in ("base", "rego"):
+        set_seed(3)
+        model = model_of(arm)
+        states.append((model if arm == "base" else model.detector).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_an_unknown_experiment_is_named_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown experiment 'stage'; did you mean 'stages'"):
+        experiment("stage")
+
+
+# ------------------------------------------------------------------------------------------------------- one run
+
+
+def test_a_run_can_be_repeated_and_is_not_repeated_without_need(
+    tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run.run("rego", ARMS["rego"], 1, tmp_path / "a", test=6)
+    again = run.run("rego", ARMS["rego"], 1, tmp_path / "b", test=6)
+    for name in ("config", "curve", "stages", "objects", "relations"):
+        assert first[name] == again[name], name
+    assert len(first["stages"]) == 4 and first["curve"][-1]["epoch"] == 1
+
+    monkeypatch.setattr(run, "train", lambda config: pytest.fail("trained again"))
+    assert run.run("rego", ARMS["rego"], 1, tmp_path / "a", test=6) == first
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path, tiny: None) -> None:
+    run.run("base", ARMS["base"], 0, tmp_path, test=4)
+    other = replace(ARMS["base"], recipe={**ARMS["base"].recipe, "lr": 0.5})
+    with pytest.raises(UserError, match="holds a run of another configuration .*lr=0.001, now 0.5.*move it away"):
+        run.run("base", other, 0, tmp_path, test=4)
+    (tmp_path / "base" / "0" / "result.json").unlink()
+    with pytest.raises(UserError, match="holds a run of another configuration"):
+        run.run("base", other, 0, tmp_path, test=4)
+
+
+def test_figures_of_a_stage() -> None:
+    """Objects as detections: those shifted by a tenth of their width have an IoU of 9/11."""
+    scenes = open_data("scenes:6:size=96:context=1", "test")
+    truth = scenes.coco
+    results = []
+    for number, one in enumerate(truth.loadAnns(truth.getAnnIds())):
+        x, y, width, height = one["bbox"]
+        shift = 0.1 * width if number % 2 else 0.0
+        box = [x + shift, y, width, height]
+        results.append({"image_id": one["image_id"], "category_id": one["category_id"], "bbox": box, "score": 0.9})
+    count = len(results)
+    figures = run.stage_figures(truth, results)
+    assert figures["by_iou"] == [0, 0, 0, count // 2, count - count // 2]
+    balls = {category for category, one in truth.cats.items() if one["name"].startswith("ball of")}
+    figures = run.stage_figures(truth, [one for one in results if one["category_id"] in balls])
+    assert figures["others"] == 0.0 and figures["balls"] > 50
+    assert run.stage_figures(truth, [])["AP"] == 0.0
+
+
+def test_merging_keeps_what_is_there_and_refuses_a_mixture(tmp_path: Path) -> None:
+    file = tmp_path / "base.json"
+    run.merge("base", "about", [{"seed": 2, "config": {"lr": 1}, "x": 1}], file)
+    found = run.merge("base", "about", [{"seed": 0, "config": {"lr": 1}, "x": 2}], file)
+    assert (
+        [one["seed"] for one in found["runs"]]
+        == [0, 2]
+        == [one["seed"] for one in json.loads(file.read_text())["runs"]]
+    )
+    with pytest.raises(UserError, match=r"base\.json holds a run of another configuration \(lr=1, now 2\)"):
+        run.merge("base", "about", [{"seed": 1, "config": {"lr": 2}}], file)
+    assert len(json.loads(file.read_text())["runs"]) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ the queue
+
+
+def test_the_plan_takes_each_arm_once_and_seeds_in_turn() -> None:
+    pairs = queue.plan(["convergence", "inference"])
+    assert len(set(pairs)) == len(pairs)
+    assert [seed for _, seed in pairs] == sorted(seed for _, seed in pairs)
+    assert ("rego", 4) in pairs and ("base_longer", 3) not in pairs
+    assert {seed for _, seed in queue.plan(["query"], [7, 7])} == {7}
+    assert {arm for arm, _ in queue.plan(["all"])} == set(ARMS)
+
+
+@pytest.mark.slow
+def test_small_runs_leave_results_and_a_second_call_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["experiment", "inference", "--small", "--seeds", "0", "--jobs", "2"]
+    words += ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "rego, seed 0: AP by stage" in said and "one seed has no interval" in said
+    results = statistics.read_results(tmp_path / "results")
+    assert set(results) == {"base", "rego"} and set(results["rego"]) == {0}
+    monkeypatch.setattr(queue, "_start", lambda *_: pytest.fail("started again"))
+    assert main(words) == 0
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {"base": None, "rego": {"seed": 0, "config": {}, "stages": [{"AP": 1.0}]}}
+
+    def start(arm: str, seed: int, folder: Path, small: bool) -> subprocess.Popen[bytes]:
+        place = folder / arm / str(seed)
+        place.mkdir(parents=True)
+        (place / queue.SAID).write_text("a warning\nno more space\n")
+        if results[arm]:
+            (place / "result.json").write_text(json.dumps(results[arm]))
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(results[arm] is None)})"])
+
+    monkeypatch.setattr(queue, "_start", start)
+    with pytest.raises(UserError, match="1 of 2 runs failed, the others are done: base, seed 0: no more space"):
+        queue.conduct(["inference"], [0], tmp_path / "runs", tmp_path / "results", jobs=2)
+    assert set(statistics.read_results(tmp_path / "results")) == {"rego"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_queue_stops_its_runs_and_they_go_on_later(tmp_path: Path, by: signal.Signals) -> None:
+    words = [sys.executable, "-m", "regolite", "experiment", "encoder", "--small", "--seeds", "0"]
+    words += ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    place = tmp_path / "runs" / "rego" / "0"
+    wait_for(lambda: (place / "config.json").exists())
+    process.send_signal(by)
+    process.wait(60)
+    wait_for(lambda: "stopped" in (place / "train.log").read_text() or (place / "result.json").exists())
+    assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
+    resumed = statistics.read_results(tmp_path / "results")["rego"][0]
+    assert resumed["curve"][-1]["epoch"] == 2
+
+
+def wait_for(what: Any) -> None:
+    for _ in range(600):
+        if what():
+            return
+        time.sleep(0.1)
+    pytest.fail("waited for a minute")
+
+
+# ----------------------------------------------------------------------------------------------------- statistics
+
+
+def results_of(**arms: list[float]) -> dict[str, dict[int, dict[str, Any]]]:
+    return {arm: {seed: {"stages": [{"AP": ap}]} for seed, ap in enumerate(aps)} for arm, aps in arms.items()}
+
+
+def claim(expects: str = "more", margin: float = 1.0) -> Claim:
+    return Claim("It helps.", "Table 0", Side("rego"), Side("base"), None, expects, margin)
+
+
+def test_the_interval_is_that_of_a_paired_t_test() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(20, 5, 6), rng.normal(15, 5, 6)
+    found = judge(claim(), results_of(rego=ours.tolist(), base=theirs.tolist())).difference
+    low, high = ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize(
+    ("expects", "differences", "word"),
+    [
+        ("more", [5.0, 6.0, 7.0], "reproduced"),
+        ("more", [-5.0, -6.0, -7.0], "not reproduced"),
+        ("more", [-1.0, 0.5, 3.0], "undecided"),
+        ("same", [0.1, -0.1, 0.0], "reproduced"),
+        ("same", [5.0, 6.0, 7.0], "not reproduced"),
+        ("same", [-5.0, -6.0, -7.0], "not reproduced"),
+        ("same", [0.9, 1.0, 1.1], "undecided"),
+        ("not less", [5.0, 6.0, 7.0], "reproduced"),
+        ("not less", [-0.1, 0.0, 0.1], "reproduced"),
+        ("not less", [-5.0, -6.0, -7.0], "not reproduced"),
+        ("not less", [-3.0, 0.0, 3.0], "undecided"),
+    ],
+)
+def test_verdicts(expects: str, differences: list[float], word: str) -> None:
+    rego = [20 + d for d in differences]
+    assert judge(claim(expects), results_of(rego=rego, base=[20.0] * 3)).word == word
+
+
+def test_how_many_seeds_an_undecided_claim_would_take() -> None:
+    differences = [-1.0, 0.5, 3.0]
+    verdict = judge(claim(), results_of(rego=differences, base=[0.0] * 3))
+    mean, spread = np.mean(differences), np.std(differences, ddof=1)
+
+    def decided(count: int) -> bool:
+        """With so many values of just this mean and spread."""
+        values = np.resize([1.0, -1.0], count - count % 2).tolist() + [0.0] * (count % 2)
+        values = mean + spread * np.array(values) / np.std(values, ddof=1)
+        return Estimate.of(values.tolist()).low > 0
+
+    assert decided(verdict.seeds_needed) and not decided(verdict.seeds_needed - 1)
+    assert judge(claim(), results_of(rego=[1.0, -1.0], base=[0.0] * 2)).seeds_needed is None
+    assert "more than 100 seeds" in report.said(judge(claim(), results_of(rego=[1.0, -1.0], base=[0.0] * 2)))
+
+
+def test_only_seeds_that_both_sides_have_are_compared() -> None:
+    results = results_of(rego=[5.0, 6.0, 7.0, 100.0], base=[0.0, 0.0, 0.0])
+    assert judge(claim(), results).seeds == (0, 1, 2)
+    single = judge(claim(), results_of(rego=[9.0], base=[0.0]))
+    assert single.word == "undecided" and math.isinf(single.difference.low) and single.seeds_needed is None
+    assert judge(claim(), {}).difference is None
+
+
+def test_damaged_and_missing_results_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no results; `python -m regolite experiment all`"):
+        statistics.read_results(tmp_path)
+    (tmp_path / "base.json").write_text("{")
+    with pytest.raises(UserError, match=r"base\.json holds no results .*take it from the repository"):
+        statistics.read_results(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- cost
+
+
+def test_costs_are_counted_and_measured() -> None:
+    found = cost.costs(["base", "rego", "base_deeper"], rounds=1)
+    assert found["base"]["relative"] == 1.0
+    assert found["base"]["parameters"] == sum(p.numel() for p in model_of("base").parameters())
+    assert found["rego"]["macs"] > found["base"]["macs"] and found["base_deeper"]["macs"] > found["base"]["macs"]
+    assert all(one["step"] > 0 for one in found.values())
+
+
+# -------------------------------------------------------------------------------------------- what is in the folder
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_committed_results_are_those_of_the_table(arm: str) -> None:
+    runs = statistics.read_results(RESULTS, [arm])[arm]
+    config = RunConfig.of({**ARMS[arm].settings(), "output": "x"})
+    wanted = {**run.described(config), "test": 500}
+    for seed, one in runs.items():
+        assert one["config"] == wanted, f"{arm}, seed {seed}: another configuration"
+        assert one["versions"] and one["seconds"]["training"] > 0
+    assert set(runs) >= set(ARMS[arm].seeds)
+
+
+def test_the_command_lists_experiments_and_refuses_unknown_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment", "--results", str(RESULTS)]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in EXPERIMENTS) and "hours of one core in all" in said
+    assert main(["experiment", "stagse"]) == 2
+    assert "did you mean 'stages'" in capsys.readouterr().err
