@@ -172,9 +172,8 @@ def _check_unpaired(found: tuple[float, float], ours: Runs, theirs: Runs) -> Non
                 "the unpaired interval: nothing is paired here, so all runs count, also of seeds without a partner."
             )
     half = float(t.ppf(0.975, len(a) + len(b) - 2)) * error
-    raise Mistake(
-        f"the unpaired interval goes from {mean - half:.2f} to {mean + half:.2f}, yours {found[0]:.2f} to {found[1]:.2f}."
-    )
+    wanted = f"{mean - half:.2f} to {mean + half:.2f}"
+    raise Mistake(f"the unpaired interval goes from {wanted}, yours {found[0]:.2f} to {found[1]:.2f}.")
 
 
 @exercise(
@@ -203,7 +202,7 @@ def seeds_for(answer: Callable[[float, float], int]) -> str:
         if found == next((n for n in range(2, 10_000) if t.ppf(0.975, n - 1) * spread < effect), None):
             raise Mistake(f"{case}: the spread of a mean is that of one difference / sqrt(n).")
         raise Mistake(f"{case} it takes {wanted} seeds, and not {found}.")
-    return "Half the effect takes about four times the seeds: small effects are dear, and three seeds decide large ones only."
+    return "Half the effect takes about four times the seeds: three seeds can show large effects only."
 
 
 @exercise(
@@ -226,7 +225,7 @@ def same_or_not(answer: Callable[[Sequence[float], float], str]) -> str:
             [0.55, 0.5, 0.6, 0.52],
             1.0,
             "same",
-            'the interval does not hold 0, but lies within the margin: a difference that is sure, and small enough to be "same".',
+            'the interval does not hold 0, but lies within the margin: a sure difference, and small enough to be "same".',
         ),
         (
             [1.3, 0.9, 1.6],
@@ -325,8 +324,8 @@ def _check_faster(found: list[float], ours: Curve, theirs: Curve, dearer: float)
         if np.allclose(found, wrong, atol=2e-3):
             raise Mistake(said)
     raise Mistake(
-        f"ours reaches {goal:g} after {mine:.2f} epochs, theirs after {other:.2f}, and an epoch of ours takes {dearer:g} "
-        f"times as long: ({wanted[0]:.3f}, {wanted[1]:.3f}), not ({found[0]:.3f}, {found[1]:.3f})."
+        f"ours reaches {goal:g} after {mine:.2f} epochs, theirs after {other:.2f}, and an epoch of ours takes "
+        f"{dearer:g} times as long: ({wanted[0]:.3f}, {wanted[1]:.3f}), not ({found[0]:.3f}, {found[1]:.3f})."
     )
 
 
