@@ -94,7 +94,7 @@ def _read(maps: Tensor, grid: Tensor) -> Tensor:
 _read_backward = torch.ops.aten.grid_sampler_2d_backward  # _read's modes as numbers, and which gradients are wanted
 
 
-CACHED = 2**17  # samples: half a MiB of float32, which a core's cache holds
+CACHED = 2**16  # samples: a quarter of a MiB of float32, which a core's cache holds
 
 
 def _few(maps: Tensor, places: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -219,13 +219,13 @@ def same_or_not(answer: Callable[[Sequence[float], float], str]) -> str:
             [2.4, -1.9, 0.3],
             1.0,
             "undecided",
-            'the interval holds 0, and reaches far beyond the margin: "no difference found" is not "no difference".',
+            'the interval holds 0, but reaches beyond the margin: "no difference found" is not "no difference".',
         ),
         (
             [0.55, 0.5, 0.6, 0.52],
             1.0,
             "same",
-            'the interval does not hold 0, but lies within the margin: a sure difference, and small enough to be "same".',
+            "the interval does not hold 0, but lies within the margin: a difference that is sure, and small.",
         ),
         (
             [1.3, 0.9, 1.6],
@@ -235,12 +235,7 @@ def same_or_not(answer: Callable[[Sequence[float], float], str]) -> str:
         ),
         ([4.0, 4.2, 3.9], 1.0, "different", ""),
         ([-4.0, -4.2, -3.9], 1.0, "different", "it lies wholly below minus the margin: there are two sides."),
-        (
-            [0.1, 0.9, -0.6],
-            1.0,
-            "undecided",
-            "the mean lies within the margin, and the interval does not all: it is the interval that decides.",
-        ),
+        ([0.1, 0.9, -0.6], 1.0, "undecided", ""),
         ([0.1, 0.9, -0.6], 3.0, "same", ""),
     )
     words = ("same", "different", "undecided")
@@ -266,10 +261,10 @@ def same_or_not(answer: Callable[[Sequence[float], float], str]) -> str:
 )
 def how_much_faster(answer: Callable[[Curve, Curve, float, float], Any]) -> str:
     """``answer(ours, theirs, our_seconds, their_seconds)``: how many times sooner, by epochs and by time."""
-    theirs = [(4, 10.0), (8, 18.0), (12, 22.0), (16, 23.0)]
-    ours = [(4, 15.0), (8, 25.0), (12, 24.0), (16, 28.0)]
-    early = [(4, 12.0), (8, 23.5), (12, 23.0), (16, 22.0)]
-    never = [(4, 3.0), (8, 9.0), (12, 12.0), (16, 14.0)]
+    theirs = [(4.0, 10.0), (8.0, 18.0), (12.0, 22.0), (16.0, 23.0)]
+    ours = [(4.0, 15.0), (8.0, 25.0), (12.0, 24.0), (16.0, 28.0)]
+    early = [(4.0, 12.0), (8.0, 23.5), (12.0, 23.0), (16.0, 22.0)]
+    never = [(4.0, 3.0), (8.0, 9.0), (12.0, 12.0), (16.0, 14.0)]
     for mine, other, our_seconds, their_seconds in (
         (ours, theirs, 30.0, 20.0),
         (never, theirs, 30.0, 20.0),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -128,7 +129,7 @@ def _draw_course(
 def _points(run: Mapping[str, Any], stage: int) -> tuple[list[float], list[float], list[int]]:
     """Epochs, AP of a stage and steps of a run's evaluations; no figure counts as 0."""
     curve = run["curve"]
-    return [p["epoch"] for p in curve], [p["AP"][stage] or 0.0 for p in curve], [p["step"] for p in curve]
+    return [float(p["epoch"]) for p in curve], [p["AP"][stage] or 0.0 for p in curve], [p["step"] for p in curve]
 
 
 # ----------------------------------------------------------------------------------------------------------- arms
@@ -164,8 +165,9 @@ def plot_arms(results: Results, panels: Mapping[str, Mapping[str, Side]]) -> Fig
                 ax.plot([found.low, found.high], [row + 0.24] * 2, color=BLUE, linewidth=2.4, solid_capstyle="butt")
             ax.plot(found.mean, row + 0.24, "|", color=BLUE, markersize=13, markeredgewidth=2.4)
             end = found.high if len(values) > 1 else found.mean
+            seam = [patheffects.Stroke(linewidth=2.5, foreground="white"), patheffects.Normal()]
             ax.annotate(f"{found.mean:.1f}", (end, row + 0.24), (6, 0), textcoords="offset points", va="center",
-                        fontsize=8, color=INK)  # fmt: skip
+                        fontsize=8, color=INK, path_effects=seam)  # fmt: skip
         ax.set_yticks(range(len(there)), list(there))
         ax.tick_params(axis="y", length=0, labelcolor=INK)
         ax.set_ylim(len(there) - 0.2 if there else 1, -0.5)
@@ -196,7 +198,7 @@ def plot_claims(verdicts: Mapping[str, Iterable[Verdict]]) -> Figure:
     heights = np.cumsum([0.0, *(0.7 if isinstance(row, str) else 1.0 for row in rows)])
     figure = Figure((9.6, 1.3 + 0.36 * heights[-1]), dpi=100)
     tall = figure.get_figheight()
-    ax = figure.add_axes((0.42, 0.8 / tall, 0.44, 1 - 0.95 / tall))
+    ax = figure.add_axes((0.42, 0.8 / tall, 0.425, 1 - 0.95 / tall))
     style_axes(ax, "", "difference in points, ours less theirs, paired by seed")
     left, right = _range(judged)
     for row, place in zip(rows, heights):
