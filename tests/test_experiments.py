@@ -292,10 +292,10 @@ def test_damaged_and_missing_results_are_named(tmp_path: Path) -> None:
 
 
 def test_costs_are_counted_and_measured() -> None:
-    found = cost.costs(["base", "rego", "base_deeper"], rounds=1)
+    found = cost.costs(["base", "rego", "base_8_layers"], rounds=1)
     assert found["base"]["relative"] == 1.0
     assert found["base"]["parameters"] == sum(p.numel() for p in model_of("base").parameters())
-    assert found["rego"]["macs"] > found["base"]["macs"] and found["base_deeper"]["macs"] > found["base"]["macs"]
+    assert found["rego"]["macs"] > found["base"]["macs"] and found["base_8_layers"]["macs"] > found["base"]["macs"]
     assert all(one["step"] > 0 for one in found.values())
 
 

@@ -310,7 +310,7 @@ def plot_relations(results: Results, arms: Mapping[str, str]) -> Figure:
         style_axes(ax, title, "", "% of the balls")
         scores = np.array([[math.nan if s is None else s for s in one["stages"]] for one in relations])
         at = np.arange(scores.shape[1])
-        ax.bar(at, scores.mean(0), 0.62, color=[stage_colour(stage) for stage in at])
+        ax.bar(at, scores.mean(0), 0.62, color=[stage_colour(stage) for stage in range(len(at))])
         _intervals(ax, at, scores)
         for row in scores:
             ax.plot(at, row, "o", color="white", markeredgecolor=INK, markersize=4, zorder=4)
