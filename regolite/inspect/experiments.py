@@ -50,6 +50,7 @@ WORDS = {"reproduced": (GREEN, "o"), "not reproduced": (VERMILLION, "s"), "undec
 """Colour and marker of each verdict."""
 
 PALE = "#DCEFE8"  # of where an interval must lie
+LINEAR = 3  # up to this difference an axis with large ones is linear
 LABELS = 284  # width of the column of claims, in points
 
 
@@ -188,7 +189,8 @@ def plot_claims(verdicts: Mapping[str, Iterable[Verdict]]) -> Figure:
     """A forest: for every claim the difference with its interval, where it would have to lie, and the verdict.
 
     The pale green range is where the whole interval must lie: above 0, or within the margin. A hollow diamond is the
-    paper's figure, on COCO. An arrow says that an interval goes on beyond the axis; one seed has none.
+    paper's figure, on COCO. An arrow says that an interval goes on beyond the axis; one seed has none. Where there are
+    large differences, the axis is logarithmic beyond 3, so that small ones can be told apart.
 
     Args:
         verdicts: by experiment.
@@ -208,12 +210,18 @@ def plot_claims(verdicts: Mapping[str, Iterable[Verdict]]) -> Figure:
         else:
             _draw_claim(ax, row, place, left, right)
     ax.axvline(0, color=INK, linewidth=1)
+    if max(-left, right) > 3 * LINEAR:
+        ax.set_xscale("symlog", linthresh=LINEAR, linscale=1.6)
+        ticks = [tick for tick in (-30, -10, -LINEAR, -2, -1, 0, 1, 2, LINEAR, 10, 30) if left < tick < right]
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.minorticks_off()
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8))
     ax.set_xlim(left, right)
     ax.set_ylim(heights[-1] - 0.3, -0.6)
     ax.set_yticks([])
     ax.grid(visible=False)
     ax.spines["left"].set_visible(False)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8))
     handles = [Line2D([], [], color=colour, marker=marker, label=word) for word, (colour, marker) in WORDS.items()]
     handles += [Line2D([], [], linestyle="", marker="d", color="white", markeredgecolor=INK, markersize=7,
                        label="paper, on COCO"), Patch(color=PALE, label="reproduced if all in here")]  # fmt: skip
@@ -307,7 +315,7 @@ def plot_relations(results: Results, arms: Mapping[str, str]) -> Figure:
     for ax, (title, relations) in zip(
         np.atleast_1d(figure.subplots(1, max(len(there), 1), sharey=True)), there.items()
     ):
-        style_axes(ax, title, "", "% of the balls")
+        style_axes(ax, title, "", "% of the balls" if not handles else "")
         scores = np.array([[math.nan if s is None else s for s in one["stages"]] for one in relations])
         at = np.arange(scores.shape[1])
         ax.bar(at, scores.mean(0), 0.62, color=[stage_colour(stage) for stage in range(len(at))])
