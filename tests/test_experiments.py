@@ -167,7 +167,7 @@ def test_small_runs_leave_results_and_a_second_call_does_nothing(
     words += ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "rego, seed 0: AP by stage" in said and "one seed has no interval" in said
+    assert "rego, seed 0: AP by stage" in said and "which has no interval" in said
     results = statistics.read_results(tmp_path / "results")
     assert set(results) == {"base", "rego"} and set(results["rego"]) == {0}
     monkeypatch.setattr(queue, "_start", lambda *_: pytest.fail("started again"))

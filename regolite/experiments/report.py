@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from regolite.experiments.statistics import Results, Verdict, estimate, judge_all, minutes
 from regolite.experiments.table import ARMS, EXPERIMENTS, Experiment, Side
 
+UNITS = {"correct": "per 100 objects", "precise": "per 100 objects", "relation": "points"}
+
 
 def overview(results: Results) -> str:
     """All experiments, with how much of each is done."""
@@ -41,13 +43,14 @@ def said(verdict: Verdict) -> str:
     """A verdict in a line."""
     if verdict.difference is None:
         return "no runs yet"
+    unit = UNITS.get(verdict.claim.ours.metric, "AP")
     paper = "" if verdict.claim.paper is None else f", the paper {verdict.claim.paper:+.1f}"
-    needed = ""
+    count, needed = len(verdict.seeds), ""
+    if count == 1:
+        return f"undecided with 1 seed, which has no interval: {verdict.difference} {unit}{paper}"
     if verdict.word == "undecided":
-        count = verdict.seeds_needed
-        needed = f"; it would take {count} seeds" if count else "; it would take more than 100 seeds"
-        needed = needed if len(verdict.seeds) > 1 else "; one seed has no interval"
-    return f"{verdict.word} with {len(verdict.seeds)} seeds: {verdict.difference}{paper}{needed}"
+        needed = f"; it would take {verdict.seeds_needed or 'more than 100'} seeds"
+    return f"{verdict.word} with {count} seeds: {verdict.difference} {unit}{paper}{needed}"
 
 
 def _row(name: str, seeds: str, values: Sequence[str]) -> str:

@@ -276,7 +276,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Side("rego"), Side("rego_detached"),
             ),
             Claim(
-                "They are what teaches the base detector.", "A.2",
+                "These gradients are what teaches the base detector.", "A.2",
                 Side("rego", 0), Side("rego_detached", 0),
             ),
         ),
