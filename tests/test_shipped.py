@@ -8,6 +8,8 @@ import pytest
 
 import regolite
 from regolite.data import CocoFolder, make_transform, open_data
+from regolite.experiments.statistics import read_results
+from regolite.experiments.table import PROTOCOL, TEST
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "data" / "checkpoints" / "rego_deformable_detr_tiny.safetensors"
@@ -44,3 +46,15 @@ def test_the_other_one_knows_scenes():
     figures = regolite.evaluate(model, scenes, progress=False)
     assert figures["AP50"] >= 80
     assert figures["AP"] > figures["stages"][0]["AP"]
+
+
+def test_the_miniatures_are_those_of_the_experiments():
+    """Half precision moves the AP a little; another model would move it a lot."""
+    for arm, name in (("base", "deformable_detr_miniature"), ("rego", "rego_deformable_detr_miniature")):
+        model = regolite.load(ROOT / "data" / "checkpoints" / f"{name}.safetensors")
+        scenes = open_data(PROTOCOL["data"], "test", limit=TEST)
+        stored = read_results(ROOT / "experiments" / "results", [arm])[arm][0]
+        figures = regolite.evaluate(model, scenes, progress=False)
+        assert [stage["AP"] for stage in figures["stages"]] == pytest.approx(
+            [stage["AP"] for stage in stored["stages"]], abs=0.5
+        )
