@@ -91,8 +91,9 @@ def run(name: str, arm: Arm, seed: int, folder: str | Path, test: int = TEST) ->
 
 
 def described(config: RunConfig) -> dict[str, Any]:
-    """What of a configuration decides the figures: not the seed, nor where and how the run is saved."""
-    apart = {"seed", "output", "resume", "checkpoint_minutes", "keep_checkpoints", "log_every", "tensorboard"}
+    """What of a configuration decides the figures: not the seed, nor where and when the run is saved and looked at."""
+    apart = {"seed", "output", "resume", "checkpoint_minutes", "keep_checkpoints"}
+    apart |= {"evaluate_every", "log_every", "tensorboard"}
     return json.loads(json.dumps({name: value for name, value in config.to_dict().items() if name not in apart}))
 
 
@@ -185,7 +186,7 @@ def merge(name: str, about: str, results: Iterable[dict[str, Any]], file: str | 
 
 def smaller(arm: Arm) -> Arm:
     """The same arm on 32 scenes for two epochs: to see that it runs, or to watch it; its figures mean nothing."""
-    drop = {"drop_epochs": (1,), "epochs": 2, "evaluate_every": 1}
+    drop = {"drop_epochs": (1,), "epochs": 2}
     return replace(arm, recipe={**arm.recipe, **drop, "data": "scenes:32:val=8:size=96:max_objects=6"})
 
 

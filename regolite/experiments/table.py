@@ -24,7 +24,7 @@ PROTOCOL: dict[str, Any] = {
     "sampling_lr": 1.0,
     "augment": "laptop",
     "image_size": 96,
-    "evaluate_every": 2,
+    "evaluate_every": 0,
     "log_every": 128,
     "checkpoint_minutes": 2.0,
     "keep_checkpoints": 1,
@@ -125,9 +125,13 @@ class Experiment:
     claims: tuple[Claim, ...] = ()
 
 
+_CURVE = {"evaluate_every": 2}
+"""For arms whose learning is drawn epoch by epoch; the others are evaluated at their end."""
+
+
 def _drop(epoch: int) -> dict[str, Any]:
     """A fifth of the training comes after the drop, as in 50 epochs with a drop at 40."""
-    return {"epochs": epoch * 5 // 4, "drop_epochs": (epoch,)}
+    return {**_CURVE, "epochs": epoch * 5 // 4, "drop_epochs": (epoch,)}
 
 
 _BASE = "deformable_detr_tiny"
@@ -135,10 +139,12 @@ _REFINED = "deformable_detr_refined_tiny"
 _STAR = "detr_star_tiny"
 
 ARMS: dict[str, Arm] = {
-    "base": Arm("Deformable DETR", _BASE, seeds=MAIN_SEEDS),
-    "rego": Arm("REGO on Deformable DETR, 3 stages", seeds=MAIN_SEEDS),
-    "base_8_layers": Arm("Deformable DETR, 5 more decoder layers", _BASE, ("decoder_layers=8",), seeds=MAIN_SEEDS),
-    "base_5_layers": Arm("Deformable DETR, 2 more decoder layers", _BASE, ("decoder_layers=5",)),
+    "base": Arm("Deformable DETR", _BASE, recipe=_CURVE, seeds=MAIN_SEEDS),
+    "rego": Arm("REGO on Deformable DETR, 3 stages", recipe=_CURVE, seeds=MAIN_SEEDS),
+    "base_8_layers": Arm(
+        "Deformable DETR, 5 more decoder layers", _BASE, ("decoder_layers=8",), _CURVE, seeds=MAIN_SEEDS
+    ),
+    "base_5_layers": Arm("Deformable DETR, 2 more decoder layers", _BASE, ("decoder_layers=5",), _CURVE),
     "base_longer": Arm("Deformable DETR, 17 epochs", _BASE, recipe=_drop(14)),
     "base_drop_4": Arm("Deformable DETR, drop at epoch 4", _BASE, recipe=_drop(4)),
     "base_drop_6": Arm("Deformable DETR, drop at epoch 6", _BASE, recipe=_drop(6)),
