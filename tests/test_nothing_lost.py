@@ -193,8 +193,17 @@ def test_stopped_from_outside(config, whole, signum, code, capsys):
 # ----------------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.fixture
+def heard():
+    """SIGHUP as in a terminal: ``nohup make test`` ignores it, and what was ignored stays ignored."""
+    before = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_finishes_the_step_and_saves(config, whole, name):
+def test_a_signal_finishes_the_step_and_saves(heard, config, whole, name):
     signum = getattr(signal, name)
     before = signal.getsignal(signum)
     plan = config()

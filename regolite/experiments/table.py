@@ -165,6 +165,8 @@ ARMS: dict[str, Arm] = {
     "rego_refined": Arm("REGO on Deformable DETR, refined", f"rego_{_REFINED}"),
     "base_lr_0.0005": Arm("Deformable DETR, learning rate 5e-4", _BASE, recipe={"lr": 5e-4}, seeds=(0, 1)),
     "base_lr_0.002": Arm("Deformable DETR, learning rate 2e-3", _BASE, recipe={"lr": 2e-3}, seeds=(0, 1)),
+    "star_lr_0.0001": Arm("DETR*, learning rate 1e-4", _STAR, recipe={"lr": 1e-4}, seeds=(0, 1)),
+    "star_lr_0.0003": Arm("DETR*, learning rate 3e-4", _STAR, recipe={"lr": 3e-4}, seeds=(0, 1)),
     "star": Arm("DETR*", _STAR),
     "rego_star": Arm("REGO on DETR*", f"rego_{_STAR}"),
 }
@@ -310,8 +312,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "learning_rate": Experiment(
-        "Which learning rate does the base detector want? Chosen on validation scenes, for all arms",
-        ("base_lr_0.0005", "base", "base_lr_0.002"),
+        "Which learning rate do base detectors want? Chosen on validation scenes, for all arms that build on them",
+        ("base_lr_0.0005", "base", "base_lr_0.002", "star_lr_0.0001", "star_lr_0.0003", "star"),
     ),
 }  # fmt: skip
 """All experiments by name, in the order of the notebook."""
