@@ -61,8 +61,9 @@ def test_an_arm_is_a_configuration(arm: str) -> None:
 def test_arms_share_the_protocol_but_for_what_they_are_named_for() -> None:
     for name, arm in ARMS.items():
         changed = {field for field, value in PROTOCOL.items() if arm.settings()[field] != value} - {"evaluate_every"}
-        assert changed <= ({"lr"} if "_lr_" in name else {"epochs", "drop_epochs"}), name
-        assert not changed or "_lr_" in name or "drop" in name or name == "base_longer", name
+        assert changed <= ({"lr"} if "_lr_" in name or "star" in name else {"epochs", "drop_epochs"}), name
+        assert not changed or "_lr_" in name or "star" in name or "drop" in name or name == "base_longer", name
+    assert ARMS["star"].recipe == ARMS["rego_star"].recipe
 
 
 def test_claims_compare_arms_of_their_experiment() -> None:
