@@ -2,9 +2,10 @@
 
 An **arm** is one way to train one detector; an **experiment** compares arms. Arms that several experiments need are
 trained once. All arms share one protocol, :data:`PROTOCOL`: the same drawn scenes, and with the same seed the same
-pictures in the same order, changed in the same way, and the same first weights of the base detector. Its learning rate
-was chosen on the base detector alone (experiment ``learning_rate``), by the validation scenes; REGO gets the same. DETR*
-wanted another one than Deformable DETR. The figures are those of 500 other scenes, on which nothing was chosen.
+pictures in the same order, changed in the same way, and the same first weights of the base detector. The learning rate
+was chosen on the base detectors alone (experiment ``learning_rate``), by the validation scenes, and DETR* wanted
+another one than Deformable DETR; REGO gets the same as what it stands on. The figures are those of 500 other scenes, on
+which nothing was chosen.
 """
 
 from __future__ import annotations
