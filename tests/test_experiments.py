@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.utils import set_seed
@@ -200,13 +201,22 @@ def test_a_stopped_queue_stops_its_runs_and_they_go_on_later(tmp_path: Path, by:
     words += ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     place = tmp_path / "runs" / "rego" / "0"
-    wait_for(lambda: (place / "config.json").exists())
+    wait_for(lambda: (place / "metrics.jsonl").exists())  # so there is something to save
+    runs = psutil.Process(process.pid).children()
     process.send_signal(by)
     process.wait(60)
-    wait_for(lambda: "stopped" in (place / "train.log").read_text() or (place / "result.json").exists())
+    wait_for(lambda: not any(is_alive(run) for run in runs))
+    assert any((place / "checkpoints").iterdir())
     assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
     resumed = statistics.read_results(tmp_path / "results")["rego"][0]
     assert resumed["curve"][-1]["epoch"] == 2
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it has just ended
+        return False
 
 
 def wait_for(what: Any) -> None:
