@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import psutil
 import pytest
@@ -176,6 +177,24 @@ def test_small_runs_leave_results_and_a_second_call_does_nothing(
     assert main(words) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="links to folders need rights there")
+def test_the_chapter_runs_an_experiment_again(tmp_path: Path) -> None:
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    chapter, done = ROOT / "notebooks" / "14_paper_in_miniature.ipynb", tmp_path / "14.ipynb"
+    words = [sys.executable, "-m", "papermill", str(chapter), str(done), "--cwd", str(tmp_path / "notebooks")]
+    words += ["-p", "results", str(RESULTS), "-p", "rerun", "inference", "--no-progress-bar"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1"}
+    finished = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    [cell] = [cell for cell in nbformat.read(done, as_version=4).cells if "if rerun:" in cell.source]
+    said = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    assert "REGO at inference adds to that" in said and "undecided with 1 seed" in said
+    again = statistics.read_results(tmp_path / "runs" / "experiments_small" / "results")
+    assert set(again) == {"base", "rego"} and set(again["rego"]) == {0}
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = {"base": None, "rego": {"seed": 0, "config": {}, "stages": [{"AP": 1.0}]}}
 
@@ -313,9 +332,10 @@ def test_costs_are_counted_and_measured() -> None:
 # -------------------------------------------------------------------------------------------- what is in the folder
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if (RESULTS / f"{arm}.json").exists()])
+@pytest.mark.parametrize("arm", ARMS)
 def test_committed_results_are_those_of_the_table(arm: str) -> None:
     runs = statistics.read_results(RESULTS, [arm])[arm]
+    assert set(runs) >= set(ARMS[arm].seeds)
     config = RunConfig.of({**ARMS[arm].settings(), "output": "x"})
     wanted = {**run.described(config), "test": 500}
     for seed, one in runs.items():

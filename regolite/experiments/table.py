@@ -186,7 +186,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "Figure 3", Side("rego_drop_6"), Side("base"), None, "not less",
             ),
             Claim(
-                "With the same time for a step REGO is better than a deeper decoder.",
+                "REGO is better than a decoder with five more layers.",
                 "section 5.2, of backbones", Side("rego"), Side("base_8_layers"), None,
             ),
             Claim(
