@@ -1,14 +1,15 @@
 """How fast, on this machine's CPU: ``python -m benchmarks.speed [--json FILE]``.
 
-Two comparisons, both sides in the same run on the same numbers, and a table:
+Three comparisons, both sides in the same run on the same numbers, and a table:
 
+- deformable attention: :func:`regolite.deformable.read_and_mix`, which keeps no samples, against the same by autograd;
 - glimpses: :func:`regolite.glimpse.cut_glimpses` against torchvision's ``MultiScaleRoIAlign``, forward and backward;
 - matching: all layers and stages at once (:func:`regolite.matching.match`) against one matching at a time, as DETR's
   code has it: a cost of every query of the batch for every object of the batch, and a transfer, for each of them;
 - where the time of a training step of ``rego_deformable_detr_tiny`` goes.
 
 The two sides take turns, so that whatever else the machine does slows both; a ratio is the median of the ratios of
-neighbours. Before anything is timed, both sides must give the same: glimpses and their gradients within 1e-4, matchings
+neighbours. Before anything is timed, both sides must give the same: values and gradients within 1e-4, matchings
 exactly. Exit code 1 where they do not.
 """
 
@@ -28,12 +29,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 import regolite
 from regolite.boxes import generalized_box_iou, to_pixels, to_xyxy
+from regolite.deformable import read_and_mix, sample_and_mix
 from regolite.glimpse import cut_glimpses
 from regolite.losses import SetLoss
 from regolite.matching import MatchingCosts, PaddedTargets, match
@@ -61,6 +64,37 @@ def some_boxes(*shape: int) -> Tensor:
     """Boxes like those of objects: centres anywhere, sizes from 0.03 to 0.9 of the picture, most of them small."""
     sizes = 0.03 * 30 ** torch.rand(*shape, 2)
     return torch.cat([torch.rand(*shape, 2), sizes], -1)
+
+
+def samples_kept(maps: Tensor, places: Tensor, weight: Tensor) -> Tensor:
+    """What :func:`regolite.deformable.read_and_mix` computes, left to autograd."""
+    return (F.grid_sample(maps, 2 * places - 1, align_corners=False) * weight[:, None]).sum(2)
+
+
+# ------------------------------------------------------------------------------------------- deformable attention
+
+
+def reading(
+    size: tuple[int, int], batch: int, queries: int | None, channels: int, strides: tuple[int, ...], rounds: int
+) -> dict[str, float]:
+    """One layer reads its samples, forward and backward; 8 heads, 4 points, ``queries`` None where every cell asks."""
+    shapes = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in strides]
+    cells, heads, points = sum(height * width for height, width in shapes), 8, 4
+    asking = (batch, queries or cells, heads, len(shapes), points)
+    values = torch.randn(batch, cells, heads, channels // heads, requires_grad=True)
+    locations = torch.rand(*asking, 2, requires_grad=True)
+    weights = torch.rand(*asking).flatten(3).softmax(-1).view(asking).requires_grad_()
+    upstream = torch.randn(batch, asking[1], channels)
+
+    def step(read: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        with patch("regolite.deformable.read_and_mix", read):
+            mixed = sample_and_mix(values, shapes, locations, weights)
+        return mixed, *torch.autograd.grad(mixed, (values, locations, weights), upstream)
+
+    relative = max(((g - w).abs().max() / w.abs().max()).item() for g, w in zip(step(read_and_mix), step(samples_kept)))
+    if not relative <= 1e-4:
+        raise SystemExit(f"deformable attention or its gradients differ from autograd's by {relative:.1e}")
+    return compare(lambda: step(read_and_mix), lambda: step(samples_kept), rounds) | {"difference": relative}
 
 
 # ------------------------------------------------------------------------------------------------------- glimpses
@@ -235,6 +269,12 @@ def step_shares(preset: str, size: int, batch: int, rounds: int) -> dict[str, fl
 
 # ------------------------------------------------------------------------------------------------------ the report
 
+READING = {
+    "miniature: 96x96, batch 4, every cell asks, C 64, strides 8-32": ((96, 96), 4, None, 64, (8, 16, 32)),
+    "laptop: 256x256, batch 8, every cell asks, C 128, strides 8-32": ((256, 256), 8, None, 128, (8, 16, 32)),
+    "full: 800x1066, batch 1, every cell asks, C 256, strides 8-64": ((800, 1066), 1, None, 256, (8, 16, 32, 64)),
+    "full: 800x1066, batch 1, 300 queries, C 256, strides 8-64": ((800, 1066), 1, 300, 256, (8, 16, 32, 64)),
+}
 GLIMPSES = {
     "laptop: 256x256, batch 8, 100 queries, C 128, strides 8-32": ((256, 256), 8, 100, 128, (8, 16, 32)),
     "full: 800x1066, batch 1, 300 queries, C 256, strides 8-64": ((800, 1066), 1, 300, 256, (8, 16, 32, 64)),
@@ -250,10 +290,10 @@ MATCHING = {
 
 def print_ratios(title: str, theirs: str, rows: dict[str, dict[str, float]]) -> None:
     """A table of comparisons."""
-    print(f"\n{title}\n{'':60} {theirs:>12} {'regolite':>12} {'ratio':>8} (quartiles)")
+    print(f"\n{title}\n{'':64} {theirs:>12} {'regolite':>12} {'ratio':>8} (quartiles)")
     for name, row in rows.items():
         print(
-            f"{name:60} {row['theirs']:9.1f} ms {row['ours']:9.1f} ms {row['ratio']:7.2f}x "
+            f"{name:64} {row['theirs']:9.1f} ms {row['ours']:9.1f} ms {row['ratio']:7.2f}x "
             f"({row['low']:.2f} to {row['high']:.2f})"
         )
 
@@ -276,6 +316,11 @@ def main() -> None:
         "rounds": args.rounds,
     }
     print(f"{report['machine']}, {args.threads} threads, PyTorch {torch.__version__}; medians of {args.rounds} rounds")
+
+    report["reading"] = {name: reading(*sizes, args.rounds) for name, sizes in READING.items()}
+    print_ratios(
+        "A layer of deformable attention reads, forward and backward (equal within 1e-4)", "autograd", report["reading"]
+    )
 
     report["glimpses"] = {name: glimpses(*sizes, args.rounds) for name, sizes in GLIMPSES.items()}
     print_ratios("Glimpses, forward and backward (equal within 1e-4)", "RoIAlign", report["glimpses"])

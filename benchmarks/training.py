@@ -33,11 +33,10 @@ from unittest.mock import patch
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import regolite
-from benchmarks.speed import CLASSES, OBJECTS, some_boxes
+from benchmarks.speed import CLASSES, OBJECTS, samples_kept, some_boxes
 from regolite.data import make_transform, open_data
 from regolite.errors import UserError
 from regolite.losses import SetLoss
@@ -130,11 +129,6 @@ class Side:
             return output.final.logits, output.final.boxes
         output = self.model(images.pixels, pixel_mask=(~images.mask).long())
         return output.logits, output.pred_boxes
-
-
-def samples_kept(maps: Tensor, places: Tensor, weight: Tensor) -> Tensor:
-    """What :func:`regolite.deformable.read_and_mix` computes, left to autograd."""
-    return (F.grid_sample(maps, 2 * places - 1, align_corners=False) * weight[:, None]).sum(2)
 
 
 def some_batch() -> tuple[ImageBatch, list[Target]]:
