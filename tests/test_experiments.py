@@ -343,6 +343,28 @@ def test_committed_results_are_those_of_the_table(arm: str) -> None:
         assert one["versions"] and one["seconds"]["training"] > 0
 
 
+def test_the_readme_says_what_the_results_say() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("### Does REGO help?")[1].split("\n## ")[0]
+    results = statistics.read_results(RESULTS)
+    verdicts = [judge(claim, results) for one in EXPERIMENTS.values() for claim in one.claims]
+    words = [verdict.word for verdict in verdicts]
+    counts = [words.count(word) for word in ("reproduced", "not reproduced", "undecided")]
+    assert "{} are reproduced, {} are not, {} are undecided".format(*counts) in " ".join(text.split())
+    runs = sum(len(by_seed) for by_seed in results.values())
+    hours = statistics.minutes(results, list(ARMS)) / 60
+    assert f"{runs} runs, {hours:.1f} hours of one core" in " ".join(text.split())
+
+    known = set()
+    for verdict in verdicts:
+        low, mean, high = verdict.difference.low, verdict.difference.mean, verdict.difference.high
+        for found in (Estimate((), mean, low, high), Estimate((), -mean, -high, -low)):
+            interval = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}], {len(verdict.seeds)} seeds"
+            known.add((interval, verdict.word))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) > 5
+    assert {(ours, word) for _, ours, _, word in rows[2:]} <= known
+
+
 def test_the_command_lists_experiments_and_refuses_unknown_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment", "--results", str(RESULTS)]) == 0
     said = capsys.readouterr().out
