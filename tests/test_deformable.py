@@ -48,6 +48,12 @@ def some_inputs(dtype=torch.float64):
     return values, locations, weights
 
 
+@pytest.fixture(params=[1, 2**18], ids=["a few maps at a time", "all at once"])
+def cached(request, monkeypatch):
+    monkeypatch.setattr("regolite.deformable.CACHED", request.param)
+
+
+@pytest.mark.usefixtures("cached")
 def test_values_are_those_of_the_loop():
     values, locations, weights = some_inputs()
     torch.testing.assert_close(
@@ -55,6 +61,7 @@ def test_values_are_those_of_the_loop():
     )
 
 
+@pytest.mark.usefixtures("cached")
 def test_gradients_are_right():
     inputs = [x.requires_grad_() for x in some_inputs()]
     assert torch.autograd.gradcheck(lambda v, x, w: sample_and_mix(v, SHAPES, x, w), inputs)
