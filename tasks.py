@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -210,15 +211,21 @@ def style(python, number):
     module(python, "ruff", "format", "--check", ".")
 
 
+def pytest(python, *words):
+    """Call pytest, and leave nothing in the temporary folder: runs, kernels and browsers write gigabytes there."""
+    with tempfile.TemporaryDirectory(prefix="regolite-", ignore_cleanup_errors=True) as folder:
+        # Two workers of one thread each: two cores are busy, and sums come out in the same order on every machine.
+        words = ["-n", 2, "--dist", "loadfile", "-q", *words]
+        module(python, "pytest", *words, OMP_NUM_THREADS="1", TMPDIR=folder)
+
+
 def test(args, rest):
     """Run all that CI runs: style, tests, and every notebook again, its outputs compared with the stored ones."""
     python = activate(args.no_venv, "1/3")
     style(python, "2/3")
     step("3/3", "tests, and the notebooks by nbval")
     words = ["tests", "notebooks", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=300"]
-    words += ["--nbval-sanitize-with", "tests/nbval_sanitize.cfg", "-n", 2, "--dist", "loadfile", "-q", *rest]
-    # Two workers of one thread each: two cores are busy, and sums come out in the same order on every machine.
-    module(python, "pytest", *words, OMP_NUM_THREADS="1")
+    pytest(python, *words, "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", *rest)
 
 
 def test_fast(args, rest):
@@ -226,7 +233,7 @@ def test_fast(args, rest):
     python = activate(args.no_venv, "1/3")
     style(python, "2/3")
     step("3/3", "the quick tests")
-    module(python, "pytest", "tests", "-m", "not slow", "-n", 2, "--dist", "loadfile", "-q", *rest, OMP_NUM_THREADS="1")
+    pytest(python, "tests", "-m", "not slow", *rest)
 
 
 def notebooks(args, rest):

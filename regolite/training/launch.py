@@ -55,7 +55,7 @@ def launch(config: RunConfig) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         told, result, errors = (Path(folder, name) for name in ("config.json", "result.json", "errors.txt"))
         told.write_text(json.dumps(config.to_dict()), encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--log-dir", folder]
         command += [f"--nproc_per_node={config.processes}", "-m", "regolite.training.launch", str(told), str(result)]
         package = str(Path(__file__).parents[2])  # where it is imported from here, even if it is not installed
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
