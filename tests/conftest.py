@@ -8,8 +8,11 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order on every machine; the workers of pytest-xdist use the cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import importlib.util
 import random
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import matplotlib
 import numpy as np
@@ -45,3 +48,12 @@ def seed() -> int:
     np.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def tasks() -> ModuleType:
+    """The file beside the Makefile, which belongs to no package."""
+    spec = importlib.util.spec_from_file_location("tasks", Path(__file__).parents[1] / "tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

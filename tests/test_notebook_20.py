@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -140,14 +139,6 @@ def test_papermill_refuses_a_misspelt_parameter(tmp_path: Path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "UserError: unknown parameter 'epohcs'; did you mean 'epochs'?"
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.fixture(scope="module")
-def tasks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tasks", ROOT / "tasks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_demo_passes_parameters_that_exist(tasks: ModuleType):

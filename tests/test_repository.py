@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -175,6 +176,21 @@ def test_tasks_refuse_wrong_input_in_one_line():
     ):
         done = subprocess.run([sys.executable, "tasks.py", *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_tests_leave_nothing_in_the_temporary_folder(tasks, monkeypatch, status):
+    folders = []
+
+    def call(python, *words, **env):
+        folders.append(Path(env["TMPDIR"]))
+        (folders[0] / "run").mkdir()
+        return status
+
+    monkeypatch.setattr(tasks, "call", call)
+    with contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit):
+        tasks.pytest("python", "tests")
+    assert len(folders) == 1 and not folders[0].exists()
 
 
 def test_the_network_is_refused():

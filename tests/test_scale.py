@@ -398,9 +398,13 @@ def test_what_slurm_says(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(config, alone, capfd):
+def test_two_processes_train_as_one(config, alone, capfd, monkeypatch, tmp_path):
     """20 steps, some of them of one picture, and the twelve figures of every stage on three batches of pictures."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     folder = train(config(processes=2))  # by torch.distributed.run, as from a notebook
+    assert not list(temporary.iterdir()), "what they wrote there is nobody's now"
     same(folder, alone)
     assert lines(folder, "evaluation") == lines(alone, "evaluation")
     log = (folder / "train.log").read_text()
