@@ -9,6 +9,7 @@
     regolite convert my_export --output data/mine
     regolite relations --checkpoint runs/mine/best.safetensors --data scenes:200 --json relations.json
     regolite complexity --models detr_r50 rego_detr_r50 --json complexity.json
+    regolite data cards
     regolite prepare-coco --root data/coco
     regolite compare runs/base runs/rego --metric AP50
     regolite recipes --data COCO
@@ -356,6 +357,19 @@ def experiment(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def data(arguments: argparse.Namespace) -> int:
+    """Download a small public dataset from GitHub, verify every file and convert it to COCO format."""
+    from regolite.data import fetch, prepare
+
+    root = arguments.root or Path("data") / arguments.name
+    fetch.fetch_dataset(arguments.name, root, arguments.mirror)
+    print(prepare.check_coco(root, fetch.SPLITS))
+    print(f"\n{fetch.SOURCES[arguments.name]}\n\nThe dataset is in {root}; its source and license are in SOURCES.md")
+    example = f"train --data {root} --model rego_deformable_detr_tiny --output runs/{arguments.name}"
+    print(f"\nnext: {_program()} {example}")
+    return 0
+
+
 def prepare_coco(arguments: argparse.Namespace) -> int:
     """Download COCO 2017, unpack and check it; or only check a data folder."""
     from regolite.checkpoint import write_atomic
@@ -433,6 +447,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (detect, _detect_options),
         (convert, _convert_options),
         (complexity, _complexity_options),
+        (data, _data_options),
         (prepare_coco, _prepare_coco_options),
         (compare, _compare_options),
         (recipes, _recipes_options),
@@ -501,7 +516,8 @@ def _how_to_read(hint: Any) -> dict[str, Any]:
 def _evaluate_options(parser: Parser) -> None:
     _model_options(parser)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder in COCO format, or scenes")
-    parser.add_argument("--split", choices=("val", "train"), default="val", help="which pictures (default: val)")
+    splits = ("val", "train", "test")
+    parser.add_argument("--split", choices=splits, default="val", help="which pictures (default: val)")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
     parser.add_argument("--limit-images", type=positive, metavar="N", help="use only the first N pictures")
     parser.add_argument(
@@ -589,6 +605,15 @@ def _experiment_options(parser: Parser) -> None:
     parser.add_argument("--small", action="store_true", help=about)
 
 
+def _data_options(parser: Parser) -> None:
+    from regolite.data import fetch
+
+    parser.add_argument("name", choices=tuple(fetch.SOURCES), help="which dataset")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="data folder to create (default: data/NAME)")
+    about = f"server with the files under GitHub's paths (default: {fetch.MIRROR}); SHA-256 sums are checked anyway"
+    parser.add_argument("--mirror", default=fetch.MIRROR, metavar="URL", help=about)
+
+
 def _prepare_coco_options(parser: Parser) -> None:
     from regolite.data import prepare
 
@@ -666,7 +691,7 @@ def _about_file(error: OSError, arguments: argparse.Namespace) -> str:
 def _how_to_go_on(argv: Sequence[str]) -> str:
     """What to say after Ctrl-C."""
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    if list(argv[:1]) == ["prepare-coco"]:
+    if argv[:1] in (["data"], ["prepare-coco"]):
         return f"; go on by the same command: {_program()} {join(argv)}"
     if list(argv[:1]) != ["train"]:
         return ""

@@ -247,7 +247,7 @@ class TestEvaluate:
         [
             ("--stages 3", "--stages 3: .* has 0 to 2"),
             ("--stages -1", "--stages -1"),
-            ("--split test", "--split.*'test'.*val"),
+            ("--split all", "--split.*'all'.*val"),
             ("--batch-size 0", "--batch-size: '0' is not a whole number greater than 0"),
             ("--limit-images 1.5", "--limit-images: '1.5'"),
             ("--image-size 5", "size 5 is too small"),

@@ -11,19 +11,18 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from local_server import serve
 from PIL import Image
 
 from regolite.cli import main
@@ -40,53 +39,12 @@ PATHS = {"annotations": "/annotations/annotations_trainval2017.zip"} | {
 # ------------------------------------------------------------------------------------------------- a server and a COCO
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Serves files with Range; ``server.plan`` says what to do wrong, one entry a request, then ``server.always``."""
-
-    def do_GET(self) -> None:
-        server, asked = self.server, self.headers.get("Range")
-        server.requests.append((self.path, asked))
-        how = server.plan.pop(0) if server.plan else server.always
-        time.sleep(how.get("sleep", 0))
-        if self.path not in server.files or "status" in how:
-            return self.send_error(how.get("status", 404))
-        data = server.files[self.path]
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and not how.get("no_range") else 0
-        if start and start >= len(data):
-            return self.send_error(416)
-        start = how.get("start", start)
-        body = how.get("body", data[start:])
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{how.get('total', len(data))}")
-        if how.get("length", 0) is not None:
-            self.send_header("Content-Length", str(how.get("length", len(body))))
-        self.end_headers()
-        self.wfile.write(body[: how.get("cut")])
-        self.wfile.flush()
-        server.stop.wait(how.get("stall", 0))
-        if how.get("reset"):
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(prepare, "WAITS", (0,) * 4)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.requests, server.plan, server.always = {}, [], [], {}
-    server.stop, server.url = threading.Event(), f"http://127.0.0.1:{server.server_port}"
-    server.handle_error = lambda *_: None  # of connections that break, as they shall
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.stop.set()
-    server.shutdown()
-    server.server_close()
+    with serve() as server:
+        yield server
 
 
 def zipped(files: dict[str, bytes] | list[tuple[Any, bytes]]) -> bytes:
@@ -291,12 +249,12 @@ class TestDownload:
 
     @pytest.mark.parametrize("length", [5, 300_001, 10**12])
     def test_another_length_is_another_file(self, fetch, server, length):
-        with pytest.raises(UserError, match=f"has {length} bytes and COCO's file 300002, so it is another one"):
+        with pytest.raises(UserError, match=f"has {length} bytes instead of 300002, so it is another file"):
             fetch(length=length)
         assert fetch.part.read_bytes() == b"" and len(server.requests) == 1
 
     def test_another_length_in_a_range(self, fetch, server):
-        with pytest.raises(UserError, match="has 99 bytes and COCO's file 300002"):
+        with pytest.raises(UserError, match="has 99 bytes instead of 300002"):
             fetch(have=777, total=99)
         assert fetch.part.read_bytes() == fetch.data[:777] and len(server.requests) == 1
 

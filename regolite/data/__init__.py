@@ -6,7 +6,9 @@ from regolite.data.coco import CocoFolder, read_picture
 from regolite.data.collate import batch_pictures, collate
 from regolite.data.convert import Conversion, convert
 from regolite.data.dataset import DetectionDataset
+from regolite.data.fetch import fetch_dataset
 from regolite.data.open import open_data
+from regolite.data.paste import CutOut, Pasted, cut_outs
 from regolite.data.prepare import Report, check_coco, prepare_coco
 from regolite.data.scenes import Scenes
 from regolite.data.transforms import make_transform
@@ -14,13 +16,17 @@ from regolite.data.transforms import make_transform
 __all__ = [
     "CocoFolder",
     "Conversion",
+    "CutOut",
     "DetectionDataset",
+    "Pasted",
     "Report",
     "Scenes",
     "batch_pictures",
     "check_coco",
     "collate",
     "convert",
+    "cut_outs",
+    "fetch_dataset",
     "make_transform",
     "open_data",
     "prepare_coco",

@@ -32,7 +32,7 @@ class CocoFolder(DetectionDataset):
 
     Args:
         root: the data folder.
-        split: ``train`` or ``val``.
+        split: ``train``, ``val`` or ``test``; the folder needs a file of annotations for it.
         transform: called with the picture and its boxes and labels (``regolite.data.transforms``); None only
             normalises.
         limit: use only the first so many pictures.

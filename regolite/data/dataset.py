@@ -101,13 +101,18 @@ class DetectionDataset(Dataset, ABC):
     def file_name(self, i: int) -> str:
         """The file name of picture ``i`` in COCO's JSON."""
 
+    def sample(self, i: int) -> tuple[Image.Image, Objects]:
+        """Image ``i`` with its annotations, as ``dataset[i]`` transforms them; copy-paste augmentation changes both."""
+        return self.image(i), self.objects(i)
+
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 H W"], Target]:
         i = range(len(self))[i]
-        picture, size = self.image(i), self.size(i)
-        objects = self.objects(i).targets(*size)
+        picture, objects = self.sample(i)
+        size = self.size(i)
+        objects = objects.targets(*size)
         corners = box_convert(torch.from_numpy(objects.boxes).float(), "xywh", "xyxy")
         moved = {
             "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),

@@ -34,7 +34,7 @@ def open_data(
             ``val`` (number of pictures in the split ``val``, a tenth of N if not given), ``seed``, ``size``,
             ``max_objects`` and ``context`` of ``Scenes``. Examples: ``data/coco_tiny``, ``scenes``,
             ``scenes:500:seed=3:context=0``. A folder that happens to be called so is ``./scenes``.
-        split: ``train`` or ``val``.
+        split: ``train``, ``val`` or ``test``; a folder needs a file of annotations for it.
         transform: called with the picture and its boxes and labels; None only normalises.
         limit: use only the first so many pictures.
         check_files: refuse a folder in which pictures are missing.

@@ -126,12 +126,9 @@ def prepare_coco(
             archive that is damaged or holds what it must not. What has been downloaded is still there.
     """
     root = Path(root)
-    if not re.fullmatch(r"https?://([\w.@-]+|\[[\da-f:.]+\])(:\d+)?(/\S*)?", mirror):
-        raise UserError(f"--mirror {mirror} is no address: give one that begins with http:// or https://")
+    check_address(mirror, root)
     if unknown := set(splits) - set(SPLITS):
         raise UserError(f"COCO has no split {min(unknown)!r}: give {' or '.join(SPLITS)}")
-    if root.exists() and not root.is_dir():
-        raise UserError(f"{root} is a file: give a folder")
     root.mkdir(parents=True, exist_ok=True)
     listed: dict[str, list[str]] = {}
     done: set[str] = set()
@@ -209,24 +206,42 @@ def _check_room(root: Path, archives: Sequence[Archive], keep_zips: bool) -> Non
 # ---------------------------------------------------------------------------------------------------- downloading
 
 
-def download(url: str, file: Path, size: int) -> None:
+def check_address(mirror: str, root: Path) -> None:
+    """Check where a download comes from and where it goes.
+
+    Raises:
+        UserError: the mirror is not an http address, or the folder is a file.
+    """
+    if not re.fullmatch(r"https?://([\w.@-]+|\[[\da-f:.]+\])(:\d+)?(/\S*)?", mirror):
+        raise UserError(f"--mirror {mirror} is no address: give one that begins with http:// or https://")
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file: give a folder")
+
+
+def download(
+    url: str, file: Path, size: int, begins: bytes = b"PK", attempts: int | None = None, show: bool = True
+) -> None:
     """Download a file, from where an earlier attempt stopped.
 
     Args:
         url: its address.
         file: where to put it; what is in it already is taken for its beginning.
         size: bytes that it must have in the end.
+        begins: its first bytes; an answer that begins otherwise is refused.
+        attempts: give up after this many attempts in a row without data; by default as many as ``WAITS`` has waits.
+        show: show a progress bar, and say why it tries again.
 
     Raises:
         UserError: the server does not have the file, has another one, or broke off again and again.
     """
+    waits = WAITS[:attempts]
     with open(file, "ab", buffering=0) as out:
         have = out.tell()
-        progress, failures = _Progress(f"download {Path(url).name}", size, have), 0
+        progress, failures = _Progress(f"download {Path(url).name}", size, have, show), 0
         while have < size:
             reason = "the connection was closed"
             try:
-                _receive(url, out, size, progress)
+                _receive(url, out, size, progress, begins)
             except urllib.error.HTTPError as error:
                 error.close()
                 reason = f"{error.code} {error.reason}"
@@ -239,18 +254,20 @@ def download(url: str, file: Path, size: int) -> None:
             failures = 0 if out.tell() > have else failures + 1
             have = out.tell()
             if have < size:
-                if failures >= len(WAITS):
+                if failures >= len(waits):
+                    tried = f"{failures} attempts in a row brought nothing" if failures > 1 else "no data arrived"
+                    kept = f"; {_bytes(have)} of {_bytes(size)} are kept in {file}" if have else ""
                     raise UserError(
-                        f"{url}: {failures} attempts in a row brought nothing ({reason}); {_bytes(have)} of "
-                        f"{_bytes(size)} are kept in {file}: go on later by the same command, or give another --mirror"
+                        f"{url}: {tried} ({reason}){kept}: check the network and give the same command again, or give "
+                        "another --mirror"
                     )
-                wait = WAITS[failures]
+                wait = waits[failures]
                 progress.say(f"{file.name}: {reason} at {100 * have / size:.0f} %; going on in {wait} s")
                 time.sleep(wait)
         progress.close()
 
 
-def _receive(url: str, out: FileIO, size: int, progress: _Progress) -> None:
+def _receive(url: str, out: FileIO, size: int, progress: _Progress, begins: bytes) -> None:
     """One attempt: append to a file what the server sends, as far as it gets."""
     have = out.tell()
     request = urllib.request.Request(url, headers={"User-Agent": "regolite"})
@@ -260,7 +277,7 @@ def _receive(url: str, out: FileIO, size: int, progress: _Progress) -> None:
         skip = _beginning(answer, url, have, size)
         while have < size and (data := answer.read1(CHUNK)):  # read1: what has come is not lost when it breaks
             data, skip = data[skip:][: size - have], max(0, skip - len(data))
-            if not have and data[:2] not in (b"P", b"PK"):
+            if not have and not begins.startswith(data[: len(begins)]):
                 raise UserError(f"{url} is no zip file, perhaps a page to log in: check the network, or --mirror")
             _write(out, data)
             have += len(data)
@@ -281,7 +298,7 @@ def _beginning(answer: HTTPResponse, url: str, have: int, size: int) -> int:
             raise HTTPException("the server sent another part of the file than was asked for")
         said, skip = match[2], 0
     if said.isdecimal() and int(said) != size:
-        raise UserError(f"{url} has {said} bytes and COCO's file {size}, so it is another one: give another --mirror")
+        raise UserError(f"{url} has {said} bytes instead of {size}, so it is another file: give another --mirror")
     return skip
 
 
@@ -476,7 +493,7 @@ def check_coco(
 
     Args:
         root: the data folder, as :func:`regolite.data.open_data` takes it.
-        splits: ``train``, ``val`` or both.
+        splits: names of the splits.
         read_pictures: open every picture too, which takes long: finds broken ones and those of another size.
         workers: how many pictures to open at a time; as many as there are processors by default.
 
@@ -638,10 +655,10 @@ def _read_all(
 class _Progress:
     """Bytes done and bytes a second, shown a few times a second."""
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
-        self.total, self.done, self.first = max(total, 1), done, done
+    def __init__(self, title: str, total: int, done: int = 0, enabled: bool = True) -> None:
+        self.total, self.done, self.first, self.enabled = max(total, 1), done, done, enabled
         self.start = self.shown = time.monotonic()
-        self.status = Status(title, leave=False)
+        self.status = Status(title, enabled, leave=False)
         self.status.update(done / self.total)
 
     def add(self, count: int) -> None:
@@ -658,7 +675,8 @@ class _Progress:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.status.say(text)
+        if self.enabled:
+            self.status.say(text)
 
     def close(self) -> None:
         """End it."""
