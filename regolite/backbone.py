@@ -51,6 +51,42 @@ class TinyNet(nn.Sequential):
         super().__init__(*stages)
 
 
+class FoldedNorm(FrozenBatchNorm2d):
+    """A frozen batch normalization whose scale and shift the convolution before it applies; it only keeps them."""
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """The input: :class:`NormalizedConv2d` has normalized it."""
+        return x
+
+
+class NormalizedConv2d(nn.Conv2d):
+    """A convolution and the frozen batch normalization after it, as one convolution.
+
+    ``norm(conv(x))`` is a convolution whose weights are scaled channel by channel, plus a shift. Scaling the weights
+    costs next to nothing; scaling the output would read and write the largest tensors of a detector twice more.
+
+    Attributes:
+        norm: the normalization.
+    """
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D _h _w"]:
+        """Convolve and normalize."""
+        norm = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight, bias = self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        return self._conv_forward(x, weight, bias)
+
+
+def fold_norms(body: nn.Module) -> None:
+    """Let each convolution of a torchvision network apply the frozen batch normalization that follows it."""
+    for parent in list(body.modules()):
+        children = list(parent.children())
+        for conv, norm in zip(children, children[1:]):
+            if isinstance(norm, FoldedNorm):
+                conv.__class__ = NormalizedConv2d  # the same module, with its weights
+                object.__setattr__(conv, "norm", norm)  # no submodule: it has a name of its own, torchvision's
+
+
 class Backbone(nn.Module):
     """A feature pyramid.
 
@@ -98,6 +134,7 @@ class Backbone(nn.Module):
         self.channels = [channels[s] for s in self.stages]
         self.strides = [16 if dilated and s == 5 else 2**s for s in self.stages]
         self.mask_padding = mask_padding
+        fold_norms(self.body)
         if mask_padding:
             for module in self.body.modules():
                 # All that reads neighbours; the maximum is taken of a ReLU's output, where zeros say nothing.
@@ -122,13 +159,21 @@ class Backbone(nn.Module):
         for stage, stride in zip(self.stages, self.strides):
             x, size = maps[stage], tuple(maps[stage].shape[-2:])
             mask = self._masks[size] if self.mask_padding else shrink(images.mask, size)
-            features.append(FeatureMap(x.masked_fill(mask[:, None], 0.0) if self.mask_padding else x, mask, stride))
+            features.append(FeatureMap(hide(x, mask) if self.mask_padding else x, mask, stride))
         self._masks = {}
         return features
 
     def _hide_padding(self, module: nn.Module, inputs: tuple[Float[Tensor, "B C h w"]]) -> Float[Tensor, "B C h w"]:
         (x,) = inputs
-        return x.masked_fill(self._masks[tuple(x.shape[-2:])][:, None], 0.0)
+        return hide(x, self._masks[tuple(x.shape[-2:])])
+
+
+def hide(x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+    """The map with zeros on padding.
+
+    A product, since ``masked_fill`` gives up the channels-last layout, and every convolution after it converts back.
+    """
+    return x * (~mask)[:, None].to(x.dtype)
 
 
 def halvings(mask: Bool[Tensor, "B H W"]) -> dict[tuple[int, int], Bool[Tensor, "B _h _w"]]:
@@ -150,11 +195,11 @@ def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dic
     if name == "tiny":
         return TinyNet(), {2: 1, 3: 2, 4: 3, 5: 4}, TinyNet.channels
     if name == "mobilenet_v2":
-        net = torchvision.models.mobilenet_v2(norm_layer=FrozenBatchNorm2d)
+        net = torchvision.models.mobilenet_v2(norm_layer=FoldedNorm)
         # The last 1x1 convolution (320 to 1280 channels) belongs to the classifier; detectors do without it.
         return net.features[:-1], {2: 4, 3: 7, 4: 14, 5: 18}, {2: 24, 3: 32, 4: 96, 5: 320}
     net = getattr(torchvision.models, name)(
-        norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilated]
+        norm_layer=FoldedNorm, replace_stride_with_dilation=[False, False, dilated]
     )
     del net.avgpool, net.fc
     names = list(net._modules)

@@ -106,7 +106,7 @@ def test_resnet_maps_are_those_of_torchvision(monkeypatch):
         net(images.pixels)
         features = backbone(images)
     for feature, expected in zip(features, seen):
-        assert torch.equal(feature.tensor, expected)
+        torch.testing.assert_close(feature.tensor, expected, rtol=1e-4, atol=1e-5)  # norms are folded into convolutions
 
 
 def test_batch_norm_is_frozen_and_training_changes_none_of_it(bundled):
