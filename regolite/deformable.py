@@ -154,7 +154,7 @@ class DeformableAttention(nn.Module):
         """
         values = self.value(memory.tokens)
         if memory.mask is not None:
-            values = values * (~memory.mask)[..., None].to(values.dtype)
+            values = values.masked_fill(memory.mask[..., None], 0.0)
         values = values.unflatten(2, (self.heads, -1))
         mixed = sample_and_mix(values, memory.shapes, *self.sampling(queries, memory.shapes, reference_points))
         return self.out(mixed)

@@ -2,23 +2,21 @@
 
 RoIAlign (He et al., Mask R-CNN) divides a box into 7 x 7 bins, reads the features at 2 x 2 points of each bin by
 bilinear interpolation, and takes the mean. Every point mixes four cells, so a bin is nothing but a weighted sum of
-sixteen cells; ``embedding_bag`` computes such sums for all bins of all boxes on all levels at once, several times as
-fast on a CPU as torchvision's ``roi_align``, whose backward pass runs on one thread (``python -m benchmarks.speed``).
+sixteen cells. :func:`regolite.ops.weighted_sums` computes these for all bins of all boxes on all levels at once, several
+times as fast on a CPU as torchvision's ``roi_align``, whose backward pass runs on one thread
+(``python -m benchmarks.speed``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from scipy.sparse import csr_array
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from regolite.ops import weighted_sums
 from regolite.structures import FeatureMap
 
 BINS = 7
@@ -80,42 +78,6 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
     rows = torch.cat([f.tensor.permute(0, 2, 3, 1).flatten(0, 2) for f in features])  # [B * cells of all levels, C]
     bins = weighted_sums(rows.float(), index.flatten(4).flatten(0, 3), weight.flatten(4).flatten(0, 3))
     return bins.unflatten(0, (batch * queries, BINS, BINS)).permute(0, 3, 1, 2)
-
-
-def weighted_sums(
-    rows: Float[Tensor, "R C"], index: Int[Tensor, "N T"], weight: Float[Tensor, "N T"]
-) -> Float[Tensor, "N C"]:
-    """``(rows[index] * weight[..., None]).sum(1)`` without the [N, T, C] tensor in between; gradients for ``rows`` only.
-
-    This is a product with a sparse matrix, and its gradient a product with the transpose. On a GPU both are
-    ``embedding_bag``'s. On a CPU ``embedding_bag`` sorts all indices in its backward pass, and scipy's product with the
-    transpose, which need not sort, takes a fifth of the time.
-
-    Args:
-        rows: what is summed.
-        index: which rows each sum takes.
-        weight: their weights.
-    """
-    if rows.device.type != "cpu":
-        return F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum")
-    return _WeightedSums.apply(rows, index, weight)
-
-
-class _WeightedSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(index, weight)
-        ctx.count = len(rows)
-        return F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        index, weight = ctx.saved_tensors
-        starts = np.arange(0, index.numel() + 1, index.shape[1], dtype=np.int32)
-        columns = index.flatten().int().numpy()
-        matrix = csr_array((weight.flatten().numpy(), columns, starts), shape=(len(index), ctx.count))
-        return torch.from_numpy(matrix.T @ gradient.contiguous().numpy()), None, None
 
 
 def _taps(

@@ -1,0 +1,59 @@
+"""Weighted sums of rows of a table: what RoIAlign comes down to.
+
+Bilinear interpolation mixes four cells, and every bin takes the mean of several interpolated points. So a bin is a sum of
+a few rows of a table, the cells' features, with given weights: a product with a sparse matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def weighted_sums(
+    rows: Float[Tensor, "R C"], index: Int[Tensor, "N T"], weight: Float[Tensor, "N T"]
+) -> Float[Tensor, "N C"]:
+    """``(rows[index] * weight[..., None]).sum(1)`` without the [N, T, C] tensor in between.
+
+    Gradients flow into ``rows`` alone. ``embedding_bag`` computes the sums on any device. On a CPU its backward pass
+    sorts all indices; scipy's product with the transposed sparse matrix needs no sort and is several times as fast.
+
+    Args:
+        rows: the table.
+        index: which rows each sum adds up.
+        weight: their weights, of the table's type.
+    """
+    if rows.device.type != "cpu":
+        return F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum")
+    return _WeightedSums.apply(rows, index, weight)
+
+
+def reference(
+    rows: Float[Tensor, "R C"], index: Int[Tensor, "N T"], weight: Float[Tensor, "N T"]
+) -> Float[Tensor, "N C"]:
+    """The definition of :func:`weighted_sums`."""
+    return (rows[index] * weight[..., None]).sum(1)
+
+
+class _WeightedSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.count = len(rows)
+        return F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        index, weight = ctx.saved_tensors
+        starts = np.arange(0, index.numel() + 1, index.shape[1], dtype=np.int32)
+        columns = index.flatten().int().numpy()
+        matrix = csr_array((weight.flatten().numpy(), columns, starts), shape=(len(index), ctx.count))
+        return torch.from_numpy(matrix.T @ gradient.contiguous().numpy()), None, None
