@@ -22,7 +22,12 @@ from regolite.errors import UserError
 from regolite.state_dicts import read
 from regolite.structures import FeatureMap, ImageBatch
 
-BUNDLED = Path(__file__).parent.parent / "data" / "backbones" / "mobilenet_v2.safetensors"
+_BACKBONES = Path(__file__).parent.parent / "data" / "backbones"
+BUNDLED = {
+    "bundled": _BACKBONES / "mobilenet_v2.safetensors",  # ImageNet
+    "bundled_coco": _BACKBONES / "mobilenet_v2_coco.safetensors",  # the body of a detector, an SSD
+}
+"""Files of the MobileNetV2 weights that come with the repository, by the name that asks for them."""
 WEIGHTS = {
     "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
     "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
@@ -95,8 +100,8 @@ class Backbone(nn.Module):
             its 105 M parameters), ``resnext101_64x4d`` or ``tiny``.
         stages: which maps to return, finest first; 2 to 5.
         weights: ``"imagenet"`` for torchvision's ImageNet weights (downloaded once, then cached), ``"bundled"`` for the
-            MobileNetV2 that comes with the repository, the path of a ``.safetensors`` or ``.pth`` state dict, or None
-            for random ones.
+            MobileNetV2 that comes with the repository, ``"bundled_coco"`` for the one that was trained on COCO as the
+            body of an SSD, the path of a ``.safetensors`` or ``.pth`` state dict, or None for random ones.
         dilated: DC5: stage 5 keeps the stride of stage 4 and its convolutions are dilated (ResNets only).
         frozen_stages: the stem and the stages up to this number are not trained (DETR freezes up to stage 2).
         mask_padding: hide padding from every convolution, so that a picture has the same maps alone and in any batch.
@@ -198,9 +203,7 @@ def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dic
         net = torchvision.models.mobilenet_v2(norm_layer=FoldedNorm)
         # The last 1x1 convolution (320 to 1280 channels) belongs to the classifier; detectors do without it.
         return net.features[:-1], {2: 4, 3: 7, 4: 14, 5: 18}, {2: 24, 3: 32, 4: 96, 5: 320}
-    net = getattr(torchvision.models, name)(
-        norm_layer=FoldedNorm, replace_stride_with_dilation=[False, False, dilated]
-    )
+    net = getattr(torchvision.models, name)(norm_layer=FoldedNorm, replace_stride_with_dilation=[False, False, dilated])
     del net.avgpool, net.fc
     names = list(net._modules)
     ends = {stage: names.index(f"layer{stage - 1}") + 1 for stage in (2, 3, 4, 5)}
@@ -214,11 +217,11 @@ def _state_dict(name: str, weights: str, wanted: Mapping[str, Tensor]) -> dict[s
             raise UserError(f"there are no ImageNet weights of backbone {name!r}; use weights=None")
         state = download(WEIGHTS[name])
     else:
-        if weights == "bundled" and name != "mobilenet_v2":
+        if weights in BUNDLED and name != "mobilenet_v2":
             raise UserError(f"only mobilenet_v2 is bundled, not {name!r}; use weights='imagenet', a path or None")
-        path = BUNDLED if weights == "bundled" else Path(weights)
+        path = BUNDLED.get(weights, Path(weights))
         if not path.is_file():
-            raise UserError(f"no backbone weights at {path}; give 'imagenet', 'bundled', an existing file or None")
+            raise UserError(f"no backbone weights at {path}; give 'imagenet', 'bundled', 'bundled_coco', an existing file or None")
         state = read(path).tensors
     state = {key.removeprefix("features."): value for key, value in state.items()}
     missing = sorted(set(wanted) - set(state))

@@ -88,10 +88,21 @@ def torchvision_maps(state, x):
 def test_bundled_weights_give_the_maps_of_torchvision(bundled):
     images = blank(96, 96)
     with torch.no_grad():
-        expected = torchvision_maps(load_file(BUNDLED), images.pixels)
+        expected = torchvision_maps(load_file(BUNDLED["bundled"]), images.pixels)
         features = bundled(images)
     for feature in features:
         torch.testing.assert_close(feature.tensor, expected[96 // feature.stride], rtol=1e-4, atol=1e-4)
+
+
+def test_coco_weights_give_the_maps_of_torchvision_and_not_imagenets(bundled):
+    images = blank(96, 96)
+    with torch.no_grad():
+        state = {key: value.float() for key, value in load_file(BUNDLED["bundled_coco"]).items()}
+        expected = torchvision_maps(state, images.pixels)
+        features, others = Backbone("mobilenet_v2", weights="bundled_coco")(images), bundled(images)
+    for feature, other in zip(features, others):
+        torch.testing.assert_close(feature.tensor, expected[96 // feature.stride], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(feature.tensor, other.tensor, atol=0.1)
 
 
 def test_resnet_maps_are_those_of_torchvision(monkeypatch):
@@ -281,7 +292,7 @@ def test_missing_file_and_weights_of_another_network(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.pth"):
         Backbone("tiny", weights=str(tmp_path / "nowhere.pth"))
     with pytest.raises(UserError, match=r"holds no weights of tiny: 0\.0\.0\.weight and \d+ others are missing"):
-        Backbone("tiny", weights=str(BUNDLED))
+        Backbone("tiny", weights=str(BUNDLED["bundled"]))
     state = Backbone("tiny").body.state_dict()
     state["0.0.0.weight"] = torch.zeros(8, 3, 3, 3)
     torch.save(state, tmp_path / "shapes.pth")

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import batch, deformable
 
+from regolite.backbone import BUNDLED
 from regolite.checkpoint import KEY, load, load_weights, read_config, save_model, write_atomic
 from regolite.errors import UserError
 from regolite.presets import build
@@ -61,7 +62,7 @@ def test_a_checkpoint_needs_no_weights_of_the_backbone(tmp_path, monkeypatch):
     """The file holds them all: it loads on a machine without network and without the bundled file."""
     model = small("detr_tiny", backbone="mobilenet_v2", weights="bundled")
     save_model(model, tmp_path / "model.safetensors")
-    monkeypatch.setattr("regolite.backbone.BUNDLED", tmp_path / "nowhere.safetensors")
+    monkeypatch.setitem(BUNDLED, "bundled", tmp_path / "nowhere.safetensors")
     loaded = load(tmp_path / "model.safetensors")
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
