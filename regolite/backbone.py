@@ -221,7 +221,9 @@ def _state_dict(name: str, weights: str, wanted: Mapping[str, Tensor]) -> dict[s
             raise UserError(f"only mobilenet_v2 is bundled, not {name!r}; use weights='imagenet', a path or None")
         path = BUNDLED.get(weights, Path(weights))
         if not path.is_file():
-            raise UserError(f"no backbone weights at {path}; give 'imagenet', 'bundled', 'bundled_coco', an existing file or None")
+            raise UserError(
+                f"no backbone weights at {path}; give 'imagenet', 'bundled', 'bundled_coco', an existing file or None"
+            )
         state = read(path).tensors
     state = {key.removeprefix("features."): value for key, value in state.items()}
     missing = sorted(set(wanted) - set(state))

@@ -14,6 +14,7 @@
     regolite compare runs/base runs/rego --metric AP50
     regolite recipes --data COCO
     regolite experiment stages --seeds 0 1 2 --jobs 2
+    regolite experiment recipe --data cards=data/cards everyday=DIR --jobs 2
     regolite train --recipe rego_deformable_detr_r50_50ep --data COCO --output runs/r50 --processes 8
 
 Each command is a function that says in Python what the command does; :func:`main` chooses it and turns what goes wrong
@@ -335,18 +336,21 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def experiment(arguments: argparse.Namespace) -> int:
     """Ask the paper's questions at laptop scale: train what is missing, and print the verdicts."""
-    from regolite.experiments import cost, queue, report, statistics, table
+    from regolite.experiments import cost, queue, recipe, report, statistics, table
 
     small = "runs/experiments_small/results" if arguments.small else "experiments/results"
     results = arguments.results or Path(small)
     if not arguments.names:
         print(report.overview(statistics.read_results(results) if any(results.glob("*.json")) else {}))
         return 0
-    wanted = list(table.EXPERIMENTS) if "all" in arguments.names else [n for n in arguments.names if n != "cost"]
+    named = [name for name in arguments.names if name not in ("cost", "recipe")]
+    wanted = list(table.EXPERIMENTS) if "all" in arguments.names else named
     for name in wanted:
         table.experiment(name)
+    if "recipe" not in arguments.names and (arguments.data or arguments.weights or arguments.arms):
+        raise UserError("--data, --weights and --arms are options of the experiment recipe: name it, or leave them out")
+    folder = arguments.output or Path("runs/experiments_small" if arguments.small else "runs/experiments")
     if wanted:
-        folder = arguments.output or Path("runs/experiments_small" if arguments.small else "runs/experiments")
         queue.conduct(wanted, arguments.seeds, folder, results, arguments.jobs, arguments.small)
         found = statistics.read_results(results)
         print("\n\n".join(report.as_text(table.EXPERIMENTS[name], found) for name in wanted))
@@ -354,7 +358,23 @@ def experiment(arguments: argparse.Namespace) -> int:
         measured = cost.measure(results / "cost.json", rounds=2 if arguments.small else 30)
         for arm, one in measured["arms"].items():
             print(f"{arm:<20}{1000 * one['step']:8.0f} ms a step{one['relative']:7.2f}{one['macs'] / 1e6:9.1f} M")
+    if "recipe" in arguments.names:
+        options = (arguments.seeds, folder / "recipe", results / "recipe", arguments.jobs, arguments.small)
+        try:
+            weights = arguments.weights or recipe.WEIGHTS
+            recipe.conduct(_by_name(arguments.data), weights, arguments.arms, *options)
+        finally:  # runs may be missing, or have failed: those that are done are worth a look
+            if found := recipe.read(results / "recipe"):
+                print(recipe.report(found))
     return 0
+
+
+def _by_name(words: Sequence[str]) -> dict[str, str]:
+    """The folder of each data set from words as ``cards=DIR``."""
+    for word in words:
+        if not all(word.partition("=")):
+            raise UserError(f"--data {word}: write NAME=DIR, as in cards=data/cards")
+    return dict(word.split("=", 1) for word in words)
 
 
 def data(arguments: argparse.Namespace) -> int:
@@ -548,9 +568,12 @@ def _relations_options(parser: Parser) -> None:
 
 
 def _detect_options(parser: Parser) -> None:
-    _model_options(parser)
-    parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="files of pictures")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    from regolite.checkpoint import EVERYDAY
+
+    _model_options(parser, EVERYDAY)
+    parser.add_argument("pictures", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    about = "folder for the results (default: found)"
+    parser.add_argument("--output", type=Path, default=Path("found"), metavar="DIR", help=about)
     parser.add_argument("--threshold", type=number, default=0.5, metavar="X", help="least score (default: 0.5)")
 
 
@@ -592,8 +615,8 @@ def _compare_options(parser: Parser) -> None:
 
 
 def _experiment_options(parser: Parser) -> None:
-    about = "experiments, `all`, or `cost` for times of steps (default: list them, with what is done)"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=about)
+    about = "experiments, `all`, `cost` for times of steps, or `recipe`, the study of training recipes on real images"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{about} (default: list them, with what is done)")
     about = "seeds of the runs (default: 0 to 2, and 0 to 4 in the main comparison)"
     parser.add_argument("--seeds", type=whole_number, nargs="+", metavar="N", help=about)
     about = "runs at a time, one core each (default: 1)"
@@ -603,6 +626,11 @@ def _experiment_options(parser: Parser) -> None:
     parser.add_argument("--results", type=Path, metavar="DIR", help=about)
     about = "tiny runs in folders of their own, which only show that everything works"
     parser.add_argument("--small", action="store_true", help=about)
+    about = "recipe: folders of its data sets, in COCO format: cards=DIR everyday=DIR"
+    parser.add_argument("--data", nargs="+", default=[], metavar="NAME=DIR", help=about)
+    about = "recipe: weights of the baseline's backbone (default: the bundled ones, trained on COCO)"
+    parser.add_argument("--weights", metavar="FILE", help=about)
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="recipe: only these arms (default: all)")
 
 
 def _data_options(parser: Parser) -> None:
@@ -628,10 +656,11 @@ def _prepare_coco_options(parser: Parser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to this file")
 
 
-def _model_options(parser: Parser) -> None:
-    """The options of all commands that load a model."""
+def _model_options(parser: Parser, default: Path | None = None) -> None:
+    """The options of all commands that load a model, and the checkpoint that is loaded where none is named."""
+    about = "weights: of a run, or a published file" + (f" (default: the shipped {default.name})" if default else "")
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="weights: of a run, or a published file"
+        "--checkpoint", type=Path, required=default is None, default=default, metavar="FILE", help=about
     )
     parser.add_argument("--stages", type=whole_number, metavar="N", help="use N REGO stages, 0 for none (default: all)")
     parser.add_argument(

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from regolite.backbone import Backbone, shrink
 from regolite.boxes import inverse_sigmoid
 from regolite.deformable import DeformableAttention
+from regolite.denoising import NoisedQueries
 from regolite.positions import box_positions, sine_positions
-from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
+from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction, Target
 from regolite.transformer import DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten, in_float32
 
 
@@ -46,6 +47,10 @@ class DeformableDetrConfig:
         two_stage: queries are the encoder's best proposals and not learnt ones; needs ``refine``.
         mask_padding: keep padding out of the maps and of their normalisation, so that a picture's boxes do not depend
             on the batch. The published models let it in.
+        token_queries: two-stage only: score proposals by class, and let the content of a query start as the token that
+            proposed it, as RT-DETR does. The published two-stage models score "object" alone, and make the content from
+            the proposed box.
+        denoising: two-stage only: train on noised ground truth too (:mod:`regolite.denoising`).
     """
 
     backbone: str = "resnet50"
@@ -65,6 +70,8 @@ class DeformableDetrConfig:
     refine: bool = False
     two_stage: bool = False
     mask_padding: bool = True
+    token_queries: bool = False
+    denoising: bool = False
     scoring: Literal["sigmoid"] = "sigmoid"
 
 
@@ -90,6 +97,9 @@ class DeformableDetr(nn.Module):
         c = self.config = config
         if c.two_stage and not c.refine:
             raise ValueError("two_stage needs refine: proposals are boxes, and only refinement starts from boxes")
+        for option in ("token_queries", "denoising"):
+            if getattr(c, option) and not c.two_stage:
+                raise ValueError(f"{option} needs two_stage: only there are queries made from boxes")
         if c.levels < len(c.backbone_stages):
             raise ValueError(f"{c.levels} levels cannot hold {len(c.backbone_stages)} stages of the backbone")
         self.dim, self.heads, self.scoring, self.columns = c.dim, c.heads, "sigmoid", num_classes
@@ -111,7 +121,9 @@ class DeformableDetr(nn.Module):
             DecoderLayer(c.dim, c.heads, attention(), c.ffn_dim, c.dropout) for _ in range(c.decoder_layers)
         )
         if c.two_stage:
-            self.proposals = Proposals(c.dim, num_classes, c.queries, c.mask_padding)
+            self.proposals = Proposals(c.dim, num_classes, c.queries, c.mask_padding, c.token_queries)
+            if c.denoising:
+                self.noised_queries = NoisedQueries(num_classes, c.dim)
         else:
             self.queries = nn.Embedding(c.queries, c.dim)
             self.query_positions = nn.Embedding(c.queries, c.dim)
@@ -125,8 +137,18 @@ class DeformableDetr(nn.Module):
         sizes = [0.0 if c.two_stage or i else -2.0 for i in range(heads)]
         self.box_heads = nn.ModuleList(box_head(c.dim, size) for size in sizes)
 
-    def forward(self, images: ImageBatch) -> DetectorOutput:
-        """Detect: tokens look at the pyramid (encoder), queries look at tokens (decoder), heads read the queries."""
+    @property
+    def denoises(self) -> bool:
+        """Whether training hands ``targets`` to :meth:`forward`."""
+        return self.config.denoising
+
+    def forward(self, images: ImageBatch, targets: Sequence[Target] | None = None) -> DetectorOutput:
+        """Detect: tokens look at the pyramid (encoder), queries look at tokens (decoder), heads read the queries.
+
+        Args:
+            images: the images.
+            targets: their ground truth, in training with denoising.
+        """
         maps = self.pyramid(self.backbone(images), images.mask)
         positions = [
             sine_positions(f.mask, self.dim, centre=True) + level[:, None, None]
@@ -144,14 +166,34 @@ class DeformableDetr(nn.Module):
             queries = self.queries.weight.expand(len(images), -1, -1)
             reference = in_float32(self.reference_points, query_positions).sigmoid()
 
+        layers, queries = self._decode(queries, query_positions, memory, valid, reference)
+        output = DetectorOutput(layers, queries, maps, proposals, proposals_by_class=self.config.token_queries)
+        if targets is not None and self.denoises:
+            content, boxes, mask = self.noised_queries(targets)
+            query_positions, from_boxes = self.proposals.embed(boxes)
+            content = content if self.config.token_queries else content + from_boxes
+            layers, queries = self._decode(content, query_positions, memory, valid, boxes, mask)
+            output.denoising = DetectorOutput(layers, queries, maps, query_mask=mask)
+        return output
+
+    def _decode(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        query_positions: Float[Tensor, "B Q C"],
+        memory: Memory,
+        valid: Float[Tensor, "B L 2"],
+        reference: Float[Tensor, "B Q d"],
+        query_mask: Bool[Tensor, "B Q"] | None = None,
+    ) -> tuple[list[Prediction], Float[Tensor, "B Q C"]]:
+        """Predictions by decoder layer, and the hidden states of the last."""
         layers = []
         for number, layer in enumerate(self.decoder_layers):
             scale = valid.repeat(1, 1, reference.shape[-1] // 2)  # xy, or xy and wh
-            queries = layer(queries, query_positions, memory, reference[:, :, None] * scale[:, None])
+            queries = layer(queries, query_positions, memory, reference[:, :, None] * scale[:, None], query_mask)
             layers.append(self._predict(number, queries, reference))
             if self.config.refine:
                 reference = layers[-1].boxes.detach()
-        return DetectorOutput(layers, queries, maps, proposals)
+        return layers, queries
 
     def _predict(self, layer: int, queries: Float[Tensor, "B Q C"], reference: Float[Tensor, "B Q d"]) -> Prediction:
         head = min(layer, len(self.box_heads) - 1)
@@ -243,11 +285,14 @@ class Proposals(nn.Module):
         queries: how many proposals are kept.
         mask_padding: propose nothing on padding. The published models can: all of it says the same, a box of ones, and
             is chosen where that scores best.
+        token_queries: see :class:`DeformableDetrConfig`.
     """
 
-    def __init__(self, dim: int, num_classes: int, queries: int, mask_padding: bool) -> None:
+    def __init__(
+        self, dim: int, num_classes: int, queries: int, mask_padding: bool, token_queries: bool = False
+    ) -> None:
         super().__init__()
-        self.dim, self.count, self.mask_padding = dim, queries, mask_padding
+        self.dim, self.count, self.mask_padding, self.token_queries = dim, queries, mask_padding, token_queries
         self.project, self.project_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.to_query, self.to_query_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
         self.class_head = class_head(dim, num_classes, prior=0.01)
@@ -264,14 +309,20 @@ class Proposals(nn.Module):
         boxes = in_float32(self.box_head, tokens) + inverse_sigmoid(anchors)
         # Anchors near the edge of the range have no finite logit: their boxes are set to ones, as published.
         boxes = boxes.masked_fill(~usable, float("inf")).sigmoid()
-        scores = logits[..., 0]
+        scores = logits.max(-1).values if self.token_queries else logits[..., 0]
         if self.mask_padding:
             scores = scores.masked_fill(memory.mask, float("-inf"))
         best = scores.topk(min(self.count, scores.shape[1]), dim=1).indices
         reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
-        both = self.to_query_norm(self.to_query(box_positions(reference, self.dim // 2)))
-        positions, queries = both.split(self.dim, dim=-1)
+        positions, queries = self.embed(reference)
+        if self.token_queries:
+            queries = tokens.gather(1, best[..., None].expand(-1, -1, self.dim)).detach()
         return Prediction(logits, boxes), reference, positions, queries
+
+    def embed(self, boxes: Float[Tensor, "B Q 4"]) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q C"]]:
+        """Positions and hidden states of queries, from their boxes."""
+        both = self.to_query_norm(self.to_query(box_positions(boxes, self.dim // 2)))
+        return both.split(self.dim, dim=-1)
 
     @staticmethod
     def _anchors(memory: Memory) -> tuple[Float[Tensor, "B S 4"], Bool[Tensor, "B S 1"]]:

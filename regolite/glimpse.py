@@ -2,8 +2,8 @@
 
 RoIAlign (He et al., Mask R-CNN) divides a box into 7 x 7 bins, reads the features at 2 x 2 points of each bin by
 bilinear interpolation, and takes the mean. Every point mixes four cells, so a bin is nothing but a weighted sum of
-sixteen cells. :func:`regolite.ops.weighted_sums` computes these for all bins of all boxes on all levels at once, several
-times as fast on a CPU as torchvision's ``roi_align``, whose backward pass runs on one thread
+sixteen cells. :func:`regolite.ops.weighted_sums` computes these for all bins of all boxes on all levels at once,
+several times as fast on a CPU as torchvision's ``roi_align``, whose backward pass runs on one thread
 (``python -m benchmarks.speed``).
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 

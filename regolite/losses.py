@@ -8,15 +8,16 @@ together; the terms keep the names of their layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from regolite.boxes import to_xyxy
+from regolite.denoising import known_matches
 from regolite.matching import Matches, MatchingCosts, PaddedTargets, match
 from regolite.structures import DetectorOutput, Prediction, Target
 
@@ -33,6 +34,8 @@ class LossConfig:
         base_label: factor of the base detector's classification terms, its proposals' too; the released REGO has 0.8.
         stage_auxiliary: pay for the first layers of REGO's stages too, as the paper says; the released code drops
             these terms by an oversight.
+        proposals_per_object: how many proposals of a two-stage detector each object is matched with, in training. They
+            are only candidates, so more than one may be right (one-to-many matching).
     """
 
     label: float = 2.0
@@ -41,6 +44,7 @@ class LossConfig:
     no_object: float = 0.1
     base_label: float = 1.0
     stage_auxiliary: bool = True
+    proposals_per_object: int = 1
 
 
 class SetLoss:
@@ -86,9 +90,17 @@ class SetLoss:
         boxes = num_boxes if num_boxes is not None else float(len(padded))
         named = self._named(output)
         terms = self._terms(named, padded, self.scoring, boxes, num_pictures)
-        if output.proposals is not None:  # the proposals know one class only: object
-            objects = PaddedTargets(torch.zeros_like(padded.labels), padded.boxes, padded.counts)
-            terms |= self._terms({"proposals": output.proposals}, objects, "sigmoid", boxes)
+        if output.proposals is not None:  # published proposals know one class only: object
+            k = self.config.proposals_per_object
+            many = PaddedTargets.of(
+                [replace(t, labels=t.labels.repeat(k), boxes=t.boxes.repeat(k, 1)) for t in targets]
+            )
+            if not output.proposals_by_class:
+                many.labels.zero_()
+            terms |= self._terms({"proposals": output.proposals}, many, "sigmoid", boxes * k)
+        if (noised := output.denoising) is not None:
+            named = {f"denoising.{name}": prediction for name, prediction in self._named(noised).items()}
+            terms |= self._terms(named, padded, self.scoring, boxes, num_pictures, noised.query_mask)
         return torch.stack(list(terms.values())).sum(), terms
 
     def _named(self, output: DetectorOutput) -> dict[str, Prediction]:
@@ -108,13 +120,22 @@ class SetLoss:
         scoring: str,
         num_boxes: float,
         num_pictures: float | None = None,
+        query_mask: Bool[Tensor, "B Q"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The weighted terms of several predictions with the same number of queries."""
+        """The weighted terms of several predictions with the same number of queries.
+
+        With ``query_mask``, True on padding, the queries are noised ground truth, and matched by how they were made.
+        """
         predictions = list(named.values())
-        matches = match(predictions, targets, scoring, self.costs, list(named))
+        if query_mask is None:
+            matches = match(predictions, targets, scoring, self.costs, list(named))
+        else:
+            matches = known_matches(targets, len(predictions))
         logits = torch.stack([p.logits for p in predictions]).float()  # [P, B, Q, K]
         boxes = torch.stack([p.boxes for p in predictions]).float()
 
+        if query_mask is not None:
+            logits = logits.masked_fill(query_mask[..., None], -1e4)  # sure to be nothing: no loss, and no gradient
         label = self._label_loss(logits, targets, matches, scoring, num_boxes, num_pictures)
         matched = boxes[matches.prediction, matches.picture, matches.query]
         wanted = targets.boxes[matches.picture, matches.target]

@@ -49,12 +49,12 @@ class PaddedTargets:
     counts: list[int]
 
     @staticmethod
-    def of(targets: Sequence[Target]) -> PaddedTargets:
-        """Pad a batch of targets."""
+    def of(targets: Sequence[Target], least: int = 0) -> PaddedTargets:
+        """Pad a batch of targets to the largest number of objects in an image, and to ``least`` at least."""
         counts = [len(target) for target in targets]
-        device = targets[0].boxes.device
-        labels = torch.zeros(len(targets), max(counts), dtype=torch.long, device=device)
-        boxes = torch.tensor([0.5, 0.5, 1.0, 1.0], device=device).repeat(len(targets), max(counts), 1)
+        most, device = max(least, *counts), targets[0].boxes.device
+        labels = torch.zeros(len(targets), most, dtype=torch.long, device=device)
+        boxes = torch.tensor([0.5, 0.5, 1.0, 1.0], device=device).repeat(len(targets), most, 1)
         for b, target in enumerate(targets):
             labels[b, : counts[b]] = target.labels
             boxes[b, : counts[b]] = target.boxes

@@ -14,18 +14,19 @@ trained with it load and give the same outputs; the places where it parts from t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regolite.attention import MultiHeadAttention
 from regolite.boxes import enlarge, inverse_sigmoid, to_pixels
 from regolite.errors import UserError
 from regolite.glimpse import FeatureContext, GlimpseHead, cut_glimpses
-from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
+from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction, Target
 from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head, in_float32
 
 
@@ -124,6 +125,7 @@ class Rego(nn.Module):
             )
         self.detector = detector
         self.dim, self.scoring, self.columns = detector.dim, detector.scoring, detector.columns
+        self.denoises = getattr(detector, "denoises", False) and not config.frozen
         if hasattr(detector, "model_config"):  # a detector of regolite.build: together they can be saved and loaded
             self.model_config = replace(detector.model_config, rego=config)
         # Single-scale detectors hand over the raw maps of their backbone: a 1x1 convolution each (appendix A.1).
@@ -147,13 +149,16 @@ class Rego(nn.Module):
             self.detector.eval()
         return self
 
-    def forward(self, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
+    def forward(
+        self, images: ImageBatch, stages: int | None = None, targets: Sequence[Target] | None = None
+    ) -> DetectorOutput:
         """Detect.
 
         Args:
             images: the pictures.
             stages: how many stages to run; 0 switches REGO off and leaves the base detector's output, bit for bit.
                 All of them by default.
+            targets: the ground truth, for a base detector that trains with denoising; then the stages do, too.
 
         Raises:
             UserError: when there are fewer stages than wanted.
@@ -162,7 +167,7 @@ class Rego(nn.Module):
         if not 0 <= wanted <= len(self.stages):
             raise UserError(f"stages is {wanted}, and this model has 0 to {len(self.stages)}")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
-            output = self.detector(images)
+            output = self.detector(images) if targets is None else self.detector(images, targets)
         if wanted == 0:
             return output
 
@@ -174,11 +179,12 @@ class Rego(nn.Module):
             features = [FeatureMap(f.tensor, torch.zeros_like(f.mask), f.stride) for f in features]
             sizes = sizes.new_tensor(images.mask.shape[1:]).expand_as(sizes)
 
-        hidden, boxes = output.queries, output.layers[-1].boxes
-        for stage in self.stages[:wanted]:
-            predictions, hidden = stage(features, sizes, hidden, boxes.detach())
-            output.stages.append(predictions)
-            boxes = predictions[-1].boxes
+        for part in filter(None, (output, output.denoising)):
+            hidden, boxes = part.queries, part.layers[-1].boxes
+            for stage in self.stages[:wanted]:
+                predictions, hidden = stage(features, sizes, hidden, boxes.detach(), part.query_mask)
+                part.stages.append(predictions)
+                boxes = predictions[-1].boxes
         return output
 
 
@@ -230,6 +236,7 @@ class Stage(nn.Module):
         sizes: Int[Tensor, "B 2"],
         hidden: Float[Tensor, "B Q iC"],
         boxes: Float[Tensor, "B Q 4"],
+        query_mask: Bool[Tensor, "B Q"] | None = None,
     ) -> tuple[list[Prediction], Float[Tensor, "B Q i1C"]]:
         """Refine.
 
@@ -238,6 +245,7 @@ class Stage(nn.Module):
             sizes: height and width of the pictures, in pixels of the network's input.
             hidden: H_dec(i-1).
             boxes: O_box(i-1), detached.
+            query_mask: True on queries that are padding.
 
         Returns:
             Predictions by decoder layer, of which the last is O(i), and H_dec(i).
@@ -247,8 +255,8 @@ class Stage(nn.Module):
         known = self.condense_norm(self.condense(hidden.detach() if self.config.detach_hidden else hidden))
 
         asks, answers = (vectors, known) if self.config.query == "glimpse" else (known, vectors)
-        memory = self.encoder(Memory(answers, torch.zeros_like(answers), None, []))
-        translated = self.decoder(asks, 0.0, memory)  # H_g(i), by layer
+        memory = self.encoder(Memory(answers, torch.zeros_like(answers), query_mask, []))
+        translated = self.decoder(asks, 0.0, memory, query_mask)  # H_g(i), by layer
 
         predictions = []
         logit = inverse_sigmoid(boxes)

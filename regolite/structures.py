@@ -106,6 +106,9 @@ class DetectorOutput:
         proposals: the encoder's own predictions (two-stage Deformable DETR), one class each, or None.
         stages: for each REGO stage the predictions of its decoder layers; the last of stage i is O(i). Empty when the
             detector has no REGO or it is switched off.
+        proposals_by_class: the proposals' logits tell classes, and not only "object" in the first of them.
+        denoising: what became of noised ground truth, in training (:mod:`regolite.denoising`), or None.
+        query_mask: True on queries that are padding, or None where there are none, as in all but ``denoising``.
     """
 
     layers: list[Prediction]
@@ -113,6 +116,9 @@ class DetectorOutput:
     features: list[FeatureMap]
     proposals: Prediction | None = None
     stages: list[list[Prediction]] = field(default_factory=list)
+    proposals_by_class: bool = False
+    denoising: DetectorOutput | None = None
+    query_mask: Bool[Tensor, "B Q"] | None = None
 
     @property
     def by_stage(self) -> list[Prediction]:

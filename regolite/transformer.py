@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from regolite.attention import MultiHeadAttention
@@ -107,6 +107,7 @@ class DecoderLayer(nn.Module):
         positions: Float[Tensor, "B Q C"] | float,
         memory: Memory,
         reference_points: Float[Tensor, "B Q L d"] | None = None,
+        query_mask: Bool[Tensor, "B Q"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
         """The queries, having looked at each other and at the memory.
 
@@ -115,9 +116,10 @@ class DecoderLayer(nn.Module):
             positions: the queries' own positions, added wherever they ask or are compared; 0 where there are none.
             memory: what the cross-attention looks at.
             reference_points: where deformable cross-attention looks, on each level.
+            query_mask: True on queries that nobody may look at (padding).
         """
         x = queries
-        among = self.self_attention(x + positions, x + positions, x)
+        among = self.self_attention(x + positions, x + positions, x, query_mask)
         x = self.self_norm(x + self.branch_scale * self.dropout(among))
         seen = self.cross_attention.look(x + positions, memory, reference_points)
         x = self.cross_norm(x + self.branch_scale * self.dropout(seen))
@@ -142,6 +144,7 @@ class Decoder(nn.Module):
         queries: Float[Tensor, "B Q C"],
         positions: Float[Tensor, "B Q C"] | float,
         memory: Memory,
+        query_mask: Bool[Tensor, "B Q"] | None = None,
     ) -> list[Float[Tensor, "B Q C"]]:
         """Hidden states by layer; the last is H_dec.
 
@@ -149,10 +152,11 @@ class Decoder(nn.Module):
             queries: hidden states at the start.
             positions: the queries' positions.
             memory: what the queries look at.
+            query_mask: True on queries that nobody may look at (padding).
         """
         hidden = []
         for layer in self.layers:
-            queries = layer(queries, positions, memory)
+            queries = layer(queries, positions, memory, query_mask=query_mask)
             hidden.append(self.norm(queries))
         return hidden
 

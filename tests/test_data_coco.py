@@ -107,6 +107,23 @@ def test_limit_and_empty_pictures(folder):
         CocoFolder(folder(only_crowds), keep_empty=False)
 
 
+def test_a_fair_share_of_the_training_images(folder):
+    """Of a file that lists one source after another, every tenth image is a share of both."""
+    listed = content()
+    images = [{"id": i, "file_name": "a.png" if i < 40 else "b.png", "width": 40, "height": 30} for i in range(100)]
+    listed |= {"images": images, "annotations": []}
+    root = folder(listed)
+    folder(listed, ("annotations/instances_val.json", "images"))
+    tenth = open_data(f"{root}:every=10")
+    assert tenth.image_ids == list(range(0, 100, 10))
+    assert [tenth.file_name(i) for i in range(10)] == ["a.png"] * 4 + ["b.png"] * 6
+    assert len(open_data(f"{root}:every=10", "val")) == 100, "whoever trains on a share is judged on all images"
+    assert open_data(f"{root}:every=40", limit=2).image_ids == [0, 40]
+    for wrong in ("0", "-1", "ten", ""):
+        with pytest.raises(UserError, match="is not a whole number greater than 0; write it as in DIR:every=10"):
+            open_data(f"{root}:every={wrong}")
+
+
 def test_cocos_own_names(folder):
     root = folder(content(), ("annotations/instances_val2017.json", "val2017"))
     assert CocoFolder(root, "val")[0][1].image_id == 70

@@ -371,6 +371,45 @@ def test_run_that_is_limited_by_time(config, monkeypatch):
     assert max(rates) > 0.9e-3 and rates[-1] < 0.05e-3
 
 
+@pytest.fixture
+def cpu(monkeypatch):
+    """CPU time, in which a step takes a second and an evaluation an hour; a list of one number, for tests to change."""
+    spent, backward, evaluate = [12345.0], loop._backward, loop._evaluate
+
+    def step(*args):
+        spent[0] += 1
+        return backward(*args)
+
+    def evaluation(*args):
+        spent[0] += 3600
+        evaluate(*args)
+
+    monkeypatch.setattr(loop.time, "process_time", lambda: spent[0])
+    monkeypatch.setattr(loop, "_backward", step)
+    monkeypatch.setattr(loop, "_evaluate", evaluation)
+    return spent
+
+
+def test_run_that_is_limited_by_cpu_time(config, cpu):
+    """CPU time of training decides when a run and its schedule end, whatever evaluations take."""
+    found = lines(train(config(epochs=10_000, max_cpu_minutes=0.2, evaluate_every=1)))
+    rates = [line["lr"] for line in found if line["kind"] == "train"]
+    assert len(rates) == 12 and rates[-1] < 0.05e-3 < 0.9e-3 < max(rates)
+    assert [line["step"] for line in found if line["kind"] == "evaluation"] == [3, 6, 9, 12]
+
+
+def test_cpu_time_of_earlier_sessions_counts(config, cpu):
+    limited = {"epochs": 10_000, "max_cpu_minutes": 0.2, "checkpoint_minutes": 0.0}
+    whole = train(config("whole", **limited))
+    with pytest.raises(Interrupted):
+        train(config("two", **limited), interrupt_at(8))
+    cpu[0] = 0.5  # the clock of another process
+    resumed = train(config("two", **limited, resume=True))
+    assert lines(resumed) == lines(whole)
+    last = RunFolder(resumed, resume=True).read_metrics()[-1]
+    assert (last["kind"], last["step"], last["cpu_seconds"]) == ("evaluation", 12, 12.0)
+
+
 def test_parameter_groups():
     overrides = {"weights": None, "dim": 32, "heads": 4, "ffn_dim": 32, "rego_ffn_dim": 32}
     model = build("rego_deformable_detr_tiny", 3, **overrides)
@@ -408,6 +447,7 @@ def test_parameter_groups():
         ({"weight_decay": -1.0}, "must not be negative"),
         ({"checkpoint_minutes": -1.0}, "must not be negative"),
         ({"max_minutes": 0}, "max_minutes=0 must be greater than 0, or left out"),
+        ({"max_cpu_minutes": -1.0}, "max_cpu_minutes=-1.0 must be greater than 0, or left out"),
         ({"limit_images": -5}, "must be greater than 0, or left out"),
         ({"warmup": 1.0}, "warmup=1.0 must be at least 0 and less than 1"),
         ({"ema": 1.5}, "ema=1.5 must be at least 0 and less than 1"),

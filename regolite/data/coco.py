@@ -38,6 +38,8 @@ class CocoFolder(DetectionDataset):
         limit: use only the first so many pictures.
         keep_empty: keep pictures without a single target.
         check_files: refuse a folder in which pictures are missing.
+        every: use only one image in this many, before ``limit`` counts: a fair sample of a file that lists one source
+            after another, as its first images are not.
 
     Attributes:
         classes: names of the classes in the order of the labels, which is the order of COCO's category ids.
@@ -57,6 +59,7 @@ class CocoFolder(DetectionDataset):
         limit: int | None = None,
         keep_empty: bool = True,
         check_files: bool = True,
+        every: int = 1,
     ) -> None:
         if limit is not None and limit < 1:
             raise UserError(f"limit of {limit} pictures: give at least 1, or leave it out for all")
@@ -105,7 +108,7 @@ class CocoFolder(DetectionDataset):
             kept = np.unique(picture[np.isin(self._objects.ids, targets.ids)])
             if not len(kept):
                 raise UserError(f"{file} has no picture with an object: nothing is left without the empty ones")
-        kept = kept[:limit]
+        kept = kept[::every][:limit]
         self._start, self._end, self._sizes = start[kept], end[kept], sizes[kept]
         self._file_names = [file_names[i] for i in kept]
         self.image_ids = image_ids[kept].tolist()

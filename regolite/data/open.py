@@ -33,7 +33,8 @@ def open_data(
         root: a folder, or ``scenes[:N][:option=value]...``: N training pictures (2000 if not given), and the options
             ``val`` (number of pictures in the split ``val``, a tenth of N if not given), ``seed``, ``size``,
             ``max_objects`` and ``context`` of ``Scenes``. Examples: ``data/coco_tiny``, ``scenes``,
-            ``scenes:500:seed=3:context=0``. A folder that happens to be called so is ``./scenes``.
+            ``scenes:500:seed=3:context=0``. A folder that happens to be called so is ``./scenes``. ``DIR:every=10`` is
+            a folder of which every tenth training image is used; its other splits stay whole.
         split: ``train``, ``val`` or ``test``; a folder needs a file of annotations for it.
         transform: called with the picture and its boxes and labels; None only normalises.
         limit: use only the first so many pictures.
@@ -44,7 +45,13 @@ def open_data(
     """
     name, *words = str(root).split(":")
     if name != "scenes":
-        return CocoFolder(root, split, transform, limit, check_files=check_files)
+        folder, stride, every = os.fspath(root).rpartition(":every=")
+        if not stride:
+            return CocoFolder(root, split, transform, limit, check_files=check_files)
+        if not every.isdecimal() or int(every) < 1:
+            raise UserError(f"{root}: every={every} is not a whole number greater than 0; write it as in DIR:every=10")
+        thinned = int(every) if split == "train" else 1
+        return CocoFolder(folder, split, transform, limit, check_files=check_files, every=thinned)
     options: dict[str, Any] = {"val": None}
     num_images = 2000
     for n, word in enumerate(words):

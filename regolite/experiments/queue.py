@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,44 @@ def conduct(
         UserError: when an experiment is unknown, or runs have failed: the others are done, and their results written.
         RunStopped: when a signal came; what the running ones had done is saved.
     """
-    pairs, folder, results = plan(names, seeds), Path(folder), Path(results)
-    files = {arm: results / f"{arm}.json" for arm, _ in pairs}
-    done = {arm: _seeds(file) for arm, file in files.items()}
-    waiting = [pair for pair in pairs if pair[1] not in done[pair[0]]]
+    pairs, folder = plan(names, seeds), Path(folder)
+    abouts = {arm: ARMS[arm].about for arm, _ in pairs}
+    return work(pairs, abouts, lambda arm, seed: _start(arm, seed, folder, small), folder, results, jobs)
+
+
+def missing(pairs: Sequence[tuple[str, int]], results: str | Path) -> list[tuple[str, int]]:
+    """Those pairs of arm and seed whose results are not in the folder of results."""
+    done = {arm: _seeds(Path(results) / f"{arm}.json") for arm, _ in pairs}
+    return [(arm, seed) for arm, seed in pairs if seed not in done[arm]]
+
+
+def work(
+    pairs: Sequence[tuple[str, int]],
+    abouts: Mapping[str, str],
+    start: Callable[[str, int], subprocess.Popen[bytes]],
+    folder: str | Path,
+    results: str | Path,
+    jobs: int = 1,
+) -> list[Path]:
+    """Do the runs that are missing, each in a process of its own, and write what they gave.
+
+    Args:
+        pairs: arms and seeds, in the order in which they start.
+        abouts: what each arm is, in a line.
+        start: starts the process of an arm and a seed, see :func:`spawn`; it writes ``ARM/SEED/result.json``.
+        folder: for the runs.
+        results: for the files of results, ``ARM.json``.
+        jobs: how many runs at a time.
+
+    Returns:
+        The files of results.
+
+    Raises:
+        UserError: when runs have failed: the others are done, and their results written.
+        RunStopped: when a signal came; what the running ones had done is saved.
+    """
+    folder, files = Path(folder), {arm: Path(results) / f"{arm}.json" for arm, _ in pairs}
+    waiting = missing(pairs, results)
     status, count = Status(f"{len(pairs)} runs"), len(pairs)
     status.update(1 - len(waiting) / count)
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
@@ -84,7 +118,7 @@ def conduct(
         while waiting or running:
             while waiting and len(running) < jobs:
                 pair = waiting.pop(0)
-                running[pair] = _start(*pair, folder, small)
+                running[pair] = start(*pair)
             time.sleep(0.2)
             for (arm, seed), process in [(pair, p) for pair, p in running.items() if p.poll() is not None]:
                 with running.pop((arm, seed)):  # closes its pipe
@@ -92,7 +126,7 @@ def conduct(
                 place = folder / arm / str(seed)
                 if process.returncode == 0:
                     found = json.loads((place / "result.json").read_text(encoding="utf-8"))
-                    runs.merge(arm, ARMS[arm].about, [found], files[arm])
+                    runs.merge(arm, abouts[arm], [found], files[arm])
                     ap = ", ".join("-" if s["AP"] is None else f"{s['AP']:.1f}" for s in found["stages"])
                     Status.say(f"{arm}, seed {seed}: AP by stage {ap}")
                 else:
@@ -106,12 +140,18 @@ def conduct(
     return list(files.values())
 
 
-def _start(arm: str, seed: int, folder: Path, small: bool) -> subprocess.Popen[bytes]:
-    place = folder / arm / str(seed)
+def spawn(place: Path, module: str, *words: str) -> subprocess.Popen[bytes]:
+    """Start a process of one thread that does a run; it ends with this one, see :func:`run_process`.
+
+    Args:
+        place: folder of the run, where its errors are written.
+        module: what Python runs.
+        words: its arguments.
+    """
     place.mkdir(parents=True, exist_ok=True)
     package = str(Path(__file__).parents[2])  # where it is imported from here, even if it is not installed
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "regolite.experiments.queue", arm, str(seed), str(folder), str(int(small))]
+    command = [sys.executable, "-m", module, *words]
     with open(place / SAID, "wb") as errors:
         return subprocess.Popen(
             command,
@@ -121,6 +161,22 @@ def _start(arm: str, seed: int, folder: Path, small: bool) -> subprocess.Popen[b
             stderr=errors,
             start_new_session=True,  # Ctrl-C comes to this process alone, which ends them
         )
+
+
+def run_process(work: Callable[..., Any]) -> None:
+    """Do the work of a process that :func:`spawn` has started; wrong input is one line on stderr."""
+    end_with_starter()
+    torch.set_num_threads(1)
+    try:
+        work(*sys.argv[1:])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _start(arm: str, seed: int, folder: Path, small: bool) -> subprocess.Popen[bytes]:
+    words = (arm, str(seed), str(folder), str(int(small)))
+    return spawn(folder / arm / str(seed), "regolite.experiments.queue", *words)
 
 
 @contextmanager
@@ -162,8 +218,6 @@ def _seeds(file: Path) -> set[int]:
 
 def _main(arm: str, seed: str, folder: str, small: str) -> None:
     """One of the processes that :func:`conduct` has started."""
-    end_with_starter()
-    torch.set_num_threads(1)
     what = ARMS[arm]
     if int(small):
         runs.run(arm, runs.smaller(what), int(seed), folder, test=20)
@@ -172,8 +226,4 @@ def _main(arm: str, seed: str, folder: str, small: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        _main(*sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_process(_main)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -57,8 +57,45 @@ def run(name: str, arm: Arm, seed: int, folder: str | Path, test: int = TEST) ->
     """
     place = Path(folder) / name / str(seed)
     config = RunConfig.of({**arm.settings(), "seed": seed, "output": str(place), "resume": True})
+
+    def measured(lines: list[dict[str, Any]]) -> dict[str, Any]:
+        model = load(place / "model.safetensors")
+        begun = time.monotonic()
+        on_test = measure_on_test(model, config.data, test)
+        curve = {line["step"]: line for line in lines if line["kind"] == "evaluation" and line["split"] == "val"}
+        return {
+            "curve": [
+                {"epoch": line["epoch"], "step": step, "AP": [stage["AP"] for stage in line["stages"]]}
+                for step, line in sorted(curve.items())
+            ],
+            **on_test,
+            "seconds": {"training": max(line["seconds"] for line in lines), "measuring": time.monotonic() - begun},
+        }
+
+    return once(config, lambda config: {**described(config), "test": test}, measured)
+
+
+def once(
+    config: RunConfig,
+    describe: Callable[[RunConfig], dict[str, Any]],
+    measure: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Train and measure, or go on with that, or read what came out.
+
+    Args:
+        config: of the training; ``resume`` must be set.
+        describe: what of a configuration decides the figures.
+        measure: makes the figures of the trained model in ``config.output`` from its lines of metrics.
+
+    Returns:
+        The result, as ``result.json`` in ``config.output`` holds it.
+
+    Raises:
+        UserError: when the folder holds a run of another configuration.
+        RunStopped: as :func:`regolite.train`.
+    """
+    place, about = Path(config.output), describe(config)
     result = place / "result.json"
-    about = {**described(config), "test": test}
     if result.exists():
         found = json.loads(result.read_text(encoding="utf-8"))
         _check(found["config"], about, result)
@@ -66,22 +103,13 @@ def run(name: str, arm: Arm, seed: int, folder: str | Path, test: int = TEST) ->
     before = place / "config.json"
     if before.exists():
         begun = RunConfig.of(json.loads(before.read_text(encoding="utf-8"))["run"])
-        _check({**described(begun), "test": test}, about, place)
+        _check(describe(begun), about, place)
     train(config)
-    model = load(place / "model.safetensors")
-    begun = time.monotonic()
-    measured = measure_on_test(model, config.data, test)
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    curve = {line["step"]: line for line in lines if line["kind"] == "evaluation" and line["split"] == "val"}
     found = {
-        "seed": seed,
+        "seed": config.seed,
         "config": about,
-        "curve": [
-            {"epoch": line["epoch"], "step": step, "AP": [stage["AP"] for stage in line["stages"]]}
-            for step, line in sorted(curve.items())
-        ],
-        **measured,
-        "seconds": {"training": max(line["seconds"] for line in lines), "measuring": time.monotonic() - begun},
+        **measure(lines),
         "versions": {library: version(library) for library in LIBRARIES} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread",
         "finished": time.strftime("%Y-%m-%d"),

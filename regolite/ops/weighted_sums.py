@@ -1,7 +1,7 @@
 """Weighted sums of rows of a table: what RoIAlign comes down to.
 
-Bilinear interpolation mixes four cells, and every bin takes the mean of several interpolated points. So a bin is a sum of
-a few rows of a table, the cells' features, with given weights: a product with a sparse matrix.
+Bilinear interpolation mixes four cells, and every bin takes the mean of several interpolated points. So a bin is a sum
+of a few rows of a table, the cells' features, with given weights: a product with a sparse matrix.
 """
 
 from __future__ import annotations

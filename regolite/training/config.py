@@ -28,6 +28,9 @@ class RunConfig:
     checkpoint: str | None = _option(None, "start from the weights of this file, a checkpoint or a published one")
     epochs: int = _option(50, "how often every picture is seen")
     max_minutes: float | None = _option(None, "stop after this time; schedules then end with the time")
+    max_cpu_minutes: float | None = _option(
+        None, "stop after this much CPU time of the training process, evaluation excluded; schedules then end with it"
+    )
     batch_size: int = _option(16, "pictures per step, over all processes")
     lr: float = _option(1e-4, "learning rate")
     backbone_lr: float = _option(0.1, "factor of the learning rate for the backbone")
@@ -76,7 +79,7 @@ class RunConfig:
             raise UserError("on_broken='skip' leaves no whole set of training pictures: use evaluate_train=False")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must be at least 0 and less than 2**32")
-        for name in ("max_minutes", "image_size", "limit_images"):
+        for name in ("max_minutes", "max_cpu_minutes", "image_size", "limit_images"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0, or left out")
         for name in ("warmup", "ema"):

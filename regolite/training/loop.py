@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -95,13 +95,14 @@ def train(
     shapes = sizes[:, 0] / sizes[:, 1]
     steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
-    clock = _Clock(progress.seconds)
+    clock, cpu_clock = _Clock(progress.seconds), _Clock(progress.cpu_seconds, time.process_time)
     saved = time.monotonic()
 
     def done() -> float:
         """How much of the run is done: by steps or by time, whichever ends first; the same in every process."""
         by_time = progress.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
-        return min(1.0, max(progress.step / total_steps, by_time))
+        by_cpu_time = progress.cpu_seconds / (60 * config.max_cpu_minutes) if config.max_cpu_minutes else 0.0
+        return min(1.0, max(progress.step / total_steps, by_time, by_cpu_time))
 
     status = Status(model_config.preset, accelerator.is_main_process)
     status.update(done())
@@ -130,8 +131,10 @@ def train(
 
             progress.step, progress.batch = progress.step + 1, progress.batch + 1
             broken = [message for part in parts for message in part.broken * part.counts]
-            seconds, asked, skipped = processes.total(clock.seconds, stop.asked or 0, len(broken))
+            totals = processes.total(clock.seconds, cpu_clock.seconds, stop.asked or 0, len(broken))
+            seconds, cpu_seconds, asked, skipped = totals
             progress.seconds = seconds / accelerator.num_processes  # one time for all: it says when to end
+            progress.cpu_seconds = cpu_seconds / accelerator.num_processes
             if skipped:
                 progress.broken += int(skipped)
                 _name(folder, broken, named)
@@ -155,7 +158,7 @@ def train(
                 saved = time.monotonic()
             progress.epoch, progress.batch = progress.epoch + 1, 0
             if ends:
-                with stop.at_once(state.where("while evaluating ")):
+                with stop.at_once(state.where("while evaluating ")), cpu_clock.paused():
                     _evaluate(state, val_set, "val", config.workers)
     status.close()
 
@@ -237,11 +240,13 @@ def _backward(trained: nn.Module, set_loss: SetLoss, parts: list[Part], state: S
     accelerator = state.accelerator
     whole = processes.total(sum(part.objects for part in parts), sum(part.pictures for part in parts))
     sums: Counter[str] = Counter()
+    denoises = getattr(state.model, "denoises", False)
     for part in parts:
         images = part.images.to(accelerator.device, non_blocking=True)
         targets = [target.to(accelerator.device, non_blocking=True) for target in part.targets]
         with nullcontext() if part is parts[-1] else accelerator.no_sync(trained):
-            loss, numbers = _finite_loss(set_loss, trained(images), targets, whole, state)
+            output = trained(images, targets=targets) if denoises else trained(images)
+            loss, numbers = _finite_loss(set_loss, output, targets, whole, state)
             # Processes are given the mean of their gradients, and here the sum is wanted.
             accelerator.backward(loss * (part.counts * accelerator.num_processes))
         sums.update({name: part.counts * number for name, number in numbers.items()})
@@ -296,7 +301,7 @@ def _evaluate(state: State, dataset: DetectionDataset, split: str, workers: int)
     if not state.accelerator.is_main_process:
         return
     where = {"kind": "evaluation", "split": split, "step": progress.step, "epoch": progress.epoch}
-    folder.write_metrics({**where, "seconds": progress.seconds, **figures})
+    folder.write_metrics({**where, "seconds": progress.seconds, "cpu_seconds": progress.cpu_seconds, **figures})
     by_stage = ", ".join(f"{s['AP'] or 0.0:.1f}" for s in figures["stages"])
     folder.log.info("step %d AP on %s by stage: %s", progress.step, split, by_stage)
     Status.say(f"step {progress.step}, AP on {split} by stage, the base detector first: {by_stage}")
@@ -310,11 +315,18 @@ def _evaluate(state: State, dataset: DetectionDataset, split: str, workers: int)
 
 
 class _Clock:
-    """Seconds of the run, those of earlier sessions included."""
+    """Seconds of the run by one of Python's clocks, those of earlier sessions included."""
 
-    def __init__(self, before: float) -> None:
-        self._start = time.monotonic() - before
+    def __init__(self, before: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._start = now, now() - before
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._start
+        return self._now() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile does not count."""
+        begun = self._now()
+        yield
+        self._start += self._now() - begun

@@ -16,7 +16,7 @@ from regolite.errors import UserError
 T = TypeVar("T")
 
 # What depends on the clock and the machine; all else is the same in every run of a configuration.
-MEASURED = ("seconds", "images_per_second", "step_seconds", "data_wait", "memory_gb")
+MEASURED = ("seconds", "cpu_seconds", "images_per_second", "step_seconds", "data_wait", "memory_gb")
 
 
 class Window:

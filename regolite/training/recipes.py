@@ -96,7 +96,8 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """What it decides, as fields of :class:`RunConfig`: all pictures, to the end of the last epoch."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ABOUT}
-        return own | {"overrides": (), "checkpoint": None, "limit_images": None, "max_minutes": None}
+        unlimited = {"limit_images": None, "max_minutes": None, "max_cpu_minutes": None}
+        return own | {"overrides": (), "checkpoint": None} | unlimited
 
     def config(self, data: str, output: str, **own: Any) -> RunConfig:
         """The configuration of a run.

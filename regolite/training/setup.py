@@ -52,11 +52,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise UserError("device='mps', but PyTorch sees no Apple GPU; use device='auto'")
     AcceleratorState._reset_state(reset_partial_state=True)  # or the next run in a notebook had to be like the first
+    # Accelerate connects processes on a CPU only where it is asked for one: otherwise each would train by itself.
+    is_cpu = config.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     try:
         together = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradient
-        accelerator = Accelerator(
-            cpu=config.device == "cpu", mixed_precision=config.precision, kwargs_handlers=[together]
-        )
+        accelerator = Accelerator(cpu=is_cpu, mixed_precision=config.precision, kwargs_handlers=[together])
     except ValueError as error:
         raise UserError(f"precision={config.precision!r} cannot be had here: {error}") from error
     if config.precision == "fp16" and accelerator.device.type == "cpu":

@@ -36,6 +36,7 @@ class Progress:
         epoch: number of the running epoch, from 0.
         batch: batches of this epoch done.
         seconds: time spent, over all sessions of the run.
+        cpu_seconds: CPU time of training, over all sessions of the run; the mean over all processes.
         best: best AP on the validation pictures, -1 before the first evaluation.
         evaluated: the step of the last evaluation on each split.
         broken: how often a picture could not be read and another took its place.
@@ -45,6 +46,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     best: float = -1.0
     evaluated: dict[str, int] = field(default_factory=dict)
     broken: int = 0

@@ -1,0 +1,82 @@
+"""Query denoising (DN-DETR, Li et al., CVPR 2022; contrastive as in DINO, Zhang et al., ICLR 2023): training only.
+
+Early in training, matching gives an object to another query in every epoch, and the decoder learns little about how to
+refine a box. Denoising adds queries that need no matching: ground-truth boxes and classes with noise, which the
+decoder, and each stage of REGO, learns to undo. Half of them, the negatives, carry more noise and must be classified as
+nothing.
+
+They run through the decoder apart from the detector's own queries, so neither can look at the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from regolite.boxes import to_xyxy
+from regolite.matching import Matches, PaddedTargets
+from regolite.structures import Target
+
+SMALLEST = 0.001  # of the image: a box keeps an area, and its inverse sigmoid stays finite
+
+
+class NoisedQueries(nn.Module):
+    """Queries made from ground truth: one positive and one negative for each object of an image.
+
+    Args:
+        num_classes: number of classes K.
+        dim: channels C.
+        box_noise: each corner of a positive moves by at most this share of half the box's size; those of a negative by
+            more than that and at most twice as much.
+        label_noise: probability that a class is replaced by a random one.
+    """
+
+    def __init__(self, num_classes: int, dim: int, box_noise: float = 0.4, label_noise: float = 0.2) -> None:
+        super().__init__()
+        self.labels = nn.Embedding(num_classes, dim)
+        nn.init.normal_(self.labels.weight, std=0.1)
+        self.box_noise, self.label_noise = box_noise, label_noise
+
+    def forward(
+        self, targets: Sequence[Target]
+    ) -> tuple[Float[Tensor, "B D C"], Float[Tensor, "B D 4"], Bool[Tensor, "B D"]]:
+        """Embedded noised classes, noised boxes, and a mask that is True on padding.
+
+        The first D / 2 queries are the positives, in the order of the targets; the negatives follow.
+        """
+        padded = PaddedTargets.of(targets, least=1)
+        most, device = padded.boxes.shape[1], padded.boxes.device
+        counts = torch.tensor(padded.counts, device=device)
+        mask = (torch.arange(most, device=device) >= counts[:, None]).repeat(1, 2)
+        mask[:, 0] &= ~mask.all(1)  # attention needs a key, even in an image without objects
+
+        labels = padded.labels.repeat(1, 2)
+        is_noised = torch.rand(labels.shape, device=device) < self.label_noise
+        labels = torch.where(is_noised, torch.randint_like(labels, self.labels.num_embeddings), labels)
+
+        corners = to_xyxy(padded.boxes).repeat(1, 2, 1)
+        half = padded.boxes[..., 2:].repeat(1, 2, 2) / 2
+        least = torch.tensor([0.0, 1.0], device=device).repeat_interleave(most)[:, None]  # positives, negatives
+        sign = torch.randint_like(corners, 2) * 2 - 1
+        corners = corners + sign * (least + torch.rand_like(corners)) * self.box_noise * half
+        boxes = box_convert(corners.clamp(0, 1), "xyxy", "cxcywh").clamp(SMALLEST, 1 - SMALLEST)
+        return self.labels(labels), boxes, mask
+
+
+def known_matches(targets: PaddedTargets, predictions: int) -> Matches:
+    """The pairs of noised queries and objects, which need no matching: positive t belongs to object t.
+
+    Args:
+        targets: the objects.
+        predictions: for how many layers and stages.
+    """
+    device = targets.boxes.device
+    counts = torch.tensor(targets.counts, device=device)
+    image, object_ = (torch.arange(targets.boxes.shape[1], device=device) < counts[:, None]).nonzero(as_tuple=True)
+    prediction = torch.arange(predictions, device=device).repeat_interleave(len(image))
+    image, object_ = image.repeat(predictions), object_.repeat(predictions)
+    return Matches(prediction, image, object_, object_)
