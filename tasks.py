@@ -130,6 +130,9 @@ def activate(no_venv, number):
     os.environ.update(
         PATH=str(python.parent) + os.pathsep + os.environ.get("PATH", ""),  # so that `!pip` in a notebook is this one
         JUPYTER_PREFER_ENV_PATH="1",  # or a kernel of the same name in the home folder would be taken
+        # Notebooks import PyTorch before regolite, which sets these two; see regolite/__init__.py.
+        GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "1000"),
+        KMP_BLOCKTIME=os.environ.get("KMP_BLOCKTIME", "1"),
         PYTHONUTF8="1",  # Windows' code pages cannot print a progress bar
         PYDEVD_DISABLE_FILE_VALIDATION="1",  # the debugger's warning in every notebook
     )

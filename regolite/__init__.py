@@ -14,7 +14,14 @@ The public face::
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+# Threads of PyTorch that wait for each other keep their cores busy. Where other programs want these cores, that takes
+# most of the time: a training step becomes several times as slow as its share of the machine allows. So they spin
+# briefly and then sleep. OpenMP reads this when PyTorch is imported; a choice of the user's own stays.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP, in PyTorch's packages for Linux: iterations
+os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM's and Intel's, elsewhere: milliseconds
 
 from regolite import published
 from regolite.checkpoint import load
