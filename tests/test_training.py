@@ -118,6 +118,18 @@ def test_loss_falls_and_the_run_leaves_what_it_should(config):
     ]  # fmt: skip
 
 
+def test_the_weights_that_a_run_starts_from_are_evaluated_once(config):
+    base = train(config("base", epochs=1))
+    start = {"checkpoint": str(base / "model.safetensors"), "evaluate_start": True}
+    folder = train(config("tuned", epochs=1, **start))
+    first, *_, last = lines(folder)
+    [measured] = [line for line in lines(base) if line["kind"] == "evaluation"]
+    assert (first["step"], first["split"], last["kind"]) == (0, "val", "evaluation")
+    assert first["stages"] == measured["stages"], "the same weights, and the same images"
+    train(config("tuned", epochs=2, resume=True, **start))
+    assert [line["step"] for line in lines(folder) if line["kind"] == "evaluation"].count(0) == 1
+
+
 def test_same_run_twice_gives_the_same_bytes(config):
     first, second, other = (train(config(name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()

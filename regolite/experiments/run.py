@@ -121,7 +121,7 @@ def once(
 def described(config: RunConfig) -> dict[str, Any]:
     """What of a configuration decides the figures: not the seed, nor where and when the run is saved and looked at."""
     apart = {"seed", "output", "resume", "checkpoint_minutes", "keep_checkpoints"}
-    apart |= {"evaluate_every", "log_every", "tensorboard"}
+    apart |= {"evaluate_every", "evaluate_start", "log_every", "tensorboard"}
     return json.loads(json.dumps({name: value for name, value in config.to_dict().items() if name not in apart}))
 
 

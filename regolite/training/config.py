@@ -50,6 +50,9 @@ class RunConfig:
         "stop", "what to do with a training picture that cannot be read: stop, or skip and count it"
     )
     evaluate_every: int = _option(1, "epochs between evaluations; 0 for one at the end")
+    evaluate_start: bool = _option(
+        False, "evaluate before the first step too: what the weights that the run starts from are worth"
+    )
     evaluate_train: bool = _option(False, "evaluate on the training pictures too, at the end")
     log_every: int = _option(20, "steps between two lines of metrics")
     checkpoint_minutes: float = _option(10.0, "minutes between checkpoints; one is written at the end in any case")

@@ -104,6 +104,9 @@ def train(
         by_cpu_time = progress.cpu_seconds / (60 * config.max_cpu_minutes) if config.max_cpu_minutes else 0.0
         return min(1.0, max(progress.step / total_steps, by_time, by_cpu_time))
 
+    if config.evaluate_start and progress.step == 0:
+        with cpu_clock.paused():
+            _evaluate(state, val_set, "val", config.workers)
     status = Status(model_config.preset, accelerator.is_main_process)
     status.update(done())
     named: set[str] = set()  # pictures that could not be read
