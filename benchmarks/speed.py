@@ -1,7 +1,9 @@
 """How fast, on this machine's CPU: ``python -m benchmarks.speed [--json FILE]``.
 
-Three comparisons, both sides in the same run on the same numbers, and a table:
+Four comparisons, both sides in the same run on the same numbers, and a table:
 
+- backbone: :class:`regolite.backbone.Backbone`, whose frozen norms are folded into the convolutions and whose padding
+  is hidden by a product, against norms of their own and ``masked_fill``;
 - deformable attention: :func:`regolite.deformable.read_and_mix`, which keeps no samples, against the same by autograd;
 - glimpses: :func:`regolite.glimpse.cut_glimpses` against torchvision's ``MultiScaleRoIAlign``, forward and backward;
 - matching: all layers and stages at once (:func:`regolite.matching.match`) against one matching at a time, as DETR's
@@ -32,10 +34,12 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 import regolite
+from regolite.backbone import Backbone, hide
 from regolite.boxes import generalized_box_iou, to_pixels, to_xyxy
+from regolite.data import batch_pictures
 from regolite.deformable import read_and_mix, sample_and_mix
 from regolite.glimpse import cut_glimpses
 from regolite.losses import SetLoss
@@ -69,6 +73,36 @@ def some_boxes(*shape: int) -> Tensor:
 def samples_kept(maps: Tensor, places: Tensor, weight: Tensor) -> Tensor:
     """What :func:`regolite.deformable.read_and_mix` computes, left to autograd."""
     return (F.grid_sample(maps, 2 * places - 1, align_corners=False) * weight[:, None]).sum(2)
+
+
+# ------------------------------------------------------------------------------------------------------- backbone
+
+
+def backbone(name: str, size: tuple[int, int], batch: int, rounds: int) -> dict[str, float]:
+    """The maps of a padded batch and the gradients of the weights, channels last."""
+    net = Backbone(name, (3, 4, 5), weights=None, frozen_stages=2).to(memory_format=torch.channels_last)
+    with patch("regolite.backbone.FoldedNorm", FrozenBatchNorm2d), patch("regolite.backbone.fold_norms"):
+        plain = Backbone(name, (3, 4, 5), weights=None, frozen_stages=2).to(memory_format=torch.channels_last)
+    for norm in (module for module in net.modules() if isinstance(module, FrozenBatchNorm2d)):
+        norm.running_var.uniform_(0.5, 2.0)
+        norm.running_mean.normal_(std=0.1)
+    plain.load_state_dict(net.state_dict())
+    images = batch_pictures([torch.randn(3, size[0], size[1] - 16 * (i % 3)) for i in range(batch)], 32)
+
+    def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
+        return x.masked_fill(mask[:, None], 0.0)
+
+    def step(module: nn.Module, hide: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        with patch("regolite.backbone.hide", hide):
+            maps = [feature.tensor for feature in module(images)]
+        weights = [p for p in module.parameters() if p.requires_grad]
+        return *maps, *torch.autograd.grad(sum(m.square().mean() for m in maps), weights)
+
+    sides = step(net, hide), step(plain, masked_fill)
+    relative = max(((o - t).abs().max() / t.abs().max()).item() for o, t in zip(*sides))
+    if not relative <= 1e-3:  # of more than fifty layers one after another
+        raise SystemExit(f"the backbone's maps or gradients differ by {relative:.1e}")
+    return compare(lambda: step(net, hide), lambda: step(plain, masked_fill), rounds) | {"difference": relative}
 
 
 # ------------------------------------------------------------------------------------------- deformable attention
@@ -269,6 +303,10 @@ def step_shares(preset: str, size: int, batch: int, rounds: int) -> dict[str, fl
 
 # ------------------------------------------------------------------------------------------------------ the report
 
+BACKBONES = {
+    "laptop: MobileNetV2, 192x256, batch 8": ("mobilenet_v2", (192, 256), 8),
+    "full: ResNet-50, 480x640, batch 2": ("resnet50", (480, 640), 2),
+}
 READING = {
     "miniature: 96x96, batch 4, every cell asks, C 64, strides 8-32": ((96, 96), 4, None, 64, (8, 16, 32)),
     "laptop: 256x256, batch 8, every cell asks, C 128, strides 8-32": ((256, 256), 8, None, 128, (8, 16, 32)),
@@ -316,6 +354,9 @@ def main() -> None:
         "rounds": args.rounds,
     }
     print(f"{report['machine']}, {args.threads} threads, PyTorch {torch.__version__}; medians of {args.rounds} rounds")
+
+    report["backbone"] = {name: backbone(*sizes, args.rounds) for name, sizes in BACKBONES.items()}
+    print_ratios("A backbone, forward and backward (equal within 1e-3)", "unfolded", report["backbone"])
 
     report["reading"] = {name: reading(*sizes, args.rounds) for name, sizes in READING.items()}
     print_ratios(

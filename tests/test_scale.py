@@ -403,8 +403,8 @@ def test_two_processes_train_as_one(config, alone, capfd, monkeypatch, tmp_path)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
-    # By torch.distributed.run, as from a notebook. "auto" has to connect them on a machine without a GPU, too: once each
-    # trained by itself there, and both wrote to one folder.
+    # By torch.distributed.run, as from a notebook. "auto" has to connect them on a machine without a GPU, too: once
+    # each trained by itself there, and both wrote to one folder.
     is_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     folder = train(config(processes=2, device="cpu" if is_gpu else "auto"))
     assert not list(temporary.iterdir()), "what they wrote there is nobody's now"
