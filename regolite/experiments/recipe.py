@@ -100,6 +100,7 @@ ARMS: dict[str, Change] = {
     "imagenet": Change("backbone weights from ImageNet, not COCO", weights="bundled"),
     "lr_1e-3": Change("learning rate 1e-3", {"lr": 1e-3}),
     "lr_2e-4": Change("learning rate 2e-4", {"lr": 2e-4}),
+    "token_queries": Change("queries start as their tokens", overrides=("token_queries=true",)),
     "denoising": Change("denoising queries", overrides=("denoising=true",)),
     "one_to_many": Change("4 proposals per object", overrides=("proposals_per_object=4",)),
     "size_320": Change("image size 320", {"image_size": 320}),
