@@ -209,7 +209,8 @@ def learned(metrics):
     text = f"AP (AP50) of {after['images']} validation images that it has never seen, after {after['step']} steps:\n"
     text += f"      {'':8}" + "".join(f"{stage:>16}" for stage in stages)
     for name, line in (("before", before), ("after", after)):
-        figures = [f"{stage['AP'] or 0.0:.1f} ({stage['AP50'] or 0.0:.1f})" for stage in line["stages"]]
+        rounded = [["-" if s[name] is None else f"{s[name]:.1f}" for name in ("AP", "AP50")] for s in line["stages"]]
+        figures = [f"{ap} ({ap50})" for ap, ap50 in rounded]
         text += f"\n      {name:8}" + "".join(f"{figure:>16}" for figure in figures)
     return text
 
