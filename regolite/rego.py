@@ -182,7 +182,7 @@ class Rego(nn.Module):
         for part in filter(None, (output, output.denoising)):
             hidden, boxes = part.queries, part.layers[-1].boxes
             for stage in self.stages[:wanted]:
-                predictions, hidden = stage(features, sizes, hidden, boxes.detach(), part.query_mask)
+                predictions, hidden = stage(features, sizes, hidden, boxes.detach(), query_mask=part.query_mask)
                 part.stages.append(predictions)
                 boxes = predictions[-1].boxes
         return output

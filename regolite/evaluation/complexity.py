@@ -132,7 +132,10 @@ class Counter(TorchDispatchMode):
         if packet in READING:
             self.parts[part]["reading"] += READING[packet](result, *args)
         elif packet in PRODUCTS:
-            weighs = any(isinstance(a, Tensor) and _storage(a) in self._weights for a in args)
+            # The weights of a convolution may be scaled ones, with a frozen norm in them.
+            weighs = packet is aten.convolution or any(
+                isinstance(a, Tensor) and _storage(a) in self._weights for a in args
+            )
             flops = PRODUCTS[packet](*args, **(kwargs or {}), out_val=result)  # two for a multiply-add
             self.parts[part]["layers" if weighs else "attention"] += flops // 2
         return result

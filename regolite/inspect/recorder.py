@@ -205,7 +205,12 @@ class _Recorder(TorchFunctionMode):
                     hook(layer.selection, lambda _, output, name=name: self._weigh_levels(name, output))
         for number, stage in enumerate(self._stages, start=1):
             if self.wanted(f"stage.{number}.glimpses"):
-                before(stage, lambda *given, number=number, stage=stage: self._see_glimpses(number, stage, *given))
+                before(
+                    stage,
+                    lambda *given, number=number, stage=stage, query_mask=None: self._see_glimpses(
+                        number, stage, *given
+                    ),
+                )
         if self.wanted("references"):
             self._watch_references(hook)
 

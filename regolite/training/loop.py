@@ -77,7 +77,7 @@ def train(
     set_seed(config.seed)
     model = _model(config, model_config, model, device, folder)
     set_loss = SetLoss(model_config.loss, model.scoring)
-    fused = True if device.type in ("cpu", "cuda") else None  # one kernel for all weights
+    fused = True if device.type == "cuda" else None  # one kernel for all weights
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     state = State(folder, model, optimizer, average, accelerator)
