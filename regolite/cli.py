@@ -568,9 +568,7 @@ def _relations_options(parser: Parser) -> None:
 
 
 def _detect_options(parser: Parser) -> None:
-    from regolite.checkpoint import EVERYDAY
-
-    _model_options(parser, EVERYDAY)
+    _model_options(parser)
     parser.add_argument("pictures", type=Path, nargs="+", metavar="IMAGE", help="image files")
     about = "folder for the results (default: found)"
     parser.add_argument("--output", type=Path, default=Path("found"), metavar="DIR", help=about)
@@ -656,11 +654,10 @@ def _prepare_coco_options(parser: Parser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to this file")
 
 
-def _model_options(parser: Parser, default: Path | None = None) -> None:
-    """The options of all commands that load a model, and the checkpoint that is loaded where none is named."""
-    about = "weights: of a run, or a published file" + (f" (default: the shipped {default.name})" if default else "")
+def _model_options(parser: Parser) -> None:
+    """The options of all commands that load a model."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=default is None, default=default, metavar="FILE", help=about
+        "--checkpoint", type=Path, required=True, metavar="FILE", help="weights: of a run, or a published file"
     )
     parser.add_argument("--stages", type=whole_number, metavar="N", help="use N REGO stages, 0 for none (default: all)")
     parser.add_argument(

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from small_models import small_resnet
+from small_models import small_resnet, unfold_norms
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from regolite.backbone import BUNDLED, WEIGHTS, Backbone
+from regolite.backbone import BUNDLED, WEIGHTS, Backbone, FoldedNorm, NormalizedConv2d
 from regolite.data import batch_pictures
 from regolite.errors import UserError
 from regolite.structures import ImageBatch
@@ -118,6 +118,32 @@ def test_resnet_maps_are_those_of_torchvision(monkeypatch):
         features = backbone(images)
     for feature, expected in zip(features, seen):
         torch.testing.assert_close(feature.tensor, expected, rtol=1e-4, atol=1e-5)  # norms are folded into convolutions
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet50"])
+def test_folded_norms_change_neither_maps_nor_gradients(monkeypatch, name):
+    """Beside the same network with norms of its own, in float64: there, only a mistake is larger than rounding."""
+    small_resnet(monkeypatch)
+    images = batch_pictures([torch.randn(3, 64, 64), torch.randn(3, 40, 64)], 32)
+    images.pixels = images.pixels.double()
+    folded = Backbone(name, frozen_stages=2).double()
+    for norm in (module for module in folded.modules() if isinstance(module, FrozenBatchNorm2d)):
+        for statistic, (low, high) in {"running_mean": (-0.1, 0.1), "running_var": (0.5, 2.0)}.items():
+            getattr(norm, statistic).uniform_(low, high)
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.1, 0.1)
+    unfold_norms(monkeypatch)
+    beside = Backbone(name, frozen_stages=2).double()
+    beside.load_state_dict(folded.state_dict())
+    assert not [m for m in beside.modules() if isinstance(m, (FoldedNorm, NormalizedConv2d))]
+    gradients = []
+    for backbone in (folded, beside):
+        maps = [feature.tensor for feature in backbone(images)]
+        weights = [p for p in backbone.parameters() if p.requires_grad]
+        gradients.append((*maps, *torch.autograd.grad(sum(m.square().sum() for m in maps), weights)))
+    assert len(gradients[0]) > 10
+    for ours, expected in zip(*gradients, strict=True):
+        assert (ours - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_batch_norm_is_frozen_and_training_changes_none_of_it(bundled):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, batch, conditional_detr, pictures, shake, small_resnet, with_stub
+from small_models import CLASSES, batch, conditional_detr, pictures, shake, small_resnet, unfold_norms, with_stub
 from torch import nn
 
 from regolite import published
@@ -300,8 +300,9 @@ def test_outputs_are_transformers_and_weights_go_round(hugging):
     assert back.config.to_dict() == model.config.to_dict() | {"id2label": back.config.id2label}
 
 
-def test_matching_loss_and_gradients_are_transformers(hugging):
+def test_matching_loss_and_gradients_are_transformers(hugging, monkeypatch):
     """Of all layers, with the authors' weights; transformers itself weighs classification by 1 and not by 2."""
+    unfold_norms(monkeypatch)
     model, detector, module = hugging((1, 1, 1, 1), **TINY)
     from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 

@@ -150,7 +150,7 @@ def test_a_queue_does_what_is_missing(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "92 runs of the recipe study are missing and need its data sets, folders in COCO format: give --data"),
+        ([], "96 runs of the recipe study are missing and need its data sets, folders in COCO format: give --data"),
         (["--data", "cards=nowhere"], "data folder nowhere does not exist"),
         (["--data", "cards"], "--data cards: write NAME=DIR"),
         (["--data", f"card={TINY}"], "no data set 'card'; did you mean 'cards'?"),

@@ -93,7 +93,7 @@ class TestRecipes:
     def test_decide_all_that_changes_the_result(self):
         machine = {"data", "output", "workers", "device", "precision", "processes", "accumulate", "recompute", "resume"}
         machine |= {"checkpoint_minutes", "keep_checkpoints", "on_broken"}
-        watching = {"evaluate_every", "evaluate_train", "log_every", "tensorboard", "seed"}
+        watching = {"evaluate_every", "evaluate_start", "evaluate_train", "log_every", "tensorboard", "seed"}
         decided = set(recipe("deformable_detr_r50_50ep").settings())
         every = {f.name for f in fields(RunConfig)}
         assert decided == every - machine - watching, "a field came or went: is it the recipe's or the machine's?"

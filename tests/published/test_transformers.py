@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import batch, small_resnet
+from small_models import batch, small_resnet, unfold_norms
 from torch import nn
 
 from regolite.losses import LossConfig, SetLoss
@@ -244,7 +244,8 @@ def test_loss_and_matching_are_theirs(small, variant):
 
 
 @pytest.mark.parametrize("variant", ["detr", "plain", "refined", "two_stage"])
-def test_gradients_of_a_training_step_are_theirs(small, variant):
+def test_gradients_of_a_training_step_are_theirs(small, monkeypatch, variant):
+    unfold_norms(monkeypatch)
     model = theirs(variant).train()
     model.model.unfreeze_backbone()
     detector = from_transformers(model).train()
