@@ -537,7 +537,7 @@ def _evaluate_options(parser: Parser) -> None:
     _model_options(parser)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder in COCO format, or scenes")
     splits = ("val", "train", "test")
-    parser.add_argument("--split", choices=splits, default="val", help="which pictures (default: val)")
+    parser.add_argument("--split", choices=splits, default="val", help="which images (default: val)")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
     parser.add_argument("--limit-images", type=positive, metavar="N", help="use only the first N pictures")
     parser.add_argument(

@@ -25,7 +25,7 @@ def serve() -> Iterator[ThreadingHTTPServer]:
     server = Server(("127.0.0.1", 0), Handler)
     server.files, server.requests, server.plan, server.always = {}, [], [], {}
     server.stop, server.url = threading.Event(), f"http://127.0.0.1:{server.server_port}"
-    server.handle_error = lambda *_: None  # of connections that break, as they shall
+    server.handle_error = lambda *_: None  # of connections that break, as they should
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

@@ -23,7 +23,7 @@ def weighted_sums(
     """``(rows[index] * weight[..., None]).sum(1)`` without the [N, T, C] tensor in between.
 
     Gradients flow into ``rows`` alone. ``embedding_bag`` computes the sums on any device. On a CPU its backward pass
-    sorts all indices; scipy's product with the transposed sparse matrix needs no sort and is several times as fast.
+    sorts all indices; scipy's product with the transposed sparse matrix needs no sort.
 
     Args:
         rows: the table.
