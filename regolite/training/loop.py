@@ -34,6 +34,7 @@ from regolite.structures import DetectorOutput, Target
 from regolite.training.batches import EpochBatches, Part, loader, steps
 from regolite.training.config import RunConfig
 from regolite.training.folder import RunFolder
+from regolite.training.kernels import fastest_kernels
 from regolite.training.launch import launch
 from regolite.training.metrics import TensorBoard, Window, timed
 from regolite.training.recompute import keep, recompute
@@ -126,7 +127,8 @@ def train(
             # What a step draws (dropout) depends on its number and the process alone, not on how the run came to it.
             torch.manual_seed(hash((config.seed, progress.step, accelerator.process_index)) % 2**63)
             optimizer.zero_grad()
-            losses, pictures = _backward(trained, set_loss, parts, state)
+            with fastest_kernels(device):
+                losses, pictures = _backward(trained, set_loss, parts, state)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip) if config.clip else None
             optimizer.step()
             if average is not None:
