@@ -21,6 +21,8 @@ from regolite.presets import ModelConfig, build
 from regolite.rego import Rego
 
 KEY = "regolite"
+EVERYDAY = Path(__file__).parent.parent / "data" / "checkpoints" / "rego_deformable_detr_everyday.safetensors"
+"""The everyday detector: 20 classes of everyday objects in photographs. It is what is loaded where nothing is named."""
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -123,11 +125,12 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
     return [key for key in own if key in kept]
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | Path = EVERYDAY, device: str | torch.device = "cpu") -> nn.Module:
     """Load a checkpoint: the model that its configuration describes, with its weights, ready to detect.
 
     Args:
-        path: a ``.safetensors`` file that a run has written, or a file that :func:`regolite.published.load` reads.
+        path: a ``.safetensors`` file that a run has written, or a file that :func:`regolite.published.load` reads; the
+            everyday detector by default.
         device: where to put it.
 
     Raises:

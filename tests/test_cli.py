@@ -12,6 +12,7 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -233,6 +234,44 @@ class TestEvaluate:
         file.write_text(json.dumps(data), "utf-8")
         assert main(["evaluate", *checkpoint, *words]) == 2
         assert "other categories than" in capsys.readouterr().err
+
+    def test_classes_that_both_know_are_measured_by_name(self, checkpoint, tmp_path, capsys, error):
+        """Other ids and one more class in the data change nothing of the figures of the shared classes."""
+        regolite.data.Scenes(2, size=64, split="val").write(tmp_path)
+        words = ["--data", str(tmp_path), "--json", str(tmp_path / "figures.json")]
+        assert main(["evaluate", *checkpoint, *words]) == 0
+        before = read(tmp_path / "figures.json")
+        file = tmp_path / "annotations" / "instances_val.json"
+        data = read(file)
+        for one in data["categories"]:
+            one["id"] += 50
+        for one in data["annotations"]:
+            one["category_id"] += 50
+        data["categories"].append({"id": 1, "name": "moon"})
+        moon = {"id": 999, "image_id": data["images"][0]["id"], "category_id": 1, "bbox": [1, 1, 20, 20]}
+        data["annotations"].append(moon)
+        file.write_text(json.dumps(data), "utf-8")
+        assert "--shared-classes" in error(["evaluate", *checkpoint, *words])
+        assert main(["evaluate", *checkpoint, *words, "--shared-classes"]) == 0
+        assert read(tmp_path / "figures.json")["stages"] == before["stages"]
+        names = [one["name"] for one in data["categories"]]
+        assert f"{len(names) - 1} classes that both know, of {len(names)}" in capsys.readouterr().out
+
+    def test_no_class_in_common_is_told(self, checkpoint, error):
+        line = error(["evaluate", *checkpoint, "--data", "data/coco_tiny", "--shared-classes"])
+        assert "no class in common" in line
+
+    def test_says_how_sure_it_is(self, checkpoint, tmp_path, capsys):
+        words = ["--split", "train", "--bootstrap", "20", "--json", str(tmp_path / "figures.json")]
+        assert main(["evaluate", *checkpoint, "--data", DATA, *words]) == 0
+        figures = read(tmp_path / "figures.json")
+        for stage, (low, high) in zip(figures["stages"], figures["intervals"]["AP"], strict=True):
+            assert low <= stage["AP"] <= high
+        for one in figures["classes"]:
+            assert one["AP50_interval"][0] <= one["AP50"] <= one["AP50_interval"][1]
+        assert np.mean([one["AP50"] for one in figures["classes"]]) == pytest.approx(figures["AP50"], abs=1e-3)
+        out = capsys.readouterr().out
+        assert "last stage less base" in out and all(one["name"] in out for one in figures["classes"])
 
     def test_other_names_are_told(self, checkpoint, tmp_path, capsys):
         regolite.data.Scenes(1, size=64, split="val").write(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -150,3 +151,20 @@ def test_the_demo_passes_parameters_that_exist(tasks: ModuleType):
     rehearsal = {"data", "output", "max_minutes"}
     left = {name for name in REHEARSAL - rehearsal if name not in tasks.RECIPE}
     assert not left, "the demo says all that the rehearsal changes"
+
+
+def test_the_demo_says_what_it_has_learned(tasks: ModuleType, tmp_path: Path):
+    def line(step: int, split: str, *aps: float | None) -> str:
+        stages = [{"stage": i, "AP": ap, "AP50": None if ap is None else 2 * ap} for i, ap in enumerate(aps)]
+        return json.dumps({"kind": "evaluation", "split": split, "step": step, "images": 32, "stages": stages})
+
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [line(0, "val", 3.0, 4.0), '{"kind": "train"}', line(50, "val", 3.5, 4.5), line(90, "val", 5.0, None)]
+    metrics.write_text("\n".join([*lines, line(90, "train", 50.0, 60.0)]))
+    first, *table = tasks.learned(metrics).splitlines()
+    assert "32 validation images" in first and "90 steps" in first
+    assert [row.split() for row in table] == [
+        ["base", "detector", "stage", "1"],
+        ["before", "3.0", "(6.0)", "4.0", "(8.0)"],
+        ["after", "5.0", "(10.0)", "-", "(-)"],
+    ]

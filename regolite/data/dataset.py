@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -104,6 +104,20 @@ class DetectionDataset(Dataset, ABC):
     def sample(self, i: int) -> tuple[Image.Image, Objects]:
         """Image ``i`` with its annotations, as ``dataset[i]`` transforms them; copy-paste augmentation changes both."""
         return self.image(i), self.objects(i)
+
+    def of_classes(self, classes: Sequence[str], category_ids: Sequence[int] | None = None) -> DetectionDataset:
+        """The same images, of which only objects of these classes count.
+
+        Args:
+            classes: names of the classes, in the order of the new labels.
+            category_ids: ids to give them; their own by default.
+
+        Raises:
+            UserError: for a class that the data set does not have; the message names the nearest one.
+        """
+        from regolite.data.views import OfClasses  # here, since that builds on this module
+
+        return OfClasses(self, classes, category_ids)
 
     def __len__(self) -> int:
         return len(self.image_ids)

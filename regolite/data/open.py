@@ -9,6 +9,7 @@ from typing import Any
 from regolite.data.coco import CocoFolder
 from regolite.data.dataset import DetectionDataset
 from regolite.data.scenes import Scenes
+from regolite.data.views import Joined
 from regolite.errors import UserError
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
@@ -35,7 +36,8 @@ def open_data(
             ``max_objects`` and ``context`` of ``Scenes``. Examples: ``data/coco_tiny``, ``scenes``,
             ``scenes:500:seed=3:context=0``. A folder that happens to be called so is ``./scenes``. ``DIR:every=10`` is
             a folder of which every tenth training image is used; its other splits stay whole.
-        split: ``train``, ``val`` or ``test``; a folder needs a file of annotations for it.
+        split: ``train``, ``val`` or ``test``, or several as in ``train+val``; a folder needs a file of annotations for
+            each.
         transform: called with the picture and its boxes and labels; None only normalises.
         limit: use only the first so many pictures.
         check_files: refuse a folder in which pictures are missing.
@@ -43,6 +45,9 @@ def open_data(
     Raises:
         UserError: what ``CocoFolder`` and ``Scenes`` raise, or a specification of scenes that cannot be read.
     """
+    if "+" in split:
+        parts = [open_data(root, part, transform, limit, check_files) for part in split.split("+")]
+        return Joined(parts, limit)
     name, *words = str(root).split(":")
     if name != "scenes":
         folder, stride, every = os.fspath(root).rpartition(":every=")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from regolite.evaluation.bootstrap import Draws, bootstrap, interval, intervals
 from regolite.evaluation.coco import FIGURES, Measured, average_precision, detect_all, evaluate, measure
 from regolite.evaluation.config import EvaluationConfig
 from regolite.evaluation.errors import KINDS, Judged, judge
@@ -12,12 +13,16 @@ __all__ = [
     "FIGURES",
     "KINDS",
     "PUBLISHED",
+    "Draws",
     "EvaluationConfig",
     "Judged",
     "Measured",
     "average_precision",
+    "bootstrap",
     "detect_all",
     "evaluate",
+    "interval",
+    "intervals",
     "judge",
     "measure",
     "published_rows",

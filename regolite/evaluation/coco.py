@@ -30,6 +30,7 @@ from regolite.checkpoint import write_atomic
 from regolite.data import DetectionDataset, collate, make_transform
 from regolite.detection import detections_by_stage
 from regolite.errors import UserError
+from regolite.evaluation.bootstrap import intervals
 from regolite.presets import ModelConfig
 from regolite.progress import track
 from regolite.structures import Detections
@@ -135,6 +136,7 @@ def evaluate(
     workers: int = 0,
     progress: bool = True,
     detections: str | Path | None = None,
+    draws: int = 0,
 ) -> dict[str, Any]:
     """Evaluate a detector and every stage of it.
 
@@ -149,9 +151,11 @@ def evaluate(
         workers: processes that prepare pictures.
         progress: show a progress bar.
         detections: a file to write the last stage's detections to, in COCO's form, for other tools; none by default.
+        draws: how many draws of the images say how sure the figures are, see :mod:`regolite.evaluation.bootstrap`.
 
     Returns:
         The figures of the last stage, and ``stages``: the figures by stage, of which number 0 is the base detector.
+        With draws also, as :func:`regolite.evaluation.bootstrap.intervals` has them, ``intervals`` and ``classes``.
 
     Raises:
         UserError: when the model does not know all of the data's categories.
@@ -162,6 +166,8 @@ def evaluate(
             write_atomic(detections, json.dumps(results[-1]).encode())
         by_stage = [{"stage": i, **average_precision(dataset.coco, r, backend)} for i, r in enumerate(results)]
         figures = {**{name: by_stage[-1][name] for name in FIGURES}, "images": len(dataset), "stages": by_stage}
+        if draws:
+            figures |= intervals(dataset.coco, results, draws, progress=progress)
     return processes.from_first(figures)
 
 

@@ -1,0 +1,134 @@
+"""Data sets made of others: some classes of one, or several in a row."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+from PIL import Image
+
+from regolite.data.dataset import DetectionDataset, Objects
+from regolite.errors import UserError
+
+
+class OfClasses(DetectionDataset):
+    """A data set of which only some classes count; images without any of them stay, with no objects.
+
+    This is how a detector of few classes is measured on data that has more.
+
+    Args:
+        dataset: the data set.
+        classes: names of the classes that count, in the order of the new labels.
+        category_ids: ids to give them; their own by default.
+
+    Raises:
+        UserError: for a class that the data set does not have; the message names the nearest one.
+    """
+
+    def __init__(
+        self, dataset: DetectionDataset, classes: Sequence[str], category_ids: Sequence[int] | None = None
+    ) -> None:
+        for name in classes:
+            if name not in dataset.classes:
+                near = difflib.get_close_matches(name, dataset.classes, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(dataset.classes)}"
+                raise UserError(f"the data has no class {name!r}; {hint}")
+        self.dataset = dataset
+        self.classes = tuple(classes)
+        own_ids = [dataset.category_ids[dataset.classes.index(name)] for name in classes]
+        self.category_ids = tuple(own_ids if category_ids is None else category_ids)
+        self.image_ids = dataset.image_ids
+        self.transform = dataset.transform
+        self._label = np.full(len(dataset.classes), -1)  # new label by old one
+        self._label[[dataset.classes.index(name) for name in classes]] = np.arange(len(classes))
+
+    def image(self, i: int) -> Image.Image:
+        """Image ``i`` as PIL RGB, untransformed."""
+        return self.dataset.image(i)
+
+    def objects(self, i: int) -> Objects:
+        """The annotations of image ``i`` that count, crowds included."""
+        return self._counting(self.dataset.objects(i))
+
+    def sample(self, i: int) -> tuple[Image.Image, Objects]:
+        """Image ``i`` with its annotations, as the data set itself would transform them."""
+        image, objects = self.dataset.sample(i)
+        return image, self._counting(objects)
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of image ``i`` in pixels."""
+        return self.dataset.size(i)
+
+    def file_name(self, i: int) -> str:
+        """The file name of image ``i``."""
+        return self.dataset.file_name(i)
+
+    def _counting(self, objects: Objects) -> Objects:
+        labels = self._label[objects.labels]
+        kept = copy.copy(objects)
+        kept.labels = labels
+        return kept[labels >= 0]
+
+
+class Joined(DetectionDataset):
+    """Several data sets of the same classes in a row, as one.
+
+    Annotations are numbered anew, since files that were written apart may give the same number twice.
+
+    Args:
+        datasets: the data sets, at least one.
+        limit: use only the first so many images.
+
+    Raises:
+        UserError: when they differ in their classes, or share an image.
+    """
+
+    def __init__(self, datasets: Sequence[DetectionDataset], limit: int | None = None) -> None:
+        first = datasets[0]
+        self.classes, self.category_ids, self.transform = first.classes, first.category_ids, first.transform
+        for other in datasets[1:]:
+            if (other.classes, other.category_ids) != (self.classes, self.category_ids):
+                raise UserError("data sets of different classes cannot be joined: give them the same categories")
+        self._places = [(dataset, i) for dataset in datasets for i in range(len(dataset))][:limit]
+        self.image_ids = [dataset.image_ids[i] for dataset, i in self._places]
+        if len(set(self.image_ids)) < len(self.image_ids):
+            twice = next(i for n, i in enumerate(self.image_ids) if i in self.image_ids[:n])
+            raise UserError(f"image {twice} is in two of the data sets: take it out of one, or give it another id")
+        counts = [len(dataset.objects(i)) for dataset, i in self._places]
+        self._first_ids = [0, *accumulate(counts)]
+
+    def image(self, i: int) -> Image.Image:
+        """Image ``i`` as PIL RGB, untransformed."""
+        dataset, i = self._places[i]
+        return dataset.image(i)
+
+    def objects(self, i: int) -> Objects:
+        """All annotations of image ``i``, crowds included."""
+        dataset, place = self._places[i]
+        return self._renumbered(i, dataset.objects(place))
+
+    def sample(self, i: int) -> tuple[Image.Image, Objects]:
+        """Image ``i`` with its annotations, as its own data set would transform them."""
+        dataset, place = self._places[i]
+        return dataset.sample(place)
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of image ``i`` in pixels."""
+        dataset, i = self._places[i]
+        return dataset.size(i)
+
+    def file_name(self, i: int) -> str:
+        """The file name of image ``i``."""
+        dataset, i = self._places[i]
+        return dataset.file_name(i)
+
+    def _renumbered(self, i: int, objects: Objects) -> Objects:
+        ids = self._first_ids[i] + 1 + np.arange(len(objects))
+        new = {-1: -1, **dict(zip(objects.ids.tolist(), ids.tolist()))}
+        renumbered = copy.copy(objects)
+        renumbered.ids = ids
+        renumbered.decided_by = np.array([new[decider] for decider in objects.decided_by.tolist()], dtype=np.int64)
+        return renumbered
