@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from small_models import unchecked
 
 from regolite import RunConfig, UserError, build, load, train
-from regolite.data import Scenes, collate, make_transform
-from regolite.training import NonFiniteLoss, loop
+from regolite.data import Scenes, collate, cut_outs, make_transform
+from regolite.training import NonFiniteLoss, loop, setup
 from regolite.training.batches import EpochBatches, SeededItems, loader
 from regolite.training.folder import RunFolder
 from regolite.training.metrics import MEASURED
@@ -441,6 +441,47 @@ def test_parameter_groups():
     assert len(trained) < len(names)
 
 
+class TestCopyPaste:
+    @pytest.fixture
+    def photographs(self, config):
+        tiny = {"data": "data/coco_tiny", "limit_images": 6, "epochs": 1, "evaluate_every": 0}
+
+        def make(name, **changes):
+            return config(name, **tiny, **changes)
+
+        return make
+
+    @pytest.fixture(autouse=True)
+    def without_evaluation(self, monkeypatch):
+        monkeypatch.setattr(loop, "_evaluate", lambda *args: None)
+
+    def test_changes_what_is_learnt_and_can_be_repeated(self, photographs):
+        pasted, again = (losses(train(photographs(name, copy_paste=1.0))) for name in ("a", "b"))
+        assert pasted == again != losses(train(photographs("c")))
+
+    def test_measures_images_as_they_are(self, photographs, monkeypatch):
+        measured = {}
+        monkeypatch.setattr(loop, "_evaluate", lambda state, dataset, split, workers: measured.update({split: dataset}))
+        train(photographs("a", copy_paste=1.0, evaluate_train=True))
+        [pixels, target], [same, _] = measured["train"][0], measured["train"][0]
+        assert torch.equal(pixels, same) and len(target) == len(measured["train"].objects(0).targets(1000, 1000))
+
+    def test_scenes_have_no_masks(self, config):
+        with pytest.raises(UserError, match="scenes have none: use copy_paste=0"):
+            train(config(copy_paste=0.5))
+
+    def test_only_images_that_are_trained_on_lend_objects(self, photographs, monkeypatch):
+        asked = {}
+
+        def watched(folder, **options):
+            asked.update(options, folder=folder)
+            return cut_outs(folder, **options)
+
+        monkeypatch.setattr(setup, "cut_outs", watched)
+        train(photographs("a", copy_paste=1.0))
+        assert asked == {"folder": "data/coco_tiny", "limit": 6}
+
+
 # ----------------------------------------------------------------------------------------------- the configuration
 
 
@@ -461,6 +502,7 @@ def test_parameter_groups():
         ({"max_minutes": 0}, "max_minutes=0 must be greater than 0, or left out"),
         ({"max_cpu_minutes": -1.0}, "max_cpu_minutes=-1.0 must be greater than 0, or left out"),
         ({"limit_images": -5}, "must be greater than 0, or left out"),
+        ({"copy_paste": 1.5}, "copy_paste=1.5 is a probability: give a number from 0 to 1"),
         ({"warmup": 1.0}, "warmup=1.0 must be at least 0 and less than 1"),
         ({"ema": 1.5}, "ema=1.5 must be at least 0 and less than 1"),
         ({"seed": -1}, "seed=-1 must be at least 0"),

@@ -45,6 +45,9 @@ class RunConfig:
         None, "picture recipe; the model's own by default"
     )
     image_size: int | None = _option(None, "size of the pictures; the model's own by default")
+    copy_paste: float = _option(
+        0.0, "probability of pasting objects of the training images, cut out along their masks, onto an image"
+    )
     limit_images: int | None = _option(None, "use only the first N training pictures")
     on_broken: Literal["stop", "skip"] = _option(
         "stop", "what to do with a training picture that cannot be read: stop, or skip and count it"
@@ -85,6 +88,8 @@ class RunConfig:
         for name in ("max_minutes", "max_cpu_minutes", "image_size", "limit_images"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0, or left out")
+        if not 0 <= self.copy_paste <= 1:
+            raise UserError(f"copy_paste={self.copy_paste} is a probability: give a number from 0 to 1")
         for name in ("warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")

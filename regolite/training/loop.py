@@ -39,7 +39,7 @@ from regolite.training.launch import launch
 from regolite.training.metrics import TensorBoard, Window, timed
 from regolite.training.recompute import keep, recompute
 from regolite.training.schedule import lr_factor, parameter_groups
-from regolite.training.setup import is_to_launch, make_accelerator, prepare_data
+from regolite.training.setup import is_to_launch, make_accelerator, prepare_data, with_copy_paste
 from regolite.training.state import State
 
 
@@ -71,6 +71,7 @@ def train(
     accelerator = make_accelerator(config)
     device = accelerator.device
     train_set, val_set, model_config = prepare_data(config, model)
+    pasted_set = with_copy_paste(config, train_set)
     config = replace(config, model=model_config.preset)
     if config.tensorboard and accelerator.is_main_process:
         watch = TensorBoard(Path(config.output) / "tensorboard", watch)
@@ -118,7 +119,7 @@ def train(
             accelerator.process_index, accelerator.num_processes, config.accumulate,
         )  # fmt: skip
         model.train()
-        loaded = loader(train_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
+        loaded = loader(pasted_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
         for waited, parts in timed(state.saved_before_errors(steps(loaded, batches))):
             begun = time.perf_counter()
             factor = lr_factor(config, progress.epoch, done())

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from regolite.baselines import BaselineConfig
-from regolite.data import DetectionDataset, make_transform, open_data
+from regolite.data import DetectionDataset, Pasted, cut_outs, make_transform, open_data
 from regolite.errors import UserError
 from regolite.presets import ModelConfig, configure
 from regolite.training.config import RunConfig
@@ -91,6 +91,16 @@ def prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionD
     if val_set.category_ids != train_set.category_ids:
         raise UserError(f"{config.data}: training and validation annotations name different categories")
     return train_set, val_set, model
+
+
+def with_copy_paste(config: RunConfig, train_set: DetectionDataset) -> DetectionDataset:
+    """The training images with objects of others pasted onto them, where that is asked for."""
+    if not config.copy_paste:
+        return train_set
+    folder, *_ = config.data.partition(":every=")
+    if folder.partition(":")[0] == "scenes":
+        raise UserError("copy_paste cuts objects out along masks, and scenes have none: use copy_paste=0")
+    return Pasted(train_set, cut_outs(folder, limit=config.limit_images), config.copy_paste)
 
 
 def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
