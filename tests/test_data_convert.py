@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from regolite.cli import main
-from regolite.data import convert, open_data
+from regolite.data import convert, cut_outs, open_data
 from regolite.errors import UserError
 
 # name, width, height, objects: class and x, y, width, height in pixels
@@ -296,3 +296,38 @@ def test_command(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Pascal VOC, 3 classes" in said and f"train --data {tmp_path / 'data'}" in said
     assert main(["convert", str(tmp_path / "no"), "--output", str(tmp_path / "data")]) == 2
+
+
+def test_outlines_of_a_coco_export_stay_with_their_boxes(tmp_path):
+    source = tmp_path / "source"
+    paint(source / "images")
+    coco(source / "annotations.json")
+    file = source / "annotations.json"
+    content = json.loads(file.read_text())
+    content["annotations"].insert(0, {**content["annotations"][0], "id": 99, "bbox": [200, 200, 9, 9]})  # left out
+    content["annotations"].reverse()
+    file.write_text(json.dumps(content))
+    convert(source, tmp_path / "data")
+    written = [json.loads(f.read_text()) for f in sorted((tmp_path / "data" / "annotations").iterdir())]
+    annotations = [one for part in written for one in part["annotations"]]
+    assert len(annotations) == sum(len(objects) for *_, objects in PICTURES)
+    for one in annotations:
+        x, y, w, h = one["bbox"]
+        assert one["segmentation"] == [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    [train_file] = (tmp_path / "data" / "annotations").glob("instances_train.json")
+    assert train_file.is_file() and cut_outs(tmp_path / "data", min_size=10)
+
+
+def test_outlines_of_a_picture_that_is_turned_are_left_out(tmp_path):
+    source = tmp_path / "source"
+    paint(source / "images")
+    for name, *_ in PICTURES:
+        path = source / "images" / name
+        with Image.open(path) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6
+            image.save(path, exif=exif)
+    coco(source / "annotations.json")
+    convert(source, tmp_path / "data")
+    for file in (tmp_path / "data" / "annotations").iterdir():
+        assert not any(one["segmentation"] for one in json.loads(file.read_text())["annotations"])

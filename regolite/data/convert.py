@@ -1,7 +1,8 @@
 """One's own data: a folder with boxes in COCO, YOLO or Pascal VOC form becomes a data folder of ours.
 
 Labelling tools export one of these three; supervision reads them all. What the converted folder holds is COCO's form
-(``DIR/train``, ``DIR/val``, ``DIR/annotations``), which is what everything here opens. What is wrong with single boxes
+(``DIR/train``, ``DIR/val``, ``DIR/annotations``), which is what everything here opens; the outlines of a COCO export
+are kept, since objects can be cut out along them (:mod:`regolite.data.paste`). What is wrong with single boxes
 or pictures is mended or left out, and listed by file name.
 """
 
@@ -15,7 +16,9 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +200,7 @@ def _read(
             with tempfile.TemporaryDirectory() as folder:
                 file = _readable(boxes, pictures, Path(folder) / "annotations.json", problems)
                 found = {split: DetectionDataset.from_coco(str(pictures), str(file))}
+            _attach_outlines(found[split], boxes, pictures)
         elif form == "YOLO":
             files = [path for path in sorted(source.rglob("*.y*ml")) if _names(path)]
             names = max(files, key=lambda path: len(os.path.commonpath([path, pictures])))  # the nearest
@@ -224,6 +228,19 @@ def _readable(file: Path, pictures: Path, target: Path, problems: list[str]) -> 
         annotation.pop("segmentation", None)
     target.write_text(json.dumps(content), encoding="utf-8")
     return target
+
+
+def _attach_outlines(found: DetectionDataset, file: Path, pictures: Path) -> None:
+    """Give each box the outline that a COCO file has for it; supervision would make masks of them all, in memory."""
+    content = json.loads(file.read_bytes())
+    paths = {image["id"]: str((pictures / image["file_name"]).resolve()) for image in content["images"]}
+    outlines: dict[str, list[Any]] = {}
+    for annotation in content["annotations"]:
+        if annotation.get("bbox"):
+            outlines.setdefault(paths[annotation["image_id"]], []).append(annotation.get("segmentation") or [])
+    for path, boxes in found.annotations.items():
+        if len(boxes):
+            boxes.data["outline"] = np.fromiter(outlines[path], dtype=object, count=len(boxes))
 
 
 def _report_orphans(pictures: Path, annotations: Path, pattern: str, problems: list[str]) -> None:
@@ -271,8 +288,10 @@ def _write(
         target = str(folder / name)
         if target in annotations:
             raise UserError(f"two pictures of split {split} are called {name}: give each a name of its own")
-        picture = _copy(Path(path), picture, Path(target))
+        picture, turned = _copy(Path(path), picture, Path(target))
         boxes = whole.annotations[path]
+        if turned:  # outlines are those of the stored pixels
+            boxes.data.pop("outline", None)
         limits = np.array([picture.width, picture.height] * 2)
         clipped = boxes.xyxy.clip(0, limits)
         kept = (clipped[:, 2:] - clipped[:, :2] > 0).all(1)
@@ -285,12 +304,28 @@ def _write(
         annotations[target] = boxes[kept]
         counts.update(whole.classes[label] for label in annotations[target].class_id)
     written = kind(classes=whole.classes, images=list(annotations), annotations=annotations)
-    written.as_coco(annotations_path=str(output / "annotations" / f"instances_{split}.json"))
+    file = output / "annotations" / f"instances_{split}.json"
+    written.as_coco(annotations_path=str(file))
+    _write_outlines(file, [boxes.data.get("outline", [[]] * len(boxes)) for boxes in annotations.values()])
     done.pictures[split], done.objects[split] = len(annotations), dict(counts)
 
 
-def _copy(path: Path, picture: Image.Image, target: Path) -> Image.Image:
-    """Copy a picture; one that a camera held sideways is stored upright, as labelling tools show it."""
+def _write_outlines(file: Path, by_image: Iterable[Iterable[Any]]) -> None:
+    """Add the outlines to a file of annotations, which lists the boxes image by image in the same order."""
+    outlines = list(chain.from_iterable(by_image))
+    if any(outlines):
+        content = json.loads(file.read_bytes())
+        for annotation, outline in zip(content["annotations"], outlines, strict=True):
+            annotation["segmentation"] = outline
+        file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _copy(path: Path, picture: Image.Image, target: Path) -> tuple[Image.Image, bool]:
+    """Copy a picture; one that a camera held sideways is stored upright, as labelling tools show it.
+
+    Returns:
+        The picture as it is stored, and whether it was turned.
+    """
     with Image.open(path) as original:
         turned = original.getexif().get(ORIENTATION, 1) != 1
         if turned:
@@ -298,4 +333,4 @@ def _copy(path: Path, picture: Image.Image, target: Path) -> Image.Image:
             picture.save(target, quality=95)
     if not turned:
         shutil.copyfile(path, target)
-    return picture
+    return picture, turned
