@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ class LossConfig:
             these terms by an oversight.
         proposals_per_object: how many proposals of a two-stage detector each object is matched with, in training. They
             are only candidates, so more than one may be right (one-to-many matching).
+        stage_matching: ``"own"``, the paper's: every layer of a stage is matched with the ground truth independently.
+            With ``"base"`` a query keeps, through all stages, the object that it has in the base detector's last layer.
+            Then H_dec(0) already tells which of several queries on an object is the one to score high; with few images
+            to learn from, independently matched stages score several.
     """
 
     label: float = 2.0
@@ -45,6 +50,7 @@ class LossConfig:
     base_label: float = 1.0
     stage_auxiliary: bool = True
     proposals_per_object: int = 1
+    stage_matching: Literal["own", "base"] = "own"
 
 
 class SetLoss:
@@ -128,7 +134,7 @@ class SetLoss:
         """
         predictions = list(named.values())
         if query_mask is None:
-            matches = match(predictions, targets, scoring, self.costs, list(named))
+            matches = self._match(named, targets, scoring)
         else:
             matches = known_matches(targets, len(predictions))
         logits = torch.stack([p.logits for p in predictions]).float()  # [P, B, Q, K]
@@ -151,6 +157,13 @@ class SetLoss:
             terms[f"{name}/l1"] = c.l1 * l1[i]
             terms[f"{name}/giou"] = c.giou * giou[i]
         return terms
+
+    def _match(self, named: dict[str, Prediction], targets: PaddedTargets, scoring: str) -> Matches:
+        """The matched pairs of all predictions."""
+        inherit = [name for name in named if self.config.stage_matching == "base" and name.startswith("stage")]
+        own = [name for name in named if name not in inherit]
+        matches = match([named[name] for name in own], targets, scoring, self.costs, own)
+        return matches.repeat(own.index("base"), len(inherit)) if inherit else matches
 
     def _label_loss(
         self,

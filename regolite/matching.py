@@ -80,6 +80,21 @@ class Matches:
     query: Int[Tensor, "M"]
     target: Int[Tensor, "M"]
 
+    def repeat(self, which: int, times: int) -> Matches:
+        """The same with more predictions, whose pairs are those of prediction ``which``; they come last.
+
+        Args:
+            which: number of a prediction.
+            times: how many predictions more.
+        """
+        of = self.prediction == which
+        first = int(self.prediction.max()) + 1 if len(self.prediction) else 0
+        more = [torch.full_like(self.prediction[of], first + n) for n in range(times)]
+        return Matches(
+            torch.cat([self.prediction, *more]),
+            *(torch.cat([rows, rows[of].repeat(times)]) for rows in (self.picture, self.query, self.target)),
+        )
+
 
 def matching_cost(
     prediction: Prediction, targets: PaddedTargets, scoring: str, costs: MatchingCosts

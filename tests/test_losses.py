@@ -42,11 +42,15 @@ def leaves(output):
     return [tensor for p in predictions for tensor in (p.logits, p.boxes)]
 
 
-def one_layer(prediction, targets, scoring, config, count):
-    """Classification, L1 and GIoU terms of one prediction, as DETR's and Deformable DETR's papers define them."""
+def one_layer(prediction, targets, scoring, config, count, matched=None):
+    """Classification, L1 and GIoU terms of one prediction, as DETR's and Deformable DETR's papers define them.
+
+    The pairs are those of another prediction, ``matched``, where there is one.
+    """
+    matched = matched or prediction
     picked, label_sum, weight_sum, l1, giou = [], 0.0, 0.0, 0.0, 0.0
     for b, target in enumerate(targets):
-        logits, box = prediction.logits[b], prediction.boxes[b]
+        logits, box = matched.logits[b], matched.boxes[b]
         with torch.no_grad():
             if scoring == "softmax":
                 label = -logits.softmax(-1)[:, target.labels]
@@ -57,6 +61,7 @@ def one_layer(prediction, targets, scoring, config, count):
             overlap = generalized_box_iou(*(box_convert(x, "cxcywh", "xyxy") for x in (box, target.boxes)))
             cost = config.label * label + config.l1 * distance - config.giou * overlap
         picked.append(linear_sum_assignment(cost.numpy()))
+        box = prediction.boxes[b]
         for q, t in zip(*picked[-1]):
             l1 = l1 + (box[q] - target.boxes[t]).abs().sum() / count
             pair = (box_convert(x[None], "cxcywh", "xyxy") for x in (box[q], target.boxes[t]))
@@ -87,14 +92,18 @@ def names_of(output):
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("counts", [(2, 5, 3), (0, 1, 6)])
-def test_terms_are_those_of_a_plain_computation(scoring, counts):
-    config = LossConfig(label=1.5, l1=4.0, giou=2.5, no_object=0.2)
+@pytest.mark.parametrize("stage_matching", ["own", "base"])
+def test_terms_are_those_of_a_plain_computation(scoring, counts, stage_matching):
+    config = LossConfig(label=1.5, l1=4.0, giou=2.5, no_object=0.2, stage_matching=stage_matching)
     output, targets = make_output(scoring), make_targets(*counts)
     loss, terms = SetLoss(config, scoring)(output, targets)
+    inherited = output.layers[-1] if stage_matching == "base" else None
     wanted = {
         f"{name}/{part}": value
         for name, prediction in names_of(output).items()
-        for part, value in one_layer(prediction, targets, scoring, config, sum(counts)).items()
+        for part, value in one_layer(
+            prediction, targets, scoring, config, sum(counts), inherited if name.startswith("stage") else None
+        ).items()
     }
     assert set(terms) == set(wanted)
     assert {"base.1/label", "base/l1", "stage1.1/giou", "stage2/label"} < set(terms)
