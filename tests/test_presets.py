@@ -111,8 +111,9 @@ def test_presets_are_what_their_names_say():
                 assert d.dropout == (0.0 if "anchor" in name else 0.1)
         assert getattr(d, "dilated", False) == ("dc5" in name)
         if "deformable" in name:
-            assert d.refine == ("refined" in name or "two_stage" in name)
-            assert d.two_stage == ("two_stage" in name)
+            two_stage = "two_stage" in name or "everyday" in name
+            assert d.refine == ("refined" in name or two_stage)
+            assert d.two_stage == two_stage
         if family(name)[0] is Detr:
             assert d.reference_points == ("star" in name)
         softmax = family(name) == FAMILIES["detr"]
