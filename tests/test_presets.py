@@ -122,7 +122,8 @@ def test_presets_are_what_their_names_say():
             assert (d.backbone, d.weights) == ("mobilenet_v2", "bundled")
         if "scenes" in name:
             assert (d.backbone, d.weights, d.frozen_stages) == ("tiny", None, 0)
-        assert configure(name).loss == (LossConfig(label=1.0) if softmax else LossConfig())
+        matching = "base" if "everyday" in name else "own"
+        assert configure(name).loss == LossConfig(label=1.0 if softmax else 2.0, stage_matching=matching)
 
 
 @pytest.mark.parametrize("name", [n for n in presets() if n.endswith(("tiny", "scenes"))])
