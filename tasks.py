@@ -170,9 +170,9 @@ def demo(args, rest):
     run.mkdir(parents=True, exist_ok=True)
     executed = run / "20_train_coco.ipynb"
     words = ["-r", "data", data, "-r", "output", run, "-p", "max_minutes", args.minutes]
-    # Another model starts from its backbone's weights.
-    words += ["-r", "model", args.model] if args.model else ["-r", "checkpoint", EVERYDAY]
-    for name, value in RECIPE.items():
+    # Another model starts from its backbone's weights. Data of others may have no masks to cut objects out along.
+    words += ["-r", "model", args.model or EVERYDAY.stem] + ([] if args.model else ["-r", "checkpoint", EVERYDAY])
+    for name, value in dict(RECIPE, copy_paste=0.0 if args.data else 0.5).items():
         words += ["-p", name, value]
     # The folder that Jupyter and the tests run the notebook in, so that it sees the same relative paths everywhere.
     words += ["--cwd", ROOT / "notebooks", *rest]

@@ -134,6 +134,7 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Measure the average precision of every stage of a checkpoint."""
     from regolite.checkpoint import write_atomic
+    from regolite.evaluation import with_shared_classes
     from regolite.evaluation.bootstrap import as_text
     from regolite.inspect import table_by_stage
 
@@ -143,11 +144,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     config = model.model_config
     data = _open(arguments.data, arguments.split, model, arguments.limit_images, arguments.image_size)
     if arguments.shared_classes:
-        shared = [name for name in config.classes if name in data.classes]
-        if not shared:
-            raise UserError(f"{arguments.data} and {arguments.checkpoint} have no class in common")
-        print(f"measured are the {len(shared)} classes that both know, of {len(data.classes)} in the data")
-        data = data.of_classes(shared, [config.category_ids[config.classes.index(name)] for name in shared])
+        of = len(data.classes)
+        data = with_shared_classes(data, config)
+        print(f"measured are the {len(data.classes)} classes that both know, of {of} in the data")
     if not set(data.category_ids) <= set(config.category_ids):
         raise UserError(
             f"{arguments.data} has other categories than {arguments.checkpoint}: {_ids(data.category_ids)} there, "

@@ -259,7 +259,7 @@ class TestEvaluate:
 
     def test_no_class_in_common_is_told(self, checkpoint, error):
         line = error(["evaluate", *checkpoint, "--data", "data/coco_tiny", "--shared-classes"])
-        assert "no class in common" in line
+        assert "no class that the model knows" in line
 
     def test_says_how_sure_it_is(self, checkpoint, tmp_path, capsys):
         words = ["--split", "train", "--bootstrap", "20", "--json", str(tmp_path / "figures.json")]

@@ -49,7 +49,7 @@ def test_the_parameters_are_the_fields_of_an_evaluation():
     assert list(values) == [f.name for f in fields(EvaluationConfig)], "one field a line, in the order of the fields"
     defaults = configured(PARAMETERS)
     differ = {f.name for f in fields(EvaluationConfig) if getattr(defaults, f.name) != f.default}
-    assert differ == {"checkpoint", "data", "splits", "output"}
+    assert differ == {"checkpoint", "data", "splits", "shared_classes", "output"}
 
 
 def test_papermill_explains_every_parameter():
@@ -71,7 +71,8 @@ def test_papermill_explains_every_parameter():
         ("treshold = 0.3", "unknown parameter 'treshold'; did you mean 'threshold'?"),
         ("checkpiont = 'a'", "did you mean 'checkpoint'?"),
         ("threshold = 1.5", "threshold=1.5 must be between 0 and 1"),
-        ("splits = ['test']", "splits=['test'] must be ['train'], ['val'] or both"),
+        ("splits = ['tset']", "splits=['tset'] must be some of test, train, train+val, val, each once"),
+        ("splits = ['val', 'val']", "each once"),
         ("splits = []", "splits=[] must be"),
         ("splits = 'val'", "splits='val' is not a list of a text"),
         ("backend = 'coco'", "backend='coco' is not one of 'pycocotools', 'faster-coco-eval'"),

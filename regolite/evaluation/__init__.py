@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from regolite.evaluation.bootstrap import Draws, bootstrap, interval, intervals
-from regolite.evaluation.coco import FIGURES, Measured, average_precision, detect_all, evaluate, measure
+from regolite.evaluation.coco import (
+    FIGURES,
+    Measured,
+    average_precision,
+    detect_all,
+    evaluate,
+    measure,
+    with_shared_classes,
+)
 from regolite.evaluation.config import EvaluationConfig
 from regolite.evaluation.errors import KINDS, Judged, judge
 from regolite.evaluation.published_rows import COLUMNS, PUBLISHED, published_rows
@@ -26,4 +34,5 @@ __all__ = [
     "judge",
     "measure",
     "published_rows",
+    "with_shared_classes",
 ]

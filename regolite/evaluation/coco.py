@@ -225,6 +225,21 @@ def detect_all(
     return [list(chain.from_iterable(stage)) for stage in zip(*in_order)]
 
 
+def with_shared_classes(dataset: DetectionDataset, config: ModelConfig) -> DetectionDataset:
+    """The data with the classes that the model knows too, by name; under the model's category ids.
+
+    Raises:
+        UserError: when they have no class in common.
+    """
+    shared = [name for name in config.classes if name in dataset.classes]
+    if not shared:
+        raise UserError(
+            f"the data has no class that the model knows: {', '.join(dataset.classes[:5])}, ... against "
+            f"{', '.join(config.classes[:5])}, ..."
+        )
+    return dataset.of_classes(shared, [config.category_ids[config.classes.index(name)] for name in shared])
+
+
 def category_ids_of(config: ModelConfig | None, dataset: DetectionDataset) -> tuple[int, ...]:
     """COCO's id of each of the model's labels: its own where it has them, the data's where it does not.
 

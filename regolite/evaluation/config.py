@@ -20,7 +20,8 @@ class EvaluationConfig:
 
     checkpoint: str = _option("runs/rego/model.safetensors", "weights: of a run, or a published file")
     data: str = _option("data/coco_tiny", "folder in COCO format, or scenes (see regolite.data.open_data)")
-    splits: tuple[str, ...] = _option(("val",), "train, val or both; the first is looked at closely")
+    splits: tuple[str, ...] = _option(("val",), "of train, val, test and train+val; the first is looked at closely")
+    shared_classes: bool = _option(False, "measure only classes that both the data and the model know, by name")
     output: str = _option("runs/evaluation", "folder of the results")
     stages: int | None = _option(None, "use so many REGO stages; all by default")
     batch_size: int = _option(8, "pictures at a time")
@@ -46,8 +47,9 @@ class EvaluationConfig:
             raise UserError(f"threshold={self.threshold} must be between 0 and 1")
         if self.backend == "faster-coco-eval" and importlib.util.find_spec("faster_coco_eval") is None:
             raise UserError("backend='faster-coco-eval' is not installed: pip install faster-coco-eval")
-        if not self.splits or not set(self.splits) <= {"train", "val"} or len(set(self.splits)) < len(self.splits):
-            raise UserError(f"splits={list(self.splits)} must be ['train'], ['val'] or both")
+        known = {"train", "val", "test", "train+val"}
+        if not self.splits or not set(self.splits) <= known or len(set(self.splits)) < len(self.splits):
+            raise UserError(f"splits={list(self.splits)} must be some of {', '.join(sorted(known))}, each once")
 
     @staticmethod
     def of(values: dict[str, Any]) -> EvaluationConfig:
