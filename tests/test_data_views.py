@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from regolite.data import Scenes, make_transform, open_data
+from regolite.data import Scenes, make_transform, open_data, repeat_rare
 from regolite.errors import UserError
 from regolite.evaluation import average_precision
 
@@ -99,3 +99,27 @@ class TestJoined:
         val = open_data(TINY, "val")
         with pytest.raises(UserError, match="different classes"):
             Joined([val, open_data(TINY, "train").of_classes(SOME)])
+
+
+class TestRepeatRare:
+    def test_images_are_repeated_by_the_factor_of_their_rarest_class(self, tiny):
+        images = {name: 0 for name in tiny.classes}
+        for i in range(len(tiny)):
+            for label in set(tiny.objects(i).labels[~tiny.objects(i).crowd].tolist()):
+                images[tiny.classes[label]] += 1
+        counts = np.mean([np.bincount(repeat_rare(tiny, 0.3, seed).indices) for seed in range(200)], axis=0)
+        for i in range(len(tiny)):
+            objects = tiny.objects(i)
+            rarest = min((images[tiny.classes[n]] for n in objects.labels[~objects.crowd]), default=len(tiny))
+            assert counts[i] == pytest.approx(max(1, (0.3 * len(tiny) / rarest) ** 0.5), abs=0.15)
+
+    def test_every_image_stays_and_common_ones_stay_single(self, tiny):
+        assert repeat_rare(tiny, 1e-6).indices == list(range(len(tiny)))
+        assert set(repeat_rare(tiny, 1.0).indices) == set(range(len(tiny)))
+
+    def test_copies_are_the_image(self, tiny):
+        view = repeat_rare(tiny, 1.0)
+        place = view.indices.index(5)
+        assert view.indices[place + 1] == 5, "a rare one"
+        for copy in (place, place + 1):
+            assert torch.equal(view[copy][0], tiny[5][0]) and view.file_name(copy) == tiny.file_name(5)

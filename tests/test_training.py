@@ -441,6 +441,13 @@ def test_parameter_groups():
     assert len(trained) < len(names)
 
 
+def test_images_of_rare_classes_are_shown_more_often(config):
+    small = {"epochs": 2, "repeat_rare": 1.0}
+    often, again = train(config("often", **small)), train(config("again", **small))
+    assert losses(often) == losses(again)
+    assert len(losses(often)) > len(losses(train(config("once", epochs=2)))), "an epoch has more steps"
+
+
 class TestCopyPaste:
     @pytest.fixture
     def photographs(self, config):
@@ -503,6 +510,7 @@ class TestCopyPaste:
         ({"max_cpu_minutes": -1.0}, "max_cpu_minutes=-1.0 must be greater than 0, or left out"),
         ({"limit_images": -5}, "must be greater than 0, or left out"),
         ({"copy_paste": 1.5}, "copy_paste=1.5 is a probability: give a number from 0 to 1"),
+        ({"repeat_rare": -0.1}, "repeat_rare=-0.1 is a share of the images: give a number from 0 to 1"),
         ({"warmup": 1.0}, "warmup=1.0 must be at least 0 and less than 1"),
         ({"ema": 1.5}, "ema=1.5 must be at least 0 and less than 1"),
         ({"seed": -1}, "seed=-1 must be at least 0"),

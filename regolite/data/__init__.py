@@ -12,6 +12,7 @@ from regolite.data.paste import CutOut, Pasted, cut_outs
 from regolite.data.prepare import Report, check_coco, prepare_coco
 from regolite.data.scenes import Scenes
 from regolite.data.transforms import make_transform
+from regolite.data.views import repeat_rare
 
 __all__ = [
     "CocoFolder",
@@ -31,4 +32,5 @@ __all__ = [
     "open_data",
     "prepare_coco",
     "read_picture",
+    "repeat_rare",
 ]

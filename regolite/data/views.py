@@ -1,4 +1,4 @@
-"""Data sets made of others: some classes of one, or several in a row."""
+"""Data sets made of others: some classes of one, some images of one, or several in a row."""
 
 from __future__ import annotations
 
@@ -71,6 +71,60 @@ class OfClasses(DetectionDataset):
         kept = copy.copy(objects)
         kept.labels = labels
         return kept[labels >= 0]
+
+
+class OfImages(DetectionDataset):
+    """Some images of a data set, each as often as it is named.
+
+    Args:
+        dataset: the data set.
+        indices: which of its images.
+    """
+
+    def __init__(self, dataset: DetectionDataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, list(indices)
+        self.classes, self.category_ids, self.transform = dataset.classes, dataset.category_ids, dataset.transform
+        self.image_ids = [dataset.image_ids[i] for i in self.indices]
+
+    def image(self, i: int) -> Image.Image:
+        """Image ``i`` as PIL RGB, untransformed."""
+        return self.dataset.image(self.indices[i])
+
+    def objects(self, i: int) -> Objects:
+        """All annotations of image ``i``, crowds included."""
+        return self.dataset.objects(self.indices[i])
+
+    def sample(self, i: int) -> tuple[Image.Image, Objects]:
+        """Image ``i`` with its annotations, as the data set itself would transform them."""
+        return self.dataset.sample(self.indices[i])
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of image ``i`` in pixels."""
+        return self.dataset.size(self.indices[i])
+
+    def file_name(self, i: int) -> str:
+        """The file name of image ``i``."""
+        return self.dataset.file_name(self.indices[i])
+
+
+def repeat_rare(dataset: DetectionDataset, share: float, seed: int = 0) -> OfImages:
+    """Show images of rare classes more often: repeat factor sampling (Gupta et al., LVIS, CVPR 2019, section 5.1).
+
+    An image is repeated by the factor of its rarest class, sqrt(share / f) for a class in the share f of the images,
+    and 1 at least. A fraction is rounded up or down at random, with the probability that gives the factor on average.
+
+    Args:
+        dataset: the data set.
+        share: classes in fewer than this share of the images are rare.
+        seed: of the rounding.
+    """
+    present = [np.unique(objects.labels[~objects.crowd]) for objects in map(dataset.objects, range(len(dataset)))]
+    images = np.bincount(np.concatenate(present), minlength=len(dataset.classes))
+    factors = np.sqrt(share * len(dataset) / images.clip(1)).clip(1)
+    wanted = np.array([factors[labels].max(initial=1.0) for labels in present])
+    whole = np.floor(wanted).astype(int)
+    more = np.random.default_rng(seed).random(len(dataset)) < wanted - whole
+    return OfImages(dataset, np.repeat(np.arange(len(dataset)), whole + more).tolist())
 
 
 class Joined(DetectionDataset):

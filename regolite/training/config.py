@@ -48,6 +48,9 @@ class RunConfig:
     copy_paste: float = _option(
         0.0, "probability of pasting objects of the training images, cut out along their masks, onto an image"
     )
+    repeat_rare: float = _option(
+        0.0, "repeat images of classes that are in fewer than this share of the images (repeat factor sampling)"
+    )
     limit_images: int | None = _option(None, "use only the first N training pictures")
     on_broken: Literal["stop", "skip"] = _option(
         "stop", "what to do with a training picture that cannot be read: stop, or skip and count it"
@@ -90,6 +93,8 @@ class RunConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0, or left out")
         if not 0 <= self.copy_paste <= 1:
             raise UserError(f"copy_paste={self.copy_paste} is a probability: give a number from 0 to 1")
+        if not 0 <= self.repeat_rare <= 1:
+            raise UserError(f"repeat_rare={self.repeat_rare} is a share of the images: give a number from 0 to 1")
         for name in ("warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")

@@ -39,7 +39,7 @@ from regolite.training.launch import launch
 from regolite.training.metrics import TensorBoard, Window, timed
 from regolite.training.recompute import keep, recompute
 from regolite.training.schedule import lr_factor, parameter_groups
-from regolite.training.setup import is_to_launch, make_accelerator, prepare_data, with_copy_paste
+from regolite.training.setup import is_to_launch, make_accelerator, prepare_data, resampled
 from regolite.training.state import State
 
 
@@ -71,7 +71,7 @@ def train(
     accelerator = make_accelerator(config)
     device = accelerator.device
     train_set, val_set, model_config = prepare_data(config, model)
-    pasted_set = with_copy_paste(config, train_set)
+    shown_set = resampled(config, train_set)
     config = replace(config, model=model_config.preset)
     if config.tensorboard and accelerator.is_main_process:
         watch = TensorBoard(Path(config.output) / "tensorboard", watch)
@@ -88,14 +88,14 @@ def train(
     progress = state.progress
     if accelerator.is_main_process:
         folder.write_config({"run": config.to_dict(), "model": model_config.to_dict()})
-        _announce(config, state, len(train_set))
+        _announce(config, state, len(shown_set))
 
     if config.recompute:
         recompute(model)
     trained, optimizer = accelerator.prepare(model, optimizer)
-    sizes = torch.tensor([train_set.size(i) for i in range(len(train_set))], dtype=torch.float32)
+    sizes = torch.tensor([shown_set.size(i) for i in range(len(shown_set))], dtype=torch.float32)
     shapes = sizes[:, 0] / sizes[:, 1]
-    steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
+    steps_per_epoch = math.ceil(len(shown_set) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     clock, cpu_clock = _Clock(progress.seconds), _Clock(progress.cpu_seconds, time.process_time)
     saved = time.monotonic()
@@ -119,7 +119,7 @@ def train(
             accelerator.process_index, accelerator.num_processes, config.accumulate,
         )  # fmt: skip
         model.train()
-        loaded = loader(pasted_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
+        loaded = loader(shown_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
         for waited, parts in timed(state.saved_before_errors(steps(loaded, batches))):
             begun = time.perf_counter()
             factor = lr_factor(config, progress.epoch, done())

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from regolite.baselines import BaselineConfig
-from regolite.data import DetectionDataset, Pasted, cut_outs, make_transform, open_data
+from regolite.data import DetectionDataset, Pasted, cut_outs, make_transform, open_data, repeat_rare
 from regolite.errors import UserError
 from regolite.presets import ModelConfig, configure
 from regolite.training.config import RunConfig
@@ -93,8 +93,10 @@ def prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionD
     return train_set, val_set, model
 
 
-def with_copy_paste(config: RunConfig, train_set: DetectionDataset) -> DetectionDataset:
-    """The training images with objects of others pasted onto them, where that is asked for."""
+def resampled(config: RunConfig, train_set: DetectionDataset) -> DetectionDataset:
+    """The training images as they are shown: those of rare classes repeated, objects of others pasted onto them."""
+    if config.repeat_rare:
+        train_set = repeat_rare(train_set, config.repeat_rare, config.seed)
     if not config.copy_paste:
         return train_set
     folder, *_ = config.data.partition(":every=")
