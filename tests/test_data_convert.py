@@ -652,6 +652,11 @@ def spoil(source: Path, form: str, wrong, n: int) -> None:
         ("voc", ("<xmin>6</xmin>", "<xmin>nan</xmin>"), "Annotations/03.xml: object 1 (cat) has xmin 'nan'"),
         ("voc", ("<xmin>6</xmin>", "<xmin>60</xmin>"), "Annotations/03.xml: object 1 (cat) has a bndbox whose xmax"),
         ("voc", ("<name>cat</name>", "<name> </name>"), "Annotations/03.xml: object 1 has no name"),
+        (
+            "voc",
+            ("<annotation>", "<?xml version='1.0' encoding='none'?><annotation>"),
+            "Annotations/03.xml: unknown en",
+        ),
         ("voc", ("annotation>", "annotations>"), "Annotations/03.xml: its first tag is annotations"),
     ],
 )
@@ -722,6 +727,23 @@ def test_an_outline_alone_gives_the_box(tmp_path):
         annotation.pop("bbox") if box == 0 else annotation.update(bbox=box)
     (tmp_path / "in" / "r.json").write_text(json.dumps(content))
     convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert everything(tmp_path / "out") == wanted_of_four()
+
+
+def test_a_broken_outline_is_left_out(tmp_path):
+    paint(tmp_path / "in", four())
+    coco(tmp_path / "in" / "r.json", four())
+    content = json.loads((tmp_path / "in" / "r.json").read_text())
+    broken = (5, [[1, 2]], {"size": [48, 64], "counts": 7})
+    for annotation, outline in zip(content["annotations"], broken):
+        annotation["segmentation"] = outline
+    (tmp_path / "in" / "r.json").write_text(json.dumps(content))
+    done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert done.problems == [
+        "a.png and 2 more pictures: left out outlines that are broken or were made for another size or turn"
+    ]
+    written = [json.loads(file.read_text())["annotations"] for file in (tmp_path / "out" / "annotations").iterdir()]
+    assert sorted(len(a["segmentation"]) for part in written for a in part) == [0, 0, 0, 1]
     assert everything(tmp_path / "out") == wanted_of_four()
 
 

@@ -191,7 +191,7 @@ def _fit(image: Labeled, changes: dict[str, list[str]]) -> _Fit:
     if any(outlines):
         scaled = [_scaled(outline, scale) if orientation == 1 else [] for outline in outlines]
         if sum(map(bool, scaled)) < sum(map(bool, outlines)):
-            changes["left out outlines, which do not fit the file any more"].append(image.path.name)
+            changes["left out outlines that are broken or were made for another size or turn"].append(image.path.name)
         outlines = scaled
     areas = [size if area is None else area * scale.prod() for area, size in zip(areas, _areas(corners))]
     classes, crowd = [one.class_name for one in image.objects], [one.crowd for one in image.objects]
@@ -219,10 +219,12 @@ def _is_scaled(said: tuple[int, int], real: tuple[int, int]) -> bool:
 
 
 def _scaled(outline: Any, scale: Float[np.ndarray, "2"]) -> Any:
-    """An outline in COCO's form, scaled; [] where it is RLE, which only fits the size that it was made for."""
+    """An outline in COCO's form, scaled; [] for none, and for RLE, which only fits the size that it was made for."""
+    if outline_box(outline) is None:
+        return []
     if (scale == 1).all():
         return outline
-    if not isinstance(outline, list) or outline_box(outline) is None:
+    if isinstance(outline, dict):
         return []
     polygons = outline if isinstance(outline[0], list) else [outline]
     return [(np.array(polygon, dtype=float).reshape(-1, 2) * scale).ravel().tolist() for polygon in polygons]

@@ -145,15 +145,17 @@ def _read_coco(source: Path, files: list[Path], images: list[Path], jsons: list[
     if listed and not export.images and not export.bad:
         where = ", ".join(str(path.relative_to(source)) for path in jsons)
         raise UserError(
-            f"{source}: none of the {listed} pictures that {where} lists is there, the first problem is: "
-            f"{export.problems[0]}"
+            f"{source}: none of the {listed} pictures that {where} lists is there: "
+            f"{next(problem for problem in export.problems if problem.endswith('not there'))}"
         )
-    counts = Counter(image.path for image in export.images)
+    lists: dict[Path, list[str]] = defaultdict(list)
     for image in export.images:
-        if counts[image.path] > 1 and not image.problem:
-            lists = sorted({other.source for other in export.images if other.path == image.path})
-            image.problem = f"{' and '.join(lists)} list it {counts[image.path]} times: list each file once"
-    unlisted = [path for path in images if path not in counts]
+        lists[image.path].append(image.source)
+    for image in export.images:
+        times = len(lists[image.path])
+        if times > 1 and not image.problem:
+            image.problem = f"{' and '.join(sorted(set(lists[image.path])))} list it {times} times: list each file once"
+    unlisted = [path for path in images if path not in lists]
     if unlisted:
         export.problems.append(f"{_some(unlisted, source)}: left out, no annotation file lists them")
     return export
@@ -293,7 +295,8 @@ class _Finder:
                 base = Path(*path.relative_to(self.source).parts[:-shared])
                 if split is None or split_named(base) in (None, split):
                     candidates.append((-shared, self._rank(base, file, split), path))
-        best = {path for *rank, path in candidates if rank == list(min(candidates)[:2])}
+        first = min(candidates, default=())[:2]
+        best = {path for *rank, path in candidates if tuple(rank) == first}
         if len(best) > 1:
             places = " and in ".join(sorted(path.parent.relative_to(self.source).as_posix() for path in best))
             return f"files of this name are in {places}: write the folder into file_name"
@@ -425,7 +428,7 @@ def _read_voc(source: Path, images: list[Path]) -> Export:
         try:
             if label:
                 _fill_voc(image, ElementTree.parse(label).getroot())
-        except (ElementTree.ParseError, _BadRecord, ValueError, OSError) as error:
+        except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:  # LookupError: of its encoding
             image.problem = f"{image.source}: {error}"
         if not image.problem:
             export.classes |= {one.class_name for one in image.objects}
@@ -516,6 +519,7 @@ def _label_files(
         stray = [stem for stem, path in there[home].items() if path not in claims and stem not in NO_LABELS]
         export.problems += [f"{stem}{suffix}: left out, there is no picture of this name" for stem in sorted(stray)]
     others = set()  # images that are named like another one that the annotations belong to, as masks are
+    refused = set()
     for label, paths in claims.items():
         distances = [_distance(path, label, source) for path in paths]
         owners = [path for path, distance in zip(paths, distances) if distance == min(distances)]
@@ -523,15 +527,15 @@ def _label_files(
         if len(owners) > 1:
             shown = " and ".join(_shown(path, source) for path in owners)
             export.bad.append((shown, f"both would take {_shown(label, source)}: give one another name"))
-            found = {path: label for path, label in found.items() if path not in owners}
+            refused |= set(owners)
     for folder, paths in by_folder.items():
-        empty = [path for path in paths if path in found and found[path] is None]
+        empty = [path for path in paths if found[path] is None]
         masks = [path for path in paths if path in others]
         if masks:
             export.problems.append(f"{_some(masks, source)}: left out, their annotations are those of other pictures")
         if not empty:
             continue
-        if any(found.get(path) and path not in others for path in paths):
+        if any(found[path] and path not in others for path in paths):
             first = min(path.stem for path in empty)
             export.problems.append(
                 f"{first} and {len(empty) - 1} more pictures have no annotation file: taken as empty"
@@ -541,7 +545,8 @@ def _label_files(
             others |= set(empty)
         else:
             export.problems.append(f"{_some(empty, source)}: no annotation files: taken as empty, as background")
-    return {path: label for path, label in found.items() if path not in others}
+    left_out = others | refused
+    return {path: label for path, label in found.items() if path not in left_out}
 
 
 def _partner(folder: Path, images: list[Path], source: Path, names: tuple[str, ...], suffix: str) -> Path | None:
