@@ -193,7 +193,7 @@ def _read_coco_file(source: Path, file: Path, content: Mapping[str, Any], finder
             image.objects = [_coco_object(annotation, classes) for annotation in by_image.get(number, [])]
         except _BadRecord as error:
             image.problem = f"{where}: {error}"
-    for image_id in by_image.keys() - ids.keys():
+    for image_id in [key for key in by_image if key not in ids]:
         first = by_image[image_id][0]
         which = f"annotation {first.get('id')!r}" if isinstance(first, dict) else repr(first)
         more = f" and {len(by_image[image_id]) - 1} more" if len(by_image[image_id]) > 1 else ""
