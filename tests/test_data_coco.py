@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
 from regolite.data import CocoFolder, batch_pictures, collate, open_data, read_picture
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from regolite.errors import UserError
+from regolite.training import RunConfig
+from regolite.training.setup import prepare_data
 
 TINY = Path(__file__).parents[1] / "data" / "coco_tiny"
 
@@ -247,6 +250,27 @@ def change(key, n, **fields):
         (change("annotations", 1, bbox=[41, 0, 5, 5]), ["annotation 12 of image 70", "wholly outside", "40x30"]),
         (change("annotations", 1, bbox=[0, -9, 5, 9]), ["annotation 12 of image 70", "wholly outside", "40x30"]),
         (change("annotations", 1, bbox=None), ["annotation 12 has no 'bbox'"]),
+        (change("annotations", 1, bbox=None, segmentation=[[1, 2]]), ["annotation 12 has no 'bbox'"]),
+        (change("annotations", 1, bbox=5), ["annotation 12 has bbox 5", "[x, y, width, height]"]),
+        (change("annotations", 1, bbox=["4", "6", "10", "12"]), ["annotation 12 has bbox ['4'"]),
+        (change("annotations", 1, bbox=[True, 6, 10, 12]), ["annotation 12 has bbox [True"]),
+        (change("annotations", 1, bbox=[4, 6, float("nan"), 12]), ["annotation 12 has bbox [4, 6, nan, 12]"]),
+        (change("annotations", 1, bbox=[4, 6, 1e300, 12]), ["annotation 12 has bbox [4, 6, 1e+300, 12]"]),
+        (change("annotations", 1, bbox=[4, 6, 10**400, 12]), ["annotation 12 has bbox"]),
+        (change("annotations", 1, area=True), ["annotation 12 has area True"]),
+        (change("annotations", 1, area=-4), ["annotation 12 has area -4"]),
+        (change("annotations", 1, area=float("inf")), ["annotation 12 has area inf"]),
+        (change("annotations", 1, iscrowd=7), ["annotation 12 has iscrowd 7", "0 or 1"]),
+        (change("annotations", 1, iscrowd=True), ["annotation 12 has iscrowd True", "0 or 1"]),
+        (change("annotations", 1, id="a7"), ["annotation with id 'a7'", "number 2 of the list", "regolite convert"]),
+        (change("annotations", 1, id=2**63), ["annotation with id 9223372036854775808", "below 2**63"]),
+        (change("annotations", 1, image_id=70.0), ["annotation with image_id 70.0", "id 12"]),
+        (change("annotations", 1, category_id=True), ["annotation with category_id True", "id 12"]),
+        (change("images", 1, width=0), ["image 5 has width 0"]),
+        (change("images", 1, file_name=7), ["image 5 has file_name 7"]),
+        (change("categories", 1, name="brush"), ["categories 90 and 3", "both called 'brush'", "rename"]),
+        (change("categories", 1, name=True), ["category 3 has name True"]),
+        ('{"images": ' + 10**5 * "[", ["nested too deeply"]),
         (change("annotations", 1, area="big"), ["annotation 12 has area 'big'"]),
         (change("images", 2, file_name="d.png"), ["1 of the 3 pictures", "missing", "the first is d.png"]),
     ],
@@ -257,6 +281,113 @@ def test_wrong_content_is_named(folder, given, words):
     message = str(error.value)
     assert all(word in message for word in [*words, "instances_train.json"]), message
     assert "\n" not in message
+
+
+def test_large_ids_are_kept_or_numbered_again(folder):
+    """Ids of 64 bits are common as hashes. Those of annotations would be rounded in pycocotools' tables of matches."""
+    given = content()
+    large = 2**62 + 1
+    for image in given["images"]:
+        image["id"] += large
+    for n, annotation in enumerate(given["annotations"]):
+        annotation.update(id=large + 50 * n, image_id=annotation["image_id"] + large)
+    given["annotations"][3]["decided_by"] = large + 50
+    data = CocoFolder(folder(given))
+    assert data.image_ids == [large + 70, large + 5, large + 9]
+    assert sorted(data.coco.anns) == [1, 2, 3, 4, 5]
+    assert data.relations(0) == [(1, 0)]
+    figures = []
+    for one in (data, CocoFolder(folder(content()))):
+        evaluator = COCOeval(one.coco, _detections_of_truth(one), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+        figures.append(evaluator.stats.tolist())
+    assert figures[0] == figures[1] and figures[0][0] > 0
+
+
+def test_an_outline_alone_gives_the_box(folder):
+    mask = np.zeros((30, 40), dtype=np.uint8, order="F")
+    mask[5:9, 10:17] = 1
+    rle = coco_mask.encode(mask)
+    outlines = [
+        [[4, 6, 14, 6, 9, 18.5]],
+        [[4, 6, 8, 6, 8, 9], [20, 1, 30, 1, 30, 4, 20, 4]],
+        [4, 6, 14, 6, 14, 18],
+        {"size": [30, 40], "counts": rle["counts"].decode()},
+        {"size": [30, 40], "counts": [305, 4, *[26, 4] * 6, 1200 - 305 - 28 - 26 * 6]},
+    ]
+    given = content()
+    given["annotations"] = [
+        {"id": n, "image_id": 70, "category_id": 3, "segmentation": outline, **({"bbox": None} if n == 1 else {})}
+        for n, outline in enumerate(outlines, 1)
+    ]
+    boxes = CocoFolder(folder(given)).objects(0).boxes
+    assert boxes.tolist() == [[4, 6, 10, 12.5], [4, 1, 26, 8], [4, 6, 10, 12], [10, 5, 7, 4], [10, 5, 7, 4]]
+
+
+@pytest.mark.parametrize(
+    ("listed", "stored"),
+    [
+        ("images/a.png", "images/a.png"),  # relative to the folder of the data
+        ("images\\a.png", "images/a.png"),
+        ("cam 1/a.png", "images/cam 1/a.png"),
+        ("cam%201/a.png", "images/cam 1/a.png"),
+        ("100%.png", "images/100%.png"),
+        ("a.png", "images/train/a.png"),
+        ("a.png", "annotations/a.png"),
+        ("C:\\Users\\me\\a.png", "images/deep/a.png"),
+        ("/data/upload/a.png", "train2017/a.png"),
+    ],
+)
+def test_the_file_that_is_meant(folder, listed, stored):
+    root = folder(change("images", 0, file_name=listed))
+    for path in (root / "images").iterdir():
+        if path.name == "a.png":
+            path.unlink()
+    (root / stored).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), (1, 2, 3)).save(root / stored)
+    data = CocoFolder(root)
+    assert data.path(0) == root / stored and data.image(0).getpixel((0, 0)) == (1, 2, 3)
+    assert data.image(1).getpixel((0, 0)) == (255, 0, 0) and data.file_name(0) == listed
+
+
+def test_another_splits_image_is_never_taken(folder):
+    root = folder(change("images", 0, file_name="deep/d.png"))
+    (root / "images" / "deep").mkdir()
+    (root / "images" / "val").mkdir()
+    (root / "val").mkdir()
+    for place in (root / "images" / "val", root / "val"):
+        Image.new("RGB", (40, 30)).save(place / "d.png")
+    with pytest.raises(UserError, match="the first is deep/d.png"):
+        CocoFolder(root)
+    for place in ("one", "two"):  # the base name is not unique
+        (root / "images" / place).mkdir()
+        Image.new("RGB", (40, 30)).save(root / "images" / place / "d.png")
+    with pytest.raises(UserError, match="the first is deep/d.png"):
+        CocoFolder(root)
+    (root / "images" / "two" / "d.png").unlink()
+    assert CocoFolder(root).path(0) == root / "images" / "one" / "d.png"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (change("categories", 1, name="bus"), "3 is car in train and bus in val"),
+        ({**content(), "categories": content()["categories"][:2], "annotations": []}, "17 .cat. is in train alone"),
+        ({**content(), "categories": [*content()["categories"], {"id": 4, "name": "x"}]}, "4 .x. is in val alone"),
+    ],
+)
+def test_categories_that_differ_between_splits_are_named(folder, changed, said):
+    root = folder(content())
+    folder(changed, ("annotations/instances_val.json", "images"))
+    config = RunConfig(data=str(root), output="", model="deformable_detr_scenes", image_size=64)
+    with pytest.raises(UserError, match=f"training and validation annotations name different categories: {said}: give"):
+        prepare_data(config, None)
+    with pytest.raises(UserError, match="different classes"):
+        open_data(root, "train+val")
+    folder(content(), ("annotations/instances_val.json", "images"))
+    assert prepare_data(config, None)[2].classes == ("car", "cat", "brush")
 
 
 def test_wrong_places_are_named(folder, tmp_path):

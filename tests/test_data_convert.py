@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 from regolite.cli import main
 from regolite.data import convert, cut_outs, open_data
@@ -331,3 +335,516 @@ def test_outlines_of_a_picture_that_is_turned_are_left_out(tmp_path):
     convert(source, tmp_path / "data")
     for file in (tmp_path / "data" / "annotations").iterdir():
         assert not any(one["segmentation"] for one in json.loads(file.read_text())["annotations"])
+
+
+# ------------------------------------------------------------------------------------------------ which file is meant
+
+
+def found(root: Path, split: str) -> dict[str, list]:
+    """The objects of a split by file name."""
+    data = open_data(root, split)
+    return {
+        data.file_name(i): [
+            (data.classes[k], *(round(float(v), 2) for v in box))
+            for k, box in zip(data.objects(i).labels, data.objects(i).boxes)
+        ]
+        for i in range(len(data))
+    }
+
+
+def everything(root: Path) -> dict[str, list]:
+    return found(root, "train") | found(root, "val")
+
+
+def four(width: int = 64, height: int = 48) -> list[tuple]:
+    """Four images, each with a box that differs from the others'."""
+    return [(f"{name}.png", width, height, [("cat", 5 + n, 6, 20, 10)]) for n, name in enumerate("abcd")]
+
+
+def wanted_of_four() -> dict[str, list]:
+    return {name: [(c, *map(float, box)) for c, *box in objects] for name, _, _, objects in four()}
+
+
+def rename(file: Path, names) -> None:
+    """Call the images of a COCO file otherwise."""
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image["file_name"] = names(image["file_name"])
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("json_file", "folder", "names"),
+    [
+        ("result.json", "images", "images/{}"),
+        ("result.json", "images", "images\\{}"),
+        ("result.json", "images", "./images/{}"),
+        ("result.json", "images", "/data/upload/3/{}"),
+        ("result.json", "images", "C:\\Users\\me\\images\\{}"),
+        ("result.json", "my images", "my%20images/{}"),
+        ("result.json", ".", "{}"),
+        ("result.json", "deep/er", "{}"),
+        ("annotations/result.json", "images", "../images/{}"),
+        ("annotations/result.json", "images", "{}"),
+        ("annotations/result.json", "annotations", "{}"),
+    ],
+)
+def test_names_of_coco_images(tmp_path, json_file, folder, names):
+    source = tmp_path / "in"
+    paint(source / folder, four())
+    coco(source / json_file, four())
+    rename(source / json_file, names.format)
+    done = convert(source, tmp_path / "out", val=0.25)
+    assert done.problems == [] and everything(tmp_path / "out") == wanted_of_four()
+
+
+def test_a_percent_sign_may_be_one(tmp_path):
+    images = [(f"{n}0%25.png", *rest) for n, (_, *rest) in enumerate(four())]
+    paint(tmp_path / "in", images)
+    coco(tmp_path / "in" / "r.json", images)
+    convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert set(everything(tmp_path / "out")) == {"00%25.png", "10%25.png", "20%25.png", "30%25.png"}
+
+
+def test_images_of_one_name_in_several_folders(tmp_path):
+    images = [(f"{folder}/{name}", *rest) for folder in ("cam1", "cam2") for name, *rest in four()[:2]]
+    images = [(name, w, h, [("cat", n, 0, 9, 9)]) for n, (name, w, h, _) in enumerate(images)]
+    for folder in ("cam1", "cam2"):
+        paint(tmp_path / "in" / "images" / folder, four()[:2])
+    coco(tmp_path / "in" / "result.json", images)
+    done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert done.pictures == {"train": 3, "val": 1}
+    both = [found(tmp_path / "out", split) for split in ("train", "val")]
+    boxes = sorted(box for split in both for boxes in split.values() for box in boxes)
+    assert boxes == [("cat", float(n), 0.0, 9.0, 9.0) for n in range(4)]
+    data = open_data(tmp_path / "out", "train")
+    for i in range(len(data)):
+        assert data.image(i).size == (64, 48)
+
+
+def test_images_of_one_name_in_several_splits(tmp_path):
+    """Each split's annotations belong to its own image, and an image that only another split has is missing."""
+    for n, split in enumerate(("train", "val")):
+        paint(tmp_path / "in" / split, [(name, 64 + n, 48, []) for name, *_ in four()])
+        coco(tmp_path / "in" / "annotations" / f"{split}.json", four(64 + n))
+    (tmp_path / "in" / "train" / "d.png").unlink()
+    done = convert(tmp_path / "in", tmp_path / "out")
+    assert done.problems == ["d.png: left out, annotations/train.json lists it, but it is not there"]
+    for split, width, count in (("train", 64, 3), ("val", 65, 4)):
+        data = open_data(tmp_path / "out", split)
+        assert [data.image(i).width for i in range(len(data))] == count * [width]
+
+
+def test_a_name_that_could_be_two_files_is_refused(tmp_path):
+    for folder in ("one", "two"):
+        paint(tmp_path / "in" / folder, four())
+    coco(tmp_path / "in" / "result.json", four())
+    with pytest.raises(
+        UserError, match="a.png: result.json lists it, and files of this name are in one and in two: wr"
+    ):
+        convert(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "one").rename(tmp_path / "in" / "images")  # this is the one meant
+    done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert done.problems == ["two/a.png and 3 more pictures: left out, no annotation file lists them"]
+
+
+def test_two_files_of_the_same_images_are_refused(tmp_path):
+    paint(tmp_path / "in" / "images", four())
+    coco(tmp_path / "in" / "result.json", four())
+    coco(tmp_path / "in" / "result_val.json", four()[:2])
+    with pytest.raises(UserError, match="a.png: result.json and result_val.json list it 2 times"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_no_listed_image_is_there(tmp_path):
+    paint(tmp_path / "in" / "images", [("z.png", 64, 48, [])])
+    coco(tmp_path / "in" / "result.json", four())
+    with pytest.raises(UserError, match="none of the 4 pictures that result.json lists is there.*a.png"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_folder_of_background(tmp_path):
+    source = tmp_path / "in"
+    paint(source / "train" / "images", four())
+    yolo(source / "train" / "labels", four())
+    paint(source / "background" / "images", [(f"z{n}.png", 64, 48, []) for n in range(4)])
+    paint(source / "test" / "images", [("t.png", 64, 48, [])])
+    names_file(source)
+    done = convert(source, tmp_path / "out", val=0.25)
+    assert done.problems == [
+        "background/images/z0.png and 3 more pictures: no annotation files: taken as empty, as background",
+        "test/images/t.png: left out, they have no annotation files",
+    ]
+    assert everything(tmp_path / "out") == wanted_of_four() | {f"z{n}.png": [] for n in range(4)}
+
+
+def test_a_background_image_never_gets_the_boxes_of_another(tmp_path):
+    """Both folders lie beside the labels, and both have an a.png."""
+    source = tmp_path / "in"
+    paint(source / "images", four())
+    yolo(source / "labels", four())
+    paint(source / "background", [("a.png", 64, 48, [])])
+    names_file(source)
+    done = convert(source, tmp_path / "out", val=0.25)
+    assert done.problems == ["background/a.png: left out, their annotations are those of other pictures"]
+    assert everything(tmp_path / "out") == wanted_of_four()
+
+
+def test_masks_of_pascal_voc_are_no_images(tmp_path):
+    source = tmp_path / "in"
+    paint(source / "JPEGImages", [(f"{name}.jpg", 64, 48, []) for name in "abcd"])
+    paint(source / "SegmentationClass", four()[:3])
+    voc(source / "Annotations", four())
+    done = convert(source, tmp_path / "out", val=0.25)
+    assert done.problems == [
+        "SegmentationClass/a.png and 2 more pictures: left out, their annotations are those of other pictures"
+    ]
+    assert set(everything(tmp_path / "out")) == {"a.jpg", "b.jpg", "c.jpg", "d.jpg"}
+
+
+def test_two_images_of_one_label_file(tmp_path):
+    source = tmp_path / "in"
+    images = [(f"{n}.png", 64, 48, [("cat", 5, 6, 20, 10)]) for n in range(20)]
+    paint(source / "images", [*images, ("0.jpg", 64, 48, [])])
+    yolo(source / "labels", images)
+    names_file(source)
+    done = convert(source, tmp_path / "out")
+    assert done.problems == [
+        "images/0.jpg and images/0.png: left out, both would take labels/0.txt: give one another name"
+    ]
+    assert done.pictures == {"train": 15, "val": 4}
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_one_split_alone_is_divided(tmp_path, split):
+    paint(tmp_path / "in" / "images", four())
+    coco(tmp_path / "in" / f"export_{split}.json", four())
+    done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert done.pictures == {"train": 3, "val": 1} and everything(tmp_path / "out") == wanted_of_four()
+    assert done.problems == [f"there are no training pictures: those of {split} are divided into train and val"]
+
+
+def test_hidden_files_of_an_archive_are_no_images(tmp_path):
+    source = exported(tmp_path / "in", "coco")
+    for path in list((source / "images").iterdir()):
+        (source / "__MACOSX" / "images").mkdir(parents=True, exist_ok=True)
+        (source / "__MACOSX" / "images" / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+        (source / "images" / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert convert(source, tmp_path / "out", val=0.4).problems == []
+
+
+# ---------------------------------------------------------------------------------------------------- sizes and EXIF
+
+
+@pytest.mark.parametrize("form", ["coco", "voc"])
+def test_boxes_are_scaled_with_the_image(tmp_path, form):
+    source = tmp_path / "in"
+    paint(source / "images", four(32, 24))
+    coco(source / "r.json", four()) if form == "coco" else voc(source / "Annotations", four())
+    done = convert(source, tmp_path / "out", val=0.25)
+    assert done.problems == ["a.png and 3 more pictures: annotated at 64x48, scaled to 32x24: boxes scaled along"]
+    half = {name: [(c, *(v / 2 for v in box)) for c, *box in boxes] for name, boxes in wanted_of_four().items()}
+    assert everything(tmp_path / "out") == half
+    if form == "coco":
+        [record, *_] = json.loads((tmp_path / "out/annotations/instances_train.json").read_text())["annotations"]
+        x, y, w, h = record["bbox"]
+        assert record["area"] == w * h and record["segmentation"] == [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def test_an_image_of_another_shape_is_named(tmp_path):
+    images = [(f"{n}.png", 64, 48, [("cat", 5, 6, 20, 10)]) for n in range(20)]
+    paint(tmp_path / "in", images)
+    paint(tmp_path / "in", [("7.png", 64, 64, [])])
+    coco(tmp_path / "in" / "r.json", images)
+    done = convert(tmp_path / "in", tmp_path / "out")
+    [problem] = done.problems
+    assert problem.startswith("7.png: left out, r.json says 64x48 pixels but the file has 64x64: put the file back")
+    assert "7.png" not in everything(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("annotated", "orientation"),
+    [("shown", n) for n in range(1, 9)] + [("stored", n) for n in (1, 5, 6, 7, 8)],  # 2 to 4 keep the size: as shown
+)
+def test_boxes_follow_the_image_whichever_way_it_is_turned(tmp_path, annotated, orientation):
+    """A black box on white stays under its annotation, be that for the stored pixels or for what viewers show."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    images = []
+    for n in range(2):
+        stored = Image.new("RGB", (64, 48), "white")
+        stored.paste("black", (8, 4, 28, 14))
+        (tmp_path / "in").mkdir(exist_ok=True)
+        stored.save(tmp_path / "in" / f"{n}.png", exif=exif)
+        with Image.open(tmp_path / "in" / f"{n}.png") as opened:
+            looked_at = stored if annotated == "stored" else ImageOps.exif_transpose(opened)
+        left, top, right, bottom = ImageOps.invert(looked_at).getbbox()
+        images.append((f"{n}.png", *looked_at.size, [("cat", left, top, right - left, bottom - top)]))
+    coco(tmp_path / "in" / "r.json", images)
+    convert(tmp_path / "in", tmp_path / "out", val=0.5)
+    data = open_data(tmp_path / "out", "train")
+    x, y, w, h = data.objects(0).boxes[0].tolist()
+    assert ImageOps.invert(data.image(0)).getbbox() == (x, y, x + w, y + h)
+
+
+# ------------------------------------------------------------------------------------------------------------ objects
+
+
+def twenty(tmp_path: Path, form: str) -> Path:
+    """Twenty images with a cat each."""
+    images = [(f"{n:02}.png", 64, 48, [("cat", 5, 6, 20, 10)]) for n in range(20)]
+    paint(tmp_path / "in" / "images", images)
+    if form == "coco":
+        coco(tmp_path / "in" / "r.json", images)
+    elif form == "yolo":
+        yolo(tmp_path / "in" / "labels", images)
+        names_file(tmp_path / "in")
+    else:
+        voc(tmp_path / "in" / "Annotations", images)
+    return tmp_path / "in"
+
+
+def spoil(source: Path, form: str, wrong, n: int) -> None:
+    """Make the annotation of image ``n`` wrong."""
+    if form == "coco":
+        content = json.loads((source / "r.json").read_text())
+        content["annotations"][n].update(wrong)
+        (source / "r.json").write_text(json.dumps(content))
+    elif form == "yolo":
+        (source / "labels" / f"{n:02}.txt").write_bytes(wrong)
+    else:
+        file = source / "Annotations" / f"{n:02}.xml"
+        file.write_text(file.read_text().replace(*wrong))
+
+
+@pytest.mark.parametrize(
+    ("form", "wrong", "said"),
+    [
+        ("coco", {"bbox": 5}, "r.json: annotation 4 has bbox 5: give [x, y, width, height] in pixels"),
+        ("coco", {"bbox": [1, 2, float("nan"), 4]}, "r.json: annotation 4 has bbox [1, 2, nan, 4]"),
+        ("coco", {"bbox": [1, 2, 1e300, 4]}, "r.json: annotation 4 has bbox [1, 2, 1e+300, 4]"),
+        ("coco", {"bbox": [1, 2, 10**400, 4]}, "r.json: annotation 4 has bbox"),
+        ("coco", {"bbox": [True, 2, 3, 4]}, "r.json: annotation 4 has bbox [True, 2, 3, 4]"),
+        ("coco", {"bbox": ["1", "2", "3", "4"]}, "r.json: annotation 4 has bbox ['1', '2', '3', '4']"),
+        ("coco", {"bbox": [1, 2, -3, 4]}, "r.json: annotation 4 has bbox [1, 2, -3, 4]"),
+        ("coco", {"bbox": None, "segmentation": []}, "r.json: annotation 4 has neither bbox nor a segmentation"),
+        ("coco", {"bbox": [], "segmentation": [[1, 2]]}, "r.json: annotation 4 has neither bbox nor a segmentation"),
+        ("coco", {"iscrowd": 7}, "r.json: annotation 4 has iscrowd 7: make it 0 or 1"),
+        ("coco", {"area": True}, "r.json: annotation 4 has area True: make it a number"),
+        ("coco", {"area": float("nan")}, "r.json: annotation 4 has area nan: make it a number"),
+        ("coco", {"category_id": 99}, "r.json: annotation 4 has category_id 99, which no category has"),
+        ("coco", {"category_id": True}, "r.json: annotation 4 has category_id True, which no category has"),
+        ("coco", {"category_id": [10]}, "r.json: annotation 4 has category_id [10], which no category has"),
+        ("yolo", b"0 0.5 0.5 0.2 -0.2", "labels/03.txt: line 1 has width 0.2 and height -0.2"),
+        ("yolo", b"0 0.5 0.5 0.2 0.2\n0 32 24 20 10", "labels/03.txt: line 2 is '0 32 24 20 10', no fractions"),
+        ("yolo", b"0 0.5 nan 0.2 0.2", "labels/03.txt: line 1 is '0 0.5 nan 0.2 0.2', no fractions"),
+        ("yolo", b"0 0.5 1e300 0.2 0.2", "labels/03.txt: line 1 is '0 0.5 1e300 0.2 0.2', no fractions"),
+        ("yolo", b"3 0.5 0.5 0.2 0.2", "labels/03.txt: line 1 has class 3, which data.yaml does not name"),
+        ("yolo", b"-1 0.5 0.5 0.2 0.2", "labels/03.txt: line 1 has class -1, which data.yaml does not name"),
+        ("yolo", b"0.5 0.5 0.5 0.2 0.2", "labels/03.txt: line 1 has class 0.5, which data.yaml does not name"),
+        ("yolo", b"cat 0.5 0.5 0.2 0.2", "labels/03.txt: line 1 is 'cat 0.5 0.5 0.2 0.2': write numbers"),
+        ("yolo", b"0 0.5 0.5", "labels/03.txt: line 1 is '0 0.5 0.5': write class x y width height"),
+        ("yolo", b"\xff\xfe0 0.5", "labels/03.txt: 'utf-8' codec"),
+        ("voc", ("</annotation>", ""), "Annotations/03.xml: no element found"),
+        ("voc", ("bndbox", "robndbox"), "Annotations/03.xml: object 1 (cat) has no bndbox, but robndbox"),
+        ("voc", ("<xmin>6</xmin>", "<xmin>x</xmin>"), "Annotations/03.xml: object 1 (cat) has xmin 'x'"),
+        ("voc", ("<xmin>6</xmin>", ""), "Annotations/03.xml: object 1 (cat) has xmin None"),
+        ("voc", ("<xmin>6</xmin>", "<xmin>nan</xmin>"), "Annotations/03.xml: object 1 (cat) has xmin 'nan'"),
+        ("voc", ("<xmin>6</xmin>", "<xmin>60</xmin>"), "Annotations/03.xml: object 1 (cat) has a bndbox whose xmax"),
+        ("voc", ("<name>cat</name>", "<name> </name>"), "Annotations/03.xml: object 1 has no name"),
+        (
+            "voc",
+            ("<annotation>", "<?xml version='1.0' encoding='none'?><annotation>"),
+            "Annotations/03.xml: unknown en",
+        ),
+        ("voc", ("annotation>", "annotations>"), "Annotations/03.xml: its first tag is annotations"),
+    ],
+)
+def test_one_bad_annotation_among_many_is_left_out_by_name(tmp_path, form, wrong, said):
+    source = twenty(tmp_path, form)
+    spoil(source, form, wrong, 3)
+    done = convert(source, tmp_path / "out")
+    [problem] = done.problems
+    assert problem.startswith(f"03.png: left out, {said}")
+    names = set(everything(tmp_path / "out"))
+    assert names == {f"{n:02}.png" for n in range(20)} - {"03.png"}
+    for n in (5, 6):
+        spoil(source, form, wrong, n)
+    with pytest.raises(UserError, match="3 of 20 annotations cannot be used, which is more than a tenth") as error:
+        convert(source, tmp_path / "again")
+    assert f"03.png: {said}" in str(error.value) and not (tmp_path / "again").exists()
+
+
+def test_records_that_belong_to_no_image_are_named(tmp_path):
+    source = twenty(tmp_path, "coco")
+    spoil(source, "coco", {"image_id": "8"}, 3)
+    content = json.loads((source / "r.json").read_text())
+    content["images"].append({"id": 99, "file_name": None})
+    (source / "r.json").write_text(json.dumps(content))
+    done = convert(source, tmp_path / "out")
+    assert done.problems == [
+        "r.json, image 21 of the list: left out, its file_name is None: give the name of its file",
+        "r.json, annotation 4: left out, image_id '8' is the id of no image: add the image, or take the annotation out",
+    ]
+    assert done.pictures == {"train": 16, "val": 4}
+
+
+@pytest.mark.parametrize(
+    "number",
+    [lambda n: f"p{n}", lambda n: n + 2**63, lambda n: n + 10**40, lambda n: float(n), lambda n: n + 0.5, lambda n: -n],
+    ids=["words", "64 bits", "more bits", "floats", "halves", "negative"],
+)
+def test_any_ids_are_converted(tmp_path, number):
+    paint(tmp_path / "in", four())
+    coco(tmp_path / "in" / "r.json", four())
+    content = json.loads((tmp_path / "in" / "r.json").read_text())
+    for records, key in (("images", "id"), ("annotations", "id"), ("annotations", "image_id"), ("categories", "id")):
+        for record in content[records]:
+            record[key] = number(record[key])
+    for annotation in content["annotations"]:
+        annotation["category_id"] = number(annotation["category_id"])
+    (tmp_path / "in" / "r.json").write_text(json.dumps(content))
+    done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert done.problems == [] and everything(tmp_path / "out") == wanted_of_four()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"width": None, "height": None}, {"width": 0, "height": 0}])
+def test_sizes_that_are_missing_are_those_of_the_files(tmp_path, sizes):
+    paint(tmp_path / "in", four())
+    coco(tmp_path / "in" / "r.json", four())
+    content = json.loads((tmp_path / "in" / "r.json").read_text())
+    content["images"] = [{"id": i["id"], "file_name": i["file_name"], **sizes} for i in content["images"]]
+    (tmp_path / "in" / "r.json").write_text(json.dumps(content))
+    convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert everything(tmp_path / "out") == wanted_of_four()
+
+
+def test_an_outline_alone_gives_the_box(tmp_path):
+    paint(tmp_path / "in", four())
+    coco(tmp_path / "in" / "r.json", four())
+    content = json.loads((tmp_path / "in" / "r.json").read_text())
+    for annotation, box in zip(content["annotations"], (None, [], 0, 0), strict=True):
+        annotation.pop("bbox") if box == 0 else annotation.update(bbox=box)
+    (tmp_path / "in" / "r.json").write_text(json.dumps(content))
+    convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert everything(tmp_path / "out") == wanted_of_four()
+
+
+def test_a_broken_outline_is_left_out(tmp_path):
+    paint(tmp_path / "in", four())
+    coco(tmp_path / "in" / "r.json", four())
+    content = json.loads((tmp_path / "in" / "r.json").read_text())
+    broken = (5, [[1, 2]], {"size": [48, 64], "counts": 7})
+    for annotation, outline in zip(content["annotations"], broken):
+        annotation["segmentation"] = outline
+    (tmp_path / "in" / "r.json").write_text(json.dumps(content))
+    done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert done.problems == [
+        "a.png and 2 more pictures: left out outlines that are broken or were made for another size or turn"
+    ]
+    written = [json.loads(file.read_text())["annotations"] for file in (tmp_path / "out" / "annotations").iterdir()]
+    assert sorted(len(a["segmentation"]) for part in written for a in part) == [0, 0, 0, 1]
+    assert everything(tmp_path / "out") == wanted_of_four()
+
+
+def test_categories_of_one_name_are_one_class(tmp_path):
+    images = [(name, w, h, [(c, *box)]) for (name, w, h, [(_, *box)]), c in zip(four(), ["cat", "dog", "ant", "cat"])]
+    paint(tmp_path / "in", images)
+    coco(tmp_path / "in" / "r.json", images)
+    text = (tmp_path / "in" / "r.json").read_text()
+    (tmp_path / "in" / "r.json").write_text(text.replace('"name": "dog"', '"name": "cat"'))
+    done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert done.problems == ["r.json: categories 10 and 20 are all called 'cat': taken as one class"]
+    classes = {name: box[0][0] for name, box in everything(tmp_path / "out").items()}
+    assert classes == {"a.png": "cat", "b.png": "cat", "c.png": "ant", "d.png": "cat"}
+
+
+@pytest.mark.parametrize(
+    ("yaml", "first", "classes"),
+    [
+        ("names: [no, yes, on]", "no", ["no", "on", "yes"]),
+        ("names: {0: off, 1: true, 2: ~}", "off", ["off", "true", "~"]),
+        ("names: [1, 2.50, 007]", "1", ["007", "1", "2.50"]),
+        ("names: {0: cat, 2: dog}\nnc: 3", "cat", ["cat", "dog"]),
+        ("names:\n  '0': cat", "cat", ["cat"]),
+    ],
+)
+def test_names_of_classes_are_text(tmp_path, yaml, first, classes):
+    paint(tmp_path / "in" / "images", four())
+    yolo(tmp_path / "in" / "labels", four())
+    (tmp_path / "in" / "data.yaml").write_text(yaml)
+    done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert done.classes == classes
+    assert {boxes[0][0] for boxes in everything(tmp_path / "out").values()} == {first}
+
+
+@pytest.mark.parametrize("names", ["{a: cat}", "[[cat]]", "cat", "['']", "{0: cat, 0.5: dog}"])
+def test_names_that_are_none(tmp_path, names):
+    paint(tmp_path / "in" / "images", four())
+    yolo(tmp_path / "in" / "labels", four())
+    (tmp_path / "in" / "data.yaml").write_text(f"names: {names}")
+    with pytest.raises(UserError, match=r"data.yaml has names .*: write names: \[first, second\]"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_lines_of_yolo_that_are_more_than_a_box(tmp_path):
+    """A confidence, a class as savetxt writes it, a polygon and keypoints."""
+    paint(tmp_path / "in" / "images", four())
+    labels = tmp_path / "in" / "labels"
+    labels.mkdir()
+    (labels / "a.txt").write_text("0 0.5 0.5 0.25 0.5 0.9")
+    (labels / "b.txt").write_text("\n0.000e+00 0.5 0.5 0.25 0.5\r\n")
+    (labels / "c.txt").write_text("0 0.375 0.25 0.625 0.25 0.5 0.75")
+    (labels / "d.txt").write_text("\ufeff0 0.5 0.5 0.25 0.5 0.1 0.2 2 0.3 0.4 1")
+    (tmp_path / "in" / "data.yaml").write_text("names: [cat]\nkpt_shape: [2, 3]")
+    convert(tmp_path / "in", tmp_path / "out", val=0.25)
+    assert everything(tmp_path / "out") == {f"{name}.png": [("cat", 24.0, 12.0, 16.0, 24.0)] for name in "abcd"}
+
+
+def test_deep_files_are_one_clear_error(tmp_path):
+    paint(tmp_path / "in" / "images", four())
+    (tmp_path / "in" / "r.json").write_text(10**5 * "[")
+    with pytest.raises(UserError, match="r.json is nested too deeply"):
+        convert(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "r.json").unlink()
+    (tmp_path / "in" / "data.yaml").write_text(f"names: {10**5 * '['}")
+    with pytest.raises(UserError, match="has pictures but no boxes"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    form=st.sampled_from(["coco", "yolo", "voc"]),
+    size=st.tuples(st.integers(5, 300), st.integers(5, 300)),
+    orientation=st.integers(1, 8),
+    factor=st.sampled_from([1, 2, 3]),
+    corners=st.lists(st.tuples(*[st.floats(0, 1)] * 4), min_size=1, max_size=4),
+)
+def test_boxes_stay_where_they_are(tmp_path, form, size, orientation, factor, corners):
+    """Whatever the size, EXIF's orientation and the factor between annotation and file, a box moves by half a pixel."""
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        source, (width, height) = Path(folder) / "in", size
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        boxes = []
+        for x0, y0, x1, y1 in corners:
+            left, top = round(min(x0, x1) * (width - 1)), round(min(y0, y1) * (height - 1))
+            right, bottom = max(left + 1, round(max(x0, x1) * width)), max(top + 1, round(max(y0, y1) * height))
+            boxes.append((left, top, right - left, bottom - top))
+        shown = [(f"{n}.png", width * factor, height * factor, []) for n in range(2)]
+        (source / "images").mkdir(parents=True)
+        for name, w, h, _ in shown:
+            Image.new("L", (h, w) if orientation >= 5 else (w, h)).save(source / "images" / name, exif=exif)
+        images = [(name, width, height, [("cat", *box) for box in boxes]) for name, *_ in shown]
+        if form == "coco":
+            coco(source / "r.json", images)
+        elif form == "yolo":
+            yolo(source / "labels", images)
+            names_file(source)
+        else:
+            voc(source / "Annotations", images)
+        convert(source, Path(folder) / "out", val=0.5)
+        data = open_data(Path(folder) / "out", "train")
+        assert data.image(0).size == (width * factor, height * factor)
+        assert len(data.objects(0)) == len(boxes)
+        assert abs(data.objects(0).boxes - factor * np.array(boxes)).max() < 0.5

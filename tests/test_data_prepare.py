@@ -563,7 +563,24 @@ class TestCheck:
             (of(0, "annotations", bbox=[1, 2, 3]), ["box is not [x, y, width, height]"]),
             (of(0, "annotations", bbox=[1, 2, -3, 4]), ["box is not [x, y, width, height]"]),
             (of(0, "annotations", bbox=[1, 2, float("nan"), 4]), ["box is not [x, y, width, height]"]),
-            (without(0, "annotations", "bbox"), ["box is not [x, y, width, height]"]),
+            (of(0, "annotations", bbox=None, segmentation=[]), ["box is not [x, y, width, height]"]),
+            (of(0, "annotations", bbox=5), ["box is not [x, y, width, height]"]),
+            (of(0, "annotations", bbox=["1", "2", "3", "4"]), ["box is not [x, y, width, height]"]),
+            (of(0, "annotations", bbox=[True, 2, 3, 4]), ["box is not [x, y, width, height]"]),
+            (of(0, "annotations", bbox=[1, 2, 1e300, 4]), ["box is not [x, y, width, height]"]),
+            (of(0, "annotations", bbox=[1, 2, 10**400, 4]), ["box is not [x, y, width, height]"]),
+            (of(0, "annotations", area=float("nan")), ["area is no number"]),
+            (of(0, "annotations", area=True), ["area is no number"]),
+            (of(0, "annotations", area=-1), ["area is no number"]),
+            (of(0, "annotations", iscrowd=7), ["iscrowd is no number"]),
+            (of(0, "annotations", iscrowd=True), ["iscrowd is no number"]),
+            (of(0, "annotations", id=2**64), ["annotation without an id"]),
+            (of(0, "images", id=True), ["image without an id", "annotation of an unknown picture"]),
+            (of(0, "images", id=1.0), ["image without an id", "annotation of an unknown picture"]),
+            (of(0, "images", height=0), ["picture without a size"]),
+            (of(0, "images", file_name=5), ["picture without a file name", "annotation of an unknown picture"]),
+            (of(0, "categories", name=True), ["category without a name"]),
+            (of(0, "categories", name="car"), ["category name given twice"]),
             (of(0, "annotations", bbox=[9999, 2, 3, 4]), ["box outside its picture"]),
             (of(0, "annotations", bbox=[-9, 2, 9, 4]), ["box outside its picture"]),
         ],
@@ -582,6 +599,25 @@ class TestCheck:
             assert (finding["annotation_id"], finding["image_id"]) == (first["id"], first["image_id"])
             names = {image["id"]: image["file_name"] for image in content["images"]}
             assert finding["file"] == names[first["image_id"]]
+
+    def test_categories_that_differ_between_splits(self, folder):
+        def swap(content):
+            first, second = content["categories"][:2]
+            first["name"], second["name"] = second["name"], first["name"]
+
+        change(folder, swap)
+        said = [(f["split"], f["kind"], f["said"]) for f in check_coco(folder).wrong]
+        kind = "category differs between splits"
+        assert said == [
+            ("val", kind, "1 is person in train and bicycle in val"),
+            ("val", kind, "2 is bicycle in train and person in val"),
+        ]
+
+    def test_images_are_looked_for_where_training_does(self, folder):
+        change(folder, lambda content: [i.update(file_name="val2017\\" + i["file_name"]) for i in content["images"]])
+        report = check_coco(folder, read_pictures=True)
+        assert not report.wrong and not report.notes
+        open_data(folder, "val")[0]
 
     @pytest.mark.parametrize(
         ("oddity", "kind"),

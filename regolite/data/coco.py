@@ -12,16 +12,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os.path import isfile  # False where Path.is_file raises: for a name that is too long
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from PIL import Image
+from pycocotools import mask
 
 from regolite.data.dataset import DetectionDataset, Objects
 from regolite.errors import UserError
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+LONGEST = 1e6  # pixels: no image is wider or higher, so a box that says so is a mistake
+LARGEST_ID = 2**53  # of an annotation: pycocotools keeps these ids as 64-bit floats, which are exact up to here
 
 
 class CocoFolder(DetectionDataset):
@@ -47,7 +57,8 @@ class CocoFolder(DetectionDataset):
         image_ids: COCO's id of each picture.
 
     Raises:
-        UserError: a missing folder or file, invalid JSON, annotations that contradict themselves, a limit below 1;
+        UserError: a missing folder or file, invalid JSON, annotations that contradict themselves, two categories of
+            one name, a value that is no id, box or number of its field, a limit below 1;
             when a picture is read: a broken file, or one of another size than its annotation says.
     """
 
@@ -68,16 +79,19 @@ class CocoFolder(DetectionDataset):
         images, annotations, categories = read_annotations(file)
 
         category_ids = _whole_numbers(categories, "id", "category", file)
-        names = _column(categories, "name", "category", file)
+        names = _class_names(categories, file)
         by_id = np.argsort(category_ids)
         self.category_ids = tuple(category_ids[by_id].tolist())
-        self.classes = tuple(str(names[k]) for k in by_id)
+        self.classes = tuple(names[k] for k in by_id)
         _check_unique(category_ids, "category", file)
 
         image_ids = _whole_numbers(images, "id", "image", file)
         _check_unique(image_ids, "image", file)
-        sizes = np.stack([_whole_numbers(images, side, "image", file) for side in ("height", "width")], axis=1)
-        file_names = [str(name) for name in _column(images, "file_name", "image", file)]
+        sizes = np.stack([_sides(images, side, file) for side in ("height", "width")], axis=1)
+        file_names = _column(images, "file_name", "image", file)
+        for image, name in zip(images, file_names):
+            if not isinstance(name, str) or not name:
+                raise UserError(f"{file}: image {image['id']} has file_name {name!r}: give the name of its file")
 
         ids = _whole_numbers(annotations, "id", "annotation", file)
         _check_unique(ids, "annotation", file)
@@ -93,9 +107,8 @@ class CocoFolder(DetectionDataset):
         areas = _optional(annotations, "area", boxes[:, 2:].prod(1), ids, file)
         crowd = _optional(annotations, "iscrowd", np.zeros(len(ids), dtype=int), ids, file)
         decided_by = _optional(annotations, "decided_by", np.full(len(ids), -1), ids, file).astype(np.int64)
-        if len(ids) and ids.min() < 1:  # to pycocotools a match with annotation 0 is no match, so ids start at 1
-            decided_by = np.where(decided_by >= 0, decided_by - ids.min() + 1, -1)
-            ids = ids - ids.min() + 1
+        if len(ids) and not 1 <= ids.min() <= ids.max() <= LARGEST_ID:
+            ids, decided_by = _numbered_from_1(ids, decided_by)
         objects = Objects(ids, labels, boxes, areas.astype(float), crowd.astype(bool), decided_by)
 
         # picture i has rows start[i] to end[i] of the columns
@@ -112,9 +125,13 @@ class CocoFolder(DetectionDataset):
         self._start, self._end, self._sizes = start[kept], end[kept], sizes[kept]
         self._file_names = [file_names[i] for i in kept]
         self.image_ids = image_ids[kept].tolist()
-        self._folder = find_folder(Path(root), split, self._file_names[0])
-        if check_files:
-            _check_present(self._folder, self._file_names, file)
+        self._files = find_images(Path(root), split, self._file_names)
+        if check_files and self._files.missing:
+            missing = self._files.missing
+            raise UserError(
+                f"{len(missing)} of the {len(kept)} pictures of {file} are missing in {self._files.folder}, "
+                f"the first is {missing[0]}: add them or take them out of the annotations"
+            )
 
     def objects(self, i: int) -> Objects:
         """All annotations of picture ``i``, crowds included."""
@@ -131,7 +148,7 @@ class CocoFolder(DetectionDataset):
 
     def path(self, i: int) -> Path:
         """The file of picture ``i``."""
-        return self._folder / self._file_names[i]
+        return self._files.path(self._file_names[i])
 
     def image(self, i: int) -> Image.Image:
         """Picture ``i`` as PIL RGB, untransformed.
@@ -186,39 +203,99 @@ def find_annotations(root: Path, split: str) -> Path:
     raise UserError(f"{root / 'annotations'} has no annotations of split {split!r}: looked for {' and '.join(names)}")
 
 
-def find_folder(root: Path, split: str, name: str) -> Path:
-    """The folder of the pictures of a split: of those that there are, the one that holds the picture of this name.
+@dataclass
+class ImageFiles:
+    """The files of the images that a file of annotations lists.
+
+    Attributes:
+        folder: the folder that holds most of them.
+        elsewhere: those that are not ``folder / name``, by the name in the annotations.
+        missing: names without a file.
+    """
+
+    folder: Path
+    elsewhere: dict[str, Path] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def path(self, name: str) -> Path:
+        """The file of the image that the annotations call so."""
+        return self.elsewhere.get(name) or self.folder / name
+
+
+def find_images(root: Path, split: str, names: Sequence[str]) -> ImageFiles:
+    """Find the images of a split.
+
+    A name is looked up as it is written, then with backslashes as slashes and without percent-encoding. Folders are the
+    split's own (``images/train``, ``train2017``, ``train``), ``images``, the folder of the annotations and ``root``.
+    What is then left is the only file of that base name, outside folders of other splits.
+
+    Args:
+        root: the data folder.
+        split: ``train``, ``val`` or ``test``.
+        names: as in the annotations.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no folder of images.
     """
-    folders = [folder for folder in (root / "images", root / f"{split}2017", root / split) if folder.is_dir()]
-    if not folders:
+    own = [root / "images" / split, root / "images" / f"{split}2017"]
+    shared = [root / "images", root / f"{split}2017", root / split]
+    folders = [folder for folder in own + shared if folder.is_dir()]
+    listed = {folder: {entry.name for entry in os.scandir(folder)} for folder in folders}  # faster than asking for each
+    first = next((f for f in folders for name in names[:1] if name in listed[f] or isfile(f / name)), None)
+    files = ImageFiles(first or next((f for f in folders if f in shared), root))
+    present = listed.get(files.folder, set())
+    places = [*folders, root / "annotations", root]
+    for name in dict.fromkeys(names):
+        if name in present or isfile(files.folder / name):
+            continue
+        found = next((p / s for s in spellings(name) for p in places if isfile(p / s)), None)
+        if found:
+            files.elsewhere[name] = found
+        else:
+            files.missing.append(name)
+    if files.missing:
+        _find_by_base_name(files, folders, split)
+    if not folders and len(files.missing) == len(set(names)):
         raise UserError(f"{root} has no pictures: looked for the folders images, {split}2017 and {split}")
-    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+    return files
 
 
-def _check_present(folder: Path, names: list[str], file: Path) -> None:
-    present = {entry.name for entry in os.scandir(folder)}  # one listing is much faster than asking for each file
-    missing = [name for name in names if name not in present and not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(names)} pictures of {file} are missing in {folder}, "
-            f"the first is {missing[0]}: add them or take them out of the annotations"
-        )
+def _find_by_base_name(files: ImageFiles, folders: Sequence[Path], split: str) -> None:
+    """Find what is missing by base names, where these are unique."""
+    by_base = defaultdict(set)
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if split_named(path.relative_to(folder).parent) in (None, split):
+                by_base[path.name].add(path)
+    for name in list(files.missing):
+        found = {path for spelled in spellings(name) for path in by_base[spelled.rpartition("/")[2]] if path.is_file()}
+        if len(found) == 1:
+            files.elsewhere[name] = found.pop()
+            files.missing.remove(name)
+
+
+def spellings(name: str) -> list[str]:
+    """The ways to read a file name: as it is, with backslashes as slashes, without percent-encoding."""
+    slashes = name.replace("\\", "/")
+    return list(dict.fromkeys([name, slashes, unquote(slashes)]))
+
+
+def split_named(path: Path) -> str | None:
+    """The split that a folder or file is named after, the last word first; None where no word names one."""
+    words = re.split(r"[/_.-]", path.as_posix().lower().replace("2017", ""))
+    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), None)
 
 
 def read_annotations(file: Path) -> list[list[dict[str, Any]]]:
     """The lists of images, annotations and categories, without segmentations.
 
+    An annotation that has only a segmentation gets the box around it.
+
     Raises:
         UserError: no valid JSON, or not in COCO's format.
     """
-    try:
-        # dropping segmentations while parsing halves the time for full COCO and takes a third of the memory
-        content = json.loads(file.read_bytes(), object_hook=_without_segmentation)
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}): repair it or fetch it again") from error
+    # Dropping segmentations while parsing halves the time for full COCO and takes a third of the memory.
+    content = read_json(file, _without_segmentation)
     lists = []
     for key in ("images", "annotations", "categories"):
         records = content.get(key) if isinstance(content, dict) else None
@@ -230,9 +307,121 @@ def read_annotations(file: Path) -> list[list[dict[str, Any]]]:
     return lists
 
 
+def read_json(file: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is no valid JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(file.read_bytes(), object_hook=object_hook)
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): repair it or export it again") from error
+    except RecursionError:
+        raise UserError(f"{file} is nested too deeply for annotations: export it again") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): check the file") from error
+
+
 def _without_segmentation(record: dict[str, Any]) -> dict[str, Any]:
-    record.pop("segmentation", None)
+    outline = record.pop("segmentation", None)
+    if outline and record.get("bbox") in (None, []) and (box := outline_box(outline)):
+        record["bbox"] = box
     return record
+
+
+def outline_box(outline: Any) -> list[float] | None:
+    """The box ``[x, y, width, height]`` around a COCO segmentation, or None where that is no outline.
+
+    Args:
+        outline: polygons ``[[x, y, x, y, ...], ...]``, one polygon ``[x, y, ...]``, or RLE, in pixels.
+    """
+    if isinstance(outline, dict):
+        try:
+            rle = mask.frPyObjects(outline, *outline["size"]) if isinstance(outline["counts"], list) else outline
+            box = mask.toBbox(rle).tolist()
+        except Exception:  # pycocotools raises nearly anything
+            return None
+        return box if box[2] > 0 and box[3] > 0 else None
+    if not isinstance(outline, list) or not outline:
+        return None
+    polygons = outline if isinstance(outline[0], list) else [outline]
+    if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(map(is_number, p)) for p in polygons):
+        return None
+    x, y = (np.array([value for polygon in polygons for value in polygon[start::2]], float) for start in (0, 1))
+    return [float(x.min()), float(y.min()), float(np.ptp(x)), float(np.ptp(y))]
+
+
+def is_number(value: Any, most: float = LONGEST) -> bool:
+    """Whether a value of JSON is a number from ``-most`` to ``most``: true, NaN and 1e300 are not."""
+    return type(value) in (int, float) and abs(value) <= most
+
+
+def is_box(box: Any) -> bool:
+    """Whether a value of JSON is a box ``[x, y, width, height]`` in pixels."""
+    return isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and box[2] >= 0 and box[3] >= 0
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value of JSON is an id that training can use: a whole number of at most 64 bits."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+# What the fields of an annotation that may be left out must be, and how to say it.
+OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "area": (lambda value: is_number(value, LONGEST**2) and value >= 0, "a number of pixels, or leave it out"),
+    "iscrowd": (lambda value: type(value) in (int, float) and value in (0, 1), "0 or 1"),
+    "decided_by": (is_id, "the id of an annotation"),
+}
+
+
+def class_name(category: Mapping[str, Any]) -> str | None:
+    """The name of a category as text, or None where it has none. A number is a name; true, null and lists are not."""
+    name = category.get("name")
+    return str(name) if (isinstance(name, str) and name) or is_number(name) else None
+
+
+def category_differences(first: Mapping[int, str], second: Mapping[int, str], names: tuple[str, str]) -> list[str]:
+    """What two lists of categories disagree on, in words.
+
+    Args:
+        first: names of categories by id.
+        second: the same of another split.
+        names: what to call the two, as in ``("train", "val")``.
+    """
+    said = []
+    for number in sorted(first.keys() | second.keys()):
+        one, other = first.get(number), second.get(number)
+        if one is None or other is None:
+            said.append(f"{number} ({one or other}) is in {names[0] if other is None else names[1]} alone")
+        elif one != other:
+            said.append(f"{number} is {one} in {names[0]} and {other} in {names[1]}")
+    return said
+
+
+def _class_names(categories: list[dict[str, Any]], file: Path) -> list[str]:
+    _column(categories, "name", "category", file)
+    ids: dict[str, Any] = {}
+    for category in categories:
+        name = class_name(category)
+        if name is None:
+            given = category["name"]
+            raise UserError(f"{file}: category {category['id']} has name {given!r}: give the name of the class as text")
+        if ids.setdefault(name, category["id"]) != category["id"]:
+            raise UserError(
+                f"{file}: categories {ids[name]} and {category['id']} are both called {name!r}: rename one, or let "
+                "`regolite convert` make one class of them"
+            )
+    return [str(category["name"]) for category in categories]
+
+
+def _sides(images: list[dict[str, Any]], side: str, file: Path) -> Int[np.ndarray, "N"]:
+    """Heights or widths in pixels."""
+    values = _whole_numbers(images, side, "image", file)
+    for image, value in zip(images, values.tolist()):
+        if not 1 <= value <= LONGEST:
+            raise UserError(f"{file}: image {image['id']} has {side} {value}: give that of the file, in pixels")
+    return values
 
 
 def _column(records: list[dict[str, Any]], key: str, what: str, file: Path) -> list[Any]:
@@ -246,9 +435,13 @@ def _column(records: list[dict[str, Any]], key: str, what: str, file: Path) -> l
 
 def _whole_numbers(records: list[dict[str, Any]], key: str, what: str, file: Path) -> Int[np.ndarray, "N"]:
     values = _column(records, key, what, file)
-    for value in values:
-        if type(value) is not int:
-            raise UserError(f"{file}: {what} with {key} {value!r}: make it a whole number")
+    for n, value in enumerate(values):
+        if not is_id(value):
+            which = f"number {n + 1} of the list" if key == "id" else f"id {records[n].get('id')!r}"
+            mend = "make it a whole number below 2**63"
+            if key.endswith("id"):
+                mend += ", or let `regolite convert` number all of them again"
+            raise UserError(f"{file}: {what} with {key} {value!r} ({which}): {mend}")
     return np.array(values, dtype=np.int64)
 
 
@@ -261,11 +454,22 @@ def _optional(
 ) -> Shaped[np.ndarray, "N"]:
     """A number of each annotation, or its default where the annotation has none."""
     values = [annotation.get(key) for annotation in annotations]
-    values = [default if value is None else value for value, default in zip(values, defaults.tolist(), strict=True)]
+    is_right, right = OPTIONAL[key]
     for n, value in enumerate(values):
-        if not isinstance(value, (int, float)):
-            raise UserError(f"{file}: annotation {ids[n]} has {key} {value!r}: make it a number")
-    return np.array(values)
+        if value is not None and not is_right(value):
+            raise UserError(f"{file}: annotation {ids[n]} has {key} {value!r}: make it {right}")
+    return np.array(
+        [default if value is None else value for value, default in zip(values, defaults.tolist(), strict=True)]
+    )
+
+
+def _numbered_from_1(
+    ids: Int[np.ndarray, "N"], decided_by: Int[np.ndarray, "N"]
+) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
+    """New ids of annotations where pycocotools cannot keep theirs: to it a match with annotation 0 is no match."""
+    new = {identity: n for n, identity in enumerate(sorted(ids.tolist()), 1)}
+    deciders = [new.get(decider, -1) if decider >= 0 else -1 for decider in decided_by.tolist()]
+    return np.array([new[identity] for identity in ids.tolist()], np.int64), np.array(deciders, np.int64)
 
 
 def _check_unique(ids: Int[np.ndarray, "N"], what: str, file: Path) -> None:
@@ -293,17 +497,11 @@ def _boxes(
     annotations: list[dict[str, Any]], sizes: Int[np.ndarray, "N 2"], ids: Int[np.ndarray, "N"], file: Path
 ) -> Float[np.ndarray, "N 4"]:
     """The boxes ``x, y, width, height``, after checking that each makes sense in a picture of its size."""
-    boxes = np.empty((len(annotations), 4))
-    for n, box in enumerate(_column(annotations, "bbox", "annotation", file)):
-        try:
-            boxes[n] = box
-        except (TypeError, ValueError):
-            boxes[n] = np.nan
-    bad = ~np.isfinite(boxes).all(1) | (boxes[:, 2:] < 0).any(1)
-    if bad.any():
-        first = np.flatnonzero(bad)[0]
-        given = annotations[first]["bbox"]
-        raise UserError(f"{file}: annotation {ids[first]} has bbox {given}: give [x, y, width, height] in pixels")
+    given = _column(annotations, "bbox", "annotation", file)
+    for n, box in enumerate(given):
+        if not is_box(box):
+            raise UserError(f"{file}: annotation {ids[n]} has bbox {box}: give [x, y, width, height] in pixels")
+    boxes = np.array(given, dtype=float).reshape(-1, 4)
     outside = (boxes[:, :2] >= sizes[:, ::-1]).any(1) | (boxes[:, :2] + boxes[:, 2:] <= 0).any(1)
     outside &= (boxes[:, 2:] > 0).all(1)
     if outside.any():

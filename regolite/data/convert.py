@@ -1,9 +1,9 @@
 """One's own data: a folder with boxes in COCO, YOLO or Pascal VOC form becomes a data folder of ours.
 
-Labelling tools export one of these three; supervision reads them all. What the converted folder holds is COCO's form
-(``DIR/train``, ``DIR/val``, ``DIR/annotations``), which is what everything here opens; the outlines of a COCO export
-are kept, since objects can be cut out along them (:mod:`regolite.data.paste`). What is wrong with single boxes
-or pictures is mended or left out, and listed by file name.
+Labeling tools export one of these three; :mod:`regolite.data.exports` reads them. What the converted folder holds is
+COCO's form (``DIR/train``, ``DIR/val``, ``DIR/annotations``), which is what everything here opens; the outlines of a
+COCO export are kept, since objects can be cut out along them (:mod:`regolite.data.paste`). What is wrong with single
+boxes or images is put right or left out, and listed by file name.
 """
 
 from __future__ import annotations
@@ -11,29 +11,35 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
-import tempfile
-import warnings
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image, ImageOps
 
-from regolite.data.coco import read_picture
+from regolite.data.coco import outline_box, read_picture
+from regolite.data.exports import Labeled, read_export
 from regolite.errors import UserError
 
-if TYPE_CHECKING:
-    from supervision import DetectionDataset
-
-PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
+MOST_BAD = 0.1  # share of the annotations that may be unusable: with more, something is wrong with the whole export
+
+# Where a point (x, y) of the stored pixels lies once an image of w x h pixels is turned upright, by EXIF's orientation.
+UPRIGHT: dict[int, Callable[..., tuple[Any, Any]]] = {
+    1: lambda x, y, w, h: (x, y),
+    2: lambda x, y, w, h: (w - x, y),
+    3: lambda x, y, w, h: (w - x, h - y),
+    4: lambda x, y, w, h: (x, h - y),
+    5: lambda x, y, w, h: (y, x),
+    6: lambda x, y, w, h: (h - y, x),
+    7: lambda x, y, w, h: (h - y, w - x),
+    8: lambda x, y, w, h: (y, w - x),
+}
 
 
 @dataclass
@@ -66,21 +72,26 @@ class Conversion:
 
 
 def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int = 0) -> Conversion:
-    """Convert a folder of pictures and boxes.
+    """Convert a folder of images and boxes.
 
-    The form is recognised by its files: XML files are Pascal VOC's, a ``data.yaml`` with the ``names`` of the classes
-    is YOLO's, JSON files with ``images``, ``annotations`` and ``categories`` are COCO's. Splits are recognised by
-    folders (or files) named train, val or valid, test, and by Pascal VOC's ``ImageSets/Main``.
+    The form is recognized by its files: XML files are Pascal VOC's, a ``data.yaml`` with the ``names`` of the classes
+    is YOLO's, JSON files with ``images``, ``annotations`` and ``categories`` are COCO's. Splits are recognized by
+    folders (or files) named train, val or valid, test, and by Pascal VOC's ``ImageSets/Main``; validation or test
+    images alone are divided into train and val.
+
+    Images are stored upright. An annotation that gives another size than the file is read for the file as it is stored,
+    or for one that was scaled; its boxes are turned or scaled along. An image whose annotation cannot be used is left
+    out and listed.
 
     Args:
         source: the folder.
         output: the folder to make.
-        val: share of the pictures that are held out for validation, where the source has no validation split.
+        val: share of the images that are held out for validation, where the source has no validation split.
         seed: of that choice.
 
     Raises:
-        UserError: when the source or a form is missing, the output exists, an annotation file cannot be read, or
-            nothing is left.
+        UserError: when the source or a form is missing, the output exists, an annotation file that all depends on
+            cannot be read, more than a tenth of the annotations cannot be used, or nothing is left.
     """
     source, output = Path(source), Path(output)
     if not source.is_dir():
@@ -89,248 +100,193 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
         raise UserError(f"{output} exists already: give a folder that can be made anew")
     if not 0 < val < 1:
         raise UserError(f"val={val} must lie between 0 and 1: it is the share of pictures held out")
-    with warnings.catch_warnings():  # it warns that OpenCV is missing, and does well without
-        warnings.simplefilter("ignore", UserWarning)
-        from supervision import DetectionDataset
-    form, parts = _find(source)
-    if not parts:
-        raise UserError(f"{source} has {form} annotations but no picture that belongs to them: add the pictures")
-    problems: list[str] = []
-    try:
-        read = {
-            split: DetectionDataset.merge(list(sets)) for split, sets in _read(source, form, parts, problems).items()
-        }
-        # Merged, all parts have the same classes in the same order; each keeps its own pictures.
-        whole = DetectionDataset.merge(list(read.values()))
-    except UserError:
-        raise
-    except Exception as error:  # its readers raise nearly anything on a broken file
-        raise UserError(f"{source} cannot be read as {form}: {error}") from error
-    splits = {split: sorted(part.image_paths) for split, part in read.items()}
+    export = read_export(source)
+    problems, bad, changes = export.problems, export.bad, defaultdict(list)
+    listed, images = len(export.images) + len(bad), []
+    for image in sorted(export.images, key=lambda image: str(image.path)):
+        try:
+            images.append(_fit(image, changes))
+        except UserError as error:
+            problems.append(f"{image.path.name}: left out, {error}")
+        except ValueError as error:
+            bad.append((image.path.name, str(error)))
+    if len(bad) > MOST_BAD * listed:
+        raise UserError(
+            f"{source} cannot be read as {export.form}: {': '.join(bad[0])} ({len(bad)} of {listed} annotations cannot "
+            "be used, which is more than a tenth: correct them, or take them and their pictures out)"
+        )
+    problems += [f"{name}: left out, {why}" for name, why in bad]
+    for what, names in changes.items():
+        more = f" and {len(names) - 1} more pictures" if len(names) > 1 else ""
+        problems.append(f"{names[0]}{more}: {what}")
+    splits: dict[str, list[_Fit]] = defaultdict(list)
+    for image in images:
+        splits[image.split].append(image)
+    common = Path(os.path.commonpath([image.path.parent for image in images])) if images else source
     if not {"train", "val"} <= set(splits):
-        own = splits.pop("train", None) or splits.pop("val", [])
-        held = set(random.Random(seed).sample(own, max(1, round(val * len(own))) if own else 0))
-        splits |= {"train": [path for path in own if path not in held], "val": sorted(held)}
+        whole = next((split for split in ("train", "val", "test") if split in splits), "train")
+        if whole != "train":
+            problems.append(f"there are no training pictures: those of {whole} are divided into train and val")
+        own = splits.pop(whole, [])
+        held = set(random.Random(seed).sample(range(len(own)), max(1, round(val * len(own))) if own else 0))
+        splits["train"] = [image for n, image in enumerate(own) if n not in held]
+        splits["val"] = [own[n] for n in sorted(held)]
     if not splits["train"]:
-        raise UserError(f"{source} has {len(whole)} pictures: too few to train on some and hold out others")
-    if not any(len(whole.annotations[path]) for path in splits["train"]):
+        why = f" ({problems[0]})" if problems else ""
+        raise UserError(f"{source} has {len(images)} pictures: too few to train on some and hold out others{why}")
+    if not any(len(image.corners) for image in splits["train"]):
         raise UserError(f"{source} has no box in a training picture: there is nothing to learn from")
-    done = Conversion(form, list(whole.classes), problems=problems)
+    done = Conversion(export.form, sorted(export.classes), problems=problems)
     for split in sorted(splits, key=["train", "val", "test"].index):
-        _write(DetectionDataset, whole, splits[split], output, split, done)
+        _write(splits[split], common, output, split, done)
     return done
 
 
-def _find(source: Path) -> tuple[str, list[tuple[str, Path, Path]]]:
-    """The form, and its parts: split, folder of the pictures, folder or file of the annotations."""
-    folders = sorted({path.parent for path in source.rglob("*") if path.suffix.lower() in PICTURES})
-    if not folders:
-        raise UserError(f"{source} holds no pictures: looked for {', '.join(sorted(PICTURES))}")
-    if any(source.rglob("*.xml")):
-        beside = ("Annotations", "annotations", "labels", "xml")
-        pairs = [(_split(f, source), f, _partner(f, beside, "*.xml")) for f in folders]
-        return "Pascal VOC", [(split, f, g) for split, f, g in pairs if g]
-    if any(_names(path) for path in source.rglob("*.y*ml")):
-        pairs = [(_split(f, source), f, _partner(f, ("labels",), "*.txt")) for f in folders]
-        return "YOLO", [(split, f, g) for split, f, g in pairs if g]
-    found = [path for path in sorted(source.rglob("*.json")) if _is_coco(path)]
-    if found:
-        return "COCO", [(_split(path, source), _pictures_of(path, folders), path) for path in found]
-    if any(source.rglob("*.txt")):
-        raise UserError(f"{source} looks like YOLO, but has no data.yaml: add one with the line names: [first, second]")
-    raise UserError(
-        f"{source} has pictures but no boxes: looked for COCO (*.json), YOLO (data.yaml, *.txt) and Pascal VOC (*.xml)"
-    )
+@dataclass
+class _Fit:
+    """An image with its objects in pixels of the upright image."""
+
+    path: Path
+    split: str
+    orientation: int
+    size: tuple[int, int]
+    classes: list[str]
+    corners: Float[np.ndarray, "N 4"]
+    areas: list[float]
+    crowd: list[int]
+    outlines: list[Any]
 
 
-def _split(path: Path, source: Path) -> str:
-    """The split that a folder or file is named after, train where it has no such name."""
-    words = path.relative_to(source).as_posix().lower().replace("2017", "")
-    for word in reversed(re.split(r"[/_.-]", words)):
-        if word in SPLITS:
-            return SPLITS[word]
-    return "train"
+def _fit(image: Labeled, changes: dict[str, list[str]]) -> _Fit:
+    """Bring the boxes of an annotation to the pixels of the upright image; ``changes`` gets its name for each change.
+
+    Raises:
+        UserError: the image cannot be read.
+        ValueError: the annotation cannot be used, or is for an image of another shape.
+    """
+    if image.problem:
+        raise ValueError(image.problem)
+    stored, orientation = _header(image.path)
+    upright = stored[::-1] if orientation >= 5 else stored
+    said = (1, 1) if image.fractions else image.size or upright
+    corners = np.array([one.corners for one in image.objects], dtype=float).reshape(-1, 4)
+    outlines = [one.outline for one in image.objects]
+    areas = [one.area for one in image.objects]
+    if image.fractions or _is_scaled(said, upright):
+        turn, scale = UPRIGHT[1], np.array(upright) / said
+    elif _is_scaled(said, stored):
+        turn, scale = UPRIGHT[orientation], np.array(stored) / said
+        changes["annotated as stored, not as shown: boxes turned with the picture"].append(image.path.name)
+    else:
+        raise ValueError(
+            f"{image.source} says {said[0]}x{said[1]} pixels but the file has {stored[0]}x{stored[1]}: "
+            "put the file back that was annotated, or correct its width and height"
+        )
+    if not image.fractions and (scale != 1).any():
+        what = f"annotated at {said[0]}x{said[1]}, scaled to {stored[0]}x{stored[1]}: boxes scaled along"
+        changes[what].append(image.path.name)
+    points = corners.reshape(-1, 2, 2) * scale
+    points = np.stack(turn(points[..., 0], points[..., 1], *stored), axis=-1)
+    corners = np.concatenate([points.min(1), points.max(1)], axis=1)
+    if any(outlines):
+        scaled = [_scaled(outline, scale) if orientation == 1 else [] for outline in outlines]
+        if sum(map(bool, scaled)) < sum(map(bool, outlines)):
+            changes["left out outlines that are broken or were made for another size or turn"].append(image.path.name)
+        outlines = scaled
+    areas = [size if area is None else area * scale.prod() for area, size in zip(areas, _areas(corners))]
+    classes, crowd = [one.class_name for one in image.objects], [one.crowd for one in image.objects]
+    return _Fit(image.path, image.split or "train", orientation, upright, classes, corners, areas, crowd, outlines)
 
 
-def _partner(folder: Path, names: tuple[str, ...], pattern: str) -> Path | None:
-    """The folder of the annotations of a folder of pictures: itself, a sibling, or one where images became labels."""
-    parts = list(folder.parts)
-    candidates = [folder, *(folder.parent / name for name in names), *(folder / name for name in names)]
-    for n, part in enumerate(parts):
-        if part in ("images", "JPEGImages"):
-            candidates += [Path(*parts[:n], name, *parts[n + 1 :]) for name in names]
-    return next((c for c in candidates if c.is_dir() and any(c.glob(pattern))), None)
+def _header(path: Path) -> tuple[tuple[int, int], int]:
+    """Width and height as stored, and EXIF's orientation from 1 to 8.
 
-
-def _names(path: Path) -> Any:
-    """The names of the classes in a YAML file of YOLO's, or None."""
-    import yaml
-
+    Raises:
+        UserError: it is no image.
+    """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return None
-    return content.get("names") if isinstance(content, dict) else None
+        with Image.open(path) as image:
+            orientation = image.getexif().get(ORIENTATION, 1)
+            return image.size, orientation if orientation in UPRIGHT else 1
+    except Exception as error:  # Pillow raises nearly anything on a broken file
+        raise UserError(f"picture {path} cannot be read ({error}): replace the file") from error
 
 
-def _is_coco(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): export it again") from error
-    lists = (content.get(key) for key in ("images", "annotations", "categories")) if isinstance(content, dict) else ()
-    return bool(lists) and all(isinstance(records, list) for records in lists)
+def _is_scaled(said: tuple[int, int], real: tuple[int, int]) -> bool:
+    """Whether an image of the one width and height, scaled by one factor, has the other, but for rounding."""
+    (w, h), (width, height) = said, real
+    return abs(h * width / w - height) < 1 or abs(w * height / h - width) < 1
 
 
-def _pictures_of(path: Path, folders: list[Path]) -> Path:
-    """The folder that holds the most of the pictures that a COCO file lists."""
-    names = [Path(record["file_name"]) for record in json.loads(path.read_bytes())["images"]]
-    return max(folders, key=lambda folder: sum((folder / name).is_file() for name in names))
+def _scaled(outline: Any, scale: Float[np.ndarray, "2"]) -> Any:
+    """An outline in COCO's form, scaled; [] for none, and for RLE, which only fits the size that it was made for."""
+    if outline_box(outline) is None:
+        return []
+    if (scale == 1).all():
+        return outline
+    if isinstance(outline, dict):
+        return []
+    polygons = outline if isinstance(outline[0], list) else [outline]
+    return [(np.array(polygon, dtype=float).reshape(-1, 2) * scale).ravel().tolist() for polygon in polygons]
 
 
-def _read(
-    source: Path, form: str, parts: list[tuple[str, Path, Path]], problems: list[str]
-) -> dict[str, list[DetectionDataset]]:
-    """What supervision reads of each part, by split."""
-    from supervision import DetectionDataset
-
-    read: dict[str, list[DetectionDataset]] = {}
-    for split, pictures, boxes in parts:
-        if form == "COCO":
-            with tempfile.TemporaryDirectory() as folder:
-                file = _readable(boxes, pictures, Path(folder) / "annotations.json", problems)
-                found = {split: DetectionDataset.from_coco(str(pictures), str(file))}
-            _attach_outlines(found[split], boxes, pictures)
-        elif form == "YOLO":
-            files = [path for path in sorted(source.rglob("*.y*ml")) if _names(path)]
-            names = max(files, key=lambda path: len(os.path.commonpath([path, pictures])))  # the nearest
-            found = {split: DetectionDataset.from_yolo(str(pictures), str(boxes), str(names))}
-            _report_orphans(pictures, boxes, "*.txt", problems)
-        else:
-            found = DetectionDataset.from_pascal_voc(str(pictures), str(boxes))
-            found = _image_sets(found, boxes.parent / "ImageSets" / "Main") or {split: found}
-            _report_orphans(pictures, boxes, "*.xml", problems)
-        for name, part in found.items():
-            read.setdefault(name, []).append(part)
-    return read
+def _areas(corners: Float[np.ndarray, "N 4"]) -> list[float]:
+    return (corners[:, 2:] - corners[:, :2]).prod(1).tolist()
 
 
-def _readable(file: Path, pictures: Path, target: Path, problems: list[str]) -> Path:
-    """Write a COCO file without pictures that are missing, and without outlines, which would be drawn as masks."""
-    content = json.loads(file.read_bytes())
-    missing = {
-        image["id"]: image["file_name"] for image in content["images"] if not (pictures / image["file_name"]).is_file()
-    }
-    problems += [f"{name}: left out, {file.name} lists it, but it is not there" for name in missing.values()]
-    content["images"] = [image for image in content["images"] if image["id"] not in missing]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in missing and a.get("bbox")]
-    for annotation in content["annotations"]:
-        annotation.pop("segmentation", None)
-    target.write_text(json.dumps(content), encoding="utf-8")
-    return target
-
-
-def _attach_outlines(found: DetectionDataset, file: Path, pictures: Path) -> None:
-    """Give each box the outline that a COCO file has for it; supervision would make masks of them all, in memory."""
-    content = json.loads(file.read_bytes())
-    paths = {image["id"]: str((pictures / image["file_name"]).resolve()) for image in content["images"]}
-    outlines: dict[str, list[Any]] = {}
-    for annotation in content["annotations"]:
-        if annotation.get("bbox"):
-            outlines.setdefault(paths[annotation["image_id"]], []).append(annotation.get("segmentation") or [])
-    for path, boxes in found.annotations.items():
-        if len(boxes):
-            boxes.data["outline"] = np.fromiter(outlines[path], dtype=object, count=len(boxes))
-
-
-def _report_orphans(pictures: Path, annotations: Path, pattern: str, problems: list[str]) -> None:
-    """Name the annotation files that belong to no picture, and count the pictures without annotations."""
-    stems = {path.stem for path in pictures.iterdir() if path.suffix.lower() in PICTURES}
-    noted = {path.stem for path in annotations.glob(pattern)} - {
-        "classes",
-        "notes",
-        "README.dataset",
-        "README.roboflow",
-    }
-    problems += [f"{stem}{pattern[1:]}: left out, there is no picture of this name" for stem in sorted(noted - stems)]
-    if stems - noted:
-        first = min(stems - noted)
-        problems.append(f"{first} and {len(stems - noted) - 1} more pictures have no annotation file: taken as empty")
-
-
-def _image_sets(found: DetectionDataset, folder: Path) -> dict[str, DetectionDataset]:
-    """The splits that Pascal VOC keeps as lists of names."""
-    splits = {}
-    for name in ("train", "val", "test"):
-        if (folder / f"{name}.txt").is_file():
-            stems = {
-                line.split()[0] for line in (folder / f"{name}.txt").read_text("utf-8").splitlines() if line.split()
-            }
-            chosen = {path: found.annotations[path] for path in found.image_paths if Path(path).stem in stems}
-            splits[name] = type(found)(classes=found.classes, images=list(chosen), annotations=chosen)
-    return splits
-
-
-def _write(
-    kind: type[DetectionDataset], whole: DetectionDataset, paths: list[str], output: Path, split: str, done: Conversion
-) -> None:
-    """Write the pictures and annotations of a split."""
+def _write(images: list[_Fit], common: Path, output: Path, split: str, done: Conversion) -> None:
+    """Write the images and annotations of a split. Images of one name keep their folders below ``common``."""
     folder = output / split
+    times = Counter(image.path.name for image in images)
     folder.mkdir(parents=True)
-    annotations, counts = {}, Counter()
-    for path in paths:
-        name = Path(path).name
+    numbers = {name: n for n, name in enumerate(done.classes, 1)}
+    records, annotations, counts = [], [], Counter()
+    for image in images:
+        name = image.path.name
         try:
-            picture = read_picture(path)
+            read_picture(image.path)
         except UserError as error:
             done.problems.append(f"{name}: left out, {error}")
             continue
-        target = str(folder / name)
-        if target in annotations:
-            raise UserError(f"two pictures of split {split} are called {name}: give each a name of its own")
-        picture, turned = _copy(Path(path), picture, Path(target))
-        boxes = whole.annotations[path]
-        if turned:  # outlines are those of the stored pixels
-            boxes.data.pop("outline", None)
-        limits = np.array([picture.width, picture.height] * 2)
-        clipped = boxes.xyxy.clip(0, limits)
+        kept_name = name if times[name] == 1 else image.path.relative_to(common).as_posix()
+        target = folder / kept_name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _copy(image.path, image.orientation != 1, target)
+        clipped = image.corners.clip(0, np.array(image.size * 2))
         kept = (clipped[:, 2:] - clipped[:, :2] > 0).all(1)
         if (~kept).any():
             done.problems.append(f"{name}: left out {int((~kept).sum())} boxes without area in the picture")
-        moved = int((np.abs(clipped - boxes.xyxy)[kept] > 1).any(1).sum())
+        moved = int((np.abs(clipped - image.corners)[kept] > 1).any(1).sum())
         if moved:
             done.problems.append(f"{name}: cut {moved} boxes at the picture's edge")
-        boxes.xyxy = clipped
-        annotations[target] = boxes[kept]
-        counts.update(whole.classes[label] for label in annotations[target].class_id)
-    written = kind(classes=whole.classes, images=list(annotations), annotations=annotations)
+        width, height = image.size
+        records.append({"id": len(records) + 1, "file_name": kept_name, "width": width, "height": height})
+        for n in np.flatnonzero(kept).tolist():
+            left, top, right, bottom = clipped[n].tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": len(records),
+                    "category_id": numbers[image.classes[n]],
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": image.areas[n],
+                    "iscrowd": image.crowd[n],
+                    "segmentation": image.outlines[n],
+                }
+            )
+            counts[image.classes[n]] += 1
+    categories = [{"id": number, "name": name, "supercategory": name} for name, number in numbers.items()]
+    content = {"images": records, "annotations": annotations, "categories": categories}
     file = output / "annotations" / f"instances_{split}.json"
-    written.as_coco(annotations_path=str(file))
-    _write_outlines(file, [boxes.data.get("outline", [[]] * len(boxes)) for boxes in annotations.values()])
-    done.pictures[split], done.objects[split] = len(annotations), dict(counts)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    done.pictures[split], done.objects[split] = len(records), dict(counts)
 
 
-def _write_outlines(file: Path, by_image: Iterable[Iterable[Any]]) -> None:
-    """Add the outlines to a file of annotations, which lists the boxes image by image in the same order."""
-    outlines = list(chain.from_iterable(by_image))
-    if any(outlines):
-        content = json.loads(file.read_bytes())
-        for annotation, outline in zip(content["annotations"], outlines, strict=True):
-            annotation["segmentation"] = outline
-        file.write_text(json.dumps(content), encoding="utf-8")
-
-
-def _copy(path: Path, picture: Image.Image, target: Path) -> tuple[Image.Image, bool]:
-    """Copy a picture; one that a camera held sideways is stored upright, as labelling tools show it.
-
-    Returns:
-        The picture as it is stored, and whether it was turned.
-    """
-    with Image.open(path) as original:
-        turned = original.getexif().get(ORIENTATION, 1) != 1
-        if turned:
-            picture = ImageOps.exif_transpose(original).convert("RGB")
-            picture.save(target, quality=95)
+def _copy(path: Path, turned: bool, target: Path) -> None:
+    """Copy an image; one that a camera held sideways is stored upright, as labeling tools show it."""
     if not turned:
         shutil.copyfile(path, target)
-    return picture, turned
+        return
+    with Image.open(path) as original:
+        ImageOps.exif_transpose(original).convert("RGB").save(target, quality=95)

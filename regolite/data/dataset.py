@@ -105,6 +105,11 @@ class DetectionDataset(Dataset, ABC):
         """Image ``i`` with its annotations, as ``dataset[i]`` transforms them; copy-paste augmentation changes both."""
         return self.image(i), self.objects(i)
 
+    @property
+    def categories(self) -> dict[int, str]:
+        """Names of the classes by COCO's id."""
+        return dict(zip(self.category_ids, self.classes, strict=True))
+
     def of_classes(self, classes: Sequence[str], category_ids: Sequence[int] | None = None) -> DetectionDataset:
         """The same images, of which only objects of these classes count.
 

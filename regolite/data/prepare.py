@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -33,7 +32,19 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from regolite.data.coco import find_annotations, find_folder, read_annotations, read_picture
+from regolite.data.coco import (
+    LONGEST,
+    OPTIONAL,
+    ImageFiles,
+    category_differences,
+    class_name,
+    find_annotations,
+    find_images,
+    is_box,
+    is_id,
+    read_annotations,
+    read_picture,
+)
 from regolite.errors import UserError
 from regolite.progress import Status
 
@@ -486,10 +497,12 @@ def check_coco(
 ) -> Report:
     """Look for what is wrong with a data folder in COCO's format, be it COCO or another.
 
-    Wrong are pictures that are missing, empty, listed twice or without a size; ids given twice; annotations of unknown
-    pictures or categories; boxes that are no four numbers, have a negative size or lie outside their picture. Noted are
-    boxes without area (no targets in training), boxes that reach more than a pixel over the edge (training clips them),
-    objects whose outline has no area, pictures without objects, and pictures that are not listed.
+    Wrong is all that training would stop at: images that are missing, empty, listed twice or without a size; ids and
+    names of categories given twice; categories that differ between the splits; annotations of unknown images or
+    categories; boxes that are no four numbers, have a negative size or lie outside their image; other fields that are
+    no number of their kind. Noted are boxes without area (no targets in training), boxes that reach more than a pixel
+    over the edge (training clips them), objects whose outline has no area, images without objects, and images that are
+    not listed.
 
     Args:
         root: the data folder, as :func:`regolite.data.open_data` takes it.
@@ -501,16 +514,24 @@ def check_coco(
         UserError: there is no such folder, or its annotations are no JSON of COCO's form.
     """
     report = Report(str(root))
+    categories: dict[str, dict[int, str]] = {}
     for split in splits:
-        _check_split(Path(root), split, read_pictures, workers, report)
+        categories[split] = _check_split(Path(root), split, read_pictures, workers, report)
+        first = splits[0]
+        if categories[first] and categories[split]:
+            for said in category_differences(categories[first], categories[split], (first, split)):
+                file = find_annotations(Path(root), split).relative_to(root).as_posix()
+                finding = {"split": split, "kind": "category differs between splits", "file": file, "said": said}
+                report.wrong.append(finding)
     return report
 
 
-def _check_split(root: Path, split: str, read_pictures: bool, workers: int | None, report: Report) -> None:
+def _check_split(root: Path, split: str, read_pictures: bool, workers: int | None, report: Report) -> dict[int, str]:
+    """Add to the report what a split has wrong; return the names of its categories by id, {} where these are wrong."""
     file = find_annotations(root, split)
     images, annotations, categories = read_annotations(file)
     lists = file.relative_to(root).as_posix()
-    folder = find_folder(root, split, str(images[0].get("file_name")))
+    files = find_images(root, split, [name for image in images if isinstance(name := image.get("file_name"), str)])
 
     def wrong(kind: str, name: str = lists, said: str = "", **ids: Any) -> None:
         report.wrong.append({"split": split, "kind": kind, "file": name, **ids, "said": said})
@@ -521,10 +542,18 @@ def _check_split(root: Path, split: str, read_pictures: bool, workers: int | Non
     known = _check_ids("category", categories, lists, wrong)
     _check_ids("image", images, lists, wrong)
     _check_ids("annotation", annotations, lists, wrong)
+    ids_of: dict[str, set[str]] = {}
     for category in categories:
-        if not isinstance(category.get("name"), str):
+        name = class_name(category)
+        if name is None:
             wrong("category without a name", said=f"id {category.get('id')}")
-    by_id = _check_images(images, folder, wrong, note)
+        else:
+            ids_of.setdefault(name, set()).add(str(category.get("id")))
+    for name, ids in ids_of.items():
+        if len(ids) > 1:
+            wrong("category name given twice", said=f"{name!r} is the name of {' and '.join(sorted(ids))}")
+    are_right = not any(f["split"] == split and f["kind"].startswith("category") for f in report.wrong)
+    by_id = _check_images(images, files, wrong, note)
     with_objects = _check_annotations(annotations, by_id, known, wrong, note)
     for number, (name, *_) in by_id.items():
         if number not in with_objects:
@@ -535,9 +564,10 @@ def _check_split(root: Path, split: str, read_pictures: bool, workers: int | Non
         "categories": len(categories),
     }
     if read_pictures:
-        there = {number: image for number, image in by_id.items() if (folder / image[0]).is_file()}
-        for number, kind, said in _read_all(folder, there, f"open the pictures of {split}", workers):
+        there = {number: image for number, image in by_id.items() if image[0] not in files.missing}
+        for number, kind, said in _read_all(files, there, f"open the pictures of {split}", workers):
             wrong(kind, there[number][0], said, image_id=number)
+    return {category["id"]: str(category["name"]) for category in categories} if are_right else {}
 
 
 def _check_ids(kind: str, records: Sequence[Mapping[str, Any]], lists: str, wrong: Callable[..., None]) -> set[int]:
@@ -545,7 +575,7 @@ def _check_ids(kind: str, records: Sequence[Mapping[str, Any]], lists: str, wron
     seen: set[int] = set()
     for record in records:
         number, name = record.get("id"), str(record.get("file_name", lists))
-        if type(number) is not int:
+        if not is_id(number):
             wrong(f"{kind} without an id", name, f"id {number!r}", **{f"{kind}_id": number})
         elif number in seen:
             wrong(f"{kind} id given twice", name, f"id {number}", **{f"{kind}_id": number})
@@ -555,27 +585,30 @@ def _check_ids(kind: str, records: Sequence[Mapping[str, Any]], lists: str, wron
 
 
 def _check_images(
-    images: Sequence[Mapping[str, Any]], folder: Path, wrong: Callable[..., None], note: Callable[..., None]
+    images: Sequence[Mapping[str, Any]], files: ImageFiles, wrong: Callable[..., None], note: Callable[..., None]
 ) -> dict[int, tuple[str, int, int]]:
     """Name, width and height of the pictures, by id."""
-    sizes, by_id, seen = _sizes(folder), {}, set()
+    sizes, missing, by_id, seen = _sizes(files.folder), set(files.missing), {}, set()
     for image in images:
         number, name, width, height = (image.get(key) for key in ("id", "file_name", "width", "height"))
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name:
             wrong("picture without a file name", said=f"file_name {name!r}", image_id=number)
             continue
         if name in seen:
             wrong("picture listed twice", name, image_id=number)
         seen.add(name)
-        if name not in sizes and not ("/" in name and (folder / name).is_file()):
-            wrong("empty picture" if (folder / name).is_file() else "missing picture", name, image_id=number)
-        if not all(type(side) is int and side > 0 for side in (width, height)):
+        if name in missing:
+            wrong("missing picture", name, image_id=number)
+        elif name not in sizes and not files.path(name).stat().st_size:
+            wrong("empty picture", name, image_id=number)
+        if not all(type(side) is int and 1 <= side <= LONGEST for side in (width, height)):
             wrong("picture without a size", name, f"width {width!r}, height {height!r}", image_id=number)
             width = height = NO_SIZE
-        if type(number) is int:
+        if is_id(number):
             by_id.setdefault(number, (name, width, height))
-    if folder.name != "images":  # where both splits share a folder, each has pictures that the other does not list
-        for name in sorted(sizes.keys() - seen):
+    if files.folder.name != "images":  # where splits share a folder, each has pictures that the other does not list
+        listed = seen | {path.name for path in files.elsewhere.values() if path.parent == files.folder}
+        for name in sorted(sizes.keys() - listed):
             note("picture not listed", name)
     return by_id
 
@@ -592,17 +625,17 @@ def _check_annotations(
     for annotation in annotations:
         image_id, category, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
         ids = {"image_id": image_id, "annotation_id": annotation.get("id")}
-        if type(image_id) is not int or image_id not in by_id:
+        if not is_id(image_id) or image_id not in by_id:
             wrong("annotation of an unknown picture", said=f"image_id {image_id!r}", **ids)
             continue
         name, width, height = by_id[image_id]
         with_objects.add(image_id)
         if type(category) is not int or category not in categories:
             wrong("unknown category", name, f"category_id {category!r}", **ids)
-        for key in ("area", "iscrowd"):
-            if not isinstance(annotation.get(key, 0), (int, float, type(None))):
-                wrong(f"{key} is no number", name, repr(annotation[key]), **ids)
-        if not _is_box(box):
+        for key, (is_right, right) in OPTIONAL.items():
+            if annotation.get(key) is not None and not is_right(annotation[key]):
+                wrong(f"{key} is no number", name, f"{annotation[key]!r}, not {right}", **ids)
+        if not is_box(box):
             wrong("box is not [x, y, width, height]", name, repr(box), **ids)
             continue
         x, y, w, h = box
@@ -617,21 +650,15 @@ def _check_annotations(
     return with_objects
 
 
-def _is_box(box: Any) -> bool:
-    if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
-        return False
-    return all(math.isfinite(value) for value in box) and box[2] >= 0 and box[3] >= 0
-
-
 def _read_all(
-    folder: Path, images: Mapping[int, tuple[str, int, int]], title: str, workers: int | None
+    files: ImageFiles, images: Mapping[int, tuple[str, int, int]], title: str, workers: int | None
 ) -> list[tuple[int, str, str]]:
     """Id, kind and details of the pictures that cannot be read or have another size."""
 
     def read(number: int) -> tuple[int, str, str] | None:
         name, width, height = images[number]
         try:
-            picture = read_picture(folder / name)
+            picture = read_picture(files.path(name))
         except UserError as error:
             return number, "unreadable picture", str(error.__cause__ or error)
         if picture.size != (width, height) and width < NO_SIZE:

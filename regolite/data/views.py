@@ -10,6 +10,7 @@ from itertools import accumulate
 import numpy as np
 from PIL import Image
 
+from regolite.data.coco import category_differences
 from regolite.data.dataset import DetectionDataset, Objects
 from regolite.errors import UserError
 
@@ -145,7 +146,11 @@ class Joined(DetectionDataset):
         self.classes, self.category_ids, self.transform = first.classes, first.category_ids, first.transform
         for other in datasets[1:]:
             if (other.classes, other.category_ids) != (self.classes, self.category_ids):
-                raise UserError("data sets of different classes cannot be joined: give them the same categories")
+                differences = category_differences(first.categories, other.categories, ("the first", "another"))
+                said = differences[0] if differences else "their order"
+                raise UserError(
+                    f"data sets of different classes cannot be joined ({said}): give them the same categories"
+                )
         self._places = [(dataset, i) for dataset in datasets for i in range(len(dataset))][:limit]
         self.image_ids = [dataset.image_ids[i] for dataset, i in self._places]
         if len(set(self.image_ids)) < len(self.image_ids):

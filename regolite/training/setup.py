@@ -14,6 +14,7 @@ from torch import nn
 
 from regolite.baselines import BaselineConfig
 from regolite.data import DetectionDataset, Pasted, cut_outs, make_transform, open_data, repeat_rare
+from regolite.data.coco import category_differences
 from regolite.errors import UserError
 from regolite.presets import ModelConfig, configure
 from regolite.training.config import RunConfig
@@ -88,8 +89,13 @@ def prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionD
     model = replace(
         model, augment=augment, image_size=size, classes=train_set.classes, category_ids=train_set.category_ids
     )
-    if val_set.category_ids != train_set.category_ids:
-        raise UserError(f"{config.data}: training and validation annotations name different categories")
+    differences = category_differences(train_set.categories, val_set.categories, ("train", "val"))
+    if differences:
+        some = "; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else "")
+        raise UserError(
+            f"{config.data}: training and validation annotations name different categories: {some}: give both files "
+            "the same list of categories"
+        )
     return train_set, val_set, model
 
 

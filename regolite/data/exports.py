@@ -1,0 +1,584 @@
+"""Read what a labeling tool has exported, in COCO, YOLO or Pascal VOC form, record by record.
+
+Nothing is decided here but which file and which class is meant. A record that cannot be read gives its image a
+``problem`` and leaves all others alone: an image of which one object is lost would teach that there is background. What
+the boxes are worth on the image file is for :mod:`regolite.data.convert` to say.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from xml.etree import ElementTree
+
+from regolite.data.coco import (
+    OPTIONAL,
+    class_name,
+    is_box,
+    is_number,
+    outline_box,
+    read_json,
+    spellings,
+    split_named,
+)
+from regolite.errors import UserError
+
+IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+NO_LABELS = {"classes", "notes", "README.dataset", "README.roboflow"}  # text files that exports put beside the labels
+MOST_FRACTION = 2.0  # a box of YOLO's may reach out of its image, but with larger numbers it is one in pixels
+
+
+@dataclass
+class Object:
+    """One object.
+
+    Attributes:
+        class_name: its class.
+        corners: left, top, right, bottom, in pixels of the annotated size or in fractions of the image.
+        outline: its segmentation in COCO's form, or [].
+        crowd: 1 for a region of many objects.
+        area: COCO's ``area`` in pixels, or None.
+    """
+
+    class_name: str
+    corners: tuple[float, float, float, float]
+    outline: Any = field(default_factory=list)
+    crowd: int = 0
+    area: float | None = None
+
+
+@dataclass
+class Labeled:
+    """An image file and what the export says about it.
+
+    Attributes:
+        path: the file.
+        split: ``train``, ``val`` or ``test``, or None where nothing names one.
+        source: where its annotation stands, for messages.
+        size: annotated width and height in pixels, or None.
+        objects: its objects.
+        fractions: whether corners are fractions of the image's width and height.
+        problem: why the annotation cannot be used, with the field; "" where it can.
+    """
+
+    path: Path
+    split: str | None
+    source: str
+    size: tuple[int, int] | None = None
+    objects: list[Object] = field(default_factory=list)
+    fractions: bool = False
+    problem: str = ""
+
+
+@dataclass
+class Export:
+    """All of an export.
+
+    Attributes:
+        form: ``"COCO"``, ``"YOLO"`` or ``"Pascal VOC"``.
+        images: the images that are there.
+        classes: names of all classes.
+        problems: what was left out or put right, by file name.
+        bad: what belongs to no image file that could be used, and why.
+    """
+
+    form: str
+    images: list[Labeled] = field(default_factory=list)
+    classes: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_export(source: Path) -> Export:
+    """Read a folder. The form is recognized by its files.
+
+    Raises:
+        UserError: no images, no annotations, or a file that all depends on (JSON, ``data.yaml``) cannot be read.
+    """
+    source = Path(os.path.abspath(source))
+    files = [path for path in sorted(source.rglob("*")) if _is_visible(path.relative_to(source)) and path.is_file()]
+    images = [path for path in files if path.suffix.lower() in IMAGES]
+    if not images:
+        raise UserError(f"{source} holds no pictures: looked for {', '.join(sorted(IMAGES))}")
+    if any(path.suffix == ".xml" for path in files):
+        return _read_voc(source, images)
+    yamls = {path: names for path in files if path.suffix in (".yaml", ".yml") and (names := _names(path))}
+    if yamls:
+        return _read_yolo(source, images, yamls)
+    jsons = [path for path in files if path.suffix == ".json" and _is_coco(read_json(path))]
+    if jsons:
+        return _read_coco(source, files, images, jsons)
+    if any(path.suffix == ".txt" for path in files):
+        raise UserError(f"{source} looks like YOLO, but has no data.yaml: add one with the line names: [first, second]")
+    raise UserError(
+        f"{source} has pictures but no boxes: looked for COCO (*.json), YOLO (data.yaml, *.txt) and Pascal VOC (*.xml)"
+    )
+
+
+def _is_visible(path: Path) -> bool:
+    """Whether a file is no hidden one; macOS adds ``._a.jpg`` or ``__MACOSX/a.jpg`` to each image of an archive."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- COCO
+
+
+def _is_coco(content: Any) -> bool:
+    lists = [content.get(key) for key in ("images", "annotations", "categories")] if isinstance(content, dict) else [0]
+    return all(isinstance(records, list) for records in lists)
+
+
+def _read_coco(source: Path, files: list[Path], images: list[Path], jsons: list[Path]) -> Export:
+    export = Export("COCO")
+    finder = _Finder(source, files)
+    listed = 0
+    for file in jsons:
+        content = read_json(file)
+        listed += len(content["images"])
+        _read_coco_file(source, file, content, finder, export)
+    if listed and not export.images and not export.bad:
+        where = ", ".join(str(path.relative_to(source)) for path in jsons)
+        raise UserError(
+            f"{source}: none of the {listed} pictures that {where} lists is there: "
+            f"{next(problem for problem in export.problems if problem.endswith('not there'))}"
+        )
+    lists: dict[Path, list[str]] = defaultdict(list)
+    for image in export.images:
+        lists[image.path].append(image.source)
+    for image in export.images:
+        times = len(lists[image.path])
+        if times > 1 and not image.problem:
+            image.problem = f"{' and '.join(sorted(set(lists[image.path])))} list it {times} times: list each file once"
+    unlisted = [path for path in images if path not in lists]
+    if unlisted:
+        export.problems.append(f"{_some(unlisted, source)}: left out, no annotation file lists them")
+    return export
+
+
+def _read_coco_file(source: Path, file: Path, content: Mapping[str, Any], finder: _Finder, export: Export) -> None:
+    where, split = file.relative_to(source).as_posix(), split_named(file.relative_to(source))
+    classes = _categories(content["categories"], where, export)
+    by_image: dict[Any, list[Any]] = defaultdict(list)
+    for annotation in content["annotations"]:
+        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+        by_image[image_id if _is_key(image_id) else None].append(annotation)
+    ids = Counter(
+        image.get("id") for image in content["images"] if isinstance(image, dict) and _is_key(image.get("id"))
+    )
+    for n, record in enumerate(content["images"], 1):
+        name, number = (record.get(key) for key in ("file_name", "id")) if isinstance(record, dict) else (None, None)
+        if not isinstance(name, str) or not name:
+            why = f"its file_name is {name!r}: give the name of its file"
+            export.bad.append((f"{where}, image {n} of the list", why))
+            continue
+        found = finder.find(name, file, split)
+        if found is None:
+            export.problems.append(f"{name}: left out, {where} lists it, but it is not there")
+            continue
+        if isinstance(found, str):
+            export.bad.append((name, f"{where} lists it, and {found}"))
+            continue
+        image = Labeled(found, split or split_named(found.relative_to(source).parent), where)
+        export.images.append(image)
+        try:
+            if not _is_key(number) or ids[number] > 1:
+                raise _BadRecord(f"image has id {number!r}, which is no id of its own: give every image another")
+            image.size = _size(record.get("width"), record.get("height"), number)
+            image.objects = [_coco_object(annotation, classes) for annotation in by_image.get(number, [])]
+        except _BadRecord as error:
+            image.problem = f"{where}: {error}"
+    for image_id in [key for key in by_image if key not in ids]:
+        first = by_image[image_id][0]
+        which = f"annotation {first.get('id')!r}" if isinstance(first, dict) else repr(first)
+        more = f" and {len(by_image[image_id]) - 1} more" if len(by_image[image_id]) > 1 else ""
+        given = first.get("image_id") if isinstance(first, dict) else None
+        why = f"image_id {given!r} is the id of no image: add the image, or take the annotation out"
+        export.bad.append((f"{where}, {which}{more}", why))
+
+
+class _BadRecord(ValueError):
+    """A record that cannot be used, and why."""
+
+
+def _is_key(value: Any) -> bool:
+    """Whether a value can be an id: text or a finite number, of any size."""
+    return isinstance(value, str) or (type(value) in (int, float) and not (isinstance(value, float) and value != value))
+
+
+def _categories(records: list[Any], where: str, export: Export) -> dict[Any, str]:
+    """Names of the classes by id."""
+    classes: dict[Any, str] = {}
+    ids_of: dict[str, list[Any]] = defaultdict(list)
+    for n, record in enumerate(records, 1):
+        number, name = (record.get("id"), class_name(record)) if isinstance(record, dict) else (None, None)
+        if name is None or not _is_key(number):
+            raise UserError(f"{where}: category {n} of the list is {record!r}: give it an id and a name")
+        if classes.get(number, name) != name:
+            raise UserError(f"{where}: category id {number!r} is both {classes[number]!r} and {name!r}: name one")
+        if number not in classes:
+            ids_of[name].append(number)
+        classes[number] = name
+    for name, ids in ids_of.items():
+        if len(ids) > 1:
+            numbers = " and ".join(map(repr, ids))
+            export.problems.append(f"{where}: categories {numbers} are all called {name!r}: taken as one class")
+    export.classes |= set(classes.values())
+    return classes
+
+
+def _size(width: Any, height: Any, number: Any) -> tuple[int, int] | None:
+    """The annotated size of an image, or None where the export has none."""
+    if all(side is None or (type(side) in (int, float) and side == 0) for side in (width, height)):
+        return None
+    for side, value in (("width", width), ("height", height)):
+        if not is_number(value) or value < 1 or value != int(value):
+            raise _BadRecord(f"image {number!r} has {side} {value!r}: give that of the file, in pixels")
+    return int(width), int(height)
+
+
+def _coco_object(annotation: Any, classes: Mapping[Any, str]) -> Object:
+    """The object of an annotation of COCO's form."""
+    if not isinstance(annotation, dict):
+        raise _BadRecord(f"annotation {annotation!r} is no record: make it an object with bbox and category_id")
+    which = f"annotation {annotation.get('id')!r}"
+    category, box = annotation.get("category_id"), annotation.get("bbox")
+    outline = annotation.get("segmentation") or []
+    if not _is_key(category) or category not in classes:
+        raise _BadRecord(f"{which} has category_id {category!r}, which no category has: add the category or correct it")
+    if box in (None, []):
+        box = outline_box(outline)
+        if box is None:
+            raise _BadRecord(f"{which} has neither bbox nor a segmentation to take it from: give [x, y, width, height]")
+    if not is_box(box):
+        raise _BadRecord(f"{which} has bbox {box!r}: give [x, y, width, height] in pixels")
+    fields = {key: annotation.get(key) for key in ("area", "iscrowd")}
+    for key, value in fields.items():
+        is_right, right = OPTIONAL[key]
+        if value is not None and not is_right(value):
+            raise _BadRecord(f"{which} has {key} {value!r}: make it {right}")
+    x, y, width, height = map(float, box)
+    area = None if fields["area"] is None else float(fields["area"])
+    return Object(classes[category], (x, y, x + width, y + height), outline, int(fields["iscrowd"] or 0), area)
+
+
+class _Finder:
+    """Which file of an export a ``file_name`` means."""
+
+    def __init__(self, source: Path, files: Iterable[Path]) -> None:
+        self.source, self.files = source, set(files)
+        self.by_name: dict[str, list[Path]] = defaultdict(list)
+        for path in self.files:
+            self.by_name[path.name].append(path)
+
+    def find(self, name: str, file: Path, split: str | None) -> Path | str | None:
+        """The file, or why there is more than one, or None for none.
+
+        A path relative to the folder of the JSON comes first. Then the file whose last folders agree with the most of
+        ``name``; of several, one in a folder named after the split or the JSON, then one in a folder of images, then
+        one near the JSON. A folder that is named after another split is never searched.
+        """
+        for spelled in spellings(name):
+            path = Path(os.path.normpath(file.parent / spelled))
+            if path in self.files:
+                return path
+        candidates = []
+        for spelled in spellings(name):
+            parts = PurePosixPath(spelled).parts
+            for path in self.by_name.get(parts[-1], []) if parts else []:
+                shared = _shared_tail(parts, path.relative_to(self.source).parts)
+                base = Path(*path.relative_to(self.source).parts[:-shared])
+                if split is None or split_named(base) in (None, split):
+                    candidates.append((-shared, self._rank(base, file, split), path))
+        first = min(candidates, default=())[:2]
+        best = {path for *rank, path in candidates if tuple(rank) == first}
+        if len(best) > 1:
+            places = " and in ".join(sorted(path.parent.relative_to(self.source).as_posix() for path in best))
+            return f"files of this name are in {places}: write the folder into file_name"
+        return best.pop() if best else None
+
+    def _rank(self, base: Path, file: Path, split: str | None) -> int:
+        """How likely a folder is the one meant, 0 the most."""
+        own = file.parent.relative_to(self.source)
+        if split_named(base) == split is not None or base.name in re.split(r"[_.-]", file.stem):
+            return 0
+        if base.name in ("images", "JPEGImages"):
+            return 1
+        return 2 if own in (base, *base.parents) else 3
+
+
+def _shared_tail(one: tuple[str, ...], other: tuple[str, ...]) -> int:
+    """How many last parts of two paths agree."""
+    pairs = zip(reversed(one), reversed(other))
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+# ------------------------------------------------------------------------------------------- YOLO and Pascal VOC
+
+
+def _read_yolo(source: Path, images: list[Path], yamls: Mapping[Path, Any]) -> Export:
+    export = Export("YOLO")
+    labels = _label_files(source, images, ("labels",), ".txt", export)
+    tables: dict[Path, tuple[dict[int, str], int]] = {}
+    for path, label in labels.items():
+        image = Labeled(
+            path, split_named(path.parent.relative_to(source)), _shown(label or path, source), fractions=True
+        )
+        nearest = max(yamls, key=lambda file: len(os.path.commonpath([file, path])))
+        if nearest not in tables:
+            tables[nearest] = _table(nearest, yamls[nearest], export)
+        export.images.append(image)
+        try:
+            lines = label.read_text("utf-8-sig").splitlines() if label else []
+            for n, line in enumerate(lines, 1):
+                if line.split():
+                    image.objects.append(_yolo_object(line, *tables[nearest], f"line {n}"))
+        except (_BadRecord, UnicodeDecodeError, OSError) as error:
+            image.problem = f"{image.source}: {error}"
+    return export
+
+
+def _names(path: Path) -> Any:
+    """The names of the classes in a YAML file of YOLO's, and the shape of its keypoints; None in another file."""
+    import yaml
+
+    try:
+        # BaseLoader leaves all values text: to the others, the class `no` is False and the class 007 is 7.
+        content = yaml.load(path.read_text("utf-8-sig"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError):
+        return None
+    names = content.get("names") if isinstance(content, dict) else None
+    return (names, content.get("kpt_shape")) if names else None
+
+
+def _table(file: Path, content: tuple[Any, Any], export: Export) -> tuple[dict[int, str], int]:
+    """The class of each number, and how many numbers of keypoints follow a box.
+
+    Raises:
+        UserError: the names are no list and no mapping of whole numbers, or the keypoints have no shape.
+    """
+    names, shape = content
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    try:
+        table = {int(number): name for number, name in names.items()}
+        if not all(isinstance(name, str) and name.strip() for name in table.values()):
+            raise ValueError
+    except (AttributeError, ValueError):
+        raise UserError(f"{file} has names {names!r}: write names: [first, second], one name for each class") from None
+    try:
+        keypoints = math.prod(map(int, shape)) if shape is not None else 0
+    except (TypeError, ValueError):
+        raise UserError(f"{file} has kpt_shape {shape!r}: write [number of keypoints, 2 or 3]") from None
+    for name, count in Counter(table.values()).items():
+        if count > 1:
+            numbers = " and ".join(str(number) for number, other in table.items() if other == name)
+            export.problems.append(f"{file.name}: classes {numbers} are all called {name!r}: taken as one class")
+    export.classes |= set(table.values())
+    return table, keypoints
+
+
+def _yolo_object(line: str, table: Mapping[int, str], keypoints: int, which: str) -> Object:
+    """The object of a line ``class x y width height``, or of a polygon ``class x y x y x y ...``."""
+    try:
+        number, *values = map(float, line.split())
+    except ValueError:
+        raise _BadRecord(f"{which} is {line[:60]!r}: write numbers: class x y width height") from None
+    if not number.is_integer() or int(number) not in table:
+        raise _BadRecord(
+            f"{which} has class {line.split()[0]}, which data.yaml does not name: add a name or correct it"
+        )
+    if len(values) < 4:
+        raise _BadRecord(f"{which} is {line[:60]!r}: write class x y width height")
+    if len(values) in (4, 5, 4 + keypoints):  # one number more is a confidence
+        x, y, width, height = values[:4]
+        corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        if width < 0 or height < 0:
+            raise _BadRecord(f"{which} has width {width} and height {height}: give none below 0")
+    else:
+        xs, ys = values[: len(values) // 2 * 2 : 2], values[1::2]
+        corners = (min(xs), min(ys), max(xs), max(ys))
+    if not all(abs(value) <= MOST_FRACTION for value in corners):
+        raise _BadRecord(
+            f"{which} is {line[:60]!r}, no fractions of the image's width and height: divide pixels by these"
+        )
+    return Object(table[int(number)], corners)
+
+
+def _read_voc(source: Path, images: list[Path]) -> Export:
+    export = Export("Pascal VOC")
+    labels = _label_files(source, images, ("Annotations", "annotations", "labels", "xml"), ".xml", export)
+    sets = {label.parent for label in labels.values() if label}
+    splits = {folder: _image_sets(folder.parent / "ImageSets" / "Main") for folder in sets}
+    homes = {path.parent: label.parent for path, label in labels.items() if label}
+    unused = []
+    for path, label in labels.items():
+        chosen = splits.get(homes.get(path.parent, path), {})
+        if chosen and path.stem not in chosen:
+            unused.append(path)
+            continue
+        split = chosen.get(path.stem) or split_named(path.parent.relative_to(source))
+        image = Labeled(path, split, _shown(label or path, source))
+        export.images.append(image)
+        try:
+            if label:
+                _fill_voc(image, ElementTree.parse(label).getroot())
+        except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:  # LookupError: of its encoding
+            image.problem = f"{image.source}: {error}"
+        if not image.problem:
+            export.classes |= {one.class_name for one in image.objects}
+    if unused:
+        export.problems.append(f"{_some(unused, source)}: left out, no list in ImageSets/Main names them")
+    return export
+
+
+def _fill_voc(image: Labeled, root: ElementTree.Element) -> None:
+    """Read the size and the objects of an image."""
+    if root.tag != "annotation":
+        raise _BadRecord(f"its first tag is {root.tag}, not annotation: export it as Pascal VOC")
+    sides = [root.findtext(f"size/{side}") for side in ("width", "height")]
+    image.size = _size(
+        *(_voc_number(text, "size") if text and text.strip() else None for text in sides), image.path.name
+    )
+    for n, one in enumerate(root.findall("object"), 1):
+        name = (one.findtext("name") or "").strip()
+        which = f"object {n} ({name})"
+        if not name:
+            raise _BadRecord(f"object {n} has no name: give that of its class")
+        box, polygon = one.find("bndbox"), one.find("polygon")
+        if box is not None:
+            texts = {key: box.findtext(key) for key in ("xmin", "ymin", "xmax", "ymax")}
+            left, top, right, bottom = (_voc_number(text, f"{which} has {key}") for key, text in texts.items())
+        elif polygon is not None:
+            values = [
+                (e.tag[0], _voc_number(e.text, f"{which} has {e.tag}")) for e in polygon.iter() if e.tag[0] in "xy"
+            ]
+            xs, ys = ([value for axis, value in values if axis == wanted] for wanted in "xy")
+            if len(xs) < 3 or len(ys) != len(xs):
+                raise _BadRecord(f"{which} has a polygon of {len(xs)} points: give at least 3, or a bndbox")
+            left, top, right, bottom = min(xs), min(ys), max(xs) - 1, max(ys) - 1
+        else:
+            others = ", ".join(sorted({e.tag for e in one} - {"name", "pose", "truncated", "difficult"})) or "nothing"
+            raise _BadRecord(
+                f"{which} has no bndbox, but {others}: give xmin, ymin, xmax, ymax (rotated boxes are not read)"
+            )
+        if right < left or bottom < top:
+            raise _BadRecord(f"{which} has a bndbox whose xmax or ymax lies before xmin or ymin: exchange them")
+        image.objects.append(
+            Object(name, (left - 1, top - 1, right, bottom))
+        )  # pixels count from 1, both ends included
+
+
+def _voc_number(text: str | None, which: str) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not is_number(value):
+        raise _BadRecord(f"{which} {text!r}: give a number of pixels")
+    return value
+
+
+def _image_sets(folder: Path) -> dict[str, str]:
+    """The split of each stem that Pascal VOC's lists name."""
+    splits = {}
+    for split in ("trainval", "train", "val", "test"):  # the later one is the finer
+        if (folder / f"{split}.txt").is_file():
+            for line in (folder / f"{split}.txt").read_text("utf-8-sig").splitlines():
+                if line.split():
+                    splits[line.split()[0]] = "train" if split == "trainval" else split
+    return splits
+
+
+def _label_files(
+    source: Path, images: list[Path], names: tuple[str, ...], suffix: str, export: Export
+) -> dict[Path, Path | None]:
+    """The file with the objects of each image, or None for an image without one, which then is background.
+
+    A folder of val or test that has no such file at all is left out: it has not been labeled. All of it is said in
+    ``export.problems``.
+    """
+    by_folder: dict[Path, list[Path]] = defaultdict(list)
+    for path in images:
+        by_folder[path.parent].append(path)
+    homes = {folder: _partner(folder, paths, source, names, suffix) for folder, paths in by_folder.items()}
+    if not any(homes.values()):
+        raise UserError(f"{source} has {export.form} annotations but no picture that belongs to them: add the pictures")
+    there = {home: {path.stem: path for path in home.glob(f"*{suffix}")} for home in homes.values() if home}
+    found = {path: there.get(homes[path.parent], {}).get(path.stem) for path in images}
+    claims: dict[Path, list[Path]] = defaultdict(list)
+    for path, label in found.items():
+        if label:
+            claims[label].append(path)
+    for home in sorted(there):
+        stray = [stem for stem, path in there[home].items() if path not in claims and stem not in NO_LABELS]
+        export.problems += [f"{stem}{suffix}: left out, there is no picture of this name" for stem in sorted(stray)]
+    others = set()  # images that are named like another one that the annotations belong to, as masks are
+    refused = set()
+    for label, paths in claims.items():
+        distances = [_distance(path, label, source) for path in paths]
+        owners = [path for path, distance in zip(paths, distances) if distance == min(distances)]
+        others |= set(paths) - set(owners)
+        if len(owners) > 1:
+            shown = " and ".join(_shown(path, source) for path in owners)
+            export.bad.append((shown, f"both would take {_shown(label, source)}: give one another name"))
+            refused |= set(owners)
+    for folder, paths in by_folder.items():
+        empty = [path for path in paths if found[path] is None]
+        masks = [path for path in paths if path in others]
+        if masks:
+            export.problems.append(f"{_some(masks, source)}: left out, their annotations are those of other pictures")
+        if not empty:
+            continue
+        if any(found[path] and path not in others for path in paths):
+            first = min(path.stem for path in empty)
+            export.problems.append(
+                f"{first} and {len(empty) - 1} more pictures have no annotation file: taken as empty"
+            )
+        elif masks or split_named(folder.relative_to(source)) in ("val", "test"):
+            export.problems.append(f"{_some(empty, source)}: left out, they have no annotation files")
+            others |= set(empty)
+        else:
+            export.problems.append(f"{_some(empty, source)}: no annotation files: taken as empty, as background")
+    left_out = others | refused
+    return {path: label for path, label in found.items() if path not in left_out}
+
+
+def _partner(folder: Path, images: list[Path], source: Path, names: tuple[str, ...], suffix: str) -> Path | None:
+    """The folder of the annotations of a folder of images: itself, a sibling, or one where images became labels."""
+    parts = list(folder.parts)
+    candidates = [folder, *(folder.parent / name for name in names), *(folder / name for name in names)]
+    for n, part in enumerate(parts):
+        if part in ("images", "JPEGImages"):
+            candidates += [Path(*parts[:n], name, *parts[n + 1 :]) for name in names]
+    stems = {path.stem for path in images}
+    filled = []
+    for candidate in candidates:
+        if candidate.is_dir() and candidate.is_relative_to(source):
+            labels = {path.stem for path in candidate.glob(f"*{suffix}")} - NO_LABELS
+            if labels & stems:
+                return candidate
+            filled += [candidate] if labels else []
+    return filled[0] if filled else None
+
+
+def _distance(image: Path, label: Path, source: Path) -> int:
+    """How far an image is from its annotation: 0 the same folder, 1 a folder that is named after images, 2 another."""
+    if image.parent == label.parent:
+        return 0
+    return 1 if {"images", "JPEGImages"} & set(image.relative_to(source).parts) else 2
+
+
+def _shown(path: Path, source: Path) -> str:
+    return path.relative_to(source).as_posix()
+
+
+def _some(paths: list[Path], source: Path) -> str:
+    """The first of several files, and how many more there are."""
+    more = f" and {len(paths) - 1} more pictures" if len(paths) > 1 else ""
+    return f"{_shown(paths[0], source)}{more}"
