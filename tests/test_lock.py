@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from regolite import RunConfig, UserError, lock, train
-from regolite.data import prepare
+from regolite.data import fetch, prepare
 from regolite.experiments import queue
 from regolite.lock import NAME, locked
 from regolite.signals import RunStopped
@@ -188,9 +188,12 @@ def test_a_stopped_and_a_failed_run_release_their_folder(config: RunConfig) -> N
     train(replace(config, resume=True))
 
 
-def test_preparing_coco_has_one_writer(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(UserError, match="is locked by process"):
-        prepare.prepare_coco(tmp_path, mirror="http://127.0.0.1:1")
+def test_downloads_have_one_writer(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        with pytest.raises(UserError, match="is locked by process"):
+            prepare.prepare_coco(tmp_path, mirror="http://127.0.0.1:1")
+        with pytest.raises(UserError, match="is locked by process"):
+            fetch.fetch_dataset("cards", tmp_path, mirror="http://127.0.0.1:1")
 
 
 def test_experiments_have_one_writer(tmp_path: Path) -> None:

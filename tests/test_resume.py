@@ -131,7 +131,10 @@ def test_another_configuration_is_refused_by_name(config, monkeypatch, changes, 
 def test_what_to_do_instead_is_said(config):
     assert "for less memory keep the batch size, and use accumulate or recompute" in refused(config(batch_size=1))
     assert "epochs may grow, but not shrink" in refused(config(epochs=1))
-    assert "accumulate" not in refused(config(seed=3))
+    weights = Path(config().output) / "model.safetensors"
+    message = refused(config(seed=3))
+    assert "accumulate" not in message
+    assert message.endswith(f"(checkpoint={weights} starts a new run from these weights)")
 
 
 def test_other_starting_weights_are_refused(config, finished):
@@ -274,7 +277,7 @@ def forget(folder):
     """Make the checkpoints those of an earlier version, which kept no configuration."""
     for file in (folder / "checkpoints").glob("*.pt"):
         state = torch.load(file, weights_only=True)
-        del state["about"]
+        del state["config"]
         torch.save(state, file)
 
 

@@ -99,13 +99,13 @@ def _train(
     fused = True if device.type == "cuda" else None  # one kernel for all weights
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-    about = describe_run(config, model_config, train_set, val_set)
-    state = State(folder, model, optimizer, average, accelerator, about)
+    described = describe_run(config, model_config, train_set, val_set)
+    state = State(folder, model, optimizer, average, accelerator, described)
     if config.resume:
         state.restore()
     progress = state.progress
     if accelerator.is_main_process:
-        folder.write_config({"run": about["run"], "model": about["model"]})
+        folder.write_config({"run": described["run"], "model": described["model"]})
         _announce(config, state, len(train_set))
 
     if config.recompute:

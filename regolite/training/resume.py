@@ -113,7 +113,10 @@ def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
     if of_data and "data" in changed:
         refused["data"] = changed["data"]
     hints = [HINTS[name] for name in refused if name in HINTS]
-    fix = "; ".join(["go on with the values that it was begun with, or give another output folder", *hints])
+    fix = "go on with the values that it was begun with, or give another output folder"
+    if not of_model:
+        fix += f" (checkpoint={folder / 'model.safetensors'} starts a new run from these weights)"
+    fix = "; ".join([fix, *hints])
     refuse({**of_model, **refused, **of_data}, f"{folder} holds a run of {what}", fix)
     said = {name: text(name, values) for name, values in allowed.items() if MAY_CHANGE[name] is not None}
     return [f"{change} ({MAY_CHANGE[name]})" if MAY_CHANGE[name] else change for name, change in said.items()], unknown

@@ -62,8 +62,8 @@ class State:
         optimizer: how it learns.
         average: the moving average of its weights, if there is one.
         accelerator: the processes; the first of them writes.
-        about: the configuration of the run and the fingerprints of its data, see
-            :func:`regolite.training.resume.describe_run`. Checkpoints keep it.
+        config: what checkpoints keep of the configuration and the data, see
+            :func:`regolite.training.resume.describe_run`.
 
     Attributes:
         progress: how far the run has come.
@@ -77,9 +77,9 @@ class State:
         optimizer: torch.optim.Optimizer,
         average: AveragedModel | None,
         accelerator: Accelerator,
-        about: dict[str, Any],
+        config: dict[str, Any],
     ) -> None:
-        self.about = about
+        self.config = config
         self.folder, self.model, self.optimizer, self.average = folder, model, optimizer, average
         self.accelerator, self.progress, self.window = accelerator, Progress(), Window()
 
@@ -117,7 +117,7 @@ class State:
         scaler = self.accelerator.scaler
         state = {
             **vars(self.progress),
-            "about": self.about,
+            "config": self.config,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -181,8 +181,8 @@ class State:
         if state is None:
             self.folder.cut_metrics(None)
             return
-        before = state.get("about") or self.folder.read_config()  # older checkpoints leave it to config.json
-        changed, unknown = compare_runs(before, self.about, self.folder.path)
+        before = state.get("config") or self.folder.read_config()  # older checkpoints leave it to config.json
+        changed, unknown = compare_runs(before, self.config, self.folder.path)
         if (self.average is None) != (state["average"] is None):  # where the configuration is lost
             has = "no moving average" if state["average"] is None else "a moving average"
             raise UserError(
@@ -196,7 +196,6 @@ class State:
             )
         for change in changed:
             self.folder.log.info("changed since the run began: %s", change)
-        self.folder.cut_metrics(state)
         groups = self.optimizer.param_groups
         try:
             self.model.load_state_dict(state["model"])
@@ -212,5 +211,6 @@ class State:
             self.average.load_state_dict(state["average"])
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.folder.cut_metrics(state)
         self.progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
         self.window = Window(**state.get("window", {}))
