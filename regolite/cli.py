@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import json
 import math
 import os
@@ -44,7 +43,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import regolite
-from regolite.errors import UserError
+from regolite.errors import UserError, advice
 
 if TYPE_CHECKING:
     from torch import nn
@@ -725,9 +724,7 @@ def _one_line(error: UserError) -> str:
 def _about_file(error: OSError, arguments: argparse.Namespace) -> str:
     """What the system says, and of which file; of a full disk it says no file."""
     where = error.filename or getattr(arguments, "output", None) or getattr(arguments, "json", None)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    mend = "free some space or write elsewhere" if full else "check the path and its permissions"
-    return f"{f'{where}: ' if where else ''}{error.strerror or error}; {mend}"
+    return f"{f'{where}: ' if where else ''}{error.strerror or error}; {advice(error)}"
 
 
 def _how_to_go_on(argv: Sequence[str]) -> str:

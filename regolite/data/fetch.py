@@ -32,6 +32,7 @@ from regolite.checkpoint import write_atomic
 from regolite.data import prepare
 from regolite.data.coco import read_picture
 from regolite.errors import UserError
+from regolite.lock import locked
 from regolite.progress import Status, track
 
 MIRROR = "https://raw.githubusercontent.com"
@@ -152,7 +153,7 @@ def fetch_dataset(name: str, root: str | os.PathLike[str], mirror: str = MIRROR)
 
     Raises:
         UserError: an unknown name; a folder that holds another dataset; a server that cannot be reached, does not have
-            a file or has another one. What has been downloaded is kept.
+            a file or has another one; another process that writes to the folder. What has been downloaded is kept.
     """
     root = Path(root)
     if name not in SOURCES:
@@ -162,11 +163,12 @@ def fetch_dataset(name: str, root: str | os.PathLike[str], mirror: str = MIRROR)
     ours = about.is_file() and about.read_bytes().startswith(f"# {name}\n".encode())
     if (root / "annotations").exists() and not ours:
         raise UserError(f"{root} holds another dataset, whose annotations would be overwritten: give another --root")
-    write_atomic(about, _about(name, source).encode())
     folder = root / "source" / source.folder
     url = f"{mirror.rstrip('/')}/{source.repository}/{source.commit}/{source.folder}"
-    _download(name, url, folder, [file for example in examples for file in (example.image, example.labels)])
-    _convert(name, source, examples, folder, root)
+    with locked(root):
+        write_atomic(about, _about(name, source).encode())
+        _download(name, url, folder, [file for example in examples for file in (example.image, example.labels)])
+        _convert(name, source, examples, folder, root)
 
 
 def list_examples(name: str) -> list[Example]:

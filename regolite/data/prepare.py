@@ -46,6 +46,7 @@ from regolite.data.coco import (
     read_picture,
 )
 from regolite.errors import UserError
+from regolite.lock import locked
 from regolite.progress import Status
 
 MIRROR = "http://images.cocodataset.org"  # its https shows the certificate of another name
@@ -134,13 +135,19 @@ def prepare_coco(
 
     Raises:
         UserError: no room on the disk; a server that cannot be reached, does not have the files or has others; an
-            archive that is damaged or holds what it must not. What has been downloaded is still there.
+            archive that is damaged or holds what it must not; another process that prepares the same folder. What has
+            been downloaded is still there.
     """
     root = Path(root)
     check_address(mirror, root)
     if unknown := set(splits) - set(SPLITS):
         raise UserError(f"COCO has no split {min(unknown)!r}: give {' or '.join(SPLITS)}")
-    root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        _prepare(root, splits, mirror, keep_zips, archives)
+
+
+def _prepare(root: Path, splits: Sequence[str], mirror: str, keep_zips: bool, archives: Mapping[str, Archive]) -> None:
+    """Do what :func:`prepare_coco` does once its arguments are checked."""
     listed: dict[str, list[str]] = {}
     done: set[str] = set()
     while todo := [name for name in _missing(root, splits, listed) if name not in done]:

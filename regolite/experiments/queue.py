@@ -24,6 +24,7 @@ import torch
 from regolite.errors import UserError
 from regolite.experiments import run as runs
 from regolite.experiments.table import ARMS, EXPERIMENTS, experiment
+from regolite.lock import locked
 from regolite.progress import Status
 from regolite.signals import RunStopped
 from regolite.training.launch import end_with_starter
@@ -69,7 +70,8 @@ def conduct(
         The files of results.
 
     Raises:
-        UserError: when an experiment is unknown, or runs have failed: the others are done, and their results written.
+        UserError: when an experiment is unknown, another process does runs in the folder, or runs have failed: the
+            others are done, and their results written.
         RunStopped: when a signal came; what the running ones had done is saved.
     """
     pairs, folder = plan(names, seeds), Path(folder)
@@ -105,7 +107,8 @@ def work(
         The files of results.
 
     Raises:
-        UserError: when runs have failed: the others are done, and their results written.
+        UserError: when another process does runs in the folder, or runs have failed: the others are done, and their
+            results written.
         RunStopped: when a signal came; what the running ones had done is saved.
     """
     folder, files = Path(folder), {arm: Path(results) / f"{arm}.json" for arm, _ in pairs}
@@ -114,7 +117,7 @@ def work(
     status.update(1 - len(waiting) / count)
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     failed: list[str] = []
-    with _interruptible(), _ended(running):
+    with _interruptible(), locked(folder), _ended(running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 pair = waiting.pop(0)

@@ -30,6 +30,8 @@ from regolite.evaluation.relations import BASE, relation_score
 from regolite.experiments.table import TEST, Arm
 from regolite.rego import Rego
 from regolite.training import RunConfig, train
+from regolite.training.folder import read_config
+from regolite.training.resume import changes, refuse
 
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Lower ends of the IoU bins of Figure 4."""
@@ -100,10 +102,8 @@ def once(
         found = json.loads(result.read_text(encoding="utf-8"))
         _check(found["config"], about, result)
         return found
-    before = place / "config.json"
-    if before.exists():
-        begun = RunConfig.of(json.loads(before.read_text(encoding="utf-8"))["run"])
-        _check(describe(begun), about, place)
+    if "run" in (before := read_config(place)):
+        _check(describe(RunConfig.of(before["run"])), about, place)
     train(config)
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     found = {
@@ -220,10 +220,8 @@ def smaller(arm: Arm) -> Arm:
 
 def _check(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
     """Refuse to mix runs of two configurations."""
-    other = [name for name in now if before.get(name) != now[name]]
-    if other:
-        said = ", ".join(f"{name}={before.get(name)!r}, now {now[name]!r}" for name in other)
-        raise UserError(f"{where} holds a run of another configuration ({said}): move it away, or give another folder")
+    what = f"{where} holds a run of another configuration"
+    refuse(changes(before, now), what, "move it away, or give another folder")
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -3,7 +3,7 @@
 ``config.json`` the configuration; ``metrics.jsonl`` a line for every logged step and every evaluation; ``train.log``
 the same for people; ``model.safetensors`` the last weights; ``best.safetensors`` those with the best AP on the
 validation pictures; ``checkpoints/`` what a run needs to go on: the last few, and ``best.pt``; ``figures/`` curves and
-pictures.
+pictures; ``lock.json`` which process writes here (:mod:`regolite.lock`).
 
 A disk that is full ends no run. Lines of metrics wait in memory until they can be written, a checkpoint waits for the
 next one's time, and those that are there are kept. Only what is written at the end has to succeed.
@@ -12,21 +12,44 @@ next one's time, and those that are there are kept. Only what is written at the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
 import os
 import shutil
+import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from regolite import processes
 from regolite.checkpoint import write_atomic
-from regolite.errors import UserError
+from regolite.errors import UserError, not_writable
+from regolite.lock import locked
 from regolite.progress import Status
+
+
+@contextlib.contextmanager
+def only_writer(path: str | Path) -> Iterator[None]:
+    """Hold the lock of a run's folder; of several processes the first one holds it for all.
+
+    Raises:
+        UserError: in all processes, when somebody else writes there, or nobody can.
+    """
+    with contextlib.ExitStack() as held:
+        problem = ""
+        if processes.rank() == 0:
+            try:
+                held.enter_context(locked(path))
+            except UserError as error:
+                problem = str(error)
+        if problem := processes.from_first(problem):
+            raise UserError(problem)
+        yield
 
 
 class RunFolder:
@@ -39,7 +62,7 @@ class RunFolder:
         keep: how many checkpoints to keep, apart from the best.
 
     Raises:
-        UserError: when there is a run already and it is not to be resumed.
+        UserError: when there is a run already and it is not to be resumed, or the folder cannot be written.
     """
 
     def __init__(
@@ -51,8 +74,12 @@ class RunFolder:
             raise UserError(f"output {self.path} is a file; give a folder")
         if (self.path / "config.json").exists() and not resume:
             raise UserError(f"{self.path} holds a run already; go on with it (resume) or give another output folder")
-        for folder in (self.path, self.checkpoints, self.figures):
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in (self.path, self.checkpoints, self.figures):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._check_writable()
+        except OSError as error:
+            raise not_writable(error, self.path) from error
         self.log = logging.getLogger(f"regolite.run.{self.path.resolve()}")
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
@@ -60,6 +87,28 @@ class RunFolder:
         handler = _LogFile(self.path / "train.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self.log.addHandler(handler)
+
+    def _check_writable(self) -> None:
+        """Try to write wherever the run will, now and not after an hour.
+
+        Raises:
+            OSError: something cannot be written.
+        """
+        for folder in (self.path, self.checkpoints, self.figures, self.path / "tensorboard"):
+            if folder.exists():
+                try:
+                    with tempfile.TemporaryFile(dir=folder) as file:
+                        file.write(bytes(4096))
+                        file.flush()
+                        os.fsync(file.fileno())  # some file systems notice only now that they are full
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(folder)) from error  # not the temporary file's name
+        for file in (self.metrics, self.path / "train.log"):
+            if file.exists():
+                open(file, "ab").close()
+        for name in ("config.json", "model.safetensors", "best.safetensors"):  # written beside their place and renamed
+            if (self.path / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path / name))
 
     def close(self) -> None:
         """Close ``train.log``."""
@@ -95,10 +144,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """What ``config.json`` holds; nothing where there is none, or a damaged one."""
-        try:
-            return json.loads((self.path / "config.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            return {}
+        return read_config(self.path)
 
     def write_metrics(self, line: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``, now or when there is space again."""
@@ -166,11 +212,10 @@ class RunFolder:
     def load_state(self) -> dict[str, Any] | None:
         """The newest checkpoint, or None where there is none yet.
 
-        A damaged one is passed over for the one before, or the best one at last, and that is said. Lines of metrics
-        that were written after the checkpoint are dropped: the run will write them again.
+        A damaged one is passed over for the one before, or the best one at last, and that is said.
 
         Raises:
-            UserError: when every checkpoint is damaged.
+            UserError: when every checkpoint is damaged, or gone while the weights are there.
         """
         best = self.checkpoints / "best.pt"
         paths = self._states() + [best] * best.exists()
@@ -181,11 +226,14 @@ class RunFolder:
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
                 self.warn(f"checkpoint {path.name} is damaged ({reason}); going on from the one before")
             else:
-                self._cut_metrics(state.get("metrics"))
                 return state
         if paths:
             raise UserError(f"no checkpoint in {self.checkpoints} can be read; delete {self.path} to start anew")
-        self._cut_metrics(0)
+        if (self.path / "model.safetensors").exists():
+            raise UserError(
+                f"{self.path} holds trained weights, but no checkpoint to go on from: put {self.checkpoints} back, or "
+                "give another output folder"
+            )
         return None
 
     def last_step(self) -> int | None:
@@ -205,8 +253,13 @@ class RunFolder:
         """The checkpoints, the newest first."""
         return sorted(self.checkpoints.glob("step_*.pt"), reverse=True)
 
-    def _cut_metrics(self, size: int | None) -> None:
-        """Keep so many bytes of the metrics."""
+    def cut_metrics(self, state: dict[str, Any] | None) -> None:
+        """Drop the lines of metrics that were written after a checkpoint: the run will write them again.
+
+        Args:
+            state: the checkpoint; None for the beginning of the run.
+        """
+        size = 0 if state is None else state.get("metrics")
         if size is not None and self.metrics.exists() and self.metrics.stat().st_size > size:
             os.truncate(self.metrics, size)
 
@@ -216,6 +269,15 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         pass
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` in the folder of a run holds; nothing where there is none, or a damaged one."""
+    try:
+        found = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -33,11 +33,12 @@ from regolite.signals import stop
 from regolite.structures import DetectorOutput, Target
 from regolite.training.batches import EpochBatches, Part, loader, steps
 from regolite.training.config import RunConfig
-from regolite.training.folder import RunFolder
+from regolite.training.folder import RunFolder, only_writer
 from regolite.training.kernels import fastest_kernels
 from regolite.training.launch import launch
 from regolite.training.metrics import TensorBoard, Window, timed
 from regolite.training.recompute import keep, recompute
+from regolite.training.resume import describe_run
 from regolite.training.schedule import lr_factor, parameter_groups
 from regolite.training.setup import is_to_launch, make_accelerator, prepare_data, resampled
 from regolite.training.state import State
@@ -61,7 +62,8 @@ def train(
         The folder of the run, see :mod:`regolite.training.folder`.
 
     Raises:
-        UserError: when something in the configuration can't be had.
+        UserError: when something in the configuration can't be had, when the run to resume is another one
+            (:mod:`regolite.training.resume`), or when another process writes to its folder.
         NonFiniteLoss: when the loss stops being a number; the last checkpoint stays.
         RunStopped: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the step is finished and saved, see
             :mod:`regolite.signals`.
@@ -69,25 +71,41 @@ def train(
     if is_to_launch(config, watch, model):
         return launch(config)
     accelerator = make_accelerator(config)
-    device = accelerator.device
     train_set, val_set, model_config = prepare_data(config, model)
     shown_set = resampled(config, train_set)
     config = replace(config, model=model_config.preset)
     if config.tensorboard and accelerator.is_main_process:
         watch = TensorBoard(Path(config.output) / "tensorboard", watch)
-    folder = _folder(config, watch, accelerator)
+    with only_writer(config.output):
+        folder = _folder(config, watch, accelerator)
+        return _train(config, model_config, model, folder, accelerator, train_set, shown_set, val_set)
+
+
+def _train(
+    config: RunConfig,
+    model_config: ModelConfig,
+    model: nn.Module | None,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    train_set: DetectionDataset,
+    shown_set: DetectionDataset,
+    val_set: DetectionDataset,
+) -> Path:
+    """Train with all that :func:`train` has prepared; no other process writes to the folder."""
+    device = accelerator.device
     set_seed(config.seed)
     model = _model(config, model_config, model, device, folder)
     set_loss = SetLoss(model_config.loss, model.scoring)
     fused = True if device.type == "cuda" else None  # one kernel for all weights
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-    state = State(folder, model, optimizer, average, accelerator)
+    described = describe_run(config, model_config, train_set, val_set)
+    state = State(folder, model, optimizer, average, accelerator, described)
     if config.resume:
-        state.restore(config.data, model_config.category_ids)
+        state.restore()
     progress = state.progress
     if accelerator.is_main_process:
-        folder.write_config({"run": config.to_dict(), "model": model_config.to_dict()})
+        folder.write_config({"run": described["run"], "model": described["model"]})
         _announce(config, state, len(shown_set))
 
     if config.recompute:
@@ -210,7 +228,7 @@ def _model(
     model = build(model_config) if given is None else given
     model.model_config = model_config
     model.to(device)
-    if config.checkpoint is not None:
+    if config.checkpoint is not None and not (config.resume and folder.last_step()):
         anew = load_weights(model, config.checkpoint, new_classes=True, new_stages=True)
         heads = class_head_names(anew)
         what = ["classes that it does not name"] * bool(heads) + ["all of REGO"] * (len(anew) > len(heads))

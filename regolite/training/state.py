@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from regolite.errors import UserError
 from regolite.signals import stop
 from regolite.training.folder import RunFolder
 from regolite.training.metrics import Window
+from regolite.training.resume import compare_runs
 
 T = TypeVar("T")
 
@@ -61,6 +62,8 @@ class State:
         optimizer: how it learns.
         average: the moving average of its weights, if there is one.
         accelerator: the processes; the first of them writes.
+        config: what checkpoints keep of the configuration and the data, see
+            :func:`regolite.training.resume.describe_run`.
 
     Attributes:
         progress: how far the run has come.
@@ -74,7 +77,9 @@ class State:
         optimizer: torch.optim.Optimizer,
         average: AveragedModel | None,
         accelerator: Accelerator,
+        config: dict[str, Any],
     ) -> None:
+        self.config = config
         self.folder, self.model, self.optimizer, self.average = folder, model, optimizer, average
         self.accelerator, self.progress, self.window = accelerator, Progress(), Window()
 
@@ -112,6 +117,7 @@ class State:
         scaler = self.accelerator.scaler
         state = {
             **vars(self.progress),
+            "config": self.config,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -164,25 +170,32 @@ class State:
 
     # --------------------------------------------------------------------------------------------------- going on
 
-    def restore(self, data: str, category_ids: tuple[int, ...]) -> None:
-        """Go on from the newest checkpoint, where there is one.
-
-        Args:
-            data: the data set, by its name.
-            category_ids: its categories. A class head of the right size would take any.
+    def restore(self) -> None:
+        """Go on from the newest checkpoint, where there is one. Changes of the configuration are logged.
 
         Raises:
-            UserError: when the run in the folder is one of another model or on other categories.
+            UserError: when the run in the folder is another one: of another configuration, model or data set. Nothing
+                in the folder is changed then.
         """
-        before = self.folder.read_config().get("model", {}).get("category_ids")
-        if before is not None and tuple(before) != category_ids:
-            raise UserError(
-                f"{self.folder.path} holds a run on other categories than those of {data}: go on with the data that it "
-                "was begun with, or give another output folder"
-            )
         state = self.folder.load_state()
         if state is None:
+            self.folder.cut_metrics(None)
             return
+        before = state.get("config") or self.folder.read_config()  # older checkpoints leave it to config.json
+        changed, unknown = compare_runs(before, self.config, self.folder.path)
+        if (self.average is None) != (state["average"] is None):  # where the configuration is lost
+            has = "no moving average" if state["average"] is None else "a moving average"
+            raise UserError(
+                f"{self.folder.path} holds a run with {has} of the weights: go on with the ema that it was begun with, "
+                "or give another output folder"
+            )
+        if unknown:
+            self.folder.warn(
+                f"the checkpoint in {self.folder.path}, of an earlier version, does not say {' and '.join(unknown)} it "
+                "was made with: make sure that they are the same"
+            )
+        for change in changed:
+            self.folder.log.info("changed since the run began: %s", change)
         groups = self.optimizer.param_groups
         try:
             self.model.load_state_dict(state["model"])
@@ -194,9 +207,10 @@ class State:
             raise UserError(
                 f"{self.folder.path} holds a run of another model ({str(error).splitlines()[0]})"
             ) from error
-        if self.average is not None and state["average"] is not None:
+        if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.folder.cut_metrics(state)
         self.progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
         self.window = Window(**state.get("window", {}))
