@@ -305,6 +305,11 @@ class TestEvaluate:
 
 
 class TestDetect:
+    def test_without_a_checkpoint_it_is_the_everyday_detector(self, tmp_path):
+        words = ["--threshold", "0.4", "--output", str(tmp_path / "found")]
+        assert main(["detect", "data/coco_tiny/images/000000555705.jpg", *words]) == 0
+        assert [one["label"] for one in read(tmp_path / "found" / "detections.json")] == ["cat", "cat"]
+
     def test_writes_pictures_and_json(self, run, checkpoint, pictures, tmp_path, capsys):
         whole, output = [pictures[0], pictures[2]], tmp_path / "found"
         words = [*map(str, whole), "--output", str(output), "--threshold", "0.05"]

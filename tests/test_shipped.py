@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import regolite
+from regolite.checkpoint import EVERYDAY
 from regolite.data import CocoFolder, make_transform, open_data
+from regolite.evaluation import with_shared_classes
 from regolite.experiments.statistics import read_results
 from regolite.experiments.table import PROTOCOL, TEST
 
@@ -35,6 +37,30 @@ def test_finds_the_teddy_bears_of_the_readme(model):
     picture = ROOT / "data" / "coco_tiny" / "images" / "000000000491.jpg"
     [found] = regolite.detect(model, picture, threshold=0.5)
     assert [model.model_config.classes[label] for label in found.labels] == ["teddy bear"] * 4
+
+
+class TestEveryday:
+    @pytest.fixture(scope="class")
+    def everyday(self):
+        return regolite.load()
+
+    def test_finds_objects_in_images_that_it_has_never_seen(self, everyday):
+        config = everyday.model_config
+        transform = make_transform(config.augment, config.image_size, train=False)
+        unseen = with_shared_classes(open_data(ROOT / "data" / "coco_tiny", "train+val", transform), config)
+        assert len(unseen) == 158 and len(unseen.classes) == 20
+        figures = regolite.evaluate(everyday, unseen, progress=False)
+        base, *_, last = figures["stages"]
+        assert last["AP50"] >= 25
+        assert last["AP"] > base["AP"]
+
+    def test_is_what_its_preset_builds(self, everyday):
+        config = everyday.model_config
+        named = {"classes": config.classes, "category_ids": config.category_ids}
+        assert config == regolite.configure("rego_deformable_detr_everyday", **named)
+
+    def test_fits_in_16_megabytes(self):
+        assert EVERYDAY.stat().st_size <= 16 * 2**20
 
 
 def test_the_other_one_knows_scenes():
