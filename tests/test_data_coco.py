@@ -336,7 +336,7 @@ def test_an_outline_alone_gives_the_box(folder):
         ("100%.png", "images/100%.png"),
         ("a.png", "images/train/a.png"),
         ("a.png", "annotations/a.png"),
-        ("C:\\Users\\me\\a.png", "images/deep/a.png"),
+        ("D:\\photos\\a.png", "images/deep/a.png"),
         ("/data/upload/a.png", "train2017/a.png"),
     ],
 )

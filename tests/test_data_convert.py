@@ -380,7 +380,7 @@ def rename(file: Path, names) -> None:
         ("result.json", "images", "images\\{}"),
         ("result.json", "images", "./images/{}"),
         ("result.json", "images", "/data/upload/3/{}"),
-        ("result.json", "images", "C:\\Users\\me\\images\\{}"),
+        ("result.json", "images", "D:\\photos\\images\\{}"),
         ("result.json", "my images", "my%20images/{}"),
         ("result.json", ".", "{}"),
         ("result.json", "deep/er", "{}"),

@@ -180,6 +180,7 @@ def mended(place: Path, coco: Path, broken: Path) -> Path:
 def evaluation(place: Path, coco: Path, mended: Path) -> Path:
     model, output = mended / "model.safetensors", place / "evaluation"
     parameters = {"checkpoint": str(model), "data": str(coco), "output": str(output), "threshold": 0.3}
+    parameters |= {"splits": ["train", "val"], "shared_classes": False}
     finish(papermill(place, "21_evaluate_coco.ipynb", "21.ipynb", parameters))
     return output
 

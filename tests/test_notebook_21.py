@@ -152,7 +152,7 @@ def test_papermill_refuses_a_misspelt_parameter(tmp_path: Path):
 @pytest.mark.slow
 def test_papermill_refuses_a_checkpoint_of_other_categories(checkpoint: Path, tmp_path: Path):
     words = ["-p", "checkpoint", str(checkpoint), "-p", "data", str(ROOT / "data" / "coco_tiny"), "-p", "output", "out"]
-    done = run(tmp_path, *words)
+    done = run(tmp_path, *words, "-p", "shared_classes", "False")
     assert done.returncode == 1
     assert last_line(done).startswith("UserError: the data has categories that the model does not know")
 

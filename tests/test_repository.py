@@ -140,7 +140,9 @@ def test_no_file_names_a_path_of_somebodys_machine():
 
 def test_no_file_is_too_big_for_git():
     big = {str(path.relative_to(ROOT)): path.stat().st_size for path in versioned_files()}
-    assert not {name: size for name, size in big.items() if size > 12_000_000}
+    assert not {
+        name: size for name, size in big.items() if size > 16 * 2**20
+    }  # the most that a shipped checkpoint may have
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -124,7 +124,7 @@ def override(old, new):
     ],
 )  # fmt: skip
 def test_another_configuration_is_refused_by_name(config, monkeypatch, changes, said):
-    monkeypatch.setattr(loop, "with_copy_paste", lambda config, dataset: dataset)  # scenes have no outlines
+    monkeypatch.setattr(loop, "resampled", lambda config, dataset: dataset)  # scenes have no outlines
     assert said in refused(config(**changes))
 
 
