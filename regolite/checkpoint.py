@@ -111,9 +111,10 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
             f"{len(unexpected)} are unknown ({', '.join(unexpected[:2])}); build the model of its own configuration"
         )
     if new_classes and classes != (ours := model.model_config.classes):
+        by_class = getattr(model.model_config.detector, "token_queries", False)
         for key in class_head_names(set(own) & set(stored)):
             if own[key].shape[1:] == stored[key].shape[1:]:
-                stored[key], is_whole = _rows_by_name(key, own[key], stored[key], ours, classes)
+                stored[key], is_whole = _rows_by_name(key, own[key], stored[key], ours, classes, by_class)
                 kept.update([] if is_whole else [key])
     for key, value in stored.items():
         if own[key].shape != value.shape:
@@ -145,12 +146,15 @@ def load(path: str | Path = EVERYDAY, device: str | torch.device = "cpu") -> nn.
 
 
 def class_head_names(names: Iterable[str]) -> list[str]:
-    """Which of a model's weights belong to class heads: the base detector's, its proposals' and the stages'."""
-    return [key for key in names if {"class_head", "class_heads"} & set(key.split("."))]
+    """Which of a model's weights have one row per class.
+
+    They are those of class heads (the base detector's, its proposals' and the stages') and of noised queries.
+    """
+    return [key for key in names if {"class_head", "class_heads", "noised_queries"} & set(key.split("."))]
 
 
 def _rows_by_name(
-    key: str, own: Tensor, stored: Tensor, ours: Sequence[str], theirs: Sequence[str]
+    key: str, own: Tensor, stored: Tensor, ours: Sequence[str], theirs: Sequence[str], proposals_by_class: bool
 ) -> tuple[Tensor, bool]:
     """A class head of ours with the checkpoint's rows of the classes that both know, and whether no row is ours.
 
@@ -160,7 +164,9 @@ def _rows_by_name(
     if (len(own), len(stored)) == (len(ours) + 1, len(theirs) + 1):  # a softmax: the last column is "no object"
         rows.append((len(ours), len(theirs)))
     is_whole = len(rows) == len(own)
-    if "proposals" in key.split("."):  # these know one class only, object, in the first column
+    if (
+        "proposals" in key.split(".") and not proposals_by_class
+    ):  # these know one class only, object, in the first column
         rows, is_whole = [(0, 0)], True
     mixed = own.clone()
     for here, there in rows:

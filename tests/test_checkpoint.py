@@ -230,6 +230,20 @@ def test_rows_of_classes_that_both_name_are_taken_over(name, tmp_path):
             assert torch.equal(now[key][5], stored[key][4]), "no object"
 
 
+def test_proposals_of_classes_and_noised_queries_are_taken_over_by_name(tmp_path):
+    fast = {"token_queries": True, "denoising": True}
+    first = small("deformable_detr_two_stage_scenes", classes=("cat", "dog"), num_classes=2, **fast)
+    save_model(first, tmp_path / "model.safetensors")
+    model = small("deformable_detr_two_stage_scenes", classes=("dog", "emu", "cat"), num_classes=3, **fast)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    kept = load_weights(model, tmp_path / "model.safetensors", new_classes=True)
+    stored, now = first.state_dict(), model.state_dict()
+    rows = [key for key in own if own[key].shape != stored[key].shape]
+    assert kept == rows and any("proposals" in key for key in rows) and any("noised" in key for key in rows)
+    for key in rows:
+        assert torch.equal(now[key][[0, 2]], stored[key][[1, 0]]) and torch.equal(now[key][1], own[key][1]), key
+
+
 def test_a_base_detectors_checkpoint_lets_rego_start_anew(tmp_path):
     base, model = small("deformable_detr_scenes"), small("rego_deformable_detr_scenes")
     save_model(base, tmp_path / "base.safetensors")
