@@ -39,8 +39,8 @@ class LossConfig:
             are only candidates, so more than one may be right (one-to-many matching).
         stage_matching: ``"own"``, the paper's: every layer of a stage is matched with the ground truth independently.
             With ``"base"`` a query keeps, through all stages, the object that it has in the base detector's last layer.
-            Then H_dec(0) already tells which of several queries on an object is the one to score high; with few images
-            to learn from, independently matched stages score several.
+            Then H_dec(0) already tells which of several queries on an object is the one to score high. In short
+            trainings on few images, independently matched stages scored several of them.
     """
 
     label: float = 2.0
