@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torchvision.ops import box_iou
 
 import regolite
 from regolite.exercises import Mistake, find
+
+IMAGES = Path(__file__).resolve().parents[2] / "data" / "coco_tiny" / "images"
 
 
 def says(number, *answer):
@@ -18,26 +22,40 @@ def says(number, *answer):
         return str(mistake)
 
 
+@pytest.fixture(scope="module")
+def counts():
+    """How many detections remain at 0.35, 0.5 and 0.7; more at each lower one, so that they can be told apart."""
+    [found] = regolite.detect(regolite.load(), IMAGES / "000000234748.jpg", threshold=0.0)
+    remain = tuple(len(found.above(threshold)) for threshold in (0.35, 0.5, 0.7))
+    assert remain[0] > remain[1] >= remain[2]
+    return remain
+
+
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("change", "message"),
     [
-        ((5, 3, 0), "guesses that nobody should believe"),
-        ((4, 3, 0), "at a threshold of 0.3 more than 4"),
-        ((5, 4, 0), "at a threshold of 0.7 fewer than 4"),
-        ((5, 3, 1), "at a threshold of 0.9 fewer than 1"),
+        ((0, 0, 0), "guesses that nobody should believe"),
+        ((-1, 0, 0), "at a threshold of 0.35 more than {}"),
+        ((0, 1, 0), "at a threshold of 0.5 fewer than {}"),
+        ((0, 0, 1), "at a threshold of 0.7 fewer than {}"),
     ],
 )
-def test_thresholds(answer, message):
-    assert message in says("0.1", *answer)
+def test_thresholds(counts, change, message):
+    answer = [count + more for count, more in zip(counts, change)]
+    wrong = [said for said, more in zip(answer, change) if more]
+    assert message.format(*wrong) in says("0.1", *answer)
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda m, p, stages: regolite.detect(m, p, threshold=0.5, stages=stages)[0], "the base detector is left"),
-        (lambda m, p, stages: regolite.detect(m, p, threshold=0.5)[0], "that of all three"),
-        (lambda m, p, stages: regolite.detect(m, p, stages=stages), "one entry a picture"),
-        (lambda m, p, stages: regolite.detect(m, p, stages=max(stages - 1, 0))[0], "stages=3 the answer is that of 2"),
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.3, stages=stages)[0], "the base detector is left"),
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.3)[0], "that of all three"),
+        (lambda m, p, stages: regolite.detect(m, p, stages=stages), "one entry an image"),
+        (
+            lambda m, p, stages: regolite.detect(m, p, 0.3, stages=max(stages - 1, 0))[0],
+            "stages=3 the answer is that of 2",
+        ),
         (lambda m, p, stages: regolite.detect(m, p, threshold=0.0, stages=stages)[0], "and there are 100"),
         (lambda m, p, stages: None, "and is nothing"),
     ],
