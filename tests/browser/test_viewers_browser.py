@@ -27,9 +27,10 @@ from regolite.inspect.canvas import shades_of
 from regolite.inspect.viewers import Explorer
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "notebooks" / "13_look_inside.ipynb"  # in which `Explorer(load(CHECKPOINT), ALBUM)` stands
-CHECKPOINT = ROOT / "data" / "checkpoints" / "rego_deformable_detr_tiny.safetensors"
-*ALBUM, OWN, NAMED = (ROOT / f"data/coco_tiny/images/{number:012}.jpg" for number in (599, 86, 450, 72, 491, 30))
+NOTEBOOK = ROOT / "notebooks" / "13_look_inside.ipynb"  # in which `Explorer(regolite.load(), ALBUM)` stands
+*ALBUM, OWN, NAMED = (
+    ROOT / f"data/coco_tiny/images/{number:012}.jpg" for number in (475546, 529, 234748, 555705, 599, 418281)
+)
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -113,7 +114,7 @@ def hand(tmp_path_factory):
     shutil.copytree(ROOT / "data", folder / "root" / "data")
     shutil.copy(NOTEBOOK, notebooks)
     shutil.copytree(NOTEBOOK.parent / "results", notebooks / "results")
-    mirror = Explorer(regolite.load(CHECKPOINT), ALBUM)
+    mirror = Explorer(regolite.load(), ALBUM)
     with jupyterlab(folder) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 900, "height": 900})
@@ -439,7 +440,7 @@ class Hand:
 
 def use_asking(hand, last):
     viewer = hand.viewer
-    hand.use_slider("Least score", viewer.threshold, "threshold", 0.7)
+    hand.use_slider("Least score", viewer.threshold, "threshold", 0.2)
     hand.use_boxes()
     objects = [query for _, query in viewer.object.options]
     hand.use_choice("Object", viewer.object, "query", next(q for q in objects if q != viewer.object.value))
@@ -469,7 +470,7 @@ def test_sampling(hand):
 def test_stages(hand):
     hand.open("Stages")
     viewer = hand.viewer
-    hand.use_slider("Least score", viewer.threshold, "threshold", 0.7)
+    hand.use_slider("Least score", viewer.threshold, "threshold", 0.2)
     hand.use_slider("Stage", viewer.stage, "stage", 0.0)
     hand.use_boxes()
     objects = [query for _, query in viewer.object.options]
