@@ -29,7 +29,7 @@ VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 EVERYDAY = ROOT / "data" / "checkpoints" / "rego_deformable_detr_everyday.safetensors"
 
-# What makes a run of minutes learn; the notebook's own parameters are a rehearsal on 8 small images.
+# What makes a run of minutes learn; the notebook's own parameters are a rehearsal of a few steps.
 RECIPE = {
     "epochs": 2000,  # more than the minutes allow: time ends the run, and the schedule with it
     "limit_images": None,
@@ -171,7 +171,8 @@ def demo(args, rest):
     executed = run / "20_train_coco.ipynb"
     words = ["-r", "data", data, "-r", "output", run, "-p", "max_minutes", args.minutes]
     # Another model starts from its backbone's weights. Data of others may have no masks to cut objects out along.
-    words += ["-r", "model", args.model or EVERYDAY.stem] + ([] if args.model else ["-r", "checkpoint", EVERYDAY])
+    words += ["-r", "model", args.model or EVERYDAY.stem]
+    words += ["-p", "checkpoint", "None"] if args.model else ["-r", "checkpoint", EVERYDAY]
     for name, value in dict(RECIPE, copy_paste=0.0 if args.data else 0.5).items():
         words += ["-p", name, value]
     # The folder that Jupyter and the tests run the notebook in, so that it sees the same relative paths everywhere.
@@ -356,7 +357,7 @@ def main():
         parsers[name].set_defaults(do=task)
     parsers["demo"].add_argument("--minutes", type=float, default=5.0, help="minutes of training (default 5)")
     parsers["demo"].add_argument("--data", help="a COCO-format folder (default data/coco_tiny)")
-    parsers["demo"].add_argument("--model", help="a preset (default: the notebook's)")
+    parsers["demo"].add_argument("--model", help="a preset, trained from its backbone (default: the everyday detector)")
     parsers["demo"].add_argument("--run", help="the folder to write (default runs/demo-DATE-TIME)")
     parsers["notebooks"].add_argument("names", nargs="*", metavar="NOTEBOOK", help="default: all")
     args, rest = parser.parse_known_args()

@@ -2,7 +2,8 @@
 
 The public face::
 
-    model = regolite.build("rego_deformable_detr_tiny", num_classes=80)   # or regolite.load("model.safetensors")
+    model = regolite.load()                                               # the everyday detector, or load("FILE")
+    model = regolite.build("rego_deformable_detr_everyday", num_classes=80)  # a new one, to train
     [found] = regolite.detect(model, "picture.jpg", threshold=0.5)
     folder = regolite.train(regolite.RunConfig(data="data/coco_tiny", output="runs/mine"))
     figures = regolite.evaluate(model, dataset)

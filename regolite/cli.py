@@ -3,7 +3,8 @@
 ::
 
     regolite presets
-    regolite train --data data/coco_tiny --model rego_deformable_detr_tiny --output runs/mine --max-minutes 30 --resume
+    regolite train --data data/mine --model rego_deformable_detr_everyday --output runs/mine --max-minutes 30 --resume \
+        --checkpoint data/checkpoints/rego_deformable_detr_everyday.safetensors --schedule one_cycle --batch-size 4
     regolite evaluate --checkpoint runs/mine/best.safetensors --data data/coco_tiny --json figures.json
     regolite detect --checkpoint runs/mine/best.safetensors street.jpg harbour.png --output found
     regolite convert my_export --output data/mine
@@ -294,8 +295,19 @@ def convert(arguments: argparse.Namespace) -> int:
     from regolite.data import convert as convert_data
 
     print(convert_data(arguments.source, arguments.output, arguments.val, arguments.seed))
-    print(f"\nnext: {_program()} train --data {arguments.output} --model rego_deformable_detr_tiny --output runs/mine")
+    print(f"\nnext: {_program()} {_fine_tune(arguments.output, 'mine')}")
     return 0
+
+
+def _fine_tune(data: Path, name: str) -> str:
+    """The command that fine-tunes the everyday detector on a small data folder for half an hour."""
+    from regolite.checkpoint import EVERYDAY
+
+    here = Path.cwd()
+    file = EVERYDAY.relative_to(here) if EVERYDAY.is_relative_to(here) else EVERYDAY
+    start = f"--model {file.stem} --checkpoint {shlex.quote(str(file))}"
+    how = "--schedule one_cycle --batch-size 4 --max-minutes 30"
+    return f"train --data {shlex.quote(str(data))} {start} --output runs/{name} {how}"
 
 
 def complexity(arguments: argparse.Namespace) -> int:
@@ -393,8 +405,7 @@ def data(arguments: argparse.Namespace) -> int:
     fetch.fetch_dataset(arguments.name, root, arguments.mirror)
     print(prepare.check_coco(root, fetch.SPLITS))
     print(f"\n{fetch.SOURCES[arguments.name]}\n\nThe dataset is in {root}; its source and license are in SOURCES.md")
-    example = f"train --data {root} --model rego_deformable_detr_tiny --output runs/{arguments.name}"
-    print(f"\nnext: {_program()} {example}")
+    print(f"\nnext: {_program()} {_fine_tune(root, arguments.name)}")
     return 0
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 import regolite
 from regolite import RunConfig, UserError
-from regolite.cli import main
+from regolite.checkpoint import read_config
+from regolite.cli import _fine_tune, main
 
 DATA = "scenes:4:val=2:size=64"
 TINY = "--set queries=20 dim=32 ffn_dim=64 encoder_layers=1 decoder_layers=2 rego_stages=2 rego_ffn_dim=64"
@@ -167,6 +168,11 @@ class TestTrain:
         again = line.partition(": regolite ")[2]
         config = trained_with(monkeypatch, tmp_path, again)
         assert config == RunConfig(data="my data", model="m", output="o", lr=1e-3, resume=True)
+
+    def test_the_command_that_others_recommend_fine_tunes_the_everyday_detector(self, monkeypatch, tmp_path):
+        config = trained_with(monkeypatch, tmp_path, _fine_tune(Path("my data"), "mine"))
+        assert config.data == "my data" and config.output == "runs/mine"
+        assert read_config(config.checkpoint).preset == config.model == RunConfig().model
 
 
 class TestEvaluate:

@@ -206,7 +206,7 @@ class TestCommands:
         left = RunConfig.of({**rehearsal, **one.settings(), "data": "d", "output": "o"})
         wanted = asdict(one.config("d", "o"))
         differ = {name for name, value in asdict(left).items() if value != wanted[name]}
-        assert differ <= {"evaluate_every", "evaluate_train", "log_every"}
+        assert differ <= {"evaluate_every", "evaluate_start", "evaluate_train", "log_every"}
 
 
 class TestTable:

@@ -1,6 +1,6 @@
 """The trainings of notebook 12 that go wrong, each by one mistake, and one that does not: their curves.
 
-`python notebooks/results/sick_runs.py` writes `12_sick_runs.json` beside itself, in about 4 minutes of one CPU core.
+`python notebooks/results/sick_runs.py` writes `12_sick_runs.json` beside itself, in about 3 minutes of one CPU core.
 Which letter is which mistake stands below: solve exercise 12.4 first.
 """
 
@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import regolite
 from regolite.boxes import to_xyxy
+from regolite.checkpoint import EVERYDAY, load_weights
 from regolite.data import collate, make_transform, open_data
 from regolite.detection import to_detections
 from regolite.evaluation.coco import average_precision, to_results
@@ -23,8 +24,8 @@ from regolite.losses import SetLoss
 from regolite.training.schedule import lr_factor, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
-PHOTOGRAPHS = (9, 17, 22, 27)  # of the validation pictures, as in the notebook
-STEPS = 40
+PHOTOGRAPHS = (5, 14, 17, 21)  # of the validation images, as in the notebook
+STEPS = 30
 MISTAKES = {
     "healthy": "",
     "A": "only the stages were handed to the optimiser",
@@ -38,7 +39,7 @@ RATES = {"B": 40, "D": 1 / 50}
 
 
 def measure(model, images, targets, dataset):
-    """AP of every stage on the pictures that are learnt."""
+    """AP of every stage on the images that are learnt."""
     keep, truth = {target.image_id for target in targets}, COCO()
     truth.dataset = dict(dataset.coco.dataset)
     truth.dataset["images"] = [entry for entry in truth.dataset["images"] if entry["id"] in keep]
@@ -59,12 +60,14 @@ def measure(model, images, targets, dataset):
 def train(name):
     """One training and its curves."""
     torch.manual_seed(0)
-    model = regolite.load(ROOT / "data/checkpoints/rego_deformable_detr_tiny.safetensors")
     dataset = open_data(ROOT / "data/coco_tiny", "val", make_transform("none", 192))
+    names = {"classes": dataset.classes, "category_ids": dataset.category_ids}
+    model = regolite.build(regolite.configure("rego_deformable_detr_everyday", **names))
+    load_weights(model, EVERYDAY, new_classes=True)
     images, targets = collate([dataset[i] for i in PHOTOGRAPHS], multiple=32)
     shown = targets
     config = regolite.RunConfig(
-        lr=5e-4 * RATES.get(name, 1), sampling_lr=1.0, schedule="one_cycle", warmup=0.1, clip=0.1
+        lr=1e-3 * RATES.get(name, 1), sampling_lr=1.0, schedule="one_cycle", warmup=0.1, clip=0.1
     )
     if name == "C":
         targets = [type(t)(t.labels, to_xyxy(t.boxes), t.image_id, t.size) for t in targets]
@@ -80,7 +83,8 @@ def train(name):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         model.train()
-        loss, terms = set_loss(model(images), targets)
+        torch.manual_seed(step)  # of the noise
+        loss, terms = set_loss(model(images, targets=targets), targets)
         if name != "zero_grad forgotten":
             optimizer.zero_grad()
         loss.backward()

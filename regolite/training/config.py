@@ -22,7 +22,7 @@ class RunConfig:
     """What to train, on what, and how. The defaults are those of Deformable DETR on COCO (its appendix A.4)."""
 
     data: str = _option("data/coco_tiny", "folder in COCO format, or scenes (see regolite.data.open_data)")
-    model: str = _option("rego_deformable_detr_tiny", "name of a preset, see `regolite presets`")
+    model: str = _option("rego_deformable_detr_everyday", "name of a preset, see `regolite presets`")
     output: str = _option("runs/rego", "folder of the run")
     overrides: tuple[str, ...] = _option((), "changes of the preset, as in queries=50 stages=2")
     checkpoint: str | None = _option(None, "start from the weights of this file, a checkpoint or a published one")
