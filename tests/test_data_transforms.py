@@ -6,7 +6,15 @@ from PIL import Image, ImageDraw
 from torchvision import tv_tensors
 
 from regolite.data import make_transform
-from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD, TRANSFORMS, RandomSizeCrop, detr_train, detr_val
+from regolite.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TRANSFORMS,
+    RandomSizeCrop,
+    RandomZoom,
+    detr_train,
+    detr_val,
+)
 from regolite.errors import UserError
 
 WIDTH, HEIGHT = 320, 220
@@ -49,15 +57,15 @@ def test_rectangles_stay_in_their_boxes(name, size, train):
 
 def test_every_step_occurs():
     """Flips and crops do happen, or the test above proves little."""
-    shapes, flipped, dropped = set(), 0, 0
+    sizes, flipped, dropped = set(), 0, 0
     for seed in range(40):
         levels, boxes, labels = apply(make_transform("laptop_crop", 160), seed)
-        shapes.add(levels.shape)
+        sizes.add(tuple(boxes[0, 2:] - boxes[0, :2]) if len(boxes) else ())
         dropped += len(labels) < 3
         centres = {label: box[[0, 2]].mean() for label, box in zip(labels.tolist(), boxes, strict=True)}
         if 0 in centres and 1 in centres:
             flipped += bool(centres[0] > centres[1])
-    assert len(shapes) > 20
+    assert len(sizes) > 15  # half of the windows are the whole image
     assert flipped in range(8, 32)
     assert dropped > 1
 
@@ -87,6 +95,18 @@ def test_crop_window():
     assert len(set(windows)) > 40
     small = Image.new("RGB", (50, 60))
     assert crop(small).size == (50, 60)
+
+
+def test_zoomed_images_keep_their_shape():
+    """So batches of images of one shape need no padding."""
+    torch.manual_seed(0)
+    windows = [RandomZoom(0.5)(picture()).size for _ in range(50)]
+    shares = [width / WIDTH for width, _ in windows]
+    assert 0.5 <= min(shares) < 0.6 and 0.9 < max(shares) <= 1
+    assert all(abs(height / HEIGHT - share) <= 1 / HEIGHT for (_, height), share in zip(windows, shares))
+    assert RandomZoom(0.5)(Image.new("RGB", (1, 1))).size == (1, 1)
+    shapes = {apply(make_transform("laptop_crop", 160), seed)[0].shape[1:] for seed in range(20)}
+    assert all(max(shape) == 160 and abs(min(shape) - 110) <= 1 for shape in shapes)
 
 
 @pytest.mark.parametrize("name", ["detr", "laptop", "laptop_crop"])

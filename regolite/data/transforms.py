@@ -72,6 +72,33 @@ class RandomSizeCrop(v2.Transform):
         return self._call_kernel(F.crop, inpt, **params)
 
 
+class RandomZoom(v2.Transform):
+    """Crop a window of the image's own aspect ratio, at a place drawn uniformly.
+
+    Images keep their shape, so that a batch of images of similar shape needs little padding. Boxes are clipped to the
+    window; follow it with ``v2.SanitizeBoundingBoxes`` to drop what vanished.
+
+    Args:
+        least: the smallest share of the image's sides that a window has; it is drawn uniformly from here to 1.
+    """
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.least = least
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the window (torchvision calls this once for the image and its boxes together)."""
+        share = self.least + (1 - self.least) * float(torch.rand(()))
+        sides = v2.query_size(flat_inputs)
+        height, width = (max(1, round(share * side)) for side in sides)
+        top, left = (_randint(0, side - window) for side, window in zip(sides, (height, width)))
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Crop one thing: the image or the boxes."""
+        return self._call_kernel(F.crop, inpt, **params)
+
+
 def detr_train(min_sizes: Sequence[int] = range(480, 801, 32), max_size: int = 1333) -> v2.Transform:
     """DETR's training recipe (Carion et al. 2020, section 4, "technical details").
 
@@ -95,18 +122,18 @@ def detr_val(size: int = DETR_SIZE, max_size: int = 1333) -> v2.Transform:
 
 
 def laptop_train(size: int = LAPTOP_SIZE, crop: bool = False) -> v2.Transform:
-    """Small pictures, mildly augmented: flip, and the longer side drawn from 0.8 to 1.0 of ``size``.
+    """Small images, mildly augmented: flip, and the longer side drawn from 0.8 to 1.0 of ``size``.
 
     Args:
         size: the longest side in pixels.
-        crop: half of the time cut a window of 0.75 to 1.5 ``size`` from the picture resized to 1.5 ``size`` first.
+        crop: leave that side at ``size``, and half of the time show a window of 0.5 to 1 of the image's sides.
     """
-    jitter = v2.RandomChoice([v2.Resize(None, max_size=side) for side in range(round(0.8 * size), size + 1)])
     if crop:
-        large = round(1.5 * size)
-        cut = [v2.Resize(None, max_size=large), RandomSizeCrop(large // 2, large), v2.SanitizeBoundingBoxes(), jitter]
-        jitter = v2.RandomChoice([jitter, v2.Compose(cut)])
-    return v2.Compose([v2.RandomHorizontalFlip(), jitter, to_pixels()])
+        window = v2.Compose([RandomZoom(0.5), v2.SanitizeBoundingBoxes()])
+        scale = v2.Compose([v2.RandomApply([window], p=0.5), v2.Resize(None, max_size=size)])
+    else:
+        scale = v2.RandomChoice([v2.Resize(None, max_size=side) for side in range(round(0.8 * size), size + 1)])
+    return v2.Compose([v2.RandomHorizontalFlip(), scale, to_pixels()])
 
 
 def laptop_val(size: int | None = LAPTOP_SIZE) -> v2.Transform:
