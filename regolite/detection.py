@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from regolite.boxes import to_pixels
 from regolite.data import batch_pictures, make_transform, read_picture
 from regolite.errors import UserError
+from regolite.fields import share, whole
+from regolite.modes import evaluating
 from regolite.rego import Rego
 from regolite.structures import Detections, DetectorOutput, ImageBatch, Prediction
 
@@ -46,8 +48,8 @@ def to_detections(
     return [Detections(s, c, b, q) for s, c, b, q in zip(scores.cpu(), labels.cpu(), chosen.cpu(), queries.cpu())]
 
 
-def choose_device(name: str) -> torch.device:
-    """A device by its name: ``cpu``, ``cuda``, ``mps``, or ``auto`` for a GPU where there is one.
+def choose_device(name: str | torch.device) -> torch.device:
+    """A device by its name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` for a GPU where there is one.
 
     Raises:
         UserError: when PyTorch sees no such device.
@@ -55,14 +57,31 @@ def choose_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, is_there in there.items() if is_there)
-    if not there.get(name, False):
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UserError(f"device {name}: PyTorch knows no such device; give auto, cpu, cuda or mps") from None
+    is_beyond = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not there.get(device.type, True) or is_beyond:
         raise UserError(f"device {name}: PyTorch sees no such device; give auto")
-    return torch.device(name)
+    return device
 
 
 def run(model: nn.Module, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
     """Run any detector; ``stages`` says how many REGO stages to use, where it has any."""
     return model(images, stages) if isinstance(model, Rego) else model(images)
+
+
+def check_stages(model: nn.Module, stages: int | None) -> None:
+    """Check that a detector has so many REGO stages; None stands for all of them.
+
+    Raises:
+        UserError: it does not.
+    """
+    most = len(model.stages) if isinstance(model, Rego) else 0
+    if stages is not None and whole("stages", stages) > most:
+        has = f"this model has 0 to {most}" if most else "this model has no REGO: give 0, or leave it out"
+        raise UserError(f"stages is {stages}, and {has}")
 
 
 def detections_by_stage(
@@ -107,10 +126,12 @@ def detect(
         One :class:`~regolite.structures.Detections` a picture, best first, boxes ``xyxy`` in pixels of the picture.
 
     Raises:
-        UserError: when a file is missing or no picture.
+        UserError: when a file is missing or no picture, and when threshold, stages or top_k make no sense.
     """
     if isinstance(pictures, (str, os.PathLike, Image.Image)):
         pictures = [pictures]
+    threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
+    check_stages(model, stages)
     return [by_stage[-1].above(threshold) for by_stage in _detect_each(model, pictures, stages, top_k)]
 
 
@@ -131,8 +152,9 @@ def detect_by_stage(
         :func:`detect` gives.
 
     Raises:
-        UserError: when the file is missing or no picture.
+        UserError: when the file is missing or no picture, and when threshold or top_k make no sense.
     """
+    threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
     [by_stage] = _detect_each(model, [picture], None, top_k)
     return [detections.above(threshold) for detections in by_stage]
 
@@ -146,10 +168,8 @@ def _detect_each(
     if config is None:
         raise UserError("the model does not say how to prepare pictures: set its model_config (regolite.configure)")
     transform = make_transform(config.augment, config.image_size, train=False)
-    was_training = model.training
-    model.eval()
-    for picture in opened:
-        batch = batch_pictures([transform(picture)], multiple=32).to(device)
-        size = torch.tensor([[picture.height, picture.width]])
-        yield [detections for [detections] in detections_by_stage(model, batch, size, stages, top_k)]
-    model.train(was_training)
+    with evaluating(model):
+        for picture in opened:
+            batch = batch_pictures([transform(picture)], multiple=32).to(device)
+            size = torch.tensor([[picture.height, picture.width]])
+            yield [detections for [detections] in detections_by_stage(model, batch, size, stages, top_k)]

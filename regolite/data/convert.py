@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from regolite.data.coco import outline_box, read_picture
 from regolite.data.exports import Labeled, read_export
 from regolite.errors import UserError
+from regolite.fields import share, whole
 
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
 MOST_BAD = 0.1  # share of the annotations that may be unusable: with more, something is wrong with the whole export
@@ -98,6 +99,7 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
         raise UserError(f"{source} is no folder: give the folder that your labelling tool has exported")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists already: give a folder that can be made anew")
+    seed, val = whole("seed", seed), share("val", val)
     if not 0 < val < 1:
         raise UserError(f"val={val} must lie between 0 and 1: it is the share of pictures held out")
     export = read_export(source)
@@ -124,10 +126,10 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
         splits[image.split].append(image)
     common = Path(os.path.commonpath([image.path.parent for image in images])) if images else source
     if not {"train", "val"} <= set(splits):
-        whole = next((split for split in ("train", "val", "test") if split in splits), "train")
-        if whole != "train":
-            problems.append(f"there are no training pictures: those of {whole} are divided into train and val")
-        own = splits.pop(whole, [])
+        only = next((split for split in ("train", "val", "test") if split in splits), "train")
+        if only != "train":
+            problems.append(f"there are no training pictures: those of {only} are divided into train and val")
+        own = splits.pop(only, [])
         held = set(random.Random(seed).sample(range(len(own)), max(1, round(val * len(own))) if own else 0))
         splits["train"] = [image for n, image in enumerate(own) if n not in held]
         splits["val"] = [own[n] for n in sorted(held)]

@@ -28,6 +28,7 @@ from regolite.data.coco import (
     split_named,
 )
 from regolite.errors import UserError
+from regolite.fields import shown
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 NO_LABELS = {"classes", "notes", "README.dataset", "README.roboflow"}  # text files that exports put beside the labels
@@ -370,11 +371,13 @@ def _table(file: Path, content: tuple[Any, Any], export: Export) -> tuple[dict[i
         if not all(isinstance(name, str) and name.strip() for name in table.values()):
             raise ValueError
     except (AttributeError, ValueError):
-        raise UserError(f"{file} has names {names!r}: write names: [first, second], one name for each class") from None
+        raise UserError(
+            f"{file} has names {shown(names)}: write names: [first, second], one name for each class"
+        ) from None  # shown: references in YAML (&a, *a) let a small file hold a list of billions
     try:
         keypoints = math.prod(map(int, shape)) if shape is not None else 0
     except (TypeError, ValueError):
-        raise UserError(f"{file} has kpt_shape {shape!r}: write [number of keypoints, 2 or 3]") from None
+        raise UserError(f"{file} has kpt_shape {shown(shape)}: write [number of keypoints, 2 or 3]") from None
     for name, count in Counter(table.values()).items():
         if count > 1:
             numbers = " and ".join(str(number) for number, other in table.items() if other == name)

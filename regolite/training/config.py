@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from regolite.errors import UserError
-from regolite.fields import check, from_values
+from regolite.fields import Checked, from_values
 
 
 def _option(default: Any, help: str) -> Any:
@@ -18,7 +18,7 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """What to train, on what, and how. The defaults are those of Deformable DETR on COCO (its appendix A.4)."""
 
     data: str = _option("data/coco_tiny", "folder in COCO format, or scenes (see regolite.data.open_data)")
@@ -75,7 +75,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check the values, one by one."""
-        check(self)
+        super().__post_init__()
         for name in ("epochs", "batch_size", "lr", "log_every", "keep_checkpoints", "processes", "accumulate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")

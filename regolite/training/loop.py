@@ -27,6 +27,7 @@ from regolite.data import DetectionDataset, make_transform
 from regolite.evaluation import evaluate
 from regolite.losses import SetLoss
 from regolite.matching import NonFinitePrediction
+from regolite.modes import modes_kept
 from regolite.presets import ModelConfig, build
 from regolite.progress import Status
 from regolite.signals import stop
@@ -76,7 +77,7 @@ def train(
     config = replace(config, model=model_config.preset)
     if config.tensorboard and accelerator.is_main_process:
         watch = TensorBoard(Path(config.output) / "tensorboard", watch)
-    with only_writer(config.output):
+    with only_writer(config.output), nullcontext() if model is None else modes_kept(model):
         folder = _folder(config, watch, accelerator)
         return _train(config, model_config, model, folder, accelerator, train_set, shown_set, val_set)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from regolite.errors import UserError
-from regolite.fields import check, from_values
+from regolite.fields import Checked, from_values
 from regolite.presets import ModelConfig, build
 
 AXES = ("epochs", "hours", "pictures")
@@ -211,7 +211,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Checked):
     """What to compare, and by what: the parameters of notebook 22."""
 
     runs: tuple[str, ...] = field(metadata={"help": "folders of runs"})
@@ -224,7 +224,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         """Check the values, one by one."""
-        check(self)
+        super().__post_init__()
         if not self.runs:
             raise UserError("runs is empty; give the folders of at least one run")
         if self.labels and len(self.labels) != len(self.runs):
