@@ -139,7 +139,7 @@ def test_others(model, tmp_path):
             (lambda: count(model, 0, 64), "height=0 must be at least 1"),
             (lambda: regolite.load(device="gpu"), "device gpu: PyTorch knows no such device"),
             (lambda: choose_device("cuda:99"), "device cuda:99: PyTorch sees no such device"),
-            (lambda: convert(tmp_path / "source", tmp_path / "new", val="half"), "val='half' must be a number"),
+            (lambda: convert(tmp_path / "source", tmp_path / "new", val="half"), "val='half' must lie between 0 and 1"),
             (lambda: convert(tmp_path / "source", tmp_path / "new", seed=0.5), "seed=0.5 is not a whole number"),
             (lambda: regolite.RegoConfig(alphas=[3.0, 2.0, -1.0]), "must not be negative"),
             (lambda: regolite.RunConfig(epochs=np.float32(1.5)), "epochs=1.5 is not a whole number"),

@@ -114,6 +114,7 @@ class TestWhole:
             data = open_data(root, split)
             assert len(data) == count and data[0][0].shape[0] == 3
         out = capsys.readouterr().out
+        assert "val: not all of COCO 2017, which has 5000 pictures here" in out
         assert "val: 3 pictures" in out and "nothing is wrong" in out and f"train --data {root}" in out
         assert main(words) == 0
         assert len(coco.requests) == 3, "it is all there: nothing to ask for"

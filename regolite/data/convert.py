@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from regolite.data.coco import outline_box, read_picture
 from regolite.data.exports import Labeled, read_export
 from regolite.errors import UserError
-from regolite.fields import share, whole
+from regolite.fields import fits, plain, shown, whole
 
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
 MOST_BAD = 0.1  # share of the annotations that may be unusable: with more, something is wrong with the whole export
@@ -99,9 +99,9 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
         raise UserError(f"{source} is no folder: give the folder that your labelling tool has exported")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists already: give a folder that can be made anew")
-    seed, val = whole("seed", seed), share("val", val)
-    if not 0 < val < 1:
-        raise UserError(f"val={val} must lie between 0 and 1: it is the share of pictures held out")
+    seed, val = whole("seed", seed), plain(val)
+    if not fits(val, float) or not 0 < val < 1:
+        raise UserError(f"val={shown(val)} must lie between 0 and 1: it is the share of pictures held out")
     export = read_export(source)
     problems, bad, changes = export.problems, export.bad, defaultdict(list)
     listed, images = len(export.images) + len(bad), []

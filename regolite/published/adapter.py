@@ -192,7 +192,7 @@ def _check_numbers(value: Any, name: str) -> None:
     Raises:
         UserError: it has a number or a list that is too large.
     """
-    most = 100 if re.search("layer|depth|level|point|block|stage", name) else 100_000
+    most = 100 if re.search("layers|depth|levels|points|blocks|stages", name) else 100_000
     if isinstance(value, (int, float)) and not value <= most:
         raise UserError(f"{name}={shown(value)} must be at most {most}")
     parts = value.items() if isinstance(value, dict) else [(name, v) for v in value] if isinstance(value, list) else ()
