@@ -580,13 +580,9 @@ def _check_split(root: Path, split: str, read_pictures: bool, workers: int | Non
         for number, kind, said in _read_all(files, there, f"open the pictures of {split}", workers):
             wrong(kind, there[number][0], said, image_id=number)
     names = {category["id"]: str(category["name"]) for category in categories} if are_right else {}
-    whole = PICTURES.get(split)
-    if (
-        len(names) == 80
-        and (names.get(1), names.get(90)) == ("person", "toothbrush")
-        and whole not in (None, len(images))
-    ):
-        report.part_of[split] = whole
+    is_coco = (len(names), names.get(1), names.get(90)) == (80, "person", "toothbrush")
+    if is_coco and len(images) < PICTURES.get(split, 0):
+        report.part_of[split] = PICTURES[split]
     return names
 
 

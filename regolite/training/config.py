@@ -39,7 +39,7 @@ class RunConfig(Checked):
     clip: float = _option(0.1, "largest norm of the gradient; 0 for no clipping")
     schedule: Literal["step", "one_cycle", "constant"] = _option("step", "how the learning rate changes")
     drop_epochs: tuple[int, ...] = _option((40,), "epochs at which the step schedule divides by ten")
-    warmup: float = _option(0.0, "part of the run in which the learning rate grows from zero")
+    warmup: float = _option(0.0, "part of the run in which the learning rate grows to its full value")
     ema: float = _option(0.0, "decay of the moving average of the weights; 0 for none")
     augment: Literal["detr", "laptop", "laptop_crop", "none"] | None = _option(
         None, "picture recipe; the model's own by default"
@@ -58,6 +58,9 @@ class RunConfig(Checked):
     evaluate_every: int = _option(1, "epochs between evaluations; 0 for one at the end")
     evaluate_start: bool = _option(
         False, "evaluate before the first step too: what the weights that the run starts from are worth"
+    )
+    patience: int = _option(
+        0, "stop when the AP on the validation images has not grown in so many evaluations; 0 for never"
     )
     evaluate_train: bool = _option(False, "evaluate on the training pictures too, at the end")
     log_every: int = _option(20, "steps between two lines of metrics")
@@ -80,10 +83,13 @@ class RunConfig(Checked):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
         for name in (
-            "backbone_lr", "sampling_lr", "weight_decay", "clip", "evaluate_every", "checkpoint_minutes", "workers",
+            "backbone_lr", "sampling_lr", "weight_decay", "clip", "evaluate_every", "patience", "checkpoint_minutes",
+            "workers",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.patience and not self.evaluate_every:
+            raise UserError(f"patience={self.patience} counts evaluations: give evaluate_every, as in evaluate_every=1")
         if self.on_broken == "skip" and self.evaluate_train:
             raise UserError("on_broken='skip' leaves no whole set of training pictures: use evaluate_train=False")
         if not 0 <= self.seed < 2**32:

@@ -132,14 +132,14 @@ def _train(
     status.update(done())
     named: set[str] = set()  # pictures that could not be read
     stop.hold()
-    while done() < 1.0:
+    while done() < 1.0 and not (config.patience and progress.stale >= config.patience):
         batches = EpochBatches(
             shapes, config.batch_size, config.seed, progress.epoch, progress.batch,
             accelerator.process_index, accelerator.num_processes, config.accumulate,
         )  # fmt: skip
         model.train()
         loaded = loader(shown_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
-        for waited, parts in timed(state.saved_before_errors(steps(loaded, batches))):
+        for waited, parts in timed(state.items_saved_before_errors(steps(loaded, batches))):
             begun = time.perf_counter()
             factor = lr_factor(config, progress.epoch, done())
             for group in optimizer.param_groups:
@@ -147,7 +147,7 @@ def _train(
             # What a step draws (dropout) depends on its number and the process alone, not on how the run came to it.
             torch.manual_seed(hash((config.seed, progress.step, accelerator.process_index)) % 2**63)
             optimizer.zero_grad()
-            with fastest_kernels(device):
+            with fastest_kernels(device), state.saved_before_errors():
                 losses, pictures = _backward(trained, set_loss, parts, state)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip) if config.clip else None
             optimizer.step()
@@ -186,6 +186,10 @@ def _train(
                 with stop.at_once(state.where("while evaluating ")), cpu_clock.paused():
                     _evaluate(state, val_set, "val", config.workers)
     status.close()
+    if done() < 1.0 and accelerator.is_main_process:
+        why = f"stopped early after step {progress.step}: no better AP on val in {progress.stale} evaluations"
+        folder.log.info(why)
+        Status.say(why)
 
     if progress.batch == steps_per_epoch:  # as it was saved after the last step of the run
         progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -318,25 +322,36 @@ def _name(folder: RunFolder, messages: list[str], named: set[str]) -> None:
 
 
 def _evaluate(state: State, dataset: DetectionDataset, split: str, workers: int) -> None:
-    progress, folder = state.progress, state.folder
+    progress = state.progress
     if progress.evaluated.get(split) == progress.step:
         return
     progress.evaluated[split] = progress.step
     figures = evaluate(state.evaluated, dataset, batch_size=8, workers=workers)
-    if not state.accelerator.is_main_process:
-        return
+    if state.accelerator.is_main_process:
+        _write_figures(state, figures, split)
+    progress.best, progress.stale = processes.from_first((progress.best, progress.stale))
+
+
+def _write_figures(state: State, figures: dict[str, Any], split: str) -> None:
+    """Write what an evaluation has found, and keep the weights if they are the best so far."""
+    progress, folder = state.progress, state.folder
     where = {"kind": "evaluation", "split": split, "step": progress.step, "epoch": progress.epoch}
     folder.write_metrics({**where, "seconds": progress.seconds, "cpu_seconds": progress.cpu_seconds, **figures})
     by_stage = ", ".join(f"{s['AP'] or 0.0:.1f}" for s in figures["stages"])
     folder.log.info("step %d AP on %s by stage: %s", progress.step, split, by_stage)
     Status.say(f"step {progress.step}, AP on {split} by stage, the base detector first: {by_stage}")
-    if split == "val" and (figures["AP"] or 0.0) > progress.best:
-        try:
-            save_model(state.evaluated, folder.path / "best.safetensors")
-            folder.keep_best(progress.step)
-            progress.best = figures["AP"] or 0.0
-        except OSError as error:
-            folder.warn(f"the best weights so far cannot be written ({error.strerror}): free some space")
+    if split != "val":
+        return
+    if (figures["AP"] or 0.0) <= progress.best:
+        progress.stale += 1
+        return
+    progress.stale = 0
+    try:
+        save_model(state.evaluated, folder.path / "best.safetensors")
+        folder.keep_best(progress.step)
+        progress.best = figures["AP"] or 0.0
+    except OSError as error:
+        folder.warn(f"the best weights so far cannot be written ({error.strerror}): free some space")
 
 
 class _Clock:
