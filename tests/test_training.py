@@ -360,6 +360,17 @@ def test_what_is_done_is_saved_when_a_step_fails(config, monkeypatch):
     assert lines(train(config(resume=True))) == lines(whole)
 
 
+def test_figures_that_cannot_be_drawn_are_no_failure(config, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ValueError("Expected \\frac, found '$'\nmore of it")
+
+    monkeypatch.setattr("regolite.inspect.draw_run", fail)
+    folder = train(config(epochs=1))
+    said = "warning: the run is done, and its figures cannot be drawn (Expected \\frac, found '$')"
+    assert said in capsys.readouterr().out
+    assert (folder / "model.safetensors").exists() and lines(folder)[-1]["kind"] == "evaluation"
+
+
 # -------------------------------------------------------------------------------------------------- early stopping
 
 

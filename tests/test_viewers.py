@@ -18,7 +18,7 @@ from regolite import Trace, UserError, record
 from regolite.data import Scenes
 from regolite.inspect import canvas
 from regolite.inspect.asking import predictions
-from regolite.inspect.gallery import KEPT, Gallery
+from regolite.inspect.gallery import KEPT, Gallery, Message
 from regolite.inspect.looking import as_attention
 from regolite.inspect.stages import related
 from regolite.inspect.trace import Sampling
@@ -493,3 +493,11 @@ def test_large_pictures_are_sent_small():
     jpeg = canvas.jpeg_of(Image.new("RGB", (4000, 1000)))
     with Image.open(io.BytesIO(jpeg)) as picture:
         assert picture.size == (canvas.SIDE, canvas.SIDE // 4)
+
+
+def test_words_of_others_are_text_in_the_browser():
+    """Names of classes and files may hold what HTML and MathJax would read."""
+    assert "innerHTML" not in canvas.PictureCanvas._esm and "insertAdjacentHTML" not in canvas.PictureCanvas._esm
+    message = Message()
+    message.say('<img src=x onerror="alert(1)"> & $5')
+    assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt; &amp; $5" in message.value and "<img" not in message.value

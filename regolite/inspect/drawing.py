@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from regolite.inspect.words import as_is
 from regolite.structures import Detections
 
 # Okabe and Ito, "Color universal design", 2008.
@@ -189,8 +190,8 @@ def draw_title(ax: Axes, title: str, note: str = "", colour: str = INK) -> None:
     """A line of text over a bar of the panel's colour."""
     ax.plot([0, 1], [1, 1], color=colour, linewidth=3, transform=ax.transAxes, clip_on=False, solid_capstyle="butt")
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above)
-    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GREY, ha="right", **above)
+    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above, **as_is())
+    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GREY, ha="right", **above, **as_is())
 
 
 def draw_objects(
@@ -255,9 +256,9 @@ def _draw_label(
     red, green, blue = to_rgb(colour)
     ink = INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
     ground = {"boxstyle": "square,pad=0.2", "facecolor": colour, "edgecolor": "none", "alpha": 0.85}
-    label = ax.text(0, 0, text, fontsize=size, fontweight="bold", color=ink, bbox=ground, zorder=3)
-    point = ax.figure.dpi / 72
-    width, height = label.get_window_extent().width + 0.4 * size * point, 1.25 * size * point
+    label = ax.text(0, 0, text, fontsize=size, fontweight="bold", color=ink, bbox=ground, zorder=3, **as_is())
+    point, more_lines = ax.figure.dpi / 72, 1.2 * size * text.count("\n")
+    width, height = label.get_window_extent().width + 0.4 * size * point, (1.25 * size + more_lines) * point
     frame = ax.get_window_extent()
     (left, top), (right, bottom) = ax.transData.transform([box_xyxy[:2], box_xyxy[2:]])
     edge = 0.1 * size * point  # half of the box's line
@@ -277,14 +278,14 @@ def _draw_label(
         return hidden + height * math.dist((x, y), corner), spot
 
     _, spot = min((place(corner) for corner in corners), key=lambda placed: placed[0])
-    text_corner = (spot[0] + 0.2 * size * point, spot[1] + 0.3 * size * point)
+    text_corner = (spot[0] + 0.2 * size * point, spot[1] + 0.3 * size * point)  # of the last line
     label.set_position(ax.transData.inverted().transform(text_corner))
     return spot
 
 
 def style_axes(ax: Axes, title: str, x: str = "", y: str = "") -> None:
     """The look of every plot of numbers: title at the left, quiet axes, a grid of lines across."""
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, **as_is())
     ax.set_xlabel(x, fontsize=9, color=GREY)
     ax.set_ylabel(y, fontsize=9, color=GREY)
     ax.tick_params(labelsize=8, colors=GREY)

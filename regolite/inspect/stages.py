@@ -51,6 +51,7 @@ from regolite.inspect.drawing import (
 )
 from regolite.inspect.figures import THRESHOLD
 from regolite.inspect.trace import Glimpses, Trace
+from regolite.inspect.words import as_is
 
 SAME = 0.5  # least IoU of two boxes that stand for the same object
 
@@ -163,7 +164,7 @@ def _draw_scores(ax: Axes, trace: Trace, query: int, index: int) -> None:
     ax.set_xticks(range(count), ["base", *(str(stage) for stage in range(1, count))])
     title = f"score of {class_name(trace, label)}"
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above)
+    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above, **as_is())
 
 
 # -------------------------------------------------------------------------------------------------------- relations

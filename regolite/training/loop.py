@@ -202,10 +202,8 @@ def _train(
             _evaluate(state, train_set, "train", config.workers)
     state.save_the_end()
     if accelerator.is_main_process:
-        from regolite.inspect import draw_run  # here, so that nobody else waits for matplotlib
-
         with stop.at_once(state.where("while drawing the figures ")):
-            draw_run(folder.path, state.evaluated, {"val": val_set, "train": train_set})
+            _draw(state, {"val": val_set, "train": train_set})
     accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # a model that was given is given back as it was
     keep(model)
     accelerator.end_training()
@@ -352,6 +350,17 @@ def _write_figures(state: State, figures: dict[str, Any], split: str) -> None:
         progress.best = figures["AP"] or 0.0
     except OSError as error:
         folder.warn(f"the best weights so far cannot be written ({error.strerror}): free some space")
+
+
+def _draw(state: State, datasets: dict[str, DetectionDataset]) -> None:
+    """Draw what the run has come to; it is done, whatever becomes of its figures."""
+    try:
+        from regolite.inspect import draw_run  # here, so that nobody else waits for matplotlib
+
+        draw_run(state.folder.path, state.evaluated, datasets)
+    except Exception as error:  # whatever fonts, names and disks make of it
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        state.folder.warn(f"the run is done, and its figures cannot be drawn ({reason})")
 
 
 class _Clock:
