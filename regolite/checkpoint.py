@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from regolite.errors import UserError
-from regolite.fields import shown
+from regolite.fields import of_kind, shown
 from regolite.presets import ModelConfig, build
 from regolite.rego import Rego
 
@@ -136,6 +136,7 @@ def load(path: str | Path = EVERYDAY, device: str | torch.device = "cpu") -> nn.
     from regolite.detection import choose_device  # which builds on this module
 
     device = choose_device(device)
+    of_kind("path", path, (str, os.PathLike), "the path of a file")
     if not _is_ours(path):
         return _published(path).to(device)
     config = read_config(path).without_pretrained()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regolite.boxes import to_pixels
 from regolite.data import batch_pictures, make_transform, read_picture
 from regolite.errors import UserError
-from regolite.fields import share, whole
+from regolite.fields import of_kind, share, whole
 from regolite.modes import evaluating
 from regolite.rego import Rego
 from regolite.structures import Detections, DetectorOutput, ImageBatch, Prediction
@@ -78,6 +78,7 @@ def check_stages(model: nn.Module, stages: int | None) -> None:
     Raises:
         UserError: it does not.
     """
+    of_kind("model", model, nn.Module, "a detector: regolite.load and regolite.build give one")
     most = len(model.stages) if isinstance(model, Rego) else 0
     if stages is not None and whole("stages", stages) > most:
         has = f"this model has 0 to {most}" if most else "this model has no REGO: give 0, or leave it out"

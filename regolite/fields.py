@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "dim": (1, 4096), "heads": (1, 256), "ffn_dim": (1, 65_536), "encoder_layers": (0, 100), "decoder_layers": (1, 100),
-    "queries": (1, 10_000), "patterns": (1, 100), "points": (1, 64), "levels": (1, 8), "stages": (0, 20),
+    "queries": (1, 10_000), "patterns": (0, 100), "points": (1, 64), "levels": (1, 8), "stages": (0, 20),
     "num_classes": (1, 100_000), "image_size": (1, 10_000), "frozen_stages": (0, 5),
     "dropout": (0, 1), "norm_eps": (0, 1), "beta": (0, 1000), "alphas": (0, 100),
     "label": (0, 1e6), "l1": (0, 1e6), "giou": (0, 1e6), "no_object": (0, 1e6), "base_label": (0, 1e6),
@@ -109,6 +109,22 @@ def check_bounds(name: str, value: Any) -> None:
         if isinstance(one, (int, float)) and not low <= one <= high:
             least = "must not be negative" if low == 0 else f"must be at least {low:g}"
             raise UserError(f"{name}={shown(value)} {least if one < low else f'must be at most {high:g}'}")
+
+
+def of_kind(name: str, value: Any, kind: type | tuple[type, ...], words: str) -> None:
+    """Check what kind of thing an argument is.
+
+    Args:
+        name: of the argument.
+        value: the argument.
+        kind: what it must be an instance of.
+        words: what that is, and how to come by one.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(value, kind):
+        raise UserError(f"{name}={shown(value)} is not {words}")
 
 
 def whole(name: str, value: Any, low: int | None = None) -> int:

@@ -17,7 +17,7 @@ from regolite.conditional_detr import ConditionalDetr, ConditionalDetrConfig
 from regolite.deformable_detr import DeformableDetr, DeformableDetrConfig
 from regolite.detr import Detr, DetrConfig
 from regolite.errors import UserError
-from regolite.fields import Checked, check_bounds, checked, from_values, shown, whole
+from regolite.fields import Checked, check_bounds, checked, from_values, of_kind, shown, whole
 from regolite.losses import LossConfig
 from regolite.rego import Rego, RegoConfig
 from regolite.smca import Smca, SmcaConfig
@@ -227,6 +227,7 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
     Raises:
         UserError: for a preset or a field that does not exist; the message names the nearest one.
     """
+    of_kind("preset", preset, str, "the name of a preset")
     if preset not in _TABLE:
         raise UserError(f"unknown model {preset!r}; {_nearest(preset, _TABLE)} `python -m regolite presets` lists them")
     config = _TABLE[preset]
@@ -267,6 +268,7 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
         UserError: as :func:`configure`, when the configuration names another number of classes, and when the
             backbone's weights can't be had.
     """
+    of_kind("preset", preset, (str, ModelConfig), "the name of a preset or a ModelConfig")
     config = configure(preset, **overrides) if isinstance(preset, str) else preset
     if num_classes is None and not config.classes and isinstance(config.detector, BaselineConfig):
         config = replace(config, classes=COCO_CLASSES, category_ids=COCO_IDS)  # 90 as torchvision counts, not 80

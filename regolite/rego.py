@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from regolite.attention import MultiHeadAttention
 from regolite.boxes import enlarge, inverse_sigmoid, to_pixels
 from regolite.errors import UserError
-from regolite.fields import Checked, from_values
+from regolite.fields import Checked, from_values, shown
 from regolite.glimpse import FeatureContext, GlimpseHead, cut_glimpses
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction, Target
 from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head, in_float32
@@ -116,6 +116,8 @@ class Rego(nn.Module):
 
     def __init__(self, detector: nn.Module, config: RegoConfig | None = None, **fields: object) -> None:
         super().__init__()
+        if config is not None and not isinstance(config, RegoConfig):
+            raise UserError(f"config={shown(config)} is not a RegoConfig: give one, or its fields by name")
         self.config = config = config if config is not None else from_values(RegoConfig, fields)
         missing = [name for name in Detector.__annotations__ if not hasattr(detector, name)]
         if missing:

@@ -12,7 +12,7 @@ from PIL import Image
 from small_models import unchecked
 
 import regolite
-from regolite.data import Scenes
+from regolite.data import Scenes, make_transform, open_data
 from regolite.data.convert import convert
 from regolite.detection import choose_device, detect_by_stage
 from regolite.errors import UserError
@@ -138,6 +138,18 @@ def test_others(model, tmp_path):
             (lambda: removal(model, scenes, [], stages=7), "stages is 7"),
             (lambda: count(model, 0, 64), "height=0 must be at least 1"),
             (lambda: regolite.load(device="gpu"), "device gpu: PyTorch knows no such device"),
+            (lambda: regolite.load(None), "path=None is not the path of a file"),
+            (lambda: regolite.train({"data": "x"}), "config={'data': 'x'} is not a RunConfig"),
+            (lambda: regolite.build(5, 3), "preset=5 is not the name of a preset or a ModelConfig"),
+            (lambda: regolite.detect(None, IMAGE), "model=None is not a detector"),
+            (lambda: evaluate(model, "data/coco_tiny"), "dataset='data/coco_tiny' is not a data set"),
+            (lambda: regolite.record(None).__enter__(), "model=None is not a detector"),
+            (lambda: regolite.Rego(model.detector, {"stages": 2}), "config={'stages': 2} is not a RegoConfig"),
+            (lambda: open_data("scenes:5", limit="all"), "limit='all' is not a whole number"),
+            (lambda: open_data("data/coco_tiny", limit=1.5), "limit=1.5 is not a whole number"),
+            (lambda: Scenes(2.5), "number of pictures 2.5: give 1 to"),
+            (lambda: make_transform("laptop", 10**9), "image_size=1000000000 must be at most 10000"),
+            (lambda: make_transform("detr", "big"), "size='big' is not a whole number"),
             (lambda: choose_device("cuda:99"), "device cuda:99: PyTorch sees no such device"),
             (lambda: convert(tmp_path / "source", tmp_path / "new", val="half"), "val='half' must lie between 0 and 1"),
             (lambda: convert(tmp_path / "source", tmp_path / "new", seed=0.5), "seed=0.5 is not a whole number"),

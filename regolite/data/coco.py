@@ -28,6 +28,7 @@ from pycocotools import mask
 
 from regolite.data.dataset import DetectionDataset, Objects
 from regolite.errors import UserError
+from regolite.fields import whole
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LONGEST = 1e6  # pixels: no image is wider or higher, so a box that says so is a mistake
@@ -72,7 +73,7 @@ class CocoFolder(DetectionDataset):
         check_files: bool = True,
         every: int = 1,
     ) -> None:
-        if limit is not None and limit < 1:
+        if limit is not None and whole("limit", limit) < 1:
             raise UserError(f"limit of {limit} pictures: give at least 1, or leave it out for all")
         self.transform = transform
         file = find_annotations(Path(root), split)

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from regolite.errors import UserError
+from regolite.fields import check_bounds, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's red, green and blue in [0, 1], what torchvision's backbones were trained with."""
@@ -139,8 +140,9 @@ def make_transform(name: str, size: int | None = None, train: bool = True) -> v2
     """
     if name not in TRANSFORMS:
         raise UserError(f"unknown transform {name!r}: choose one of {', '.join(TRANSFORMS)}")
-    if size is not None and size < 16:
+    if size is not None and whole("size", size) < 16:
         raise UserError(f"picture size {size} is too small: give at least 16 pixels")
+    check_bounds("image_size", size)
     if name == "detr":
         scale = 1.0 if size is None else size / DETR_SIZE
         if train:

@@ -32,7 +32,7 @@ from regolite.data import DetectionDataset, collate, make_transform
 from regolite.detection import check_stages, detections_by_stage
 from regolite.errors import UserError
 from regolite.evaluation.bootstrap import intervals
-from regolite.fields import whole
+from regolite.fields import of_kind, whole
 from regolite.modes import evaluating
 from regolite.presets import ModelConfig
 from regolite.progress import track
@@ -205,6 +205,7 @@ def detect_all(
     Arguments and errors are those of :func:`evaluate`, which measures these lists.
     """
     check_stages(model, stages)
+    of_kind("dataset", dataset, DetectionDataset, "a data set: regolite.data.open_data(FOLDER) gives one")
     batch_size, top_k = whole("batch_size", batch_size, 1), whole("top_k", top_k, 1)
     workers = whole("workers", workers, 0)
     category_ids = category_ids_of(getattr(model, "model_config", None), dataset)

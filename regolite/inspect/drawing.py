@@ -224,7 +224,8 @@ def draw_labels(
 
 def label_text(detections: Detections, n: int, classes: Sequence[str], scores: bool = True) -> str:
     """What is written at the ``n``-th detection."""
-    name = classes[int(detections.labels[n])]
+    label = int(detections.labels[n])
+    name = classes[label] if label < len(classes) else f"class {label}"
     return f"{name} {float(detections.scores[n]):.2f}" if scores else name
 
 

@@ -467,7 +467,9 @@ class Trace:
                 records[name] = kind(**(own | {k: _tuples(v) for k, v in described.items()} | {"frame": frame}))
         except FileNotFoundError:
             raise UserError(f"no trace at {os.fspath(path)}; give the file that Trace.save wrote") from None
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except (
+            OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile,
+        ) as error:  # fmt: skip
             raise UserError(
                 f"{os.fspath(path)} holds no trace ({error}); give the file that Trace.save wrote"
             ) from error

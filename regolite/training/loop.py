@@ -25,6 +25,7 @@ from regolite import processes
 from regolite.checkpoint import class_head_names, load_weights, save_model
 from regolite.data import DetectionDataset, make_transform
 from regolite.evaluation import evaluate
+from regolite.fields import of_kind
 from regolite.losses import SetLoss
 from regolite.matching import NonFinitePrediction
 from regolite.modes import modes_kept
@@ -69,6 +70,7 @@ def train(
         RunStopped: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the step is finished and saved, see
             :mod:`regolite.signals`.
     """
+    of_kind("config", config, RunConfig, "a RunConfig: write RunConfig(...), or RunConfig.of({...})")
     if is_to_launch(config, watch, model):
         return launch(config)
     accelerator = make_accelerator(config)

@@ -85,7 +85,7 @@ class Run:
         try:
             stored = json.loads((folder / "config.json").read_text("utf-8"))
             config, model = dict(stored["run"]), dict(stored["model"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); copy it anew") from error
         lines, notes = _read_lines(folder / "metrics.jsonl")
         by_kind = {kind: tuple(line for line in lines if line["kind"] == kind) for kind in ("train", "evaluation")}
@@ -419,7 +419,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
             line = json.loads(text)
             if line["kind"] in ("train", "evaluation"):  # a later version may write more
                 lines.append(line | {"step": int(line["step"]), "epoch": int(line["epoch"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number < len(texts):
                 raise UserError(
                     f"line {number} of {path} is damaged; delete that line, or copy the file anew"
