@@ -101,11 +101,11 @@ def test_threshold():
 
 
 def test_wrong_files(tmp_path):
-    with pytest.raises(UserError, match=r"picture .*nowhere\.jpg does not exist"):
+    with pytest.raises(UserError, match=r"image .*nowhere\.jpg does not exist"):
         detect(Finder(), tmp_path / "nowhere.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     model = Finder()
-    with pytest.raises(UserError, match=r"picture .*broken\.jpg cannot be read"):
+    with pytest.raises(UserError, match=r"image .*broken\.jpg cannot be read"):
         detect(model, [picture(90, 60, (20, 10, 70, 40)), str(tmp_path / "broken.jpg")])
     assert not model.seen  # before the work, not after it
 
