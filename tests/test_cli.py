@@ -461,7 +461,7 @@ class TestErrors:
         broken = tmp_path / "images" / scenes.file_name(1)
         broken.write_bytes(b"no picture")
         words = f"{TRAIN} --data {tmp_path} --workers 1 --batch-size 2 --epochs 1 --output {tmp_path / 'run'}"
-        assert error(words).startswith(f"picture {broken} cannot be read")
+        assert error(words).startswith(f"image {broken} cannot be read")
 
     def test_a_bug_is_not_hidden(self, monkeypatch):
         def fail(config):

@@ -56,6 +56,7 @@ class CocoFolder(DetectionDataset):
         classes: names of the classes in the order of the labels, which is the order of COCO's category ids.
         category_ids: COCO's id of each class.
         image_ids: COCO's id of each picture.
+        file: the annotations.
 
     Raises:
         UserError: a missing folder or file, invalid JSON, annotations that contradict themselves, two categories of
@@ -76,7 +77,7 @@ class CocoFolder(DetectionDataset):
         if limit is not None and limit < 1:
             raise UserError(f"limit of {limit} pictures: give at least 1, or leave it out for all")
         self.transform = transform
-        file = find_annotations(Path(root), split)
+        self.file = file = find_annotations(Path(root), split)
         images, annotations, categories = read_annotations(file)
 
         category_ids = _whole_numbers(categories, "id", "category", file)
