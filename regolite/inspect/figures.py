@@ -23,6 +23,7 @@ from regolite.boxes import enlarge
 from regolite.data import DetectionDataset
 from regolite.data.images import ImageSource, read_image
 from regolite.detection import detect_by_stage
+from regolite.errors import UserError
 from regolite.inspect.drawing import (
     CLASS_COLOURS,
     DPI,
@@ -319,7 +320,11 @@ def draw_run(
             files.append(save_figure(plot_ap_by_stage(measured[-1], title), folder / "figures" / f"ap_{split}.png"))
         count = min(pictures, len(dataset))
         for i in (n * len(dataset) // count for n in range(count)):
-            by_stage = detect_by_stage(model, dataset.image(i), threshold=0.0)
-            figure = draw_stages(dataset.image(i), by_stage, dataset.classes, ground_truth(dataset, i), alphas)
+            try:
+                image = dataset.image(i)
+            except UserError:  # a run that skips broken images has named it
+                continue
+            by_stage = detect_by_stage(model, image, threshold=0.0)
+            figure = draw_stages(image, by_stage, dataset.classes, ground_truth(dataset, i), alphas)
             files.append(save_figure(figure, folder / "figures" / f"stages_{split}_{dataset.image_ids[i]}.png"))
     return files
