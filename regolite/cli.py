@@ -230,6 +230,7 @@ def _detect_in_image(
     from regolite.inspect import draw_detections
 
     with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         image = read_image(path)
     for warning in said:
         print(f"regolite: warning: {warning.message}", file=sys.stderr)

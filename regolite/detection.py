@@ -90,7 +90,7 @@ def detections_by_stage(
 def detect(
     model: nn.Module,
     pictures: ImageSource | Iterable[ImageSource],
-    threshold: float = 0.5,
+    threshold: float | int = 0.5,
     stages: int | None = None,
     top_k: int = 100,
 ) -> list[Detections]:
@@ -117,7 +117,7 @@ def detect(
 
 @torch.inference_mode()
 def detect_by_stage(
-    model: nn.Module, picture: ImageSource, threshold: float = 0.5, top_k: int = 100
+    model: nn.Module, picture: ImageSource, threshold: float | int = 0.5, top_k: int = 100
 ) -> list[Detections]:
     """Detect objects in one image, and tell what every stage found.
 
@@ -139,7 +139,7 @@ def detect_by_stage(
     return [detections.above(threshold) for detections in by_stage]
 
 
-def _check(threshold: float, top_k: int) -> None:
+def _check(threshold: float | int, top_k: int) -> None:
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold={threshold}: give a score from 0 to 1")
     if top_k < 1:
