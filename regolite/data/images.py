@@ -95,8 +95,9 @@ def read_image(source: ImageSource, upright: bool = True) -> Image.Image:
     except (UserError, UserWarning):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        size = str(error).split(",")[0]  # after it Pillow warns of attacks
         raise UserError(
-            f"image {name} is larger than Pillow's limit ({error}): make it smaller or, if you trust it, set "
+            f"image {name} is larger than Pillow's limit ({size}): make it smaller or, if you trust it, set "
             "PIL.Image.MAX_IMAGE_PIXELS = 10**9 first"
         ) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
