@@ -176,7 +176,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def detect(arguments: argparse.Namespace) -> int:
     """Find objects in images and videos; write each with its objects drawn, and all objects as detections.json."""
-    from regolite import video
+    from regolite.data.images import VIDEO_SUFFIXES
 
     if not 0 <= arguments.threshold <= 1:
         raise UserError(f"--threshold {arguments.threshold} must be between 0 and 1")
@@ -189,7 +189,7 @@ def detect(arguments: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     with JsonList(output / "detections.json") as records:
         for path, name in zip(sources, written):
-            look = _detect_in_video if path.suffix.lower() in video.SUFFIXES else _detect_in_image
+            look = _detect_in_video if path.suffix.lower() in VIDEO_SUFFIXES else _detect_in_image
             try:
                 print(f"{path}: {look(model, path, output / name, arguments, records)}, drawn in {output / name}")
             except UserError as error:
@@ -204,15 +204,13 @@ def detect(arguments: argparse.Namespace) -> int:
 
 def _sources(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The images and videos that files, folders and patterns stand for; and what is wrong with the others."""
-    from regolite import video
-    from regolite.data import list_images
-    from regolite.data.images import is_url
+    from regolite.data.images import VIDEO_SUFFIXES, is_url, list_images
 
     found: dict[Path, None] = {}
     wrong = []
     for word in words:
         try:
-            if Path(word).suffix.lower() in video.SUFFIXES and not is_url(word):
+            if Path(word).suffix.lower() in VIDEO_SUFFIXES and not is_url(word):
                 files = [Path(file) for file in sorted(glob.glob(word))]
                 found |= dict.fromkeys([Path(word)] if Path(word).exists() or not files else files)
             else:
@@ -355,7 +353,7 @@ def _records(path: Path, found: Detections, model: nn.Module) -> list[dict[str, 
 
 def _file_names(pictures: Sequence[Path], output: Path) -> list[str]:
     """A name in the output folder for each picture: its own, numbered where two are called the same."""
-    from regolite import video
+    from regolite.data.images import VIDEO_SUFFIXES
 
     taken: set[str] = set()
     names = []
@@ -363,7 +361,7 @@ def _file_names(pictures: Sequence[Path], output: Path) -> list[str]:
         if path.resolve().parent == output.resolve():
             raise UserError(f"{path} lies in the output folder and would be written over; give another --output")
         suffix = path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
-        suffix = ".mp4" if path.suffix.lower() in video.SUFFIXES else suffix
+        suffix = ".mp4" if path.suffix.lower() in VIDEO_SUFFIXES else suffix
         name, number = path.stem + suffix, 2
         while name.lower() in taken:
             name, number = f"{path.stem}_{number}{suffix}", number + 1

@@ -1,4 +1,12 @@
-"""Video files, frame by frame, by PyAV (https://pyav.basswood-io.com), which brings FFmpeg along."""
+"""Video files, frame by frame, by PyAV, the Python binding of FFmpeg.
+
+::
+
+    with VideoWriter("found.mp4") as writer:
+        for frame in read_video("street.mp4"):
+            [found] = regolite.detect(model, frame.image)
+            writer.add(Frame(draw_detections(frame.image, found, found.classes), frame.seconds))
+"""
 
 from __future__ import annotations
 
@@ -14,8 +22,6 @@ from PIL import Image
 
 from regolite.errors import UserError
 
-SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-"""Endings of the files that are read as videos."""
 CLOCK = Fraction(1, 90_000)  # seconds: the unit of times in the videos that are written, as in MPEG
 
 

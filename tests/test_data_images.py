@@ -239,7 +239,8 @@ def test_annotations_say_which_pixels_they_refer_to(tmp_path, annotated):
     width, height = {"stored": (10, 6), "upright": (6, 10), "neither": (5, 3)}[annotated]
     (tmp_path / "annotations" / "instances_train.json").write_text(
         f"""{{"images": [{{"id": 1, "file_name": "phone.png", "width": {width}, "height": {height}}}],
-        "annotations": [], "categories": [{{"id": 1, "name": "dog"}}]}}"""
+        "annotations": [{{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2]}}],
+        "categories": [{{"id": 1, "name": "dog"}}]}}"""
     )
     dataset = CocoFolder(tmp_path, "train")
     report = check_coco(tmp_path, ["train"], read_pictures=True)
@@ -252,3 +253,10 @@ def test_annotations_say_which_pixels_they_refer_to(tmp_path, annotated):
     wanted = COLORS if annotated == "stored" else np.rot90(COLORS, -1)
     np.testing.assert_array_equal(np.asarray(dataset.image(0)), wanted)
     np.testing.assert_array_equal(pixels(dataset.image(0)), wanted)  # what detect makes of it
+
+
+def test_a_video_is_told_where_it_belongs(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"frames")
+    for read in (read_image, list_images, check_image):
+        with pytest.raises(UserError, match="clip.mp4 is a video: `regolite detect` takes it"):
+            read(tmp_path / "clip.mp4")

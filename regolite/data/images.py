@@ -39,6 +39,8 @@ SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 """Endings of the files that a folder or a pattern offers as images."""
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+"""Endings of videos, which :mod:`regolite.video` reads."""
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | bytes | bytearray | memoryview
 """Whatever :func:`read_image` reads."""
@@ -242,6 +244,8 @@ def check_path(source: str | os.PathLike[str]) -> None:
         raise UserError(f"image {text} is a folder: give a file in it, or its files by regolite.data.list_images")
     if not os.path.isfile(text):
         raise UserError(f"image {text} does not exist: check the path")
+    if Path(text).suffix.lower() in VIDEO_SUFFIXES:
+        raise UserError(f"{text} is a video: `regolite detect` takes it, and regolite.video.read_video its frames")
 
 
 def check_image(source: ImageSource) -> None:

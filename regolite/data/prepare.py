@@ -562,6 +562,8 @@ def _check_split(root: Path, split: str, read_pictures: bool, workers: int | Non
         if len(ids) > 1:
             wrong("category name given twice", said=f"{name!r} is the name of {' and '.join(sorted(ids))}")
     are_right = not any(f["split"] == split and f["kind"].startswith("category") for f in report.wrong)
+    if not annotations:
+        wrong("no annotations", said="there is nothing to learn or to measure")
     by_id = _check_images(images, files, wrong, note)
     with_objects = _check_annotations(annotations, by_id, known, wrong, note)
     for number, (name, *_) in by_id.items():
