@@ -77,7 +77,7 @@ def test_the_same_colors_by_every_way(source):
         Image.fromarray(GRAY).convert("I"),
         Image.fromarray(GRAY.astype(np.uint16) << 8),  # all 16 bits
         Image.fromarray(GRAY.astype(np.uint16) << 4),  # 12 bits in 16
-        GRAY.astype(np.uint16) << 2,
+        GRAY.astype(np.int64) << 24,
         saved(Image.fromarray(GRAY.astype(np.uint16) << 4), ".png"),
         saved(Image.fromarray(GRAY.astype(np.uint16) << 8), ".tiff"),
         saved(Image.fromarray(GRAY.astype(np.float32) / 255), ".tiff"),

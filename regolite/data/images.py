@@ -11,8 +11,8 @@
     [read_image(path) for path in list_images("photos")]   # a folder, or a pattern as "photos/*.jpg"
 
 The result is always an RGB image of 8 bits a channel, without metadata. Transparency is dropped. Deeper pixels are
-scaled by the smallest usual range that holds the brightest one, since files do not say it: many cameras store 12 bits
-in 16.
+scaled by the smallest range that holds the brightest one, of 12, 16 or 32 bits: many cameras store 12 bits in 16, and
+files do not say so.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image upright, by EXIF's orientation."""
-BITS = (8, 10, 12, 14, 16, 32)  # depths of cameras and files
+BITS = (8, 12, 16, 32)  # depths; few, or every dark image of 16 bits would be taken for one of fewer
 ALMOST = 1e-3  # by how much rounding may carry floating-point pixels out of their range
 
 

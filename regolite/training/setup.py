@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -111,7 +112,7 @@ def more_objects_than_queries(model: ModelConfig, data: DetectionDataset) -> str
         data: the training images.
     """
     queries = getattr(model.detector, "queries", None)
-    if queries is None:
+    if queries is None or getattr(data, "max_objects", math.inf) <= queries:  # what scenes have
         return None
     counts = {i: count for i in range(len(data)) if (count := len(data.objects(i))) > queries}
     counts = {i: len(data.objects(i).targets(*data.size(i))) for i in counts}  # crowds are no targets
