@@ -129,7 +129,8 @@ def train(arguments: argparse.Namespace) -> int:
         latest = {line["split"]: line for line in metrics if line["kind"] == "evaluation"}
         for split, figures in latest.items():
             print(f"AP on {figures['images']} pictures of {split}, in percent\n\n{table_by_stage(figures)}\n")
-        print(f"The run is in {folder}: model.safetensors, best.safetensors, metrics.jsonl, train.log, figures")
+        names = ("model.safetensors", "best.safetensors", "metrics.jsonl", "train.log", "figures")
+        print(f"The run is in {folder}: {', '.join(name for name in names if (folder / name).exists())}")
     return 0
 
 
