@@ -158,8 +158,14 @@ def evaluate(
         With draws also, as :func:`regolite.evaluation.bootstrap.intervals` has them, ``intervals`` and ``classes``.
 
     Raises:
-        UserError: when the model does not know all of the data's categories.
+        UserError: when the model does not know all of the data's categories, or the data has no annotation at all and
+            no file of detections is asked for.
     """
+    if detections is None and not dataset.is_annotated:
+        raise UserError(
+            f"{getattr(dataset, 'file', 'the data')}: {len(dataset)} images without a single annotation, nothing to "
+            "measure: annotate some, or only save the detections"
+        )
     results, figures = detect_all(model, dataset, stages, batch_size, top_k, workers, progress), None
     if processes.rank() == 0:
         if detections is not None:
