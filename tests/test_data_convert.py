@@ -244,7 +244,7 @@ def test_missing_and_broken_pictures_of_coco_are_named(tmp_path):
     done = convert(source, tmp_path / "data", val=0.5)
     missing, broken = sorted(done.problems)
     assert missing == "a.jpg: left out, result.json lists it, but it is not there"
-    assert broken.startswith("e.jpg: left out, picture ") and "replace the file" in broken
+    assert broken.startswith("e.jpg: left out, image ") and "replace the file" in broken
     assert set(boxes(tmp_path / "data")) == {"b.png", "c.jpg", "d.jpg"}
 
 

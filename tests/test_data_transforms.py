@@ -2,11 +2,23 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from regolite.data import make_transform
-from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD, TRANSFORMS, RandomSizeCrop, detr_train, detr_val
+from regolite.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TRANSFORMS,
+    RandomSizeCrop,
+    RandomZoom,
+    Resize,
+    detr_train,
+    detr_val,
+)
 from regolite.errors import UserError
 
 WIDTH, HEIGHT = 320, 220
@@ -49,15 +61,15 @@ def test_rectangles_stay_in_their_boxes(name, size, train):
 
 def test_every_step_occurs():
     """Flips and crops do happen, or the test above proves little."""
-    shapes, flipped, dropped = set(), 0, 0
+    sizes, flipped, dropped = set(), 0, 0
     for seed in range(40):
         levels, boxes, labels = apply(make_transform("laptop_crop", 160), seed)
-        shapes.add(levels.shape)
+        sizes.add(tuple(boxes[0, 2:] - boxes[0, :2]) if len(boxes) else ())
         dropped += len(labels) < 3
         centres = {label: box[[0, 2]].mean() for label, box in zip(labels.tolist(), boxes, strict=True)}
         if 0 in centres and 1 in centres:
             flipped += bool(centres[0] > centres[1])
-    assert len(shapes) > 20
+    assert len(sizes) > 15  # half of the windows are the whole image
     assert flipped in range(8, 32)
     assert dropped > 1
 
@@ -89,6 +101,18 @@ def test_crop_window():
     assert crop(small).size == (50, 60)
 
 
+def test_zoomed_images_keep_their_shape():
+    """So batches of images of one shape need no padding."""
+    torch.manual_seed(0)
+    windows = [RandomZoom(0.5)(picture()).size for _ in range(50)]
+    shares = [width / WIDTH for width, _ in windows]
+    assert 0.5 <= min(shares) < 0.6 and 0.9 < max(shares) <= 1
+    assert all(abs(height / HEIGHT - share) <= 1 / HEIGHT for (_, height), share in zip(windows, shares))
+    assert RandomZoom(0.5)(Image.new("RGB", (1, 1))).size == (1, 1)
+    shapes = {apply(make_transform("laptop_crop", 160), seed)[0].shape[1:] for seed in range(20)}
+    assert all(max(shape) == 160 and abs(min(shape) - 110) <= 1 for shape in shapes)
+
+
 @pytest.mark.parametrize("name", ["detr", "laptop", "laptop_crop"])
 def test_randomness_is_torchs(name):
     transform = make_transform(name, 96)
@@ -118,3 +142,33 @@ def test_errors():
         make_transform("lapton")
     with pytest.raises(UserError, match="size 3 is too small"):
         make_transform("laptop", 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([(None, 96), ([64], 120)]))
+def test_sizes_are_torchvisions_and_never_0(height, width, how):
+    ours, theirs = (kind(how[0], max_size=how[1]) for kind in (Resize, v2.Resize))
+    pixels = torch.zeros(1, height, width, dtype=torch.uint8)
+    try:
+        wanted = theirs(pixels).shape
+    except RuntimeError:  # of a side of 0 pixels
+        wanted = None
+    found = ours(pixels).shape
+    if wanted is not None:
+        assert found == wanted
+    assert min(found) == 1 and max(found) <= how[1]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("size", [(4000, 8), (8, 4000), (20000, 3), (1, 1)])
+def test_lines_of_pixels_keep_both_sides(name, train, size):
+    transform = make_transform(name, 64, train)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        whole = tv_tensors.BoundingBoxes(torch.tensor([[0.0, 0, *size]]), format="XYXY", canvas_size=size[::-1])
+        pixels, moved = transform(Image.new("RGB", size), {"boxes": whole, "labels": torch.tensor([3])})
+        height, width = pixels.shape[1:]
+        assert min(height, width) >= 1 and max(height, width) <= 64 * 3
+        for box in moved["boxes"].tolist():
+            assert box == pytest.approx([0, 0, width, height], abs=1e-3)

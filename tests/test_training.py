@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -691,3 +692,56 @@ def test_a_picture_looks_the_same_whoever_prepares_it():
     before = torch.get_rng_state()
     assert not torch.equal(items[0, 1][0], items[1, 1][0])  # but another one in another epoch
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------------ said, not silent
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Scenes as files, whose annotations a test may change."""
+    for count, split in ((4, "train"), (2, "val")):
+        Scenes(count, size=64, split=split).write(tmp_path / "data")
+
+    def change(split, annotations):
+        file = tmp_path / "data" / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        content["annotations"] = annotations(content["annotations"])
+        file.write_text(json.dumps(content))
+        return str(tmp_path / "data")
+
+    return change
+
+
+@pytest.mark.parametrize(("split", "said"), [("train", "nothing to learn"), ("val", "nothing to measure")])
+def test_no_annotation_at_all_is_an_error(config, data, split, said):
+    run = config(data=data(split, lambda annotations: []))
+    with pytest.raises(UserError, match=rf"instances_{split}.json: \d images without a single annotation, {said}"):
+        train(run)
+    assert not Path(run.output).exists()
+
+
+def test_what_cannot_be_measured_is_neither_0_nor_best(config, data):
+    root = data("val", lambda annotations: [{**one, "iscrowd": 1} for one in annotations])
+    folder = train(config(data=root, evaluate_every=1, epochs=2))
+    log = (folder / "train.log").read_text()
+    assert log.count("AP on val by stage: -, -, -") == 2 and "0.0" not in log.split("by stage: ")[1][:9]
+    assert log.count("AP on val cannot be measured") == 1, "once, and not at every evaluation"
+    assert not (folder / "best.safetensors").exists() and not (folder / "checkpoints" / "best.pt").exists()
+    assert {line["AP"] for line in lines(folder) if line["kind"] == "evaluation"} == {None}
+
+
+def test_more_objects_than_queries_is_said_once_with_counts(config, data):
+    def crowd(annotations):
+        copies = [{**annotations[0], "decided_by": None, "id": 9000 + n, "image_id": 2} for n in range(11)]
+        crowds = [
+            {**annotations[0], "decided_by": None, "id": 9100 + n, "image_id": 3, "iscrowd": 1} for n in range(11)
+        ]
+        return [one for one in annotations if one["image_id"] not in (2, 3)] + copies + crowds
+
+    root = data("train", crowd)
+    log = (train(config(data=root)) / "train.log").read_text()
+    said = "1 of 4 training images have more objects than the detector has queries (8), up to 11 (train_000002.png)"
+    assert log.count(said) == 1 and "set queries=11" in log
+    enough = config("enough", data=root, overrides=("queries=11", *(s for s in SMALL if s[:7] != "queries")))
+    assert "more objects" not in (train(enough) / "train.log").read_text()

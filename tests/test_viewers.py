@@ -286,6 +286,24 @@ def test_choices_follow_the_detector(dense, plain):
 # Pictures.
 
 
+def test_folders_photographs_held_sideways_and_files_that_are_not_there(plain, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture_of().save(tmp_path / "b.png", exif=exif)
+    picture_of(50, 60).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "b.png") as opened:
+        gallery = Gallery(plain, [tmp_path, opened, tmp_path / "none.png"])
+        assert [source.name for source in gallery.sources.values()] == ["a.png", "b.png", "b.png", "none.png"]
+        sizes = []
+        for number in range(3):
+            gallery.chooser.value = number
+            sizes.append(gallery.scene.picture.size)
+            assert gallery.scene.trace.frame.original.tolist() == [list(sizes[-1][::-1])]
+    assert sizes == [(50, 60), (70, 90), (70, 90)], "upright"
+    gallery.chooser.value = 3
+    assert "none.png does not exist" in gallery.message.text
+
+
 def test_pictures_of_every_kind(plain, tmp_path):
     picture_of().save(tmp_path / "file.png")
     scenes = Scenes(2, size=96)

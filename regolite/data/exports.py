@@ -27,10 +27,10 @@ from regolite.data.coco import (
     spellings,
     split_named,
 )
+from regolite.data.images import SUFFIXES
 from regolite.errors import UserError
 from regolite.fields import shown
 
-IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 NO_LABELS = {"classes", "notes", "README.dataset", "README.roboflow"}  # text files that exports put beside the labels
 MOST_FRACTION = 2.0  # a box of YOLO's may reach out of its image, but with larger numbers it is one in pixels
 
@@ -104,9 +104,9 @@ def read_export(source: Path) -> Export:
     """
     source = Path(os.path.abspath(source))
     files = [path for path in sorted(source.rglob("*")) if _is_visible(path.relative_to(source)) and path.is_file()]
-    images = [path for path in files if path.suffix.lower() in IMAGES]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not images:
-        raise UserError(f"{source} holds no pictures: looked for {', '.join(sorted(IMAGES))}")
+        raise UserError(f"{source} holds no pictures: looked for {', '.join(sorted(SUFFIXES))}")
     if any(path.suffix == ".xml" for path in files):
         return _read_voc(source, images)
     yamls = {path: names for path in files if path.suffix in (".yaml", ".yml") and (names := _names(path))}

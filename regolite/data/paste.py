@@ -26,6 +26,7 @@ from pycocotools.coco import COCO
 
 from regolite.data.coco import CocoFolder, find_annotations
 from regolite.data.dataset import DetectionDataset, Objects
+from regolite.data.views import View
 from regolite.errors import UserError
 
 EDGE = 1.5  # standard deviation in pixels of the blur that fades the edge of a cut-out
@@ -120,7 +121,7 @@ def cut_outs(
     return found
 
 
-class Pasted(DetectionDataset):
+class Pasted(View):
     """A dataset for training, with cut-outs pasted onto its images at random.
 
     ``pasted[i]`` and ``pasted.sample(i)`` draw new cut-outs at every call, from torch's global generator; ``image`` and
@@ -191,21 +192,9 @@ class Pasted(DetectionDataset):
         )
         return image, _visible(both, np.append(np.full(len(objects), -1), new), front)
 
-    def image(self, i: int) -> Image.Image:
-        """Image ``i`` with nothing pasted."""
-        return self.dataset.image(i)
-
-    def objects(self, i: int) -> Objects:
-        """The annotations of image ``i`` with nothing pasted."""
-        return self.dataset.objects(i)
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image ``i`` in pixels."""
-        return self.dataset.size(i)
-
-    def file_name(self, i: int) -> str:
-        """The file name of image ``i``."""
-        return self.dataset.file_name(i)
+    def place(self, i: int) -> tuple[DetectionDataset, int]:
+        """The dataset, and the same index."""
+        return self.dataset, i
 
     @property
     def coco(self) -> COCO:

@@ -36,15 +36,17 @@ from regolite.data.coco import (
     LONGEST,
     OPTIONAL,
     ImageFiles,
+    WrongSize,
     category_differences,
     class_name,
     find_annotations,
     find_images,
     is_box,
     is_id,
+    read_annotated,
     read_annotations,
-    read_picture,
 )
+from regolite.data.images import read_image
 from regolite.errors import UserError
 from regolite.lock import locked
 from regolite.progress import Status
@@ -565,6 +567,8 @@ def _check_split(root: Path, split: str, read_pictures: bool, workers: int | Non
         if len(ids) > 1:
             wrong("category name given twice", said=f"{name!r} is the name of {' and '.join(sorted(ids))}")
     are_right = not any(f["split"] == split and f["kind"].startswith("category") for f in report.wrong)
+    if not annotations:
+        wrong("no annotations", said="there is nothing to learn or to measure")
     by_id = _check_images(images, files, wrong, note)
     with_objects = _check_annotations(annotations, by_id, known, wrong, note)
     for number, (name, *_) in by_id.items():
@@ -674,11 +678,14 @@ def _read_all(
     def read(number: int) -> tuple[int, str, str] | None:
         name, width, height = images[number]
         try:
-            picture = read_picture(files.path(name))
+            if width == NO_SIZE:
+                read_image(files.path(name))
+            else:
+                read_annotated(files.path(name), width, height)
+        except WrongSize as error:
+            return number, "picture of another size", str(error)
         except UserError as error:
             return number, "unreadable picture", str(error.__cause__ or error)
-        if picture.size != (width, height) and width < NO_SIZE:
-            return number, "picture of another size", f"{picture.width}x{picture.height}, not {width}x{height}"
         return None
 
     status, found = Status(title, leave=False), []

@@ -28,6 +28,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 DETR_SIZE = 800
 LAPTOP_SIZE = 320
+LONGEST = 10_000  # pixels: as far as a long, narrow image is enlarged before a window is cut out of it
 
 
 def to_pixels() -> v2.Transform:
@@ -39,6 +40,36 @@ def to_pixels() -> v2.Transform:
         v2.ToPureTensor(),
     ]
     return v2.Compose(steps)
+
+
+class Resize(v2.Resize):
+    """Torchvision's, but no side is rounded down to 0: of 4000 x 8 pixels, 320 x 0 would be left."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Compute the new height and width as torchvision does (once for the image and its boxes together)."""
+        height, width = v2.query_size(flat_inputs)
+        short, long = sorted((height, width))
+        if self.size is None:
+            new_short, new_long = int(self.max_size * short / long), self.max_size
+        else:
+            new_short, new_long = self.size[0], int(self.size[0] * long / short)
+            if new_long > self.max_size:
+                new_short, new_long = int(self.max_size * new_short / new_long), self.max_size
+        new_short = max(new_short, 1)
+        return {"size": [new_long, new_short] if height > width else [new_short, new_long]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize one thing: the image or the boxes."""
+        return self._call_kernel(F.resize, inpt, **params, interpolation=self.interpolation, antialias=self.antialias)
+
+
+class RandomShortestSize(v2.RandomShortestSize):
+    """Torchvision's, but no side is rounded down to 0."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the new height and width."""
+        params = super().make_params(flat_inputs)
+        return {**params, "size": [max(1, side) for side in params["size"]]}
 
 
 class RandomSizeCrop(v2.Transform):
@@ -73,6 +104,33 @@ class RandomSizeCrop(v2.Transform):
         return self._call_kernel(F.crop, inpt, **params)
 
 
+class RandomZoom(v2.Transform):
+    """Crop a window of the image's own aspect ratio, at a place drawn uniformly.
+
+    Images keep their shape, so that a batch of images of similar shape needs little padding. Boxes are clipped to the
+    window; follow it with ``v2.SanitizeBoundingBoxes`` to drop what vanished.
+
+    Args:
+        least: the smallest share of the image's sides that a window has; it is drawn uniformly from here to 1.
+    """
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.least = least
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the window (torchvision calls this once for the image and its boxes together)."""
+        share = self.least + (1 - self.least) * float(torch.rand(()))
+        sides = v2.query_size(flat_inputs)
+        height, width = (max(1, round(share * side)) for side in sides)
+        top, left = (_randint(0, side - window) for side, window in zip(sides, (height, width)))
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Crop one thing: the image or the boxes."""
+        return self._call_kernel(F.crop, inpt, **params)
+
+
 def detr_train(min_sizes: Sequence[int] = range(480, 801, 32), max_size: int = 1333) -> v2.Transform:
     """DETR's training recipe (Carion et al. 2020, section 4, "technical details").
 
@@ -80,9 +138,9 @@ def detr_train(min_sizes: Sequence[int] = range(480, 801, 32), max_size: int = 1
     at most ``max_size``; otherwise resize the shorter side to 400, 500 or 600, crop a window of 384 to 600 pixels a
     side, and resize that. Objects that the crop cuts away are dropped with their labels.
     """
-    resize = v2.RandomShortestSize(list(min_sizes), max_size=max_size)
+    resize = RandomShortestSize(list(min_sizes), max_size=max_size)
     crop = v2.Compose(
-        [v2.RandomShortestSize([400, 500, 600]), RandomSizeCrop(384, 600), v2.SanitizeBoundingBoxes(), resize]
+        [RandomShortestSize([400, 500, 600], LONGEST), RandomSizeCrop(384, 600), v2.SanitizeBoundingBoxes(), resize]
     )
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), to_pixels()])
 
@@ -92,29 +150,29 @@ def detr_val(size: int = DETR_SIZE, max_size: int = 1333) -> v2.Transform:
 
     Where the longer side is limited, torchvision's rounding may give a pixel or two more or less than DETR's code.
     """
-    return v2.Compose([v2.Resize(size, max_size=max_size), to_pixels()])
+    return v2.Compose([Resize(size, max_size=max_size), to_pixels()])
 
 
 def laptop_train(size: int = LAPTOP_SIZE, crop: bool = False) -> v2.Transform:
-    """Small pictures, mildly augmented: flip, and the longer side drawn from 0.8 to 1.0 of ``size``.
+    """Small images, mildly augmented: flip, and the longer side drawn from 0.8 to 1.0 of ``size``.
 
     Args:
         size: the longest side in pixels.
-        crop: half of the time cut a window of 0.75 to 1.5 ``size`` from the picture resized to 1.5 ``size`` first.
+        crop: leave that side at ``size``, and half of the time show a window of 0.5 to 1 of the image's sides.
     """
-    jitter = v2.RandomChoice([v2.Resize(None, max_size=side) for side in range(round(0.8 * size), size + 1)])
     if crop:
-        large = round(1.5 * size)
-        cut = [v2.Resize(None, max_size=large), RandomSizeCrop(large // 2, large), v2.SanitizeBoundingBoxes(), jitter]
-        jitter = v2.RandomChoice([jitter, v2.Compose(cut)])
-    return v2.Compose([v2.RandomHorizontalFlip(), jitter, to_pixels()])
+        window = v2.Compose([RandomZoom(0.5), v2.SanitizeBoundingBoxes()])
+        scale = v2.Compose([v2.RandomApply([window], p=0.5), Resize(None, max_size=size)])
+    else:
+        scale = v2.RandomChoice([Resize(None, max_size=side) for side in range(round(0.8 * size), size + 1)])
+    return v2.Compose([v2.RandomHorizontalFlip(), scale, to_pixels()])
 
 
 def laptop_val(size: int | None = LAPTOP_SIZE) -> v2.Transform:
     """The longer side ``size`` pixels; None leaves the picture at its own size."""
     if size is None:
         return to_pixels()
-    return v2.Compose([v2.Resize(None, max_size=size), to_pixels()])
+    return v2.Compose([Resize(None, max_size=size), to_pixels()])
 
 
 TRANSFORMS = ("detr", "laptop", "laptop_crop", "none")

@@ -15,7 +15,40 @@ from regolite.data.dataset import DetectionDataset, Objects
 from regolite.errors import UserError
 
 
-class OfClasses(DetectionDataset):
+class View(DetectionDataset):
+    """A data set whose images are those of others; what a subclass does not change is as it is there."""
+
+    def place(self, i: int) -> tuple[DetectionDataset, int]:
+        """The data set that image ``i`` comes from, and its index there."""
+        raise NotImplementedError
+
+    def image(self, i: int) -> Image.Image:
+        """Image ``i`` as PIL RGB, untransformed."""
+        dataset, i = self.place(i)
+        return dataset.image(i)
+
+    def objects(self, i: int) -> Objects:
+        """All annotations of image ``i``, crowds included."""
+        dataset, i = self.place(i)
+        return dataset.objects(i)
+
+    def sample(self, i: int) -> tuple[Image.Image, Objects]:
+        """Image ``i`` with its annotations, as the data set that it comes from would transform them."""
+        dataset, i = self.place(i)
+        return dataset.sample(i)
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Height and width of image ``i`` in pixels."""
+        dataset, i = self.place(i)
+        return dataset.size(i)
+
+    def file_name(self, i: int) -> str:
+        """The file name of image ``i``."""
+        dataset, i = self.place(i)
+        return dataset.file_name(i)
+
+
+class OfClasses(View):
     """A data set of which only some classes count; images without any of them stay, with no objects.
 
     This is how a detector of few classes is measured on data that has more.
@@ -46,9 +79,9 @@ class OfClasses(DetectionDataset):
         self._label = np.full(len(dataset.classes), -1)  # new label by old one
         self._label[[dataset.classes.index(name) for name in classes]] = np.arange(len(classes))
 
-    def image(self, i: int) -> Image.Image:
-        """Image ``i`` as PIL RGB, untransformed."""
-        return self.dataset.image(i)
+    def place(self, i: int) -> tuple[DetectionDataset, int]:
+        """The data set, and the same index."""
+        return self.dataset, i
 
     def objects(self, i: int) -> Objects:
         """The annotations of image ``i`` that count, crowds included."""
@@ -59,14 +92,6 @@ class OfClasses(DetectionDataset):
         image, objects = self.dataset.sample(i)
         return image, self._counting(objects)
 
-    def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image ``i`` in pixels."""
-        return self.dataset.size(i)
-
-    def file_name(self, i: int) -> str:
-        """The file name of image ``i``."""
-        return self.dataset.file_name(i)
-
     def _counting(self, objects: Objects) -> Objects:
         labels = self._label[objects.labels]
         kept = copy.copy(objects)
@@ -74,7 +99,7 @@ class OfClasses(DetectionDataset):
         return kept[labels >= 0]
 
 
-class OfImages(DetectionDataset):
+class OfImages(View):
     """Some images of a data set, each as often as it is named.
 
     Args:
@@ -87,25 +112,9 @@ class OfImages(DetectionDataset):
         self.classes, self.category_ids, self.transform = dataset.classes, dataset.category_ids, dataset.transform
         self.image_ids = [dataset.image_ids[i] for i in self.indices]
 
-    def image(self, i: int) -> Image.Image:
-        """Image ``i`` as PIL RGB, untransformed."""
-        return self.dataset.image(self.indices[i])
-
-    def objects(self, i: int) -> Objects:
-        """All annotations of image ``i``, crowds included."""
-        return self.dataset.objects(self.indices[i])
-
-    def sample(self, i: int) -> tuple[Image.Image, Objects]:
-        """Image ``i`` with its annotations, as the data set itself would transform them."""
-        return self.dataset.sample(self.indices[i])
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image ``i`` in pixels."""
-        return self.dataset.size(self.indices[i])
-
-    def file_name(self, i: int) -> str:
-        """The file name of image ``i``."""
-        return self.dataset.file_name(self.indices[i])
+    def place(self, i: int) -> tuple[DetectionDataset, int]:
+        """The data set, and the index of image ``i`` in it."""
+        return self.dataset, self.indices[i]
 
 
 def repeat_rare(dataset: DetectionDataset, share: float, seed: int = 0) -> OfImages:
@@ -128,7 +137,7 @@ def repeat_rare(dataset: DetectionDataset, share: float, seed: int = 0) -> OfIma
     return OfImages(dataset, np.repeat(np.arange(len(dataset)), whole + more).tolist())
 
 
-class Joined(DetectionDataset):
+class Joined(View):
     """Several data sets of the same classes in a row, as one.
 
     Annotations are numbered anew, since files that were written apart may give the same number twice.
@@ -159,30 +168,14 @@ class Joined(DetectionDataset):
         counts = [len(dataset.objects(i)) for dataset, i in self._places]
         self._first_ids = [0, *accumulate(counts)]
 
-    def image(self, i: int) -> Image.Image:
-        """Image ``i`` as PIL RGB, untransformed."""
-        dataset, i = self._places[i]
-        return dataset.image(i)
+    def place(self, i: int) -> tuple[DetectionDataset, int]:
+        """The data set that image ``i`` comes from, and its index there."""
+        return self._places[i]
 
     def objects(self, i: int) -> Objects:
         """All annotations of image ``i``, crowds included."""
         dataset, place = self._places[i]
         return self._renumbered(i, dataset.objects(place))
-
-    def sample(self, i: int) -> tuple[Image.Image, Objects]:
-        """Image ``i`` with its annotations, as its own data set would transform them."""
-        dataset, place = self._places[i]
-        return dataset.sample(place)
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image ``i`` in pixels."""
-        dataset, i = self._places[i]
-        return dataset.size(i)
-
-    def file_name(self, i: int) -> str:
-        """The file name of image ``i``."""
-        dataset, i = self._places[i]
-        return dataset.file_name(i)
 
     def _renumbered(self, i: int, objects: Objects) -> Objects:
         ids = self._first_ids[i] + 1 + np.arange(len(objects))

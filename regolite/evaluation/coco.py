@@ -172,10 +172,17 @@ def evaluate(
 
     Raises:
         UserError: when the model does not know all of the data's categories or has no such stages, a number makes no
-            sense, or there is no such backend.
+            sense, there is no such backend, or the data has no annotation at all and no file of detections is asked
+            for.
     """
     backend_of(backend)  # now, and not after an hour
     draws = whole("draws", draws, 0)
+    of_kind("dataset", dataset, DetectionDataset, "a data set: regolite.data.open_data(FOLDER) gives one")
+    if detections is None and not dataset.is_annotated:
+        raise UserError(
+            f"{getattr(dataset, 'file', 'the data')}: {len(dataset)} images without a single annotation, nothing to "
+            "measure: annotate some, or only save the detections"
+        )
     results, figures = detect_all(model, dataset, stages, batch_size, top_k, workers, progress), None
     if processes.rank() == 0:
         if detections is not None:

@@ -221,4 +221,4 @@ def with_alphas(answer: Callable[..., Any]) -> str:
         raise Mistake(f"the model was left with the ratios {left}: put the old ones back, {trained}.")
     if found.requires_grad:
         raise Mistake("the output carries gradients: run the model under torch.no_grad().")
-    return "Now compare what they give: the solutions do it over photographs."
+    return "Now compare what they give: the solutions do it over scenes."

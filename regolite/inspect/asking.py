@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from regolite.data.images import ImageSource, read_image
 from regolite.errors import UserError
 from regolite.inspect.drawing import GREY, INK, draw_box, draw_labels, draw_title, panels, stage_colour
 from regolite.inspect.trace import Boxes, OnCells, Record, Trace
@@ -157,8 +158,9 @@ def within(what: str, value: int, count: int) -> None:
         raise UserError(f"{what} is {value}, and there are {count}: give 0 to {count - 1}")
 
 
-def check_picture(picture: Image.Image, trace: Trace, index: int) -> None:
-    """Refuse a picture that is not the one of the trace."""
+def check_picture(picture: ImageSource, trace: Trace, index: int) -> Image.Image:
+    """Read an image as the detector did, and refuse one that is not the trace's."""
+    picture = read_image(picture)
     within("index", index, len(trace.frame.original))
     height, width = trace.frame.original[index].tolist()
     if picture.size != (width, height):
@@ -166,6 +168,7 @@ def check_picture(picture: Image.Image, trace: Trace, index: int) -> None:
             f"the picture is {picture.width} x {picture.height}, and picture {index} of the trace {width} x {height} "
             "pixels; give the picture that the detector was given, as it was before it was resized"
         )
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------- what they draw alike

@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from regolite.data.images import ImageSource, read_image
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from regolite.inspect.words import as_is
 from regolite.structures import Detections
@@ -58,12 +59,12 @@ def panels(ratio: float, count: int, columns: int | None = None, width: float = 
     """A figure of equal panels in rows; laid out by hand, since labels need exact places.
 
     Args:
-        ratio: height of a panel by its width.
+        ratio: height of a panel by its width; a long, narrow image is drawn in a panel of at most 1 to 8.
         count: how many.
         columns: panels in a row; all by default.
         width: of a panel in inches; a notebook's column holds about 10 inches.
     """
-    columns = columns or count
+    columns, ratio = columns or count, min(max(ratio, 1 / 8), 8.0)
     rows = -(-count // columns)
     height, gap, head = width * ratio, 0.08, 0.27
     total = (columns * (width + gap) + gap, rows * (height + head) + gap)
@@ -77,10 +78,11 @@ def panels(ratio: float, count: int, columns: int | None = None, width: float = 
     return figure, axes
 
 
-def draw_picture(ax: Axes, picture: Image.Image) -> None:
-    """A picture on axes in its own pixels, (0, 0) its corner."""
+def draw_picture(ax: Axes, picture: ImageSource) -> None:
+    """An image on axes in its own pixels, (0, 0) its corner."""
+    picture = read_image(picture)
     width, height = picture.size
-    ax.imshow(np.asarray(picture.convert("RGB")), extent=(0, width, height, 0), interpolation="antialiased")
+    ax.imshow(np.asarray(picture), extent=(0, width, height, 0), interpolation="antialiased")
     ax.set_anchor("N")
     ax.axis("off")
     ax.apply_aspect()
@@ -95,7 +97,7 @@ def to_picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
 
 def draw_heat(
     ax: Axes,
-    picture: Image.Image,
+    picture: ImageSource,
     heat: Float[Tensor, "h w"],
     cell: float | None = None,
     peak: float | None = None,
@@ -111,7 +113,7 @@ def draw_heat(
         peak: the value that gets the full colour; the map's own maximum by default.
         smooth: blend from cell to cell, where the cells themselves are not the point.
     """
-    heat = heat.detach().cpu()
+    heat, picture = heat.detach().cpu(), read_image(picture)
     grey = np.asarray(picture.convert("L"), dtype=np.float32)
     width, height = picture.size
     ax.imshow(96 + 0.62 * grey, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=255)

@@ -30,7 +30,7 @@ import difflib
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -399,6 +399,9 @@ class Trace:
 
     def __contains__(self, name: str) -> bool:
         return name in self._records
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
 
     def __len__(self) -> int:
         return len(self._records)

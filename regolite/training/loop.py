@@ -42,7 +42,7 @@ from regolite.training.metrics import TensorBoard, Window, timed
 from regolite.training.recompute import keep, recompute
 from regolite.training.resume import describe_run
 from regolite.training.schedule import lr_factor, parameter_groups
-from regolite.training.setup import is_to_launch, make_accelerator, prepare_data, resampled
+from regolite.training.setup import is_to_launch, make_accelerator, more_objects_than_queries, prepare_data, resampled
 from regolite.training.state import State
 
 
@@ -110,6 +110,8 @@ def _train(
     if accelerator.is_main_process:
         folder.write_config({"run": described["run"], "model": described["model"]})
         _announce(config, state, len(shown_set))
+        if said := more_objects_than_queries(model_config, train_set):
+            folder.warn(said)
 
     if config.recompute:
         recompute(model)
@@ -325,31 +327,36 @@ def _evaluate(state: State, dataset: DetectionDataset, split: str, workers: int)
     progress = state.progress
     if progress.evaluated.get(split) == progress.step:
         return
+    is_first = split not in progress.evaluated
     progress.evaluated[split] = progress.step
     figures = evaluate(state.evaluated, dataset, batch_size=8, workers=workers)
     if state.accelerator.is_main_process:
-        _write_figures(state, figures, split)
+        _write_figures(state, figures, split, is_first)
     progress.best, progress.stale = processes.from_first((progress.best, progress.stale))
 
 
-def _write_figures(state: State, figures: dict[str, Any], split: str) -> None:
+def _write_figures(state: State, figures: dict[str, Any], split: str, is_first: bool) -> None:
     """Write what an evaluation has found, and keep the weights if they are the best so far."""
     progress, folder = state.progress, state.folder
     where = {"kind": "evaluation", "split": split, "step": progress.step, "epoch": progress.epoch}
     folder.write_metrics({**where, "seconds": progress.seconds, "cpu_seconds": progress.cpu_seconds, **figures})
-    by_stage = ", ".join(f"{s['AP'] or 0.0:.1f}" for s in figures["stages"])
+    by_stage = ", ".join("-" if s["AP"] is None else f"{s['AP']:.1f}" for s in figures["stages"])
     folder.log.info("step %d AP on %s by stage: %s", progress.step, split, by_stage)
     Status.say(f"step {progress.step}, AP on {split} by stage, the base detector first: {by_stage}")
     if split != "val":
         return
-    if (figures["AP"] or 0.0) <= progress.best:
+    if figures["AP"] is None:
+        if is_first:
+            folder.warn("AP on val cannot be measured, since no object there counts: there is no best.safetensors")
+        return
+    if figures["AP"] <= progress.best:
         progress.stale += 1
         return
     progress.stale = 0
     try:
         save_model(state.evaluated, folder.path / "best.safetensors")
         folder.keep_best(progress.step)
-        progress.best = figures["AP"] or 0.0
+        progress.best = figures["AP"]
     except OSError as error:
         folder.warn(f"the best weights so far cannot be written ({error.strerror}): free some space")
 
