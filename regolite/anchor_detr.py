@@ -26,13 +26,14 @@ from regolite.backbone import Backbone
 from regolite.boxes import inverse_sigmoid
 from regolite.deformable_detr import PictureNorm
 from regolite.errors import UserError
+from regolite.fields import Checked
 from regolite.positions import waves
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Prediction
 from regolite.transformer import MLP, DecoderLayer, EncoderLayer, box_head, class_head, in_float32
 
 
 @dataclass(frozen=True)
-class AnchorDetrConfig:
+class AnchorDetrConfig(Checked):
     """What an Anchor DETR is made of; fields that are not named here are those of :class:`~regolite.detr.DetrConfig`.
 
     Attributes:

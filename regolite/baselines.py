@@ -32,6 +32,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from regolite.backbone import download
 from regolite.errors import UserError
+from regolite.fields import Checked
 from regolite.state_dicts import read
 from regolite.structures import Detections, ImageBatch
 
@@ -48,7 +49,7 @@ COCO_IDS = tuple(range(1, len(COCO_CLASSES) + 1))
 
 
 @dataclass(frozen=True)
-class BaselineConfig:
+class BaselineConfig(Checked):
     """What a baseline is made of.
 
     Attributes:

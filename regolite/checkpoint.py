@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from regolite.errors import UserError
+from regolite.fields import of_kind, shown
 from regolite.presets import ModelConfig, build
 from regolite.rego import Rego
 
@@ -76,9 +77,13 @@ def read_config(path: str | Path) -> ModelConfig:
     if stored is None:
         raise UserError(f"{path} holds no regolite model; give the .safetensors file of a run")
     try:
-        return ModelConfig.from_dict(json.loads(stored))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} was written by another version of regolite ({error}); train it again") from error
+        content = json.loads(stored)
+        if not isinstance(content, dict):
+            raise UserError(f"its configuration is {shown(content)}")
+        return ModelConfig.from_dict(content)
+    except (ValueError, RecursionError) as error:  # a UserError, no JSON, or too many brackets in each other
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} was written by another version of regolite ({reason}); train it again") from error
 
 
 def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, new_stages: bool = False) -> list[str]:
@@ -104,24 +109,14 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
     if new_stages and isinstance(model, Rego) and not any(key.startswith("detector.") for key in stored):
         stored = {f"detector.{key}": value for key, value in stored.items()}
         kept = {key for key in own if not key.startswith("detector.")}
-    missing, unexpected = sorted(set(own) - set(stored) - kept), sorted(set(stored) - set(own))
-    if missing or unexpected:
-        raise UserError(
-            f"{path} does not fit the model: {len(missing)} weights are missing ({', '.join(missing[:2])}), "
-            f"{len(unexpected)} are unknown ({', '.join(unexpected[:2])}); build the model of its own configuration"
-        )
+    _check_names(path, set(own) - kept, set(stored), set(own))
     if new_classes and classes != (ours := model.model_config.classes):
         by_class = getattr(model.model_config.detector, "token_queries", False)
         for key in class_head_names(set(own) & set(stored)):
             if own[key].shape[1:] == stored[key].shape[1:]:
                 stored[key], is_whole = _rows_by_name(key, own[key], stored[key], ours, classes, by_class)
                 kept.update([] if is_whole else [key])
-    for key, value in stored.items():
-        if own[key].shape != value.shape:
-            raise UserError(
-                f"{path} does not fit the model: {key} is {tuple(value.shape)} there and {tuple(own[key].shape)} here "
-                "(another number of classes or queries?)"
-            )
+    _check_shapes(path, own, {key: tuple(value.shape) for key, value in stored.items()})
     model.load_state_dict(own | stored)
     return [key for key in own if key in kept]
 
@@ -135,14 +130,52 @@ def load(path: str | Path = EVERYDAY, device: str | torch.device = "cpu") -> nn.
         device: where to put it.
 
     Raises:
-        UserError: when the file is missing, damaged, or holds neither a model of regolite nor a published one.
+        UserError: when the file is missing, damaged, holds neither a model of regolite nor a published one, or weights
+            of other shapes than its configuration says; and when there is no such device.
     """
+    from regolite.detection import choose_device  # which builds on this module
+
+    device = choose_device(device)
+    of_kind("path", path, (str, os.PathLike), "the path of a file")
     if not _is_ours(path):
         return _published(path).to(device)
-    config = read_config(path)
-    model = build(config.without_pretrained(), len(config.classes) or None)
+    config = read_config(path).without_pretrained()
+    _check_size(path, config)
+    model = build(config)
     load_weights(model, path)
     return model.to(device).eval()
+
+
+def _check_size(path: str | Path, config: ModelConfig) -> None:
+    """Compare names and shapes of the weights before any memory is taken: a file may ask for any model.
+
+    Raises:
+        UserError: when they are not those of the configuration.
+    """
+    with torch.device("meta"):  # shapes without numbers
+        own = build(config).state_dict()
+    with safe_open(path, framework="pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+    _check_names(path, set(own), set(shapes), set(own))
+    _check_shapes(path, own, shapes)
+
+
+def _check_names(path: str | Path, wanted: set[str], stored: set[str], known: set[str]) -> None:
+    missing, unexpected = sorted(wanted - stored), sorted(stored - known)
+    if missing or unexpected:
+        raise UserError(
+            f"{path} does not fit the model: {len(missing)} weights are missing ({', '.join(missing[:2])}), "
+            f"{len(unexpected)} are unknown ({', '.join(unexpected[:2])}); build the model of its own configuration"
+        )
+
+
+def _check_shapes(path: str | Path, own: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]]) -> None:
+    for key, shape in stored.items():
+        if tuple(own[key].shape) != shape:
+            raise UserError(
+                f"{path} does not fit the model: {key} is {shape} there and {tuple(own[key].shape)} here (another "
+                "number of classes or queries?)"
+            )
 
 
 def class_head_names(names: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@
     regolite train --data data/mine --model rego_deformable_detr_everyday --output runs/mine --max-minutes 30 --resume \
         --checkpoint data/checkpoints/rego_deformable_detr_everyday.safetensors --schedule one_cycle --batch-size 4
     regolite evaluate --checkpoint runs/mine/best.safetensors --data data/coco_tiny --json figures.json
-    regolite detect --checkpoint runs/mine/best.safetensors street.jpg harbour.png --output found
+    regolite detect --checkpoint runs/mine/best.safetensors street.jpg photos clip.mp4 --output found
     regolite convert my_export --output data/mine
     regolite relations --checkpoint runs/mine/best.safetensors --data scenes:200 --json relations.json
     regolite complexity --models detr_r50 rego_detr_r50 --json complexity.json
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import glob
 import json
 import math
 import os
@@ -38,6 +39,7 @@ import subprocess
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -127,7 +129,8 @@ def train(arguments: argparse.Namespace) -> int:
         latest = {line["split"]: line for line in metrics if line["kind"] == "evaluation"}
         for split, figures in latest.items():
             print(f"AP on {figures['images']} pictures of {split}, in percent\n\n{table_by_stage(figures)}\n")
-        print(f"The run is in {folder}: model.safetensors, best.safetensors, metrics.jsonl, train.log, figures")
+        names = ("model.safetensors", "best.safetensors", "metrics.jsonl", "train.log", "figures")
+        print(f"The run is in {folder}: {', '.join(name for name in names if (folder / name).exists())}")
     return 0
 
 
@@ -173,32 +176,115 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def detect(arguments: argparse.Namespace) -> int:
-    """Find objects in pictures; write each picture with its objects drawn, and all objects as detections.json."""
-    from regolite.checkpoint import write_atomic
-    from regolite.data import read_picture
-    from regolite.inspect import draw_detections
+    """Find objects in images and videos; write each with its objects drawn, and all objects as detections.json."""
+    from regolite.data.images import VIDEO_SUFFIXES
 
     if not 0 <= arguments.threshold <= 1:
         raise UserError(f"--threshold {arguments.threshold} must be between 0 and 1")
+    sources, broken = _sources(arguments.pictures)
+    if not sources:
+        raise UserError("; ".join(broken))
+    count = len(sources) + len(broken)
     model = _load(arguments)
-    output, written = arguments.output, _file_names(arguments.pictures, arguments.output)
+    output, written = arguments.output, _file_names(sources, arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    records, broken = [], []
-    for path, name in zip(arguments.pictures, written):
-        try:
-            picture = read_picture(path)
-        except UserError as error:
-            broken.append(_one_line(error))
-            continue
-        [found] = regolite.detect(model, picture, arguments.threshold, arguments.stages)
-        draw_detections(picture, found, model.model_config.classes).save(output / name, quality=92)
-        records += _records(path, found, model)
-        print(f"{path}: {len(found)} objects, drawn in {output / name}")
-    write_atomic(output / "detections.json", json.dumps(records, indent=2).encode())
+    with JsonList(output / "detections.json") as records:
+        for path, name in zip(sources, written):
+            look = _detect_in_video if path.suffix.lower() in VIDEO_SUFFIXES else _detect_in_image
+            try:
+                print(f"{path}: {look(model, path, output / name, arguments, records)}, drawn in {output / name}")
+            except UserError as error:
+                broken.append(_one_line(error))
+            except (MemoryError, RuntimeError) as error:  # one image may be too large, and the next is not
+                broken.append(f"{path}: {' '.join(str(error).split()) or type(error).__name__}")
     print(f"All of them are in {output / 'detections.json'}")
     if broken:
-        raise UserError(f"{len(broken)} of {len(written)} pictures failed, the others are done: {'; '.join(broken)}")
+        raise UserError(f"{len(broken)} of {count} pictures failed, the others are done: {'; '.join(broken)}")
     return 0
+
+
+def _sources(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The images and videos that files, folders and patterns stand for; and what is wrong with the others."""
+    from regolite.data.images import VIDEO_SUFFIXES, is_url, list_images
+
+    found: dict[Path, None] = {}
+    wrong = []
+    for word in words:
+        try:
+            if Path(word).suffix.lower() in VIDEO_SUFFIXES and not is_url(word):
+                files = [Path(file) for file in sorted(glob.glob(word))]
+                found |= dict.fromkeys([Path(word)] if Path(word).exists() or not files else files)
+            else:
+                found |= dict.fromkeys(list_images(word))
+        except UserError as error:
+            wrong.append(_one_line(error))
+    return list(found), wrong
+
+
+def _detect_in_image(
+    model: nn.Module, path: Path, target: Path, arguments: argparse.Namespace, records: JsonList
+) -> str:
+    """Detect in one image, draw and record what is found; returns what to say of it."""
+    from regolite.data import read_image
+    from regolite.inspect import draw_detections
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        image = read_image(path)
+    for warning in said:
+        print(f"regolite: warning: {warning.message}", file=sys.stderr)
+    [found] = regolite.detect(model, image, arguments.threshold, arguments.stages)
+    draw_detections(image, found, found.classes).save(target, quality=92)
+    records.extend(_records(path, found, model))
+    return f"{len(found)} objects"
+
+
+def _detect_in_video(
+    model: nn.Module, path: Path, target: Path, arguments: argparse.Namespace, records: JsonList
+) -> str:
+    """The same with every frame of a video."""
+    from regolite.inspect import draw_detections
+    from regolite.video import Frame, VideoWriter, read_video
+
+    objects = number = 0
+    with VideoWriter(target) as writer:
+        for number, frame in enumerate(read_video(path), 1):
+            [found] = regolite.detect(model, frame.image, arguments.threshold, arguments.stages)
+            writer.add(Frame(draw_detections(frame.image, found, found.classes), frame.seconds))
+            when = {"frame": number, "seconds": round(frame.seconds, 3)}
+            records.extend([{**record, **when} for record in _records(path, found, model)])
+            objects += len(found)
+    return f"{objects} objects in {number} frames"
+
+
+class JsonList:
+    """A JSON file that holds a list, whole again after every addition; what was in the file is lost.
+
+    Args:
+        path: the file.
+    """
+
+    END = b"\n]\n"
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._empty = path.open("wb"), True
+        self._file.write(b"[" + self.END)
+        self._file.flush()
+
+    def extend(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add records: they are written over the end, and then the end."""
+        if records:
+            text = ",".join("\n  " + json.dumps(record) for record in records)
+            self._file.seek(-len(self.END), os.SEEK_END)
+            self._file.write(("" if self._empty else ",").encode() + text.encode() + self.END)
+            self._file.flush()
+            self._empty = False
+
+    def __enter__(self) -> JsonList:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
 
 def relations(arguments: argparse.Namespace) -> int:
@@ -268,12 +354,15 @@ def _records(path: Path, found: Detections, model: nn.Module) -> list[dict[str, 
 
 def _file_names(pictures: Sequence[Path], output: Path) -> list[str]:
     """A name in the output folder for each picture: its own, numbered where two are called the same."""
+    from regolite.data.images import VIDEO_SUFFIXES
+
     taken: set[str] = set()
     names = []
     for path in pictures:
         if path.resolve().parent == output.resolve():
             raise UserError(f"{path} lies in the output folder and would be written over; give another --output")
         suffix = path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
+        suffix = ".mp4" if path.suffix.lower() in VIDEO_SUFFIXES else suffix
         name, number = path.stem + suffix, 2
         while name.lower() in taken:
             name, number = f"{path.stem}_{number}{suffix}", number + 1
@@ -594,7 +683,8 @@ def _detect_options(parser: Parser) -> None:
     from regolite.checkpoint import EVERYDAY
 
     _model_options(parser, EVERYDAY)
-    parser.add_argument("pictures", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    about = "images, folders of images, patterns as 'photos/**/*.jpg', or videos"
+    parser.add_argument("pictures", nargs="+", metavar="IMAGE", help=about)
     about = "folder for the results (default: found)"
     parser.add_argument("--output", type=Path, default=Path("found"), metavar="DIR", help=about)
     parser.add_argument("--threshold", type=number, default=0.5, metavar="X", help="least score (default: 0.5)")

@@ -31,13 +31,14 @@ from torch import Tensor, nn
 from regolite.attention import MultiHeadAttention
 from regolite.backbone import Backbone
 from regolite.boxes import inverse_sigmoid
+from regolite.fields import Checked
 from regolite.positions import sine_positions, waves
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
 from regolite.transformer import MLP, Encoder, EncoderLayer, FeedForward, box_head, class_head, flatten, in_float32
 
 
 @dataclass(frozen=True)
-class ConditionalDetrConfig:
+class ConditionalDetrConfig(Checked):
     """What a Conditional DETR is made of; the fields are those of :class:`~regolite.detr.DetrConfig`."""
 
     backbone: str = "resnet50"

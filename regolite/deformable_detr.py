@@ -19,13 +19,14 @@ from regolite.backbone import Backbone, shrink
 from regolite.boxes import inverse_sigmoid
 from regolite.deformable import DeformableAttention
 from regolite.denoising import NoisedQueries
+from regolite.fields import Checked
 from regolite.positions import box_positions, sine_positions
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction, Target
 from regolite.transformer import DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten, in_float32
 
 
 @dataclass(frozen=True)
-class DeformableDetrConfig:
+class DeformableDetrConfig(Checked):
     """What a Deformable DETR is made of.
 
     Attributes:

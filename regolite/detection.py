@@ -1,19 +1,21 @@
-"""From predictions to detections: scores, classes and boxes in pixels of the original picture."""
+"""From predictions to detections: scores, classes and boxes in pixels of the original image."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 from jaxtyping import Int
-from PIL import Image
 from torch import Tensor, nn
 
 from regolite.boxes import to_pixels
-from regolite.data import batch_pictures, make_transform, read_picture
+from regolite.data import batch_pictures, list_images, make_transform, read_image
+from regolite.data.images import ImageSource, check_image
 from regolite.errors import UserError
+from regolite.fields import of_kind, share, whole
+from regolite.modes import evaluating
 from regolite.rego import Rego
 from regolite.structures import Detections, DetectorOutput, ImageBatch, Prediction
 
@@ -46,8 +48,8 @@ def to_detections(
     return [Detections(s, c, b, q) for s, c, b, q in zip(scores.cpu(), labels.cpu(), chosen.cpu(), queries.cpu())]
 
 
-def choose_device(name: str) -> torch.device:
-    """A device by its name: ``cpu``, ``cuda``, ``mps``, or ``auto`` for a GPU where there is one.
+def choose_device(name: str | torch.device) -> torch.device:
+    """A device by its name: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``auto`` for a GPU where there is one.
 
     Raises:
         UserError: when PyTorch sees no such device.
@@ -55,14 +57,32 @@ def choose_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, is_there in there.items() if is_there)
-    if not there.get(name, False):
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UserError(f"device {name}: PyTorch knows no such device; give auto, cpu, cuda or mps") from None
+    is_beyond = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not there.get(device.type, True) or is_beyond:
         raise UserError(f"device {name}: PyTorch sees no such device; give auto")
-    return torch.device(name)
+    return device
 
 
 def run(model: nn.Module, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
     """Run any detector; ``stages`` says how many REGO stages to use, where it has any."""
     return model(images, stages) if isinstance(model, Rego) else model(images)
+
+
+def check_stages(model: nn.Module, stages: int | None) -> None:
+    """Check that a detector has so many REGO stages; None stands for all of them.
+
+    Raises:
+        UserError: it does not.
+    """
+    of_kind("model", model, nn.Module, "a detector: regolite.load and regolite.build give one")
+    most = len(model.stages) if isinstance(model, Rego) else 0
+    if stages is not None and whole("stages", stages) > most:
+        has = f"this model has 0 to {most}" if most else "this model has no REGO: give 0, or leave it out"
+        raise UserError(f"stages is {stages}, and {has}")
 
 
 def detections_by_stage(
@@ -89,41 +109,43 @@ def detections_by_stage(
 @torch.inference_mode()
 def detect(
     model: nn.Module,
-    pictures: Sequence[Image.Image | str | os.PathLike[str]] | Image.Image | str | os.PathLike[str],
-    threshold: float = 0.5,
+    pictures: ImageSource | Iterable[ImageSource],
+    threshold: float | int = 0.5,
     stages: int | None = None,
     top_k: int = 100,
 ) -> list[Detections]:
-    """Detect objects in pictures of any size.
+    """Detect objects in images of any size.
 
     Args:
         model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
-        pictures: PIL pictures or paths of files; one or several.
-        threshold: least score of a detection.
+        pictures: one or several images: whatever :func:`regolite.data.read_image` reads, and folders and patterns as
+            ``photos/*.jpg``, whose files :func:`regolite.data.list_images` lists. Files are turned upright as their
+            EXIF orientation says.
+        threshold: least score of a detection, from 0 to 1.
         stages: how many REGO stages to use; 0 for the base detector alone; all by default.
-        top_k: most detections of a picture.
+        top_k: most detections of an image.
 
     Returns:
-        One :class:`~regolite.structures.Detections` a picture, best first, boxes ``xyxy`` in pixels of the picture.
+        One :class:`~regolite.structures.Detections` an image, best first, boxes ``xyxy`` in pixels of the image.
 
     Raises:
-        UserError: when a file is missing or no picture.
+        UserError: when a file is missing or no image, or a number is out of its range.
     """
-    if isinstance(pictures, (str, os.PathLike, Image.Image)):
-        pictures = [pictures]
-    return [by_stage[-1].above(threshold) for by_stage in _detect_each(model, pictures, stages, top_k)]
+    threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
+    check_stages(model, stages)
+    return [by_stage[-1].above(threshold) for by_stage in _detect_each(model, list_images(pictures), stages, top_k)]
 
 
 @torch.inference_mode()
 def detect_by_stage(
-    model: nn.Module, picture: Image.Image | str | os.PathLike[str], threshold: float = 0.5, top_k: int = 100
+    model: nn.Module, picture: ImageSource, threshold: float | int = 0.5, top_k: int = 100
 ) -> list[Detections]:
-    """Detect objects in one picture, and tell what every stage found.
+    """Detect objects in one image, and tell what every stage found.
 
     Args:
         model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
-        picture: a PIL picture or the path of a file.
-        threshold: least score of a detection.
+        picture: whatever :func:`regolite.data.read_image` reads.
+        threshold: least score of a detection, from 0 to 1.
         top_k: most detections of a stage.
 
     Returns:
@@ -131,25 +153,38 @@ def detect_by_stage(
         :func:`detect` gives.
 
     Raises:
-        UserError: when the file is missing or no picture.
+        UserError: when the file is missing or no image, or a number is out of its range.
     """
+    threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
+    check_stages(model, None)
     [by_stage] = _detect_each(model, [picture], None, top_k)
     return [detections.above(threshold) for detections in by_stage]
 
 
 def _detect_each(
-    model: nn.Module, pictures: Sequence[Image.Image | str | os.PathLike[str]], stages: int | None, top_k: int
+    model: nn.Module, sources: list[ImageSource], stages: int | None, top_k: int
 ) -> Iterator[list[Detections]]:
-    """The detections by stage in each picture, each by itself."""
-    opened = [p.convert("RGB") if isinstance(p, Image.Image) else read_picture(p) for p in pictures]
+    """The detections by stage in each image, each by itself."""
     config, device = getattr(model, "model_config", None), next(model.parameters()).device
     if config is None:
-        raise UserError("the model does not say how to prepare pictures: set its model_config (regolite.configure)")
+        raise UserError("the model does not say how to prepare images: set its model_config (regolite.configure)")
+    checked = [_checked(source, number) for number, source in enumerate(sources, 1)]  # before the work, not after it
     transform = make_transform(config.augment, config.image_size, train=False)
-    was_training = model.training
-    model.eval()
-    for picture in opened:
-        batch = batch_pictures([transform(picture)], multiple=32).to(device)
-        size = torch.tensor([[picture.height, picture.width]])
-        yield [detections for [detections] in detections_by_stage(model, batch, size, stages, top_k)]
-    model.train(was_training)
+    with evaluating(model):
+        for source in checked:
+            image = read_image(source)  # files one by one: a folder of them may not fit into memory
+            batch = batch_pictures([transform(image)], multiple=32).to(device)
+            size = (image.height, image.width)
+            found = detections_by_stage(model, batch, torch.tensor([size]), stages, top_k)
+            yield [replace(detections, classes=config.classes, size=size) for [detections] in found]
+
+
+def _checked(source: ImageSource, number: int) -> ImageSource:
+    """A file whose header can be read, or an image in memory that has been read; errors say which of them it is."""
+    if isinstance(source, (str, os.PathLike)):
+        check_image(source)
+        return source
+    try:
+        return read_image(source)
+    except UserError as error:
+        raise UserError(f"number {number} of the images: {error}") from error

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from regolite.attention import MultiHeadAttention
 from regolite.backbone import Backbone
 from regolite.boxes import inverse_sigmoid
+from regolite.fields import Checked
 from regolite.positions import sine_positions
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Prediction
 from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten, in_float32
 
 
 @dataclass(frozen=True)
-class DetrConfig:
+class DetrConfig(Checked):
     """What a DETR is made of.
 
     Attributes:

@@ -133,7 +133,7 @@ def _parse(content: bytes) -> dict[str, Any] | None:
     kinds = {"host": str, "pid": int, "started": (int, float), "since": (int, float)}
     try:
         holder = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_whole = isinstance(holder, dict) and all(isinstance(holder.get(name), kind) for name, kind in kinds.items())
     return holder if is_whole else None

@@ -19,12 +19,13 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from regolite.boxes import to_xyxy
 from regolite.denoising import known_matches
+from regolite.fields import Checked
 from regolite.matching import Matches, MatchingCosts, PaddedTargets, match
 from regolite.structures import DetectorOutput, Prediction, Target
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Checked):
     """Weights of the loss, which are those of the matching cost too.
 
     Attributes:

@@ -17,14 +17,14 @@ from regolite.conditional_detr import ConditionalDetr, ConditionalDetrConfig
 from regolite.deformable_detr import DeformableDetr, DeformableDetrConfig
 from regolite.detr import Detr, DetrConfig
 from regolite.errors import UserError
-from regolite.fields import checked
+from regolite.fields import Checked, check_bounds, checked, from_values, of_kind, shown, whole
 from regolite.losses import LossConfig
 from regolite.rego import Rego, RegoConfig
 from regolite.smca import Smca, SmcaConfig
 
 
 @dataclass(frozen=True)
-class TransformersConfig:
+class TransformersConfig(Checked):
     """A detector of Hugging Face's transformers that :func:`regolite.published.adapt` has wrapped.
 
     Attributes:
@@ -54,7 +54,7 @@ DETECTORS = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """Everything about a model but its weights.
 
     Attributes:
@@ -85,6 +85,13 @@ class ModelConfig:
     classes: tuple[str, ...] = ()
     category_ids: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Check the values, and that every class has an id where classes have any."""
+        super().__post_init__()
+        check_bounds("num_classes", max(1, len(self.classes), len(self.category_ids)))
+        if self.classes and self.category_ids and len(self.classes) != len(self.category_ids):
+            raise UserError(f"{len(self.classes)} classes need as many category_ids, not {len(self.category_ids)}")
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         kind = next(name for name, (config, _) in DETECTORS.items() if isinstance(self.detector, config))
@@ -98,17 +105,23 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(stored: dict[str, Any]) -> ModelConfig:
-        """The inverse of :meth:`to_dict`."""
-        stored = dict(stored)
-        config, _ = DETECTORS[stored.pop("kind")]
-        stored["detector"] = config(**_tuples(stored["detector"]))
-        stored["rego"] = RegoConfig(**_tuples(stored["rego"])) if stored["rego"] else None
-        stored["loss"] = LossConfig(**stored["loss"])
-        return ModelConfig(**_tuples(stored))
+        """The inverse of :meth:`to_dict`, for content of files that anybody may have written.
 
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        Raises:
+            UserError: a part is missing or unknown, or a value of a wrong type or beyond its bounds.
+        """
+        kinds = {"detector": DETECTORS.get(str(stored.get("kind")), (None,))[0], "rego": RegoConfig, "loss": LossConfig}
+        if kinds["detector"] is None:
+            raise UserError(f"kind={shown(stored.get('kind'))} is not one of {', '.join(DETECTORS)}")
+        stored = {name: value for name, value in stored.items() if name != "kind"}
+        for part, kind in kinds.items():
+            values = stored.get(part)
+            if not isinstance(values, dict) and (part != "rego" or values is not None):
+                raise UserError(f"{part}={shown(values)} is not a {kind.__name__}")
+            stored[part] = from_values(kind, values) if values is not None else None
+        if missing := {"preset"} - set(stored):
+            raise UserError(f"{', '.join(missing)} is missing")
+        return from_values(ModelConfig, stored)
 
 
 _DETR = DetrConfig()
@@ -215,6 +228,7 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
     Raises:
         UserError: for a preset or a field that does not exist; the message names the nearest one.
     """
+    of_kind("preset", preset, str, "the name of a preset")
     if preset not in _TABLE:
         raise UserError(f"unknown model {preset!r}; {_nearest(preset, _TABLE)} `python -m regolite presets` lists them")
     config = _TABLE[preset]
@@ -255,22 +269,17 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
         UserError: as :func:`configure`, when the configuration names another number of classes, and when the
             backbone's weights can't be had.
     """
+    of_kind("preset", preset, (str, ModelConfig), "the name of a preset or a ModelConfig")
     config = configure(preset, **overrides) if isinstance(preset, str) else preset
     if num_classes is None and not config.classes and isinstance(config.detector, BaselineConfig):
         config = replace(config, classes=COCO_CLASSES, category_ids=COCO_IDS)  # 90 as torchvision counts, not 80
-    num_classes = num_classes if num_classes is not None else len(config.classes) or 80
-    sizes = ("queries", "decoder_layers", "dim", "heads", "ffn_dim", "points", "levels")
-    counts = {name: getattr(config.detector, name) for name in sizes if hasattr(config.detector, name)}
-    if config.rego is not None:
-        counts |= {f"rego_{name}": getattr(config.rego, name) for name in ("decoder_layers", "ffn_dim")}
-    for name, count in (counts | {"num_classes": num_classes}).items():
-        if count < 1:
-            raise UserError(f"{name}={count} must be at least 1")
-    if not config.classes:
-        numbers = tuple(range(num_classes))
-        config = replace(config, classes=tuple(map(str, numbers)), category_ids=config.category_ids or numbers)
-    if len(config.classes) != num_classes:
+    num_classes = whole("num_classes", num_classes if num_classes is not None else len(config.classes) or 80)
+    _check_dim(config)
+    if len(config.classes) not in (0, num_classes):
         raise UserError(f"num_classes={num_classes}, but the configuration names {len(config.classes)} classes")
+    numbers = tuple(range(num_classes))
+    names, ids = config.classes or tuple(map(str, numbers)), config.category_ids or numbers
+    config = replace(config, classes=names, category_ids=ids)
     _, detector = next(pair for pair in DETECTORS.values() if isinstance(config.detector, pair[0]))
     try:
         model = detector(config.detector, num_classes)
@@ -278,6 +287,17 @@ def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides
         raise UserError(str(error)) from error
     model.model_config = replace(config, rego=None)
     return model if config.rego is None else Rego(model, config.rego)  # Rego adds itself to the configuration
+
+
+def _check_dim(config: ModelConfig) -> None:
+    """Refuse channels that cannot be divided as attention, sine embeddings and group normalization need."""
+    dim, heads = getattr(config.detector, "dim", 0), getattr(config.detector, "heads", 1)
+    if dim % heads:
+        raise UserError(f"{heads} heads do not divide {dim} channels: give a dim that is a multiple of heads")
+    grouped = config.rego is not None or isinstance(config.detector, (DeformableDetrConfig, AnchorDetrConfig))
+    multiple, why = (32, "32 groups of channels are normalized") if grouped else (4, "sines encode x and y")
+    if dim % multiple:
+        raise UserError(f"dim={dim} must be a multiple of {multiple}: {why}")
 
 
 def _names(config: Any) -> list[str]:

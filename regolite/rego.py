@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from regolite.attention import MultiHeadAttention
 from regolite.boxes import enlarge, inverse_sigmoid, to_pixels
 from regolite.errors import UserError
+from regolite.fields import Checked, from_values, shown
 from regolite.glimpse import FeatureContext, GlimpseHead, cut_glimpses
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction, Target
 from regolite.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head, in_float32
 
 
 @dataclass(frozen=True)
-class RegoConfig:
+class RegoConfig(Checked):
     """What a REGO is made of.
 
     Attributes:
@@ -64,14 +65,13 @@ class RegoConfig:
 
     def __post_init__(self) -> None:
         """Check that the fields fit each other."""
+        super().__post_init__()
         if self.stages < 1:
             raise UserError(f"REGO needs at least one stage, not {self.stages}")
         if self.alphas and len(self.alphas) != self.stages:
             raise UserError(f"{self.stages} stages need {self.stages} alphas, not {len(self.alphas)}: {self.alphas}")
-        if self.form not in ("paper", "released"):
-            raise UserError(f"REGO has the forms 'paper' and 'released', not {self.form!r}")
-        if self.query not in ("glimpse", "hidden"):
-            raise UserError(f"REGO's query is 'glimpse' or 'hidden', not {self.query!r}")
+        if 0 in self.alphas:
+            raise UserError(f"alphas={self.alphas} must be greater than 0: a glimpse needs an area")
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -116,7 +116,9 @@ class Rego(nn.Module):
 
     def __init__(self, detector: nn.Module, config: RegoConfig | None = None, **fields: object) -> None:
         super().__init__()
-        self.config = config = config if config is not None else RegoConfig(**fields)
+        if config is not None and not isinstance(config, RegoConfig):
+            raise UserError(f"config={shown(config)} is not a RegoConfig: give one, or its fields by name")
+        self.config = config = config if config is not None else from_values(RegoConfig, fields)
         missing = [name for name in Detector.__annotations__ if not hasattr(detector, name)]
         if missing:
             raise UserError(

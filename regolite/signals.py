@@ -3,6 +3,9 @@
 A run finishes its step, saves, and raises :class:`RunStopped`. Where a step is not running there is nothing to finish,
 and it is raised at once. A signal that was ignored when the run began (`nohup`, `&`) stays ignored.
 
+A notebook's kernel and a process of torchrun have nobody who sends them a signal when papermill or torchrun is killed.
+So they watch their parent process, and take its end for a SIGTERM.
+
 SIGUSR1 is there for Slurm: ``sbatch --signal=USR1@120`` sends it two minutes before the time is up. Under torchrun,
 which does not pass it on, that is ``--signal=TERM@120``.
 """
@@ -12,14 +15,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )  # Windows has the first two
+POLL = 0.5  # seconds between two looks at the parent process
 ONE = 1.0  # seconds in which two Ctrl-C are one: torchrun passes on what the terminal has sent to everybody
 
 
@@ -55,6 +61,7 @@ class StopSignals(contextlib.ContextDecorator):
         self.so_far = ""
         self._holds, self._since = False, 0.0
         self._before: dict[int, Any] = {}
+        self._is_orphan, self._left = False, threading.Event()
 
     def __enter__(self) -> StopSignals:
         self.asked, self.so_far, self._holds = None, "before the first step", False
@@ -63,12 +70,18 @@ class StopSignals(contextlib.ContextDecorator):
             self._before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
             for number in self._before:
                 signal.signal(number, self._handle)
+            self._is_orphan, self._left = False, threading.Event()
+            if signal.SIGTERM in self._before and _is_kept():
+                _hold_poller(os.getppid())
+                threading.Thread(target=self._watch, args=(os.getppid(), self._left), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        self._left.set()
+        _hold_poller(None)
 
     def hold(self) -> None:
         """From here on a signal waits until :meth:`leave` is called, or :meth:`at_once` entered."""
@@ -92,7 +105,16 @@ class StopSignals(contextlib.ContextDecorator):
         """
         signum = self.asked or signal.SIGTERM  # where another process was asked, and not this one
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        if self._is_orphan:
+            name = "the end of its parent process"
         raise RunStopped(f"stopped by {name} {self.so_far}", signum)
+
+    def _watch(self, parent: int, left: threading.Event) -> None:
+        while not left.wait(POLL):
+            if os.getppid() != parent:
+                self._is_orphan = True
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def _handle(self, signum: int, frame: object) -> None:
         now = time.monotonic()
@@ -108,6 +130,22 @@ class StopSignals(contextlib.ContextDecorator):
 
 
 stop = StopSignals()
+
+
+def _is_kept() -> bool:
+    """Whether this process is a notebook's kernel, or one that torchrun has started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or ("JPY_PARENT_PID" in os.environ and "ipykernel" in sys.modules)
+
+
+def _hold_poller(parent: int | None) -> None:
+    """Keep ipykernel from ending the kernel, in the middle of a step, as soon as its parent process is gone.
+
+    Args:
+        parent: the parent process that it shall see for now; None for the real one.
+    """
+    poller = sys.modules.get("ipykernel.parentpoller")
+    if poller is not None:
+        poller.os = os if parent is None else types.SimpleNamespace(getppid=lambda: parent, _exit=os._exit)
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from regolite.attention import MultiHeadAttention
 from regolite.backbone import Backbone, shrink
 from regolite.errors import UserError
+from regolite.fields import Checked
 from regolite.positions import sine_positions
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
 from regolite.transformer import (
@@ -46,7 +47,7 @@ from regolite.transformer import (
 
 
 @dataclass(frozen=True)
-class SmcaConfig:
+class SmcaConfig(Checked):
     """What an SMCA is made of.
 
     Attributes:
@@ -78,6 +79,7 @@ class SmcaConfig:
 
     def __post_init__(self) -> None:
         """Check that the fields fit each other."""
+        super().__post_init__()
         stages = self.backbone_stages
         if not stages or not set(stages) <= {2, 3, 4, 5} or list(stages) != sorted(set(stages)):
             raise UserError(f"backbone_stages={stages} must be some of 2 to 5, in this order")

@@ -82,7 +82,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             options = json.loads((file.metadata() or {}).get("args", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable safetensors file ({error}); copy it anew") from error
     return {"model": tensors, "args": options}
 

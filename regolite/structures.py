@@ -13,11 +13,17 @@ In the shapes, B is the batch, Q the queries, C the width of the transformer, K 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from regolite.errors import UserError
 
 
 @dataclass
@@ -162,24 +168,203 @@ class Target:
 
 @dataclass
 class Detections:
-    """Detected objects of one picture, best first.
+    """Detected objects of one image, best first.
+
+    ``found[0]`` is the best of them, ``found[:3]`` the first three, ``found[found.labels == 2]`` those of a class; each
+    is a ``Detections`` again.
 
     Attributes:
         scores: confidence in [0, 1].
         labels: contiguous class ids.
-        boxes_xyxy: corners in pixels of the original picture.
+        boxes_xyxy: corners in pixels of the original image; they may reach over its edges.
         queries: which query made each detection; 0, 1, 2, ... where a detector has no queries.
+        classes: names of the classes by label, or () where they are not known.
+        size: height and width of the image in pixels, or None where it is not known.
     """
 
     scores: Float[Tensor, "N"]
     labels: Int[Tensor, "N"]
     boxes_xyxy: Float[Tensor, "N 4"]
     queries: Int[Tensor, "N"]
+    classes: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __getitem__(self, rows: Any) -> Detections:
+        """Some of the detections, by an index, a slice, several indices or a mask."""
+        if isinstance(rows, (int, np.integer)):
+            rows = [range(len(self))[rows]]  # which raises the IndexError that ends a loop
+        if not isinstance(rows, slice):
+            rows = torch.as_tensor(rows)
+            rows = rows if rows.dtype == torch.bool else rows.long()
+        columns = (self.scores, self.labels, self.boxes_xyxy, self.queries)
+        return Detections(*(column[rows] for column in columns), self.classes, self.size)
+
     def above(self, threshold: float) -> Detections:
         """The detections whose score is at least ``threshold``."""
-        keep = self.scores >= threshold
-        return Detections(self.scores[keep], self.labels[keep], self.boxes_xyxy[keep], self.queries[keep])
+        return self[self.scores >= threshold]
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each detection's class.
+
+        Raises:
+            UserError: the names of the classes are not known.
+        """
+        if len(self) and int(self.labels.max()) >= len(self.classes):
+            raise UserError(f"label {int(self.labels.max())} has no name: give the detections all classes")
+        return [self.classes[label] for label in self.labels.tolist()]
+
+    def clip(self, size: tuple[int, int] | None = None) -> Detections:
+        """The same with boxes that end at the image's edges.
+
+        Args:
+            size: height and width of the image in pixels; what the detections know by default.
+
+        Raises:
+            UserError: when neither says the size.
+        """
+        size = size or self.size
+        if size is None:
+            raise UserError("these detections do not know the size of their image: give clip((height, width))")
+        height, width = size
+        most = self.boxes_xyxy.new_tensor([width, height, width, height])
+        return replace(self, boxes_xyxy=self.boxes_xyxy.clamp(min=0).minimum(most))
+
+    # To and from other libraries.
+
+    def to_supervision(self) -> Any:
+        """As ``supervision.Detections``, for its annotators, trackers and metrics; ``data`` keeps names and queries."""
+        supervision = _supervision()
+        scores, labels, boxes, queries = self._columns()
+        data = {"query": queries} | ({"class_name": np.array(self.class_names, dtype=str)} if self.classes else {})
+        return supervision.Detections(boxes, confidence=scores, class_id=labels, data=data)
+
+    @staticmethod
+    def from_supervision(given: Any, classes: Sequence[str] = (), size: tuple[int, int] | None = None) -> Detections:
+        """From ``supervision.Detections``, sorted by score.
+
+        Args:
+            given: with a ``class_id``; without a ``confidence``, as of ground truth, scores are 1.
+            classes: names of the classes by label; those that ``given`` tells by default.
+            size: height and width of the image in pixels.
+
+        Raises:
+            UserError: there is no ``class_id``.
+        """
+        if given.class_id is None:
+            raise UserError("these detections have no class_id: set it, to zeros if there is one class")
+        scores = np.ones(len(given)) if given.confidence is None else given.confidence
+        names = given.data.get("class_name")
+        if not classes and names is not None and len(given):
+            known = dict(zip(given.class_id.tolist(), map(str, names)))
+            classes = [known.get(label, str(label)) for label in range(max(known) + 1)]
+        return _by_score(scores, given.class_id, given.xyxy, given.data.get("query"), classes, size)
+
+    def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """As COCO's results: ``image_id``, ``category_id``, ``bbox`` (corner, width, height in pixels), ``score``.
+
+        Args:
+            image_id: COCO's id of the image.
+            category_ids: COCO's id of each label, as ``model.model_config.category_ids``.
+        """
+        from regolite.evaluation.coco import to_results  # here, since that builds on this module
+
+        return to_results(self, image_id, category_ids)
+
+    @staticmethod
+    def from_coco(
+        results: Sequence[Mapping[str, Any]],
+        category_ids: Sequence[int],
+        classes: Sequence[str] = (),
+        size: tuple[int, int] | None = None,
+    ) -> Detections:
+        """From COCO's results, or annotations, of one image, sorted by score.
+
+        Args:
+            results: each with ``category_id``, ``bbox``, and a ``score`` (1 where it has none).
+            category_ids: COCO's id of each label.
+            classes: names of the classes by label.
+            size: height and width of the image in pixels.
+
+        Raises:
+            UserError: for results of several images, or of a category that has no label.
+        """
+        images = {result.get("image_id") for result in results}
+        if len(images) > 1:
+            raise UserError(f"these are results of {len(images)} images: give those of one image_id")
+        label_of = {category: label for label, category in enumerate(category_ids)}
+        for result in results:
+            if result["category_id"] not in label_of:
+                raise UserError(f"a result has category_id {result['category_id']}, which is none of category_ids")
+        boxes = np.array([result["bbox"] for result in results], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        scores = [result.get("score", 1.0) for result in results]
+        return _by_score(scores, [label_of[r["category_id"]] for r in results], boxes, None, classes, size)
+
+    def to_pandas(self) -> Any:
+        """As a ``pandas.DataFrame``, a row a detection; pandas is no requirement of regolite.
+
+        The columns: ``score``, ``label``, ``class_name`` where names are known, ``xmin``, ``ymin``, ``xmax``, ``ymax``
+        in pixels, ``query``.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UserError("pandas is not installed: pip install pandas") from error
+        scores, labels, boxes, queries = self._columns()
+        names = {"class_name": self.class_names} if self.classes else {}
+        corners = dict(zip(CORNERS, boxes.T))
+        return pandas.DataFrame({"score": scores, "label": labels, **names, **corners, "query": queries})
+
+    @staticmethod
+    def from_pandas(frame: Any, classes: Sequence[str] = (), size: tuple[int, int] | None = None) -> Detections:
+        """From a table with the columns of :meth:`to_pandas`, sorted by score.
+
+        Args:
+            frame: a ``pandas.DataFrame`` or any mapping of columns; ``query`` and ``class_name`` may be missing.
+            classes: names of the classes by label.
+            size: height and width of the image in pixels.
+
+        Raises:
+            UserError: a column is missing.
+        """
+        missing = [name for name in ("score", "label", *CORNERS) if name not in frame]
+        if missing:
+            raise UserError(f"the table has no column {', '.join(missing)}: name its columns as to_pandas does")
+        boxes = np.stack([np.asarray(frame[name], dtype=np.float64) for name in CORNERS], axis=1)
+        queries = np.asarray(frame["query"]) if "query" in frame else None
+        return _by_score(np.asarray(frame["score"]), np.asarray(frame["label"]), boxes, queries, classes, size)
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        """Scores, labels, boxes and queries as arrays."""
+        columns = (self.scores.float(), self.labels, self.boxes_xyxy.float(), self.queries)
+        return tuple(column.detach().cpu().numpy() for column in columns)
+
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+"""What a table calls the corners of a box."""
+
+
+def _by_score(
+    scores: Any, labels: Any, boxes_xyxy: Any, queries: Any, classes: Sequence[str], size: tuple[int, int] | None
+) -> Detections:
+    """Detections from columns of any kind, best first."""
+    scores, boxes = (torch.as_tensor(np.array(column), dtype=torch.float32) for column in (scores, boxes_xyxy))
+    labels = torch.as_tensor(np.array(labels), dtype=torch.long)
+    queries = torch.arange(len(scores)) if queries is None else torch.as_tensor(np.array(queries), dtype=torch.long)
+    found = Detections(scores, labels, boxes.reshape(-1, 4), queries, tuple(classes), size)
+    return found[scores.argsort(descending=True, stable=True)]
+
+
+def _supervision() -> Any:
+    """The library supervision, without its warning that OpenCV is missing: it does well without."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import supervision
+    return supervision

@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import re
+import resource
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import batch, deformable
+from small_models import batch, deformable, unchecked
 
 from regolite.backbone import BUNDLED
 from regolite.checkpoint import KEY, load, load_weights, read_config, save_model, write_atomic
@@ -273,6 +275,111 @@ def test_rego_put_on_a_detector_by_hand(tmp_path):
     with pytest.raises(UserError, match=r"regolite\.build"):
         save_model(stranger, tmp_path / "stranger.safetensors")
     assert not (tmp_path / "stranger.safetensors").exists()
+
+
+# Files that anybody may have written
+
+
+def forge(path, change, target="forged.safetensors"):
+    """The same checkpoint with another configuration."""
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()[KEY])
+    change(config)
+    save_file(load_file(path), path.with_name(target), metadata={KEY: json.dumps(config)})
+    return path.with_name(target)
+
+
+def put(*place, value):
+    """Set a value somewhere in a configuration."""
+
+    def change(config):
+        for name in place[:-1]:
+            config = config[name]
+        config[place[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("detector", "encoder_layers"), 10**6, "encoder_layers=1000000 must be at most 100"),
+        (("detector", "decoder_layers"), 10**6, "decoder_layers=1000000 must be at most 100"),
+        (("detector", "queries"), 10**6, "queries=1000000 must be at most 10000"),
+        (("detector", "points"), 10**6, "points=1000000 must be at most 64"),
+        (("detector", "dim"), 2**40, "dim=1099511627776 must be at most 4096"),
+        (("detector", "dim"), -32, "dim=-32 must be at least 1"),
+        (("detector", "queries"), 5.5, "queries=5.5 is not a whole number"),
+        (("detector", "queries"), [5], "queries=(5,) is not a whole number"),
+        (("detector", "queries"), None, "queries=None is not a whole number"),
+        (("detector", "dropout"), float("nan"), "dropout=nan is not a number"),
+        (("detector", "backbone"), ["tiny"], "backbone=('tiny',) is not a text"),
+        (("detector",), [], "detector=[] is not a DeformableDetrConfig"),
+        (("detector", "wings"), 2, "unknown parameter 'wings'"),
+        (("rego", "stages"), 10**6, "stages=1000000 must be at most 20"),
+        (("rego", "alphas"), [1.0, -1.0], "alphas=(1.0, -1.0) must not be negative"),
+        (("rego",), "yes", "rego='yes' is not a RegoConfig"),
+        (("loss", "label"), "much", "label='much' is not a number"),
+        (("loss",), None, "loss=None is not a LossConfig"),
+        (("kind",), ["detr"], "kind=['detr'] is not one of detr"),
+        (("preset",), {}, "preset={} is not a text"),
+        (("image_size",), 10**9, "image_size=1000000000 must be at most 10000"),
+        (("classes",), [["cat"], ["dog"], ["emu"]], "is not a list of a text"),
+        (("classes",), {"cat": 1}, "classes={'cat': 1} is not a list of a text"),
+        (("classes",), "cat", "classes='cat' is not a list of a text"),
+        (("classes",), ["a"] * 200_000, "num_classes=200000 must be at most 100000"),
+        (("category_ids",), ["3", "4", "9"], "is not a list of a whole number"),
+        (("category_ids",), [3, 4], "3 classes need as many category_ids, not 2"),
+    ],
+)
+def test_a_forged_configuration_is_refused_by_the_name_of_its_field(saved, place, value, said):
+    forged = forge(saved[1], put(*place, value=value))
+    with unchecked():
+        for read in (load, read_config):
+            with pytest.raises(UserError) as caught:
+                read(forged)
+            message = str(caught.value)
+            assert said in message and str(forged) in message and "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize("stored", ["[" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000, "9" * 5000])
+def test_json_without_end(tmp_path, stored):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "deep.safetensors", metadata={KEY: stored})
+    with pytest.raises(UserError, match=r"deep\.safetensors was written by another version"):
+        load(tmp_path / "deep.safetensors")
+
+
+def test_shapes_are_compared_before_memory_is_taken(saved):
+    """Every value is within its bounds, and the model would have 12 GB."""
+    large = {"dim": 4096, "heads": 8, "ffn_dim": 65_536, "encoder_layers": 4, "queries": 10_000}
+    forged = forge(saved[1], lambda config: config["detector"].update(large))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"does not fit the model: .* weights are missing"):
+        load(forged)
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert taken < 200 * 1024, "kilobytes"
+
+
+def test_a_configuration_of_transformers_is_bounded(tmp_path):
+    pytest.importorskip("transformers")
+    for described, said in (
+        ({"encoder_layers": 10**6}, "encoder_layers=1000000 must be at most 100"),
+        ({"backbone_config": {"depths": [1, 10**9]}}, "depths=1000000000 must be at most 100"),
+        ({"d_model": 10**9}, "d_model=1000000000 must be at most 100000"),
+        ([], "no JSON object"),
+        ("[" * 100_000, "cannot be used"),
+        ({"backbone_config": 5}, "can't build this detr"),
+    ):
+        text = described if isinstance(described, str) else json.dumps(described)
+        config = {
+            "preset": "transformers:detr", "kind": "transformers", "rego": None, "loss": {}, "classes": ["a"],
+            "detector": {"model_type": "detr", "json": text},
+        }  # fmt: skip
+        path = tmp_path / "theirs.safetensors"
+        save_file({"weight": torch.zeros(2)}, path, metadata={KEY: json.dumps(config)})
+        with pytest.raises(UserError, match=re.escape(said)) as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
 
 
 # Whole or not at all

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import regolite
-from regolite import RunConfig, UserError
+from regolite import RunConfig, UserError, video
 from regolite.checkpoint import read_config
 from regolite.cli import _fine_tune, main
 
@@ -362,6 +362,83 @@ class TestDetect:
         assert main(["detect", *checkpoint, str(pictures[0]), str(other), str(third), "--output", str(output)]) == 0
         assert {path.name for path in output.iterdir()} == {"wide.png", "wide_2.PNG", "wide_3.png", "detections.json"}
 
+    def test_folders_and_patterns(self, checkpoint, pictures, tmp_path, capsys):
+        pictures[1].unlink()
+        (pictures[0].parent / "notes.txt").write_text("no image")
+        for n, source in enumerate((pictures[0].parent, pictures[0].parent / "*", pictures[0].parent / "*.png")):
+            output = tmp_path / str(n)
+            assert main(["detect", *checkpoint, str(source), str(pictures[0]), "--output", str(output)]) == 0
+            found = {path.name for path in output.iterdir()}
+            assert found == {"wide.png", "detections.json"} | ({"tall.jpeg"} if n < 2 else set()), "each once"
+
+    def test_what_was_found_is_written_after_every_image(self, checkpoint, pictures, tmp_path, monkeypatch):
+        line, huge = tmp_path / "line.png", tmp_path / "huge.png"
+        Image.new("RGB", (4000, 8)).save(line)
+        Image.new("1", (3000, 3000)).save(huge)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+        detect, seen = regolite.detect, []
+
+        def watched(*given):
+            file = tmp_path / "found" / "detections.json"
+            seen.append({record["file"] for record in read(file)})
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            if len(seen) == 2:
+                raise RuntimeError("CUDA out of memory")
+            return detect(*given)
+
+        monkeypatch.setattr(regolite, "detect", watched)
+        words = [*map(str, (pictures[0], huge, line, pictures[2])), "--output", str(tmp_path / "found")]
+        assert main(["detect", *checkpoint, *words, "--threshold", "0"]) == 130
+        assert seen == [set(), {str(pictures[0])}, {str(pictures[0])}]
+        assert len(read(tmp_path / "found" / "detections.json")) > 1
+
+    def test_one_image_that_is_too_large_or_a_line(self, checkpoint, pictures, tmp_path, monkeypatch, error):
+        line, huge = tmp_path / "line.png", tmp_path / "huge.png"
+        Image.new("RGB", (4000, 8)).save(line)
+        Image.new("1", (3000, 3000)).save(huge)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+        words = [*map(str, (huge, line, pictures[0])), "--output", str(tmp_path / "found"), "--threshold", "0"]
+        said = error(["detect", *checkpoint, *words])
+        assert "1 of 3 pictures failed" in said and "huge.png is larger than Pillow's limit" in said
+        assert {one["file"] for one in read(tmp_path / "found" / "detections.json")} == {str(line), str(pictures[0])}
+        with Image.open(tmp_path / "found" / "line.png") as drawn:
+            assert drawn.size == (4000, 8)
+
+    def test_of_an_animation_it_says_what_it_looks_at(self, checkpoint, tmp_path, capsys):
+        Image.new("RGB", (40, 30)).save(
+            tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]
+        )
+        assert main(["detect", *checkpoint, str(tmp_path / "a.gif"), "--output", str(tmp_path / "found")]) == 0
+        said = capsys.readouterr().err
+        assert said == f"regolite: warning: image {tmp_path / 'a.gif'} has 2 frames: only frame 1 is used\n"
+
+    def test_a_video(self, checkpoint, pictures, tmp_path, capsys):
+        with Image.open(pictures[0]) as first:
+            images = [first.convert("RGB"), first.convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+        with video.VideoWriter(tmp_path / "clip.mp4") as writer:
+            for n, seconds in enumerate((0.0, 0.25, 1.0)):
+                writer.add(video.Frame(images[n % 2], seconds))
+        words = [str(tmp_path / "cl?p.mp4"), str(pictures[0]), "--output", str(tmp_path / "found"), "--threshold", "0"]
+        assert main(["detect", *checkpoint, *words]) == 0
+        records = [one for one in read(tmp_path / "found" / "detections.json") if "frame" in one]
+        assert {(one["file"], one["frame"], one["seconds"]) for one in records} == {
+            (str(tmp_path / "clip.mp4"), n, seconds) for n, seconds in ((1, 0.0), (2, 0.25), (3, 1.0))
+        }
+        assert f"{len(records)} objects in 3 frames" in capsys.readouterr().out
+        drawn = list(video.read_video(tmp_path / "found" / "clip.mp4"))
+        assert [(frame.image.size, round(frame.seconds, 3)) for frame in drawn] == [
+            ((96, 64), 0.0), ((96, 64), 0.25), ((96, 64), 1.0),
+        ]  # fmt: skip
+
+    def test_a_broken_video(self, checkpoint, pictures, tmp_path, error):
+        (tmp_path / "clip.mp4").write_bytes(b"no video")
+        words = [str(tmp_path / "clip.mp4"), str(tmp_path / "none.mov"), str(pictures[0])]
+        said = error(["detect", *checkpoint, *words, "--output", str(tmp_path / "found")])
+        assert (
+            "2 of 3" in said and "clip.mp4 cannot be read (Invalid data" in said and "none.mov does not exist" in said
+        )
+
     def test_never_writes_over_a_picture(self, checkpoint, pictures, error):
         before = pictures[0].read_bytes()
         line = error(["detect", *checkpoint, str(pictures[0]), "--output", str(pictures[0].parent)])
@@ -372,14 +449,18 @@ class TestDetect:
         [
             ("--threshold 2", r"--threshold 2\.0 must be between 0 and 1"),
             ("--threshold nan", "--threshold: 'nan' is not a number"),
+            ("https://example.org/a.jpg", "1 of 2 .*https://example.org/a.jpg is a URL: download it"),
+            ("https://example.org/a.mp4", "1 of 2 .*https://example.org/a.mp4 is a URL: download it"),
+            ("regolite", "1 of 2 .*folder regolite has no images"),
+            ("*.nothing", r"1 of 2 .*no image matches \*.nothing"),
             ("--stages 9", "--stages 9"),
             ("--output pyproject.toml", "pyproject.toml.*exists"),
             ("--treshold 0.3", "did you mean --threshold?"),
         ],
     )
     def test_wrong_input_is_one_line(self, words, said, checkpoint, pictures, error, tmp_path):
-        words = ["--output", str(tmp_path / "found"), *words.split()]
-        assert re.search(said, error(["detect", *checkpoint, str(pictures[0]), *words]))
+        words = ["--output", str(tmp_path / "found"), str(pictures[0]), *words.split()]
+        assert re.search(said, error(["detect", *checkpoint, *words]))
 
 
 class TestPresets:
@@ -461,7 +542,7 @@ class TestErrors:
         broken = tmp_path / "images" / scenes.file_name(1)
         broken.write_bytes(b"no picture")
         words = f"{TRAIN} --data {tmp_path} --workers 1 --batch-size 2 --epochs 1 --output {tmp_path / 'run'}"
-        assert error(words).startswith(f"picture {broken} cannot be read")
+        assert error(words).startswith(f"image {broken} cannot be read")
 
     def test_a_bug_is_not_hidden(self, monkeypatch):
         def fail(config):

@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
-from regolite.data import CocoFolder, batch_pictures, collate, open_data, read_picture
+from regolite.data import CocoFolder, batch_pictures, collate, open_data, read_image
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from regolite.errors import UserError
 from regolite.training import RunConfig
@@ -216,7 +216,7 @@ def test_any_colour_mode(tmp_path, name, save, corner, end):
     save(tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = read_picture(tmp_path / name)
+        picture = read_image(tmp_path / name, upright=False)
     assert (picture.mode, picture.size) == ("RGB", (40, 30))
     np.testing.assert_allclose(picture.getpixel((0, 0)), corner, atol=3)
     np.testing.assert_allclose(picture.getpixel((39, 29)), end, atol=3)
@@ -411,12 +411,12 @@ def test_wrong_pictures_are_named_when_read(folder):
     data = CocoFolder(root)
     with pytest.raises(UserError, match="a.png cannot be read.*replace"):
         data[0]
-    with pytest.raises(UserError, match="b.png is 30x40 .* says 40x30: store it unrotated"):
+    with pytest.raises(UserError, match="b.png is 30x40 .* says 40x30: correct the width and height"):
         data[1]
     with pytest.raises(UserError, match="c.png is 41x30 .* says 40x30: correct"):
         data[2]
     with pytest.raises(UserError, match="gone.png does not exist"):
-        read_picture(root / "gone.png")
+        read_image(root / "gone.png")
 
 
 def test_collate_pads_right_and_bottom():

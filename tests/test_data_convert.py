@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -243,7 +244,7 @@ def test_missing_and_broken_pictures_of_coco_are_named(tmp_path):
     done = convert(source, tmp_path / "data", val=0.5)
     missing, broken = sorted(done.problems)
     assert missing == "a.jpg: left out, result.json lists it, but it is not there"
-    assert broken.startswith("e.jpg: left out, picture ") and "replace the file" in broken
+    assert broken.startswith("e.jpg: left out, image ") and "replace the file" in broken
     assert set(boxes(tmp_path / "data")) == {"b.png", "c.jpg", "d.jpg"}
 
 
@@ -810,6 +811,21 @@ def test_deep_files_are_one_clear_error(tmp_path):
     (tmp_path / "in" / "data.yaml").write_text(f"names: {10**5 * '['}")
     with pytest.raises(UserError, match="has pictures but no boxes"):
         convert(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["names: *h", "names: [*h, *h]", "names: [cat]\nkpt_shape: *h", "names: {0: *h}"])
+def test_a_small_yaml_file_that_stands_for_billions(tmp_path, where):
+    """References to references: nine lines, and 10^9 values when they are written out."""
+    paint(tmp_path / "in" / "images", four())
+    yolo(tmp_path / "in" / "labels", four())
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    for before, name in zip("abcdefg", "bcdefgh"):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]")
+    (tmp_path / "in" / "data.yaml").write_text("\n".join([*lines, where]))
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"data\.yaml has (names|kpt_shape)") as caught:
+        convert(tmp_path / "in", tmp_path / "out")
+    assert len(str(caught.value)) < 500 and time.monotonic() - begun < 5
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -25,9 +25,11 @@ import pytest
 from local_server import serve
 from PIL import Image
 
+from regolite import RunConfig
 from regolite.cli import main
 from regolite.data import check_coco, open_data, prepare, prepare_coco
 from regolite.errors import UserError
+from regolite.training.setup import prepare_data
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "coco_tiny"
@@ -114,6 +116,7 @@ class TestWhole:
             data = open_data(root, split)
             assert len(data) == count and data[0][0].shape[0] == 3
         out = capsys.readouterr().out
+        assert "val: not all of COCO 2017, which has 5000 pictures here" in out
         assert "val: 3 pictures" in out and "nothing is wrong" in out and f"train --data {root}" in out
         assert main(words) == 0
         assert len(coco.requests) == 3, "it is all there: nothing to ask for"
@@ -626,7 +629,7 @@ class TestCheck:
             (of(0, "annotations", bbox=[0, 0, 9999, 20]), "box over the edge"),
             (of(0, "annotations", area=0), "object with an area of 0"),
             (lambda content: content["images"].pop(), "picture not listed"),
-            (lambda content: content["annotations"].clear(), "picture without objects"),
+            (lambda content: content["annotations"].__delitem__(slice(1, None)), "picture without objects"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -640,6 +643,13 @@ class TestCheck:
         assert main(["prepare-coco", "--check", "--root", str(folder)]) == 0
         assert f"- val: {kind} (" in capsys.readouterr().out
         open_data(folder, "val")[0]
+
+    def test_no_annotation_at_all_is_wrong(self, folder):
+        change(folder, lambda content: content["annotations"].clear())
+        [found] = check_coco(folder).wrong
+        assert (found["split"], found["kind"]) == ("val", "no annotations")
+        with pytest.raises(UserError, match="instances_val2017.json: .* without a single annotation"):
+            prepare_data(RunConfig(data=str(folder), model="deformable_detr_scenes", output="unused"), None)
 
     def test_a_pixel_over_the_edge_is_rounding(self, folder):
         content = change(folder, lambda content: None)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from regolite.data import make_transform
 from regolite.data.transforms import (
@@ -12,6 +15,7 @@ from regolite.data.transforms import (
     TRANSFORMS,
     RandomSizeCrop,
     RandomZoom,
+    Resize,
     detr_train,
     detr_val,
 )
@@ -138,3 +142,33 @@ def test_errors():
         make_transform("lapton")
     with pytest.raises(UserError, match="size 3 is too small"):
         make_transform("laptop", 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 900), st.integers(1, 900), st.sampled_from([(None, 96), ([64], 120)]))
+def test_sizes_are_torchvisions_and_never_0(height, width, how):
+    ours, theirs = (kind(how[0], max_size=how[1]) for kind in (Resize, v2.Resize))
+    pixels = torch.zeros(1, height, width, dtype=torch.uint8)
+    try:
+        wanted = theirs(pixels).shape
+    except RuntimeError:  # of a side of 0 pixels
+        wanted = None
+    found = ours(pixels).shape
+    if wanted is not None:
+        assert found == wanted
+    assert min(found) == 1 and max(found) <= how[1]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("size", [(4000, 8), (8, 4000), (20000, 3), (1, 1)])
+def test_lines_of_pixels_keep_both_sides(name, train, size):
+    transform = make_transform(name, 64, train)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        whole = tv_tensors.BoundingBoxes(torch.tensor([[0.0, 0, *size]]), format="XYXY", canvas_size=size[::-1])
+        pixels, moved = transform(Image.new("RGB", size), {"boxes": whole, "labels": torch.tensor([3])})
+        height, width = pixels.shape[1:]
+        assert min(height, width) >= 1 and max(height, width) <= 64 * 3
+        for box in moved["boxes"].tolist():
+            assert box == pytest.approx([0, 0, width, height], abs=1e-3)

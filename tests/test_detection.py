@@ -101,13 +101,79 @@ def test_threshold():
 
 
 def test_wrong_files(tmp_path):
-    with pytest.raises(UserError, match=r"picture .*nowhere\.jpg does not exist"):
+    with pytest.raises(UserError, match=r"image .*nowhere\.jpg does not exist"):
         detect(Finder(), tmp_path / "nowhere.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     model = Finder()
-    with pytest.raises(UserError, match=r"picture .*broken\.jpg cannot be read"):
+    with pytest.raises(UserError, match=r"image .*broken\.jpg cannot be read"):
         detect(model, [picture(90, 60, (20, 10, 70, 40)), str(tmp_path / "broken.jpg")])
     assert not model.seen  # before the work, not after it
+
+
+def test_images_of_every_kind_and_folders_and_patterns(tmp_path):
+    box = (20, 10, 70, 40)
+    given = picture(90, 60, box)
+    given.save(tmp_path / "b.png")
+    picture(60, 90, (5, 30, 50, 80)).save(tmp_path / "a.png")
+    array = np.asarray(given)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    one = (given, array, array / 255, tensor, tensor / 255, (tmp_path / "b.png").read_bytes(), tmp_path / "b.png")
+    for source in one:
+        [found] = detect(Finder(), source)
+        assert found.boxes_xyxy[0].tolist() == pytest.approx(box, abs=2) and found.size == (60, 90)
+    assert len(detect(Finder(), one)) == len(one)
+    assert len(detect(Finder(), np.stack([array, array]))) == len(detect(Finder(), tensor[None])) + 1 == 2
+    for source in (tmp_path, str(tmp_path), f"{tmp_path}/*.png", [tmp_path]):
+        assert [found.size for found in detect(Finder(), source)] == [(90, 60), (60, 90)], "sorted by name"
+
+
+def test_a_photograph_that_was_held_sideways_is_seen_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = picture(60, 90, (5, 30, 50, 80))
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    with Image.open(tmp_path / "phone.png") as opened:
+        for source in (tmp_path / "phone.png", opened):
+            [found] = detect(Finder(), source)
+            assert found.size == (90, 60) and found.boxes_xyxy[0].tolist() == pytest.approx((5, 30, 50, 80), abs=2)
+
+
+@pytest.mark.parametrize("size", [(4000, 8), (8, 4000), (1, 1), (20000, 10)])
+@pytest.mark.parametrize("augment", ["laptop", "detr"])
+def test_images_of_extreme_shape(size, augment):
+    [found] = detect(Finder(augment), Image.new("RGB", size, "white"))
+    assert found.boxes_xyxy[0].tolist() == pytest.approx([0, 0, *size], rel=0.05)
+
+
+def test_wrong_values(tmp_path):
+    given, model = picture(90, 60, (20, 10, 70, 40)), Finder()
+    for options, said in (
+        ({"threshold": 50}, "threshold=50 must be a number from 0 to 1"),
+        ({"threshold": float("nan")}, "threshold=nan"),
+        ({"top_k": -1}, "top_k=-1 must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            detect(model, given, **options)
+    with pytest.raises(UserError, match=r"number 2 of the images: image \(ndarray\) has shape \[7\]"):
+        detect(model, [given, np.zeros(7)])
+    with pytest.raises(UserError, match="is a URL: download it"):
+        detect(model, "https://example.org/dog.jpg")
+    with pytest.raises(UserError, match="has no images"):
+        detect(model, tmp_path)
+    assert not model.seen
+
+
+def test_an_error_in_the_model_leaves_it_in_training(monkeypatch):
+    model = Finder().train()
+    with pytest.raises(RuntimeError):  # no bright pixel
+        detect(model, Image.new("RGB", (40, 40)))
+    assert model.training
+
+
+def test_detections_know_the_classes():
+    model = build("deformable_detr_scenes", 2, dim=32, heads=2, ffn_dim=16, encoder_layers=1, decoder_layers=1)
+    [found] = detect(model, Image.new("RGB", (90, 60)), threshold=0.0)
+    assert found.classes == tuple(model.model_config.classes) and len(found.clip()) == len(found)
 
 
 def test_model_without_a_configuration():

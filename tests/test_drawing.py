@@ -19,7 +19,7 @@ from PIL import Image
 
 from regolite.data import make_transform
 from regolite.inspect import diagrams, draw_heat, draw_matrix, draw_points, notebook, panels, show, to_picture
-from regolite.inspect.drawing import BLUE, VERMILLION
+from regolite.inspect.drawing import BLUE, VERMILLION, draw_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ["course", "deformable_attention", "detr", "rego", "stage"]
@@ -131,3 +131,13 @@ def test_texts_of_a_diagram_fit(name):
 
 def test_every_diagram_is_tested():
     assert sorted(name for name in vars(diagrams) if name.startswith("diagram_")) == [f"diagram_{n}" for n in DIAGRAMS]
+
+
+@pytest.mark.parametrize("size", [(4000, 8), (8, 4000)])
+def test_a_line_of_pixels_is_drawn_in_a_panel_of_a_page(size):
+    image = Image.new("RGB", size, "white")
+    figure, (ax,) = panels(size[1] / size[0], 1)
+    draw_picture(ax, image)
+    assert 0.3 < figure.get_figheight() < 30
+    box = ax.get_window_extent()
+    assert box.width / box.height == pytest.approx(size[0] / size[1], rel=0.05), "not stretched"

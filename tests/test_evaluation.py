@@ -116,6 +116,17 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_no_annotation_at_all_is_an_error_unless_detections_are_saved(folder, tmp_path):
+    file = folder / "annotations" / "instances_val.json"
+    oracle = Oracle(CocoFolder(folder, "val"))
+    oracle.model_config = configure("deformable_detr_scenes", image_size=96)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
+    with pytest.raises(UserError, match="instances_val.json: 3 images without a single annotation, nothing to measure"):
+        evaluate(oracle, CocoFolder(folder, "val"), progress=False)
+    figures = evaluate(oracle, CocoFolder(folder, "val"), progress=False, detections=tmp_path / "found.json")
+    assert figures["AP"] is None and json.loads((tmp_path / "found.json").read_text())
+
+
 class Oracle(nn.Module):
     """A detector that was told the truth: stage 2 says it, stage 1 moves every box, the base makes them small."""
 

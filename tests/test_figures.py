@@ -19,7 +19,9 @@ import regolite
 from regolite import inspect
 from regolite.data import Scenes
 from regolite.detection import detect_by_stage
+from regolite.inspect import words
 from regolite.inspect.figures import CLASS_COLOURS, TRUTH_COLOUR
+from regolite.inspect.words import as_is
 from regolite.structures import Detections
 
 CLASSES = ("cat", "traffic light", "kite")
@@ -262,8 +264,9 @@ def test_each_stage_is_what_detection_with_so_many_stages_gives(model: torch.nn.
     for stages, detections in enumerate(by_stage):
         [alone] = regolite.detect(model, picture, threshold=0.01, stages=stages)
         assert len(detections) and (detections.scores >= 0.01).all()
-        for name, value in vars(alone).items():
-            torch.testing.assert_close(getattr(detections, name), value, rtol=0, atol=0)
+        assert (detections.classes, detections.size) == (alone.classes, alone.size)
+        for name in ("scores", "labels", "boxes_xyxy", "queries"):
+            torch.testing.assert_close(getattr(detections, name), getattr(alone, name), rtol=0, atol=0)
 
 
 def test_a_run_is_drawn_into_its_folder(model: torch.nn.Module, tmp_path: Path):
@@ -275,3 +278,51 @@ def test_a_run_is_drawn_into_its_folder(model: torch.nn.Module, tmp_path: Path):
     for file in files:
         with Image.open(file) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 1
+
+
+# ------------------------------------------------------------------------------------------------- words of others
+
+
+ODD = ("cost $5 & $6", "a_b^c $x", "<b>bold</b>", "$\\nosuch{$", "two\nlines", "כלב", "قطة", "_hidden", "%s {0}")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_names_are_drawn_as_they_are(name: str) -> None:
+    """A pair of $ is no formula, and what would be a broken formula is no error."""
+    objects = found((0.5, 0, (5, 5, 60, 60), 0))
+    figure = inspect.draw_stages(Image.new("RGB", (200, 100)), [objects, objects], (name,), alphas=(1.0,))
+    figure.canvas.draw()
+    texts = [text for ax in figure.axes for text in ax.texts if text.get_text() == f"{name} 0.50"]
+    assert len(texts) == 2 and not any(text.get_parse_math() for text in texts)
+    assert inspect.draw_detections(Image.new("RGB", (200, 100)), objects, (name,)).size == (200, 100)
+    assert as_is()["fontfamily"][:1] == matplotlib.rcParams["font.family"][:1]
+
+
+def test_a_name_of_two_lines_stays_in_the_picture() -> None:
+    black, whole = Image.new("RGB", (200, 120)), found((0.5, 0, (0, 0, 200, 120), 0))
+    one, two = (
+        label_area(inspect.draw_detections(black, whole, (name,)), CLASS_COLOURS[0]) for name in ("ab", "ab\nab")
+    )
+    assert two > 1.3 * one, "both lines are seen"
+
+
+def test_chinese_is_asked_for_where_there_is_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Font:
+        name = "Noto Sans CJK JP"
+
+    monkeypatch.setattr("matplotlib.font_manager.fontManager.ttflist", [Font])
+    words._further_fonts.cache_clear()
+    assert as_is()["fontfamily"] == [*matplotlib.rcParams["font.family"], "Noto Sans CJK JP"]
+    words._further_fonts.cache_clear()
+
+
+def test_names_in_a_legend() -> None:
+    figure, ax = plt.subplots()
+    for name in ODD:
+        ax.plot([0, 1], [0, 1], label=words.label_as_is(name))
+    legend = figure.legend(*ax.get_legend_handles_labels())
+    words.legend_as_is(legend)
+    figure.canvas.draw()
+    assert [text.get_text().strip("\u2060") for text in legend.get_texts()] == list(ODD)
+    assert not any(text.get_parse_math() for text in legend.get_texts())
+    plt.close(figure)

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from regolite.experiments.statistics import Estimate, judge
 from regolite.experiments.table import Claim, Side
 from regolite.inspect.drawing import GREEN, GREY, VERMILLION, stage_colour
-from regolite.inspect.experiments import plot_arms, plot_claims, plot_learning, plot_overlaps, plot_relations
+from regolite.inspect.experiments import _points, plot_arms, plot_claims, plot_learning, plot_overlaps, plot_relations
 
 
 def run(*aps, seed=0, drop=3, relations=None):
@@ -190,3 +190,9 @@ class TestRelations:
 
     def test_nothing_there(self):
         assert not plot_relations({}, {"REGO": "rego"}).axes[0].patches
+
+
+def test_what_was_not_measured_is_a_gap_in_the_line():
+    run = {"curve": [{"epoch": 1, "step": 10, "AP": [None, 0.0]}, {"epoch": 2, "step": 20, "AP": [3.0, None]}]}
+    np.testing.assert_array_equal(_points(run, 0)[1], [np.nan, 3.0])
+    np.testing.assert_array_equal(_points(run, 1)[1], [0.0, np.nan])

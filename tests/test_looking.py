@@ -101,6 +101,21 @@ def test_attention_is_drawn_at_the_spot_that_a_detector_looks_at(width, height, 
         assert np.abs(at - (x, y)).max() <= 16 / scale + 1
 
 
+def test_figures_read_an_image_as_the_detector_did(tmp_path):
+    upright = spot_picture(200, 120, 150, 30, 12)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    [found] = regolite.detect(planted(256), upright)
+    with record(model := planted(256)) as trace:
+        regolite.detect(model, tmp_path / "phone.png")
+    with Image.open(tmp_path / "phone.png") as opened:
+        for picture in (tmp_path / "phone.png", opened, np.asarray(upright)):
+            figure = attention_figure(picture, trace)
+            assert np.abs(brightest(figure, figure.axes[0]) - (150, 30)).max() <= 14
+            assert regolite.inspect.draw_detections(picture, found, ["a"] * 99).size == (200, 120)
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_in_a_padded_batch_every_picture_has_its_own_attention(index):
     model = planted(256)

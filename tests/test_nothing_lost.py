@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -22,9 +23,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
-from regolite import RunConfig, UserError, cli, train
+from regolite import RunConfig, UserError, build, cli, train
 from regolite.data import Scenes, make_transform
 from regolite.signals import RunStopped, StopSignals, leave_signals_to_parent, stop
 from regolite.training import NonFiniteLoss, folder, loop
@@ -639,3 +641,53 @@ def test_nan_in_the_weights(config, whole, monkeypatch):
     assert newest(run.output) == 4
     train(replace(run, resume=True))
     assert_same(run.output, whole)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), ZeroDivisionError("a side of 0"), RuntimeError("two\nlines")]
+)
+def test_whatever_one_image_causes_is_skipped_or_named(data, error):
+    from regolite.data import open_data
+
+    def transform(picture, moved):
+        if picture.getpixel((0, 0)) == (1, 2, 3):
+            raise error
+        return recipe(picture, moved)
+
+    recipe = make_transform("laptop", 64, train=True)
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(data / "images" / "train_000004.png")
+    images = open_data(data, "train", transform)
+    _, target, broken = SeededItems(images, 0, "skip")[0, 3]
+    assert target.image_id == 5 and len(broken) == 1
+    said = f"train_000004.png cannot be prepared .{type(error).__name__}: "
+    assert re.search(said, broken[0])
+    with pytest.raises(UserError, match=said):
+        SeededItems(images, 0)[0, 3]
+    with pytest.raises(KeyboardInterrupt):  # which is no fault of the image
+        error = KeyboardInterrupt()
+        SeededItems(images, 0, "skip")[0, 3]
+
+
+def test_a_line_of_pixels_is_trained_on(data):
+    from regolite.data import open_data
+
+    file = data / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["images"][3] |= {"width": 4000, "height": 8}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 4]
+    file.write_text(json.dumps(content))
+    Image.new("RGB", (4000, 8)).save(data / "images" / "train_000004.png")
+    items = SeededItems(open_data(data, "train", make_transform("laptop", 320)), 0)
+    pixels, target, broken = items[0, 3]
+    assert min(pixels.shape[1:]) == 1 and target.image_id == 4 and not broken
+
+
+def test_figures_of_a_run_leave_broken_images_out(data, tmp_path):
+    from regolite.data import open_data
+    from regolite.inspect.figures import draw_run
+
+    break_picture(data, 1)
+    (tmp_path / "metrics.jsonl").touch()
+    model = build("deformable_detr_scenes", 14, dim=32, heads=2, ffn_dim=16, encoder_layers=1, decoder_layers=1)
+    files = draw_run(tmp_path, model, {"train": open_data(data, "train")}, pictures=2)
+    assert [file.name for file in files] == ["curves.png", "stages_train_4.png"]

@@ -615,3 +615,11 @@ def test_the_kernel_is_still_the_fused_one(monkeypatch, images):
     with Count(), record(model), torch.no_grad():
         model(images)
     assert sum(calls) == free == 6
+
+
+def test_a_trace_is_iterated_by_names():
+    model = small_models.detr()
+    with record(model) as trace, torch.no_grad():
+        model(batch((64, 64)))
+    assert list(trace) == [name for name in trace] == trace.names() and len(list(trace)) == len(trace) > 0
+    assert {name: trace[name] for name in trace}.keys() == dict.fromkeys(trace).keys()

@@ -156,7 +156,14 @@ def test_fields_that_may_change_are_few():
     watching = {"log_every", "evaluate_every", "evaluate_start", "evaluate_train", "tensorboard"}
     watching |= {"checkpoint_minutes", "keep_checkpoints"}
     machine = {"device", "precision", "processes", "accumulate", "recompute", "workers", "data", "output", "resume"}
-    assert set(MAY_CHANGE) == watching | machine | {"on_broken", "lr", "epochs", "max_minutes", "max_cpu_minutes"}
+    assert set(MAY_CHANGE) == watching | machine | {
+        "on_broken",
+        "patience",
+        "lr",
+        "epochs",
+        "max_minutes",
+        "max_cpu_minutes",
+    }
     assert set(MAY_CHANGE) | set(OF_MODEL) < {f.name for f in fields(RunConfig)}
 
 

@@ -131,7 +131,7 @@ class TestRead:
         assert run.losses("base", "label", 2)[1][:3] == pytest.approx([4, 3, (2 + 8 / 6) / 2])
         assert run.losses("stage1", "label") == ([], [])
 
-    @pytest.mark.parametrize("cut", ['{"kind": "tr', '{"kind": "train", "step": 3', "\0\0\0"])
+    @pytest.mark.parametrize("cut", ['{"kind": "tr', '{"kind": "train", "step": 3', "\0\0\0", "[" * 100_000])
     def test_a_last_line_that_is_cut_is_left_out_and_told(self, base: Path, cut: str):
         whole = Run.read(base)
         append(base, cut)
@@ -152,6 +152,9 @@ class TestRead:
             Run.read(tmp_path)
         (base / "metrics.jsonl").unlink()
         with pytest.raises(UserError, match="has not logged anything yet"):
+            Run.read(base)
+        (base / "config.json").write_text("[" * 100_000)
+        with pytest.raises(UserError, match="config.json is damaged"):
             Run.read(base)
         (base / "config.json").write_text("{}")
         with pytest.raises(UserError, match="config.json is damaged"):

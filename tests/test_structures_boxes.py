@@ -1,7 +1,11 @@
 """The types that every room speaks, and boxes."""
 
+import json
 import math
+import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,3 +119,98 @@ def test_inverse_sigmoid_is_finite_everywhere():
     x = torch.tensor([0.0, 0.5, 1.0], requires_grad=True)
     inverse_sigmoid(x).sum().backward()
     assert x.grad.isfinite().all() and x.grad[1] == pytest.approx(4)
+
+
+def three():
+    boxes = torch.tensor([[-5.0, 2, 30, 20], [1, 1, 4, 5], [10, 10, 90, 12]])
+    columns = (torch.tensor([0.9, 0.5, 0.25]), torch.tensor([1, 0, 1]), boxes, torch.tensor([7, 5, 6]))
+    return Detections(*columns, classes=("cat", "dog"), size=(15, 40))
+
+
+def assert_equal(found, wanted):
+    for name in ("scores", "labels", "boxes_xyxy", "queries"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=1e-5)
+    assert (found.classes, found.size) == (wanted.classes, wanted.size)
+
+
+def test_detections_can_be_indexed():
+    found = three()
+    assert found[0].queries.tolist() == found[-3].queries.tolist() == [7] and len(found[np.int64(2)]) == 1
+    assert found[1:].queries.tolist() == [5, 6] and found[[2, 0]].queries.tolist() == [6, 7]
+    assert found[found.labels == 1].class_names == ["dog", "dog"]
+    assert found[np.array([False, True, False])].class_names == ["cat"]
+    assert found[0].size == (15, 40) and len(found[[]]) == len(found[5:]) == 0
+    assert [one.class_names for one in found] == [["dog"], ["cat"], ["dog"]]
+    with pytest.raises(IndexError):
+        found[3]
+
+
+def test_class_names_and_clipping():
+    found = three()
+    assert found.class_names == ["dog", "cat", "dog"]
+    with pytest.raises(UserError, match="label 1 has no name"):
+        replace(found, classes=("cat",)).class_names  # noqa: B018
+    clipped = found.clip()
+    assert clipped.boxes_xyxy.tolist() == [[0, 2, 30, 15], [1, 1, 4, 5], [10, 10, 40, 12]]
+    assert found.boxes_xyxy[0, 0] == -5, "the others stay"
+    assert found.clip((11, 20)).boxes_xyxy.tolist() == [[0, 2, 20, 11], [1, 1, 4, 5], [10, 10, 20, 11]]
+    with pytest.raises(UserError, match=r"clip\(\(height, width\)\)"):
+        replace(found, size=None).clip()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_to_supervision_and_back(count):
+    found = three()[:count]
+    theirs = found.to_supervision()
+    assert type(theirs).__module__.startswith("supervision") and len(theirs) == count
+    assert theirs.data["class_name"].tolist() == found.class_names
+    np.testing.assert_allclose(theirs.xyxy, found.boxes_xyxy)
+    assert_equal(Detections.from_supervision(theirs, found.classes, found.size), found)
+    again = Detections.from_supervision(theirs[np.arange(count)[::-1]])  # sorted again; names from the data
+    assert again.scores.tolist() == found.scores.tolist() and again.class_names == found.class_names
+    theirs.class_id = None
+    with pytest.raises(UserError, match="no class_id"):
+        Detections.from_supervision(theirs)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_to_coco_and_back(count):
+    found = three()[:count]
+    results = found.to_coco(139, (17, 18))
+    assert json.loads(json.dumps(results)) == results
+    if count:
+        wanted = {"image_id": 139, "category_id": 18, "bbox": [-5, 2, 35, 18]}
+        assert results[0] == {**wanted, "score": pytest.approx(0.9)}
+    again = Detections.from_coco(results[::-1], (17, 18), found.classes, found.size)
+    assert_equal(again, replace(found, queries=again.queries))
+    if count == 3:
+        results[0]["image_id"] = 7
+        with pytest.raises(UserError, match="results of 2 images"):
+            Detections.from_coco(results, (17, 18))
+        with pytest.raises(UserError, match="category_id 18, which is none"):
+            Detections.from_coco(results[2:], (17,))
+
+
+def test_from_a_table():
+    table = {"score": [0.5, 0.9], "label": [0, 1], "xmin": [1, -5], "ymin": [1, 2], "xmax": [4, 30], "ymax": [5, 20]}
+    wanted = three()[[0, 1]]
+    assert_equal(Detections.from_pandas(table | {"query": [5, 7]}, wanted.classes, wanted.size), wanted)
+    assert Detections.from_pandas(table).queries.tolist() == [1, 0]
+    del table["ymin"]
+    with pytest.raises(UserError, match="no column ymin"):
+        Detections.from_pandas(table)
+
+
+def test_to_pandas_and_back():
+    pandas = pytest.importorskip("pandas")
+    for found in (three(), three()[:0]):
+        table = found.to_pandas()
+        assert isinstance(table, pandas.DataFrame) and len(table) == len(found)
+        assert table["class_name"].tolist() == found.class_names
+        assert_equal(Detections.from_pandas(table, found.classes, found.size), found)
+
+
+def test_without_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="pip install pandas"):
+        three().to_pandas()

@@ -3,13 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import unchecked
 
-from regolite import RunConfig, UserError, build, load, train
+from regolite import RunConfig, UserError, build, evaluate, load, train
 from regolite.data import Scenes, collate, cut_outs, make_transform
 from regolite.training import NonFiniteLoss, loop, setup
 from regolite.training.batches import EpochBatches, SeededItems, loader
@@ -329,6 +330,99 @@ def test_ruined_weights_are_never_saved(config, monkeypatch):
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
 
 
+@pytest.mark.parametrize("lr", [1e38, 1001.0])
+def test_a_learning_rate_beyond_all_reason(config, lr):
+    with pytest.raises(UserError, match="lr=.* must be at most 1000"):
+        config(lr=lr)
+
+
+def test_the_largest_learning_rate_ends_in_one_clear_error(config):
+    with pytest.raises(NonFiniteLoss, match="Lower the learning rate"):
+        train(config(lr=1000.0, clip=0.0, weight_decay=1000.0, epochs=20))
+
+
+def test_what_is_done_is_saved_when_a_step_fails(config, monkeypatch):
+    """Memory that runs out, say, long after the last checkpoint."""
+    whole = train(config("whole"))
+    plain, count = loop.SetLoss.__call__, iter(range(1000))
+
+    def fail(self, *args):
+        if next(count) == 5:
+            raise RuntimeError("CUDA out of memory")
+        return plain(self, *args)
+
+    monkeypatch.setattr(loop.SetLoss, "__call__", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config())
+    monkeypatch.setattr(loop.SetLoss, "__call__", plain)
+    folder = RunFolder(config().output, resume=True)
+    assert folder.load_state()["step"] == 5
+    folder.close()
+    assert lines(train(config(resume=True))) == lines(whole)
+
+
+def test_figures_that_cannot_be_drawn_are_no_failure(config, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ValueError("Expected \\frac, found '$'\nmore of it")
+
+    monkeypatch.setattr("regolite.inspect.draw_run", fail)
+    folder = train(config(epochs=1))
+    said = "warning: the run is done, and its figures cannot be drawn (Expected \\frac, found '$')"
+    assert said in capsys.readouterr().out
+    assert (folder / "model.safetensors").exists() and lines(folder)[-1]["kind"] == "evaluation"
+
+
+# -------------------------------------------------------------------------------------------------- early stopping
+
+
+def score(monkeypatch, *values):
+    """Let the next evaluations find these APs."""
+    left = iter(values)
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **kwargs: evaluate(*args, **kwargs) | {"AP": next(left)})
+
+
+def evaluations(folder):
+    return [(line["step"], line["AP"]) for line in lines(folder) if line["kind"] == "evaluation"]
+
+
+def test_a_run_stops_when_it_gets_no_better(config, monkeypatch, capsys):
+    plan = config(epochs=6, evaluate_every=1, patience=2)
+    score(monkeypatch, 10.0, 20.0, 15.0, 20.0)
+    folder = train(plan)
+    assert evaluations(folder) == [(3, 10.0), (6, 20.0), (9, 15.0), (12, 20.0)], "as good is no better"
+    assert "stopped early after step 12: no better AP on val in 2 evaluations" in capsys.readouterr().out
+    best, last = (RunFolder(folder, resume=True), load_file(folder / "model.safetensors"))
+    assert best.last_step() == 12 and last.keys() == load_file(folder / "best.safetensors").keys()
+    best.close()
+
+    train(replace(plan, resume=True))  # it has ended, and is not trained on
+    assert len(evaluations(folder)) == 4
+    score(monkeypatch, 30.0, 25.0)
+    train(replace(plan, patience=3, resume=True))  # with more patience it is
+    assert evaluations(folder)[4:] == [(15, 30.0), (18, 25.0)]
+
+
+def test_early_stopping_can_be_resumed(config, monkeypatch):
+    plan = config("whole", epochs=6, evaluate_every=1, patience=2)
+    score(monkeypatch, 10.0, 5.0, 4.0)
+    whole = train(plan)
+    parts = replace(plan, output=config("parts").output)
+    score(monkeypatch, 10.0, 5.0)
+    with pytest.raises(Interrupted):  # at the evaluation itself, which is done again
+        train(parts, watch=lambda line: interrupt_at(6)(line) if line["kind"] == "evaluation" else None)
+    score(monkeypatch, 5.0, 4.0)
+    folder = train(replace(parts, resume=True))
+    assert lines(folder) == lines(whole) and evaluations(whole)[-1] == (9, 4.0)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_patience_needs_evaluations(config):
+    with pytest.raises(UserError, match="patience=3 counts evaluations: give evaluate_every"):
+        config(patience=3)
+    with pytest.raises(UserError, match="patience=-1 must not be negative"):
+        config(patience=-1)
+
+
 # --------------------------------------------------------------------------------------- schedules and parameters
 
 
@@ -340,8 +434,9 @@ def test_step_schedule():
 
 @pytest.mark.parametrize("schedule", ["step", "constant"])
 def test_warm_up(schedule):
+    """Linear, and from a first step that is more than nothing, as that of one_cycle."""
     plan = RunConfig(schedule=schedule, warmup=0.2)
-    assert [lr_factor(plan, 0, p) for p in (0.0, 0.05, 0.1, 0.2, 0.5)] == pytest.approx([0, 0.25, 0.5, 1, 1])
+    assert [lr_factor(plan, 0, p) for p in (0.0, 0.05, 0.1, 0.2, 0.5)] == pytest.approx([0.04, 0.28, 0.52, 1, 1])
     assert lr_factor(RunConfig(schedule=schedule), 0, 0.0) == 1
 
 
@@ -597,3 +692,56 @@ def test_a_picture_looks_the_same_whoever_prepares_it():
     before = torch.get_rng_state()
     assert not torch.equal(items[0, 1][0], items[1, 1][0])  # but another one in another epoch
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------------ said, not silent
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Scenes as files, whose annotations a test may change."""
+    for count, split in ((4, "train"), (2, "val")):
+        Scenes(count, size=64, split=split).write(tmp_path / "data")
+
+    def change(split, annotations):
+        file = tmp_path / "data" / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        content["annotations"] = annotations(content["annotations"])
+        file.write_text(json.dumps(content))
+        return str(tmp_path / "data")
+
+    return change
+
+
+@pytest.mark.parametrize(("split", "said"), [("train", "nothing to learn"), ("val", "nothing to measure")])
+def test_no_annotation_at_all_is_an_error(config, data, split, said):
+    run = config(data=data(split, lambda annotations: []))
+    with pytest.raises(UserError, match=rf"instances_{split}.json: \d images without a single annotation, {said}"):
+        train(run)
+    assert not Path(run.output).exists()
+
+
+def test_what_cannot_be_measured_is_neither_0_nor_best(config, data):
+    root = data("val", lambda annotations: [{**one, "iscrowd": 1} for one in annotations])
+    folder = train(config(data=root, evaluate_every=1, epochs=2))
+    log = (folder / "train.log").read_text()
+    assert log.count("AP on val by stage: -, -, -") == 2 and "0.0" not in log.split("by stage: ")[1][:9]
+    assert log.count("AP on val cannot be measured") == 1, "once, and not at every evaluation"
+    assert not (folder / "best.safetensors").exists() and not (folder / "checkpoints" / "best.pt").exists()
+    assert {line["AP"] for line in lines(folder) if line["kind"] == "evaluation"} == {None}
+
+
+def test_more_objects_than_queries_is_said_once_with_counts(config, data):
+    def crowd(annotations):
+        copies = [{**annotations[0], "decided_by": None, "id": 9000 + n, "image_id": 2} for n in range(11)]
+        crowds = [
+            {**annotations[0], "decided_by": None, "id": 9100 + n, "image_id": 3, "iscrowd": 1} for n in range(11)
+        ]
+        return [one for one in annotations if one["image_id"] not in (2, 3)] + copies + crowds
+
+    root = data("train", crowd)
+    log = (train(config(data=root)) / "train.log").read_text()
+    said = "1 of 4 training images have more objects than the detector has queries (8), up to 11 (train_000002.png)"
+    assert log.count(said) == 1 and "set queries=11" in log
+    enough = config("enough", data=root, overrides=("queries=11", *(s for s in SMALL if s[:7] != "queries")))
+    assert "more objects" not in (train(enough) / "train.log").read_text()

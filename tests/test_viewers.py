@@ -18,7 +18,7 @@ from regolite import Trace, UserError, record
 from regolite.data import Scenes
 from regolite.inspect import canvas
 from regolite.inspect.asking import predictions
-from regolite.inspect.gallery import KEPT, Gallery
+from regolite.inspect.gallery import KEPT, Gallery, Message
 from regolite.inspect.looking import as_attention
 from regolite.inspect.stages import related
 from regolite.inspect.trace import Sampling
@@ -286,6 +286,24 @@ def test_choices_follow_the_detector(dense, plain):
 # Pictures.
 
 
+def test_folders_photographs_held_sideways_and_files_that_are_not_there(plain, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture_of().save(tmp_path / "b.png", exif=exif)
+    picture_of(50, 60).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "b.png") as opened:
+        gallery = Gallery(plain, [tmp_path, opened, tmp_path / "none.png"])
+        assert [source.name for source in gallery.sources.values()] == ["a.png", "b.png", "b.png", "none.png"]
+        sizes = []
+        for number in range(3):
+            gallery.chooser.value = number
+            sizes.append(gallery.scene.picture.size)
+            assert gallery.scene.trace.frame.original.tolist() == [list(sizes[-1][::-1])]
+    assert sizes == [(50, 60), (70, 90), (70, 90)], "upright"
+    gallery.chooser.value = 3
+    assert "none.png does not exist" in gallery.message.text
+
+
 def test_pictures_of_every_kind(plain, tmp_path):
     picture_of().save(tmp_path / "file.png")
     scenes = Scenes(2, size=96)
@@ -493,3 +511,11 @@ def test_large_pictures_are_sent_small():
     jpeg = canvas.jpeg_of(Image.new("RGB", (4000, 1000)))
     with Image.open(io.BytesIO(jpeg)) as picture:
         assert picture.size == (canvas.SIDE, canvas.SIDE // 4)
+
+
+def test_words_of_others_are_text_in_the_browser():
+    """Names of classes and files may hold what HTML and MathJax would read."""
+    assert "innerHTML" not in canvas.PictureCanvas._esm and "insertAdjacentHTML" not in canvas.PictureCanvas._esm
+    message = Message()
+    message.say('<img src=x onerror="alert(1)"> & $5')
+    assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt; &amp; $5" in message.value and "<img" not in message.value

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from regolite.data.coco import CocoFolder, read_picture
+from regolite.data.coco import CocoFolder
 from regolite.data.collate import batch_pictures, collate
 from regolite.data.convert import Conversion, convert
 from regolite.data.dataset import DetectionDataset
 from regolite.data.fetch import fetch_dataset
+from regolite.data.images import list_images, read_image
 from regolite.data.open import open_data
 from regolite.data.paste import CutOut, Pasted, cut_outs
 from regolite.data.prepare import Report, check_coco, prepare_coco
@@ -28,9 +29,10 @@ __all__ = [
     "convert",
     "cut_outs",
     "fetch_dataset",
+    "list_images",
     "make_transform",
     "open_data",
     "prepare_coco",
-    "read_picture",
+    "read_image",
     "repeat_rare",
 ]

@@ -27,7 +27,9 @@ from PIL import Image
 from pycocotools import mask
 
 from regolite.data.dataset import DetectionDataset, Objects
+from regolite.data.images import read_image
 from regolite.errors import UserError
+from regolite.fields import whole
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LONGEST = 1e6  # pixels: no image is wider or higher, so a box that says so is a mistake
@@ -38,7 +40,7 @@ class CocoFolder(DetectionDataset):
     """The pictures of one split of a COCO-format folder; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
 
     Crowds and boxes without area are no targets (both stay in ``coco`` for evaluation); boxes are clipped to the
-    picture. Pictures are read as COCO's boxes mean them: any colour mode becomes RGB, EXIF orientation is ignored.
+    picture. Images are read as their annotations mean them (:func:`read_annotated`); any color mode becomes RGB.
 
     Args:
         root: the data folder.
@@ -55,6 +57,7 @@ class CocoFolder(DetectionDataset):
         classes: names of the classes in the order of the labels, which is the order of COCO's category ids.
         category_ids: COCO's id of each class.
         image_ids: COCO's id of each picture.
+        file: the annotations.
 
     Raises:
         UserError: a missing folder or file, invalid JSON, annotations that contradict themselves, two categories of
@@ -72,10 +75,10 @@ class CocoFolder(DetectionDataset):
         check_files: bool = True,
         every: int = 1,
     ) -> None:
-        if limit is not None and limit < 1:
+        if limit is not None and whole("limit", limit) < 1:
             raise UserError(f"limit of {limit} pictures: give at least 1, or leave it out for all")
         self.transform = transform
-        file = find_annotations(Path(root), split)
+        self.file = file = find_annotations(Path(root), split)
         images, annotations, categories = read_annotations(file)
 
         category_ids = _whole_numbers(categories, "id", "category", file)
@@ -156,36 +159,33 @@ class CocoFolder(DetectionDataset):
         Raises:
             UserError: the file is broken, or of another size than its annotation says.
         """
-        picture = read_picture(self.path(i))
         height, width = self.size(i)
-        if picture.size != (width, height):
-            turned = picture.size == (height, width)
-            hint = "store it unrotated: boxes refer to the stored pixels" if turned else "correct one of the two"
-            found = f"{picture.width}x{picture.height}"
-            raise UserError(f"{self.path(i)} is {found} pixels but its annotation says {width}x{height}: {hint}")
-        return picture
+        return read_annotated(self.path(i), width, height)
 
 
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a picture of any colour mode as RGB, ignoring its EXIF orientation (as COCO's annotations do).
+class WrongSize(UserError):
+    """An image has another size than its annotation says."""
 
-    Transparency is dropped; 16-bit greyscale is scaled to 8 bits.
+
+def read_annotated(path: str | os.PathLike[str], width: int, height: int) -> Image.Image:
+    """The image that annotations of this size in pixels refer to: as it is stored or, if only that fits, upright.
+
+    COCO's annotations refer to stored pixels. Labeling tools show an image as its EXIF orientation says.
 
     Raises:
-        UserError: no such file, or not a picture, or a broken one.
+        UserError: it cannot be read.
+        WrongSize: it has another size.
     """
-    if not Path(path).is_file():
-        raise UserError(f"picture {path} does not exist: check the path")
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            if picture.mode.startswith("I"):  # convert() would clip 16-bit values at 255 instead of scaling them
-                picture = Image.fromarray((np.asarray(picture) // 257).clip(0, 255).astype(np.uint8))
-            if "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-            return picture.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-        raise UserError(f"picture {path} cannot be read ({error}): replace the file") from error
+    stored = read_image(path, upright=False)
+    if stored.size == (width, height):
+        return stored
+    if stored.size == (height, width) and (upright := read_image(path)).size == (width, height):
+        return upright
+    found = f"{stored.width}x{stored.height}"
+    raise WrongSize(
+        f"image {path} is {found} pixels but its annotation says {width}x{height}: correct the width and height, or "
+        "let `regolite convert` scale the boxes"
+    )
 
 
 def find_annotations(root: Path, split: str) -> Path:

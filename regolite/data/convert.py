@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 
-from regolite.data.coco import outline_box, read_picture
+from regolite.data.coco import outline_box
 from regolite.data.exports import Labeled, read_export
+from regolite.data.images import orientation_of, read_image
 from regolite.errors import UserError
+from regolite.fields import fits, plain, shown, whole
 
-ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
 MOST_BAD = 0.1  # share of the annotations that may be unusable: with more, something is wrong with the whole export
 
 # Where a point (x, y) of the stored pixels lies once an image of w x h pixels is turned upright, by EXIF's orientation.
@@ -98,8 +99,9 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
         raise UserError(f"{source} is no folder: give the folder that your labelling tool has exported")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists already: give a folder that can be made anew")
-    if not 0 < val < 1:
-        raise UserError(f"val={val} must lie between 0 and 1: it is the share of pictures held out")
+    seed, val = whole("seed", seed), plain(val)
+    if not fits(val, float) or not 0 < val < 1:
+        raise UserError(f"val={shown(val)} must lie between 0 and 1: it is the share of pictures held out")
     export = read_export(source)
     problems, bad, changes = export.problems, export.bad, defaultdict(list)
     listed, images = len(export.images) + len(bad), []
@@ -124,10 +126,10 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
         splits[image.split].append(image)
     common = Path(os.path.commonpath([image.path.parent for image in images])) if images else source
     if not {"train", "val"} <= set(splits):
-        whole = next((split for split in ("train", "val", "test") if split in splits), "train")
-        if whole != "train":
-            problems.append(f"there are no training pictures: those of {whole} are divided into train and val")
-        own = splits.pop(whole, [])
+        only = next((split for split in ("train", "val", "test") if split in splits), "train")
+        if only != "train":
+            problems.append(f"there are no training pictures: those of {only} are divided into train and val")
+        own = splits.pop(only, [])
         held = set(random.Random(seed).sample(range(len(own)), max(1, round(val * len(own))) if own else 0))
         splits["train"] = [image for n, image in enumerate(own) if n not in held]
         splits["val"] = [own[n] for n in sorted(held)]
@@ -206,10 +208,10 @@ def _header(path: Path) -> tuple[tuple[int, int], int]:
     """
     try:
         with Image.open(path) as image:
-            orientation = image.getexif().get(ORIENTATION, 1)
+            orientation = orientation_of(image)
             return image.size, orientation if orientation in UPRIGHT else 1
     except Exception as error:  # Pillow raises nearly anything on a broken file
-        raise UserError(f"picture {path} cannot be read ({error}): replace the file") from error
+        raise UserError(f"image {path} cannot be read ({error}): replace the file") from error
 
 
 def _is_scaled(said: tuple[int, int], real: tuple[int, int]) -> bool:
@@ -244,7 +246,7 @@ def _write(images: list[_Fit], common: Path, output: Path, split: str, done: Con
     for image in images:
         name = image.path.name
         try:
-            read_picture(image.path)
+            read_image(image.path)
         except UserError as error:
             done.problems.append(f"{name}: left out, {error}")
             continue
@@ -288,5 +290,4 @@ def _copy(path: Path, turned: bool, target: Path) -> None:
     if not turned:
         shutil.copyfile(path, target)
         return
-    with Image.open(path) as original:
-        ImageOps.exif_transpose(original).convert("RGB").save(target, quality=95)
+    read_image(path).save(target, quality=95)

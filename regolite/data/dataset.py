@@ -106,6 +106,11 @@ class DetectionDataset(Dataset, ABC):
         return self.image(i), self.objects(i)
 
     @property
+    def is_annotated(self) -> bool:
+        """Whether there is a single annotation, crowds included."""
+        return any(len(self.objects(i)) for i in range(len(self)))
+
+    @property
     def categories(self) -> dict[int, str]:
         """Names of the classes by COCO's id."""
         return dict(zip(self.category_ids, self.classes, strict=True))

@@ -27,9 +27,10 @@ from regolite.data.coco import (
     spellings,
     split_named,
 )
+from regolite.data.images import SUFFIXES
 from regolite.errors import UserError
+from regolite.fields import shown
 
-IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 NO_LABELS = {"classes", "notes", "README.dataset", "README.roboflow"}  # text files that exports put beside the labels
 MOST_FRACTION = 2.0  # a box of YOLO's may reach out of its image, but with larger numbers it is one in pixels
 
@@ -103,9 +104,9 @@ def read_export(source: Path) -> Export:
     """
     source = Path(os.path.abspath(source))
     files = [path for path in sorted(source.rglob("*")) if _is_visible(path.relative_to(source)) and path.is_file()]
-    images = [path for path in files if path.suffix.lower() in IMAGES]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not images:
-        raise UserError(f"{source} holds no pictures: looked for {', '.join(sorted(IMAGES))}")
+        raise UserError(f"{source} holds no pictures: looked for {', '.join(sorted(SUFFIXES))}")
     if any(path.suffix == ".xml" for path in files):
         return _read_voc(source, images)
     yamls = {path: names for path in files if path.suffix in (".yaml", ".yml") and (names := _names(path))}
@@ -370,11 +371,13 @@ def _table(file: Path, content: tuple[Any, Any], export: Export) -> tuple[dict[i
         if not all(isinstance(name, str) and name.strip() for name in table.values()):
             raise ValueError
     except (AttributeError, ValueError):
-        raise UserError(f"{file} has names {names!r}: write names: [first, second], one name for each class") from None
+        raise UserError(
+            f"{file} has names {shown(names)}: write names: [first, second], one name for each class"
+        ) from None  # shown: references in YAML (&a, *a) let a small file hold a list of billions
     try:
         keypoints = math.prod(map(int, shape)) if shape is not None else 0
     except (TypeError, ValueError):
-        raise UserError(f"{file} has kpt_shape {shape!r}: write [number of keypoints, 2 or 3]") from None
+        raise UserError(f"{file} has kpt_shape {shown(shape)}: write [number of keypoints, 2 or 3]") from None
     for name, count in Counter(table.values()).items():
         if count > 1:
             numbers = " and ".join(str(number) for number, other in table.items() if other == name)

@@ -30,7 +30,7 @@ from PIL import Image
 
 from regolite.checkpoint import write_atomic
 from regolite.data import prepare
-from regolite.data.coco import read_picture
+from regolite.data.images import read_image
 from regolite.errors import UserError
 from regolite.lock import locked
 from regolite.progress import Status, track
@@ -257,9 +257,9 @@ def _convert(name: str, source: Source, examples: Sequence[Example], folder: Pat
     annotation_id = 0
     for image_id, example in enumerate(track(examples, f"convert {name}"), 1):
         content = contents[example.split]
-        original = read_picture(folder / example.image.path)
+        original = read_image(folder / example.image.path)
         scale = min(1.0, source.side / max(original.size))
-        width, height = (round(scale * side) for side in original.size)
+        width, height = (max(1, round(scale * side)) for side in original.size)
         image = original.resize((width, height), Image.Resampling.LANCZOS)
         encoded = io.BytesIO()
         image.save(encoded, "JPEG", quality=source.quality)

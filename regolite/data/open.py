@@ -11,6 +11,7 @@ from regolite.data.dataset import DetectionDataset
 from regolite.data.scenes import Scenes
 from regolite.data.views import Joined
 from regolite.errors import UserError
+from regolite.fields import whole
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "val": int,
@@ -76,6 +77,6 @@ def open_data(
     val = options.pop("val")
     if split == "val":
         num_images = max(1, num_images // 10) if val is None else val
-    if limit is not None and limit < 1:
+    if limit is not None and whole("limit", limit) < 1:
         raise UserError(f"limit of {limit} pictures: give at least 1, or leave it out for all")
     return Scenes(num_images if limit is None else min(limit, num_images), transform=transform, split=split, **options)

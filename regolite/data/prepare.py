@@ -36,21 +36,24 @@ from regolite.data.coco import (
     LONGEST,
     OPTIONAL,
     ImageFiles,
+    WrongSize,
     category_differences,
     class_name,
     find_annotations,
     find_images,
     is_box,
     is_id,
+    read_annotated,
     read_annotations,
-    read_picture,
 )
+from regolite.data.images import read_image
 from regolite.errors import UserError
 from regolite.lock import locked
 from regolite.progress import Status
 
 MIRROR = "http://images.cocodataset.org"  # its https shows the certificate of another name
 SPLITS = ("train", "val")
+PICTURES = {"train": 118_287, "val": 5_000}  # of COCO 2017
 TIMEOUT = 60.0  # seconds without a byte
 WAITS = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds before each new attempt; what arrives in between resets the count
 CHUNK = 1 << 20  # bytes
@@ -465,12 +468,14 @@ class Report:
         wrong: what training would stop at or learn nonsense from: ``split``, ``kind``, ``file`` (of a picture, or of
             the annotations), ``image_id`` and ``annotation_id`` where there is one, and ``said``, the details.
         notes: the same of what training copes with.
+        part_of: of each split that has COCO's categories and not all of its pictures, the number of all of them.
     """
 
     root: str
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     wrong: list[dict[str, Any]] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
+    part_of: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -481,6 +486,8 @@ class Report:
         lines = []
         for split, counts in self.counts.items():
             lines.append(f"{split}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+            if split in self.part_of:
+                lines.append(f"- {split}: not all of COCO 2017, which has {self.part_of[split]} pictures here")
             for mark, findings in (("!", self.wrong), ("-", self.notes)):
                 found = [finding for finding in findings if finding["split"] == split]
                 for kind, count in Counter(finding["kind"] for finding in found).items():
@@ -509,7 +516,7 @@ def check_coco(
     categories; boxes that are no four numbers, have a negative size or lie outside their image; other fields that are
     no number of their kind. Noted are boxes without area (no targets in training), boxes that reach more than a pixel
     over the edge (training clips them), objects whose outline has no area, images without objects, and images that are
-    not listed.
+    not listed. A folder with COCO's categories and fewer pictures than COCO is said to be no more than a part of it.
 
     Args:
         root: the data folder, as :func:`regolite.data.open_data` takes it.
@@ -560,6 +567,8 @@ def _check_split(root: Path, split: str, read_pictures: bool, workers: int | Non
         if len(ids) > 1:
             wrong("category name given twice", said=f"{name!r} is the name of {' and '.join(sorted(ids))}")
     are_right = not any(f["split"] == split and f["kind"].startswith("category") for f in report.wrong)
+    if not annotations:
+        wrong("no annotations", said="there is nothing to learn or to measure")
     by_id = _check_images(images, files, wrong, note)
     with_objects = _check_annotations(annotations, by_id, known, wrong, note)
     for number, (name, *_) in by_id.items():
@@ -574,7 +583,11 @@ def _check_split(root: Path, split: str, read_pictures: bool, workers: int | Non
         there = {number: image for number, image in by_id.items() if image[0] not in files.missing}
         for number, kind, said in _read_all(files, there, f"open the pictures of {split}", workers):
             wrong(kind, there[number][0], said, image_id=number)
-    return {category["id"]: str(category["name"]) for category in categories} if are_right else {}
+    names = {category["id"]: str(category["name"]) for category in categories} if are_right else {}
+    is_coco = (len(names), names.get(1), names.get(90)) == (80, "person", "toothbrush")
+    if is_coco and len(images) < PICTURES.get(split, 0):
+        report.part_of[split] = PICTURES[split]
+    return names
 
 
 def _check_ids(kind: str, records: Sequence[Mapping[str, Any]], lists: str, wrong: Callable[..., None]) -> set[int]:
@@ -665,11 +678,14 @@ def _read_all(
     def read(number: int) -> tuple[int, str, str] | None:
         name, width, height = images[number]
         try:
-            picture = read_picture(files.path(name))
+            if width == NO_SIZE:
+                read_image(files.path(name))
+            else:
+                read_annotated(files.path(name), width, height)
+        except WrongSize as error:
+            return number, "picture of another size", str(error)
         except UserError as error:
             return number, "unreadable picture", str(error.__cause__ or error)
-        if picture.size != (width, height) and width < NO_SIZE:
-            return number, "picture of another size", f"{picture.width}x{picture.height}, not {width}x{height}"
         return None
 
     status, found = Status(title, leave=False), []

@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 
 from regolite.data.dataset import DetectionDataset, Objects
 from regolite.errors import UserError
+from regolite.fields import fits, plain
 
 TEXTURES = ("striped", "dotted", "checked")
 DECIDERS = ("square", "star")
@@ -329,7 +330,7 @@ class Scenes(DetectionDataset):
             ("max_objects", max_objects, 1, 50),
             ("context", context, 0, 1),
         ):
-            if not low <= value <= high:
+            if not fits(plain(value), float if name == "context" else int) or not low <= value <= high:
                 raise UserError(f"scenes with {name} {value}: give {low} to {high}")
         self.seed, self.side, self.max_objects, self.context, self.split = seed, size, max_objects, context, split
         self.transform = transform

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from regolite.errors import UserError
+from regolite.fields import check_bounds, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's red, green and blue in [0, 1], what torchvision's backbones were trained with."""
@@ -27,6 +28,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 DETR_SIZE = 800
 LAPTOP_SIZE = 320
+LONGEST = 10_000  # pixels: as far as a long, narrow image is enlarged before a window is cut out of it
 
 
 def to_pixels() -> v2.Transform:
@@ -38,6 +40,36 @@ def to_pixels() -> v2.Transform:
         v2.ToPureTensor(),
     ]
     return v2.Compose(steps)
+
+
+class Resize(v2.Resize):
+    """Torchvision's, but no side is rounded down to 0: of 4000 x 8 pixels, 320 x 0 would be left."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Compute the new height and width as torchvision does (once for the image and its boxes together)."""
+        height, width = v2.query_size(flat_inputs)
+        short, long = sorted((height, width))
+        if self.size is None:
+            new_short, new_long = int(self.max_size * short / long), self.max_size
+        else:
+            new_short, new_long = self.size[0], int(self.size[0] * long / short)
+            if new_long > self.max_size:
+                new_short, new_long = int(self.max_size * new_short / new_long), self.max_size
+        new_short = max(new_short, 1)
+        return {"size": [new_long, new_short] if height > width else [new_short, new_long]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize one thing: the image or the boxes."""
+        return self._call_kernel(F.resize, inpt, **params, interpolation=self.interpolation, antialias=self.antialias)
+
+
+class RandomShortestSize(v2.RandomShortestSize):
+    """Torchvision's, but no side is rounded down to 0."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the new height and width."""
+        params = super().make_params(flat_inputs)
+        return {**params, "size": [max(1, side) for side in params["size"]]}
 
 
 class RandomSizeCrop(v2.Transform):
@@ -106,9 +138,9 @@ def detr_train(min_sizes: Sequence[int] = range(480, 801, 32), max_size: int = 1
     at most ``max_size``; otherwise resize the shorter side to 400, 500 or 600, crop a window of 384 to 600 pixels a
     side, and resize that. Objects that the crop cuts away are dropped with their labels.
     """
-    resize = v2.RandomShortestSize(list(min_sizes), max_size=max_size)
+    resize = RandomShortestSize(list(min_sizes), max_size=max_size)
     crop = v2.Compose(
-        [v2.RandomShortestSize([400, 500, 600]), RandomSizeCrop(384, 600), v2.SanitizeBoundingBoxes(), resize]
+        [RandomShortestSize([400, 500, 600], LONGEST), RandomSizeCrop(384, 600), v2.SanitizeBoundingBoxes(), resize]
     )
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), to_pixels()])
 
@@ -118,7 +150,7 @@ def detr_val(size: int = DETR_SIZE, max_size: int = 1333) -> v2.Transform:
 
     Where the longer side is limited, torchvision's rounding may give a pixel or two more or less than DETR's code.
     """
-    return v2.Compose([v2.Resize(size, max_size=max_size), to_pixels()])
+    return v2.Compose([Resize(size, max_size=max_size), to_pixels()])
 
 
 def laptop_train(size: int = LAPTOP_SIZE, crop: bool = False) -> v2.Transform:
@@ -130,9 +162,9 @@ def laptop_train(size: int = LAPTOP_SIZE, crop: bool = False) -> v2.Transform:
     """
     if crop:
         window = v2.Compose([RandomZoom(0.5), v2.SanitizeBoundingBoxes()])
-        scale = v2.Compose([v2.RandomApply([window], p=0.5), v2.Resize(None, max_size=size)])
+        scale = v2.Compose([v2.RandomApply([window], p=0.5), Resize(None, max_size=size)])
     else:
-        scale = v2.RandomChoice([v2.Resize(None, max_size=side) for side in range(round(0.8 * size), size + 1)])
+        scale = v2.RandomChoice([Resize(None, max_size=side) for side in range(round(0.8 * size), size + 1)])
     return v2.Compose([v2.RandomHorizontalFlip(), scale, to_pixels()])
 
 
@@ -140,7 +172,7 @@ def laptop_val(size: int | None = LAPTOP_SIZE) -> v2.Transform:
     """The longer side ``size`` pixels; None leaves the picture at its own size."""
     if size is None:
         return to_pixels()
-    return v2.Compose([v2.Resize(None, max_size=size), to_pixels()])
+    return v2.Compose([Resize(None, max_size=size), to_pixels()])
 
 
 TRANSFORMS = ("detr", "laptop", "laptop_crop", "none")
@@ -166,8 +198,9 @@ def make_transform(name: str, size: int | None = None, train: bool = True) -> v2
     """
     if name not in TRANSFORMS:
         raise UserError(f"unknown transform {name!r}: choose one of {', '.join(TRANSFORMS)}")
-    if size is not None and size < 16:
+    if size is not None and whole("size", size) < 16:
         raise UserError(f"picture size {size} is too small: give at least 16 pixels")
+    check_bounds("image_size", size)
     if name == "detr":
         scale = 1.0 if size is None else size / DETR_SIZE
         if train:

@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from regolite.errors import UserError
+from regolite.fields import whole
 from regolite.progress import track
 
 
@@ -73,6 +74,7 @@ def bootstrap(
         seed: of the draws.
         progress: show a progress bar.
     """
+    draws = whole("draws", draws, 1)
     evaluations = [_matched(coco, results) for results in by_stage]
     images = len(coco.getImgIds())
     generator = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +29,11 @@ from torch.utils.data import DataLoader
 from regolite import processes
 from regolite.checkpoint import write_atomic
 from regolite.data import DetectionDataset, collate, make_transform
-from regolite.detection import detections_by_stage
+from regolite.detection import check_stages, detections_by_stage
 from regolite.errors import UserError
 from regolite.evaluation.bootstrap import intervals
+from regolite.fields import of_kind, whole
+from regolite.modes import evaluating
 from regolite.presets import ModelConfig
 from regolite.progress import track
 from regolite.structures import Detections
@@ -86,18 +89,10 @@ def measure(coco: COCO, results: Sequence[dict[str, Any]], backend: str = "pycoc
     Raises:
         UserError: when there is no such backend, or it is not installed.
     """
+    own_coco, evaluator = backend_of(backend)
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries print whatever they do
-        if backend == "pycocotools":
-            evaluator = COCOeval
-        elif backend == "faster-coco-eval":
-            try:
-                from faster_coco_eval import COCO as FasterCOCO
-                from faster_coco_eval import COCOeval_faster
-            except ImportError as error:
-                raise UserError("faster-coco-eval is not installed: pip install faster-coco-eval") from error
-            coco, evaluator = FasterCOCO(coco.dataset), COCOeval_faster
-        else:
-            raise UserError(f"unknown backend {backend!r}; choose 'pycocotools' or 'faster-coco-eval'")
+        if own_coco is not COCO:
+            coco = own_coco(coco.dataset)
         if results:
             detected = coco.loadRes(list(results))
         else:  # loadRes cannot load an empty list
@@ -114,6 +109,24 @@ def measure(coco: COCO, results: Sequence[dict[str, Any]], backend: str = "pycoc
         {name: None if value < 0 else round(100 * float(value), 4) for name, value in values},
         np.where(precision < 0, np.nan, precision),
     )
+
+
+def backend_of(name: str) -> tuple[Any, Any]:
+    """What holds annotations and what evaluates, of a library.
+
+    Raises:
+        UserError: when there is no such backend, or it is not installed.
+    """
+    if name == "pycocotools":
+        return COCO, COCOeval
+    if name != "faster-coco-eval":
+        raise UserError(f"unknown backend {name!r}; choose 'pycocotools' or 'faster-coco-eval'")
+    try:
+        from faster_coco_eval import COCO as FasterCOCO
+        from faster_coco_eval import COCOeval_faster
+    except ImportError as error:
+        raise UserError("faster-coco-eval is not installed: pip install faster-coco-eval") from error
+    return FasterCOCO, COCOeval_faster
 
 
 def to_results(detections: Detections, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -158,8 +171,18 @@ def evaluate(
         With draws also, as :func:`regolite.evaluation.bootstrap.intervals` has them, ``intervals`` and ``classes``.
 
     Raises:
-        UserError: when the model does not know all of the data's categories.
+        UserError: when the model does not know all of the data's categories or has no such stages, a number makes no
+            sense, there is no such backend, or the data has no annotation at all and no file of detections is asked
+            for.
     """
+    backend_of(backend)  # now, and not after an hour
+    draws = whole("draws", draws, 0)
+    of_kind("dataset", dataset, DetectionDataset, "a data set: regolite.data.open_data(FOLDER) gives one")
+    if detections is None and not dataset.is_annotated:
+        raise UserError(
+            f"{getattr(dataset, 'file', 'the data')}: {len(dataset)} images without a single annotation, nothing to "
+            "measure: annotate some, or only save the detections"
+        )
     results, figures = detect_all(model, dataset, stages, batch_size, top_k, workers, progress), None
     if processes.rank() == 0:
         if detections is not None:
@@ -188,14 +211,12 @@ def detect_all(
 
     Arguments and errors are those of :func:`evaluate`, which measures these lists.
     """
-    config = getattr(model, "model_config", None)
-    category_ids = category_ids_of(config, dataset)
-    if dataset.transform is None and config is not None:
-        dataset = copy.copy(dataset)
-        dataset.transform = make_transform(config.augment, config.image_size, train=False)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    check_stages(model, stages)
+    of_kind("dataset", dataset, DetectionDataset, "a data set: regolite.data.open_data(FOLDER) gives one")
+    batch_size, top_k = whole("batch_size", batch_size, 1), whole("top_k", top_k, 1)
+    workers = whole("workers", workers, 0)
+    category_ids = category_ids_of(getattr(model, "model_config", None), dataset)
+    dataset, device = prepared(model, dataset), next(model.parameters()).device
     every = torch.arange(len(dataset)).split(batch_size)
     batches = DataLoader(
         dataset,
@@ -206,23 +227,38 @@ def detect_all(
         generator=torch.Generator(),  # or a seed for the workers would be drawn from everybody's generator
     )
     results: list[list[list[dict[str, Any]]]] = []  # of each batch: of each stage
-    for images, targets in track(batches, "evaluating", progress and processes.rank() == 0):
-        sizes = torch.tensor([target.size for target in targets])
-        by_stage = detections_by_stage(model, images.to(device, non_blocking=True), sizes, stages, top_k)
-        results.append(
-            [
+    with evaluating(model):
+        for images, targets in track(batches, "evaluating", progress and processes.rank() == 0):
+            sizes = torch.tensor([target.size for target in targets])
+            by_stage = detections_by_stage(model, images.to(device, non_blocking=True), sizes, stages, top_k)
+            results.append(
                 [
-                    line
-                    for found, target in zip(stage, targets)
-                    for line in to_results(found, target.image_id, category_ids)
+                    [
+                        line
+                        for found, target in zip(stage, targets)
+                        for line in to_results(found, target.image_id, category_ids)
+                    ]
+                    for stage in by_stage
                 ]
-                for stage in by_stage
-            ]
-        )
-    model.train(was_training)
+            )
     shares = processes.gather(results)
     in_order = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
     return [list(chain.from_iterable(stage)) for stage in zip(*in_order)]
+
+
+def prepared(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:
+    """The data, its images as the model wants them; at full size, and that is said, where nobody says how."""
+    config = getattr(model, "model_config", None)
+    if dataset.transform is not None:
+        return dataset
+    if config is None:
+        logging.getLogger("regolite").warning(
+            "neither the data set has a transform nor the model a model_config: images are taken at full size"
+        )
+        return dataset
+    dataset = copy.copy(dataset)
+    dataset.transform = make_transform(config.augment, config.image_size, train=False)
+    return dataset
 
 
 def with_shared_classes(dataset: DetectionDataset, config: ModelConfig) -> DetectionDataset:

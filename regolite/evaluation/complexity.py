@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from regolite.baselines import BaselineConfig
+from regolite.fields import whole
+from regolite.modes import evaluating
 from regolite.presets import ModelConfig, build, configure, presets
 from regolite.progress import track
 from regolite.rego import Rego
@@ -91,17 +93,13 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
         Its parameters, and the multiply-adds of one picture. The parts are the children of the base detector, "rego"
         is all that REGO adds, and "rest" is what happens between the parts.
     """
+    height, width = whole("height", height, 1), whole("width", width, 1)
     device = next(model.parameters()).device
     pixels = torch.zeros(1, 3, height, width, device=device)
     image = ImageBatch(pixels, torch.zeros_like(pixels[:, 0]).bool(), torch.tensor([[height, width]], device=device))
-    modes = {module: module.training for module in model.modules()}
-    counter = Counter(model.eval())
-    try:
-        with torch.no_grad(), counter, counter.knowing_parts():
-            getattr(model, "dense", model)(image)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    counter = Counter(model)
+    with evaluating(model), torch.no_grad(), counter, counter.knowing_parts():
+        getattr(model, "dense", model)(image)
     parameters = sum(p.numel() for p in model.parameters())
     return Cost(parameters, {part: dict(kinds) for part, kinds in counter.parts.items()})
 

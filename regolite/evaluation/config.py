@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from regolite.errors import UserError
-from regolite.fields import check, from_values
+from regolite.fields import Checked, from_values
 
 
 def _option(default: Any, help: str) -> Any:
@@ -15,7 +15,7 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Checked):
     """Which checkpoint to measure, on what, and how."""
 
     checkpoint: str = _option("runs/rego/model.safetensors", "weights: of a run, or a published file")
@@ -36,7 +36,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Check the values, one by one."""
-        check(self)
+        super().__post_init__()
         for name in ("batch_size", "image_size", "limit_images", "pictures"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")

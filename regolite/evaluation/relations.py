@@ -33,10 +33,8 @@ the model instead: it draws a scene again without an object, and measures what b
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +45,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regolite.boxes import box_iou, to_xyxy
-from regolite.data import DetectionDataset, collate, make_transform
-from regolite.detection import run
+from regolite.data import DetectionDataset, collate
+from regolite.detection import check_stages, run
 from regolite.errors import UserError
-from regolite.evaluation.coco import category_ids_of
+from regolite.evaluation.coco import category_ids_of, prepared
+from regolite.fields import whole
 from regolite.inspect.recorder import record
 from regolite.inspect.trace import AttentionMap, Trace
+from regolite.modes import evaluating
 from regolite.progress import track
 from regolite.rego import Rego
 from regolite.structures import Target
@@ -179,6 +179,8 @@ def relation_score(
     Raises:
         UserError: when no object of the data is decided by another, or the model finds none with its decider.
     """
+    check_stages(model, stages)
+    batch_size, samples = whole("batch_size", batch_size, 1), whole("samples", samples, 1)
     category_ids_of(getattr(model, "model_config", None), dataset)  # that the model knows what the data shows
     dataset = prepared(model, dataset)
     relations = {i: dataset.relations(i) for i in range(len(dataset))}
@@ -310,26 +312,6 @@ def figures_of(
     """What makes a figure, mean and interval, of one value a case; None where there are no cases."""
     pictures = np.array([case.image_id for case in cases], dtype=np.int64)
     return lambda values: interval(values, pictures, samples, seed) if len(values) else None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode for a while; gives the model's device."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield next(model.parameters()).device
-    finally:
-        model.train(was_training)
-
-
-def prepared(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:
-    """The data, its pictures as the model wants them."""
-    config = getattr(model, "model_config", None)
-    if dataset.transform is None and config is not None:
-        dataset = copy.copy(dataset)
-        dataset.transform = make_transform(config.augment, config.image_size, train=False)
-    return dataset
 
 
 def group(name: str) -> str:

@@ -30,10 +30,12 @@ from regolite.boxes import to_xyxy
 from regolite.data import DetectionDataset, Scenes, batch_pictures
 from regolite.data.scenes import CLASSES, DECIDERS, Scene
 from regolite.data.transforms import to_pixels
-from regolite.detection import run
+from regolite.detection import check_stages, run
 from regolite.errors import UserError
-from regolite.evaluation.coco import category_ids_of
-from regolite.evaluation.relations import BASE, Case, evaluating, figures_of, group, percent, prepared, stand_for
+from regolite.evaluation.coco import category_ids_of, prepared
+from regolite.evaluation.relations import BASE, Case, figures_of, group, percent, stand_for
+from regolite.fields import whole
+from regolite.modes import evaluating
 from regolite.progress import track
 from regolite.structures import Prediction
 
@@ -95,6 +97,8 @@ def removal(
     """
     if not isinstance(scenes, Scenes):
         raise UserError("pictures in files cannot be drawn again without an object; give scenes, as scenes:200")
+    check_stages(model, stages)
+    samples = whole("samples", samples, 1)
     known = category_ids_of(getattr(model, "model_config", None), scenes)
     columns = [known.index(scenes.category_ids[CLASSES.index(f"ball of {shape}")]) for shape in DECIDERS]
     transform = prepared(model, scenes).transform or to_pixels()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from regolite.checkpoint import load
-from regolite.data import read_picture
+from regolite.data import read_image
 from regolite.detection import detect_by_stage
 from regolite.exercises import Mistake, exercise
 from regolite.structures import Detections
@@ -27,7 +27,7 @@ def _model() -> nn.Module:
 
 def _street() -> Image.Image:
     """The image of the notebook, with a man and a car."""
-    return read_picture(DATA / "coco_tiny" / "images" / "000000234748.jpg")
+    return read_image(DATA / "coco_tiny" / "images" / "000000234748.jpg")
 
 
 @exercise(

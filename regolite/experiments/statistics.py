@@ -93,7 +93,7 @@ def read_results(folder: str | Path, arms: Sequence[str] | None = None) -> dict[
         if file.exists():
             try:
                 found[arm] = {run["seed"]: run for run in json.loads(file.read_text(encoding="utf-8"))["runs"]}
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{file} holds no results ({error}): take it from the repository again") from error
     if not found:
         raise UserError(f"{folder} holds no results; `python -m regolite experiment all` makes them")

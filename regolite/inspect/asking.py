@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from regolite.data.images import ImageSource, read_image
 from regolite.errors import UserError
 from regolite.inspect.drawing import GREY, INK, draw_box, draw_labels, draw_title, panels, stage_colour
 from regolite.inspect.trace import Boxes, OnCells, Record, Trace
+from regolite.inspect.words import as_is
 
 WIDTH, HEIGHT = 9.9, 4.6  # of a row of panels, in inches: a notebook's column; and of one panel at most
 WIDE, NARROW = 4.2, 3.0  # panels that have room for a note in their title, and those that have little room at all
@@ -156,8 +158,9 @@ def within(what: str, value: int, count: int) -> None:
         raise UserError(f"{what} is {value}, and there are {count}: give 0 to {count - 1}")
 
 
-def check_picture(picture: Image.Image, trace: Trace, index: int) -> None:
-    """Refuse a picture that is not the one of the trace."""
+def check_picture(picture: ImageSource, trace: Trace, index: int) -> Image.Image:
+    """Read an image as the detector did, and refuse one that is not the trace's."""
+    picture = read_image(picture)
     within("index", index, len(trace.frame.original))
     height, width = trace.frame.original[index].tolist()
     if picture.size != (width, height):
@@ -165,6 +168,7 @@ def check_picture(picture: Image.Image, trace: Trace, index: int) -> None:
             f"the picture is {picture.width} x {picture.height}, and picture {index} of the trace {width} x {height} "
             "pixels; give the picture that the detector was given, as it was before it was resized"
         )
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------- what they draw alike
@@ -194,7 +198,7 @@ def draw_scale(ax: Axes, title: str, note: str, colours: Colormap, peak: float, 
     draw_title(ax, "", "", stage_colour(0))  # the bar alone: these titles share their line
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
     size = 9 if width >= NARROW else 7.5
-    ax.annotate(title, (0, 1), (0, 4), fontsize=size, fontweight="bold", color=INK, **above)
+    ax.annotate(title, (0, 1), (0, 4), fontsize=size, fontweight="bold", color=INK, **above, **as_is())
     number = f"{peak:.2g}"
     ax.annotate(number, (1, 1), (0, 4), fontsize=7, color=GREY, ha="right", **above)
     long = 0.36 if width >= NARROW else 0.24
@@ -220,7 +224,7 @@ def draw_note(ax: Axes, text: str) -> None:
     """A remark at the lower left, in the picture."""
     ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2}
     ax.annotate(text, (0, 0), (3, 4), xycoords="axes fraction", textcoords="offset points", fontsize=6.5, color=INK,
-                bbox=ground, zorder=7)  # fmt: skip
+                bbox=ground, zorder=7, **as_is())  # fmt: skip
 
 
 def shown(*choices: Any) -> str:

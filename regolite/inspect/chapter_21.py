@@ -27,6 +27,7 @@ from regolite.inspect.drawing import (
     stage_name,
     style_axes,
 )
+from regolite.inspect.words import as_is
 
 LINES = ("-", "--", "-.", ":")
 RATIO = 0.75  # height of a detail of a picture by its width
@@ -59,7 +60,7 @@ def plot_categories(
         if len(ap) > 1:
             point = {"marker": "o", "s": 26, "facecolor": "white", "edgecolor": stage_colour(0), "linewidth": 1.6}
             ax.scatter(ap[0, chosen], range(len(chosen)), zorder=3, clip_on=False, label=stage_name(0), **point)
-        ax.set_yticks(range(len(chosen)), [f"{names[k]} ({objects[k]})" for k in chosen])
+        ax.set_yticks(range(len(chosen)), [f"{names[k]} ({objects[k]})" for k in chosen], **as_is())
         ax.tick_params(axis="y", length=0, labelcolor=INK)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure

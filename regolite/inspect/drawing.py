@@ -23,7 +23,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from regolite.data.images import ImageSource, read_image
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from regolite.inspect.words import as_is
 from regolite.structures import Detections
 
 # Okabe and Ito, "Color universal design", 2008.
@@ -57,12 +59,12 @@ def panels(ratio: float, count: int, columns: int | None = None, width: float = 
     """A figure of equal panels in rows; laid out by hand, since labels need exact places.
 
     Args:
-        ratio: height of a panel by its width.
+        ratio: height of a panel by its width; a long, narrow image is drawn in a panel of at most 1 to 8.
         count: how many.
         columns: panels in a row; all by default.
         width: of a panel in inches; a notebook's column holds about 10 inches.
     """
-    columns = columns or count
+    columns, ratio = columns or count, min(max(ratio, 1 / 8), 8.0)
     rows = -(-count // columns)
     height, gap, head = width * ratio, 0.08, 0.27
     total = (columns * (width + gap) + gap, rows * (height + head) + gap)
@@ -76,10 +78,11 @@ def panels(ratio: float, count: int, columns: int | None = None, width: float = 
     return figure, axes
 
 
-def draw_picture(ax: Axes, picture: Image.Image) -> None:
-    """A picture on axes in its own pixels, (0, 0) its corner."""
+def draw_picture(ax: Axes, picture: ImageSource) -> None:
+    """An image on axes in its own pixels, (0, 0) its corner."""
+    picture = read_image(picture)
     width, height = picture.size
-    ax.imshow(np.asarray(picture.convert("RGB")), extent=(0, width, height, 0), interpolation="antialiased")
+    ax.imshow(np.asarray(picture), extent=(0, width, height, 0), interpolation="antialiased")
     ax.set_anchor("N")
     ax.axis("off")
     ax.apply_aspect()
@@ -94,7 +97,7 @@ def to_picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
 
 def draw_heat(
     ax: Axes,
-    picture: Image.Image,
+    picture: ImageSource,
     heat: Float[Tensor, "h w"],
     cell: float | None = None,
     peak: float | None = None,
@@ -110,7 +113,7 @@ def draw_heat(
         peak: the value that gets the full colour; the map's own maximum by default.
         smooth: blend from cell to cell, where the cells themselves are not the point.
     """
-    heat = heat.detach().cpu()
+    heat, picture = heat.detach().cpu(), read_image(picture)
     grey = np.asarray(picture.convert("L"), dtype=np.float32)
     width, height = picture.size
     ax.imshow(96 + 0.62 * grey, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=255)
@@ -189,8 +192,8 @@ def draw_title(ax: Axes, title: str, note: str = "", colour: str = INK) -> None:
     """A line of text over a bar of the panel's colour."""
     ax.plot([0, 1], [1, 1], color=colour, linewidth=3, transform=ax.transAxes, clip_on=False, solid_capstyle="butt")
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above)
-    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GREY, ha="right", **above)
+    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above, **as_is())
+    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GREY, ha="right", **above, **as_is())
 
 
 def draw_objects(
@@ -223,7 +226,8 @@ def draw_labels(
 
 def label_text(detections: Detections, n: int, classes: Sequence[str], scores: bool = True) -> str:
     """What is written at the ``n``-th detection."""
-    name = classes[int(detections.labels[n])]
+    label = int(detections.labels[n])
+    name = classes[label] if label < len(classes) else f"class {label}"
     return f"{name} {float(detections.scores[n]):.2f}" if scores else name
 
 
@@ -255,9 +259,9 @@ def _draw_label(
     red, green, blue = to_rgb(colour)
     ink = INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
     ground = {"boxstyle": "square,pad=0.2", "facecolor": colour, "edgecolor": "none", "alpha": 0.85}
-    label = ax.text(0, 0, text, fontsize=size, fontweight="bold", color=ink, bbox=ground, zorder=3)
-    point = ax.figure.dpi / 72
-    width, height = label.get_window_extent().width + 0.4 * size * point, 1.25 * size * point
+    label = ax.text(0, 0, text, fontsize=size, fontweight="bold", color=ink, bbox=ground, zorder=3, **as_is())
+    point, more_lines = ax.figure.dpi / 72, 1.2 * size * text.count("\n")
+    width, height = label.get_window_extent().width + 0.4 * size * point, (1.25 * size + more_lines) * point
     frame = ax.get_window_extent()
     (left, top), (right, bottom) = ax.transData.transform([box_xyxy[:2], box_xyxy[2:]])
     edge = 0.1 * size * point  # half of the box's line
@@ -277,14 +281,14 @@ def _draw_label(
         return hidden + height * math.dist((x, y), corner), spot
 
     _, spot = min((place(corner) for corner in corners), key=lambda placed: placed[0])
-    text_corner = (spot[0] + 0.2 * size * point, spot[1] + 0.3 * size * point)
+    text_corner = (spot[0] + 0.2 * size * point, spot[1] + 0.3 * size * point)  # of the last line
     label.set_position(ax.transData.inverted().transform(text_corner))
     return spot
 
 
 def style_axes(ax: Axes, title: str, x: str = "", y: str = "") -> None:
     """The look of every plot of numbers: title at the left, quiet axes, a grid of lines across."""
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, **as_is())
     ax.set_xlabel(x, fontsize=9, color=GREY)
     ax.set_ylabel(y, fontsize=9, color=GREY)
     ax.tick_params(labelsize=8, colors=GREY)

@@ -128,9 +128,10 @@ def _draw_course(
 
 
 def _points(run: Mapping[str, Any], stage: int) -> tuple[list[float], list[float], list[int]]:
-    """Epochs, AP of a stage and steps of a run's evaluations; no figure counts as 0."""
+    """Epochs, AP of a stage (nan where it could not be measured) and steps of a run's evaluations."""
     curve = run["curve"]
-    return [float(p["epoch"]) for p in curve], [p["AP"][stage] or 0.0 for p in curve], [p["step"] for p in curve]
+    values = [math.nan if p["AP"][stage] is None else p["AP"][stage] for p in curve]
+    return [float(p["epoch"]) for p in curve], values, [p["step"] for p in curve]
 
 
 # ----------------------------------------------------------------------------------------------------------- arms

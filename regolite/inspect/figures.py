@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from regolite.boxes import enlarge
 from regolite.data import DetectionDataset
+from regolite.data.images import ImageSource, read_image
 from regolite.detection import detect_by_stage
+from regolite.errors import UserError
 from regolite.inspect.drawing import (
     CLASS_COLOURS,
     DPI,
@@ -58,7 +60,7 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = DPI) -> Path:
 
 
 def draw_detections(
-    picture: Image.Image, detections: Detections, classes: Sequence[str], scores: bool = True
+    picture: ImageSource, detections: Detections, classes: Sequence[str], scores: bool = True
 ) -> Image.Image:
     """A copy of a picture with the detections drawn in, in colours of their classes.
 
@@ -72,6 +74,7 @@ def draw_detections(
         A picture of the same size, RGB; lines and letters grow with it.
     """
     # With 64 dots an inch width / dpi * dpi is exact, so the copy has the very size of the picture.
+    picture = read_image(picture)
     dpi, (width, height) = 64, picture.size
     figure = Figure((width / dpi, height / dpi), dpi=dpi)
     canvas = FigureCanvasAgg(figure)
@@ -85,7 +88,7 @@ def draw_detections(
 
 
 def draw_stages(
-    picture: Image.Image,
+    picture: ImageSource,
     by_stage: Sequence[Detections],
     classes: Sequence[str],
     truth: Detections | None = None,
@@ -106,6 +109,7 @@ def draw_stages(
         threshold: least score of a detection that is drawn.
         columns: panels in a row; all by default.
     """
+    picture = read_image(picture)
     count = len(by_stage) + (truth is not None)
     figure, axes = panels(picture.height / picture.width, count, columns)
     size = 7.0
@@ -316,7 +320,11 @@ def draw_run(
             files.append(save_figure(plot_ap_by_stage(measured[-1], title), folder / "figures" / f"ap_{split}.png"))
         count = min(pictures, len(dataset))
         for i in (n * len(dataset) // count for n in range(count)):
-            by_stage = detect_by_stage(model, dataset.image(i), threshold=0.0)
-            figure = draw_stages(dataset.image(i), by_stage, dataset.classes, ground_truth(dataset, i), alphas)
+            try:
+                image = dataset.image(i)
+            except UserError:  # a run that skips broken images has named it
+                continue
+            by_stage = detect_by_stage(model, image, threshold=0.0)
+            figure = draw_stages(image, by_stage, dataset.classes, ground_truth(dataset, i), alphas)
             files.append(save_figure(figure, folder / "figures" / f"stages_{split}_{dataset.image_ids[i]}.png"))
     return files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import traitlets
 from PIL import Image
 from torch import nn
 
-from regolite.data import DetectionDataset, read_picture
+from regolite.data import DetectionDataset, list_images, read_image
 from regolite.detection import detect
 from regolite.errors import UserError
 from regolite.inspect.asking import check_picture
@@ -185,14 +184,14 @@ class Gallery(ipywidgets.VBox):
         if not path:
             return
         try:
-            read_picture(path)
+            read_image(path)
         except UserError as error:
             return self.message.say(str(error))
         known = [number for number, source in self.sources.items() if source.name == path]
         if known:
             self.chooser.value = known[0]
         else:
-            self._add(Source(path, lambda: read_picture(path)))
+            self._add(Source(path, lambda: read_image(path)))
 
     def _add(self, source: Source) -> None:
         number, self._next = self._next, self._next + 1
@@ -206,20 +205,26 @@ def _sources(pictures: Sequence[Given] | Given) -> Iterator[Source]:
     for number, given in enumerate(pictures):
         if isinstance(given, DetectionDataset):
             for i in range(len(given)):
-                yield Source(Path(given.file_name(i)).name, lambda given=given, i=i: given.image(i).convert("RGB"))
+                yield Source(Path(given.file_name(i)).name, lambda given=given, i=i: given.image(i))
         elif isinstance(given, Image.Image):
             name = Path(getattr(given, "filename", "") or f"picture {number + 1}").name
-            yield Source(name, lambda given=given: given.convert("RGB"))
+            yield Source(name, lambda given=given: read_image(given))
         else:
-            yield Source(Path(given).name, lambda given=given: read_picture(given))
+            for path in _files(given):
+                yield Source(Path(path).name, lambda path=path: read_image(path))
+
+
+def _files(given: str | os.PathLike) -> list[Any]:
+    """The files of a folder or pattern; what cannot be found is said when it is chosen."""
+    try:
+        return list_images(given)
+    except UserError:
+        return [given]
 
 
 def _decode(name: str, content: bytes) -> Image.Image:
-    """A picture from the bytes of a file, by the same door as all others."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture"
-        path.write_bytes(content)
-        try:
-            return read_picture(path)
-        except UserError:
-            raise UserError(f"{name} is no picture that can be read: choose a JPEG or PNG file") from None
+    """An image from the bytes of a file."""
+    try:
+        return read_image(content)
+    except UserError:
+        raise UserError(f"{name} is no picture that can be read: choose a JPEG or PNG file") from None

@@ -17,8 +17,8 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 
+from regolite.data.images import ImageSource
 from regolite.errors import UserError
 from regolite.inspect.asking import (
     Point,
@@ -43,7 +43,7 @@ WEIGHT = matplotlib.colormaps["magma_r"]
 
 
 def attention_figure(
-    picture: Image.Image,
+    picture: ImageSource,
     trace: Trace,
     *,
     query: Several = None,
@@ -73,7 +73,7 @@ def attention_figure(
     Raises:
         UserError: when the picture is not the trace's, or the trace has no such query, layer, head or level.
     """
-    check_picture(picture, trace, index)
+    picture = check_picture(picture, trace, index)
     table = looks(trace, query, point, layer, index)
     heads = [None] if head is None else several(head)
     figure, axes, width = grid(picture, len(table), len(table[0]) * len(heads))
@@ -117,7 +117,7 @@ def as_attention(sampling: Sampling, query: int) -> AttentionMap:
 
 
 def sampling_figure(
-    picture: Image.Image,
+    picture: ImageSource,
     trace: Trace,
     *,
     query: Several = None,
@@ -148,7 +148,7 @@ def sampling_figure(
         UserError: when the picture is not the trace's, the trace has no such query, layer, head or level, or the
             attention is dense.
     """
-    check_picture(picture, trace, index)
+    picture = check_picture(picture, trace, index)
     table = looks(trace, query, point, layer, index)
     for look in itertools.chain(*table):
         if not isinstance(look.record, Sampling):

@@ -39,6 +39,7 @@ from regolite.backbone import shrink
 from regolite.deformable import DeformableAttention
 from regolite.deformable_detr import Proposals
 from regolite.errors import UserError
+from regolite.fields import of_kind
 from regolite.glimpse import choose_level
 from regolite.inspect.parts import attentions, copied, dense_weights, in_stage, their_sampling
 from regolite.inspect.trace import (
@@ -84,6 +85,7 @@ def record(model: nn.Module, names: str | Sequence[str] = "*") -> Iterator[Trace
             in a way that can't be seen; when a pattern names nothing that the model has; and when the model runs a
             second time.
     """
+    of_kind("model", model, nn.Module, "a detector: regolite.load and regolite.build give one")
     recorder = _Recorder(model, [names] if isinstance(names, str) else list(names))
     if not _watched.isdisjoint(model.modules()):
         raise UserError("the model is being recorded already: leave the one record before the next begins")

@@ -25,6 +25,7 @@ from regolite.inspect.drawing import (
     stage_name,
     style_axes,
 )
+from regolite.inspect.words import label_as_is, legend_as_is
 from regolite.training.runs import AXES, Run, time_unit
 
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK)
@@ -70,7 +71,7 @@ def plot_convergence(
         style_axes(ax, f"{metric}{of} by {names[axis]}", names[axis])
         for number, run in enumerate(runs):
             x, y = run.curve(axis, metric, stage, split)
-            ax.plot([scale * value for value in x], y, label=run.label, **run_style(number))
+            ax.plot([scale * value for value in x], y, label=label_as_is(run.label), **run_style(number))
             _mark_drops(ax, run, [scale * value for value in x], y, run.curve("epochs", metric, stage, split)[0])
         if not math.isnan(goal):
             ax.axhline(goal, color=GREY, linewidth=1, zorder=1, label=f"best of {runs[0].label}: {goal:.1f}")
@@ -125,7 +126,7 @@ def plot_losses(runs: Sequence[Run], stage: int | None = None, smoothing: int = 
             last = len(run.evaluations[-1]["stages"]) - 1 if run.evaluations else 0
             chosen = last if stage is None else stage
             x, y = run.losses(f"stage{chosen}" if chosen else "base", term, smoothing)
-            ax.plot(x, y, label=run.label, **{**run_style(number), "marker": ""})
+            ax.plot(x, y, label=label_as_is(run.label), **{**run_style(number), "marker": ""})
         _from_zero(ax)
     _legend(figure, ax)
     return figure
@@ -136,7 +137,7 @@ def _mark_drops(ax: Axes, run: Run, x: Sequence[float], y: Sequence[float], epoc
     for drop in run.drops:
         if epochs[0] <= drop <= epochs[-1]:
             point = np.interp(drop, epochs, x), np.interp(drop, epochs, y)
-            colour = next(line.get_color() for line in ax.lines if line.get_label() == run.label)
+            colour = next(line.get_color() for line in ax.lines if line.get_label() == label_as_is(run.label))
             ax.plot(*point, "v", markersize=9, markerfacecolor="white", markeredgecolor=colour, zorder=4)
 
 
@@ -154,6 +155,7 @@ def _legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
     inches = 0.75 + 0.075 * max(map(len, labels))  # of an entry, about
     columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
-    figure.legend(
+    legend = figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3.2
     )
+    legend_as_is(legend)

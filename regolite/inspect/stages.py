@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
+from regolite.data.images import ImageSource
 from regolite.errors import UserError
 from regolite.glimpse import BINS
 from regolite.inspect.asking import (
@@ -51,6 +52,7 @@ from regolite.inspect.drawing import (
 )
 from regolite.inspect.figures import THRESHOLD
 from regolite.inspect.trace import Glimpses, Trace
+from regolite.inspect.words import as_is
 
 SAME = 0.5  # least IoU of two boxes that stand for the same object
 
@@ -58,7 +60,7 @@ SAME = 0.5  # least IoU of two boxes that stand for the same object
 # -------------------------------------------------------------------------------------------------------- the path
 
 
-def stages_figure(picture: Image.Image, trace: Trace, *, query: int | None = None, index: int = 0) -> Figure:
+def stages_figure(picture: ImageSource, trace: Trace, *, query: int | None = None, index: int = 0) -> Figure:
     """One object's path through the stages: above its box in the picture, below what each stage saw of it.
 
     A column for the base detector and for each stage. Above, the box of the stage, and dashed the region of its
@@ -75,7 +77,7 @@ def stages_figure(picture: Image.Image, trace: Trace, *, query: int | None = Non
     Raises:
         UserError: when the picture is not the trace's, the detector has no REGO, or there is no such query.
     """
-    check_picture(picture, trace, index)
+    picture = check_picture(picture, trace, index)
     if not trace.names("stage.*.glimpses"):
         raise UserError("the trace has no stage.*.glimpses: only a detector with REGO has stages that look again")
     query = surest(trace, index) if query is None else query
@@ -127,7 +129,7 @@ def _draw_glimpse(ax: Axes, picture: Image.Image, glimpses: Glimpses, query: int
     ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#EEEEEE", edgecolor="#BBBBBB", hatch="////", zorder=0,
                            linewidth=0))  # fmt: skip
     width, height = picture.size
-    ax.imshow(np.asarray(picture.convert("RGB")), extent=(0, width, height, 0), aspect="auto", zorder=1)
+    ax.imshow(np.asarray(picture), extent=(0, width, height, 0), aspect="auto", zorder=1)
     for n in range(1, BINS):
         style = {"color": "white", "linewidth": 0.5, "alpha": 0.55, "zorder": 2}
         ax.plot([x0 + (x1 - x0) * n / BINS] * 2, [y0, y1], **style)
@@ -163,7 +165,7 @@ def _draw_scores(ax: Axes, trace: Trace, query: int, index: int) -> None:
     ax.set_xticks(range(count), ["base", *(str(stage) for stage in range(1, count))])
     title = f"score of {class_name(trace, label)}"
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above)
+    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above, **as_is())
 
 
 # -------------------------------------------------------------------------------------------------------- relations
@@ -253,7 +255,7 @@ def related(
 
 
 def relations_figure(
-    picture: Image.Image,
+    picture: ImageSource,
     trace: Trace,
     *,
     query: int | None = None,
@@ -287,7 +289,7 @@ def relations_figure(
     Raises:
         UserError: when the picture is not the trace's, or the trace has no such stage, layer, head or query.
     """
-    check_picture(picture, trace, index)
+    picture = check_picture(picture, trace, index)
     if stage is None and not last_stage(trace):
         raise UserError(
             "the trace has no stage.*.relations: only REGO has them; stage=0 shows the self-attention of the decoder"

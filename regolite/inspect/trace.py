@@ -30,7 +30,7 @@ import difflib
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -400,6 +400,9 @@ class Trace:
     def __contains__(self, name: str) -> bool:
         return name in self._records
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -467,7 +470,9 @@ class Trace:
                 records[name] = kind(**(own | {k: _tuples(v) for k, v in described.items()} | {"frame": frame}))
         except FileNotFoundError:
             raise UserError(f"no trace at {os.fspath(path)}; give the file that Trace.save wrote") from None
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except (
+            OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile,
+        ) as error:  # fmt: skip
             raise UserError(
                 f"{os.fspath(path)} holds no trace ({error}); give the file that Trace.save wrote"
             ) from error

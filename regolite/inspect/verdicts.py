@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from PIL import Image
 
 from regolite.data.dataset import DetectionDataset, Objects
+from regolite.data.images import ImageSource, read_image
 from regolite.detection import to_detections
 from regolite.errors import UserError
 from regolite.evaluation.coco import to_results
@@ -34,7 +34,7 @@ SAID = {"both": "box and class", "ignored": "in a crowd"}  # where a kind's name
 
 
 def errors_figure(
-    picture: Image.Image,
+    picture: ImageSource,
     trace: Trace,
     truth: Objects,
     *,
@@ -63,6 +63,7 @@ def errors_figure(
         UserError: when the picture is not the trace's, the trace has no such stage, or the truth has classes that the
             detector does not know.
     """
+    picture = read_image(picture)
     last = last_stage(trace)
     stages = sorted({0, last} if base is None else {last}) if stage is None else several(stage)
     shown = [(stage_name(number).capitalize(), number, trace) for number in stages]

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from regolite.baselines import COCO_CLASSES
 from regolite.checkpoint import class_head_names, write_atomic
 from regolite.errors import UserError
+from regolite.fields import whole
 from regolite.presets import DETECTORS, ModelConfig, build, configure, presets
 from regolite.published import anchor_detr, conditional_detr, deformable_detr, detr, rego, smca
 from regolite.published.adapter import adapt
@@ -88,7 +89,7 @@ def load(
     if "heads" in overrides:  # the number of sampling points follows from it
         weights = replace(weights, options=weights.options | {"nheads": overrides["heads"]})
     family, classes, fields = chosen.describe(weights)
-    wanted = num_classes if num_classes is not None else classes
+    wanted = whole("num_classes", num_classes) if num_classes is not None else classes
     fields |= {"category_ids": tuple(range(wanted))}
     if wanted == classes and classes - len(COCO_COLUMNS) in (0, 1):  # SMCA has a column for "no object", never wanted
         fields |= {"classes": (*COCO_COLUMNS, "N/A")[:classes]}

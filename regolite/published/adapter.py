@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from regolite.baselines import COCO_CLASSES
 from regolite.boxes import inverse_sigmoid
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from regolite.errors import UserError
+from regolite.fields import shown, whole
 from regolite.losses import LossConfig
 from regolite.presets import ModelConfig, TransformersConfig
 from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Prediction
@@ -158,23 +160,46 @@ def from_config(config: TransformersConfig, num_classes: int) -> TransformersDet
     """The detector that a configuration describes, with random weights; nothing is downloaded.
 
     Raises:
-        UserError: when transformers is not installed, or knows no such model.
+        UserError: when transformers is not installed, or knows no such model, or a number in the configuration is
+            beyond all reason.
     """
     transformers = _transformers()
-    described = json.loads(config.json)
-    for part in (described, described.get("backbone_config") or {}):
-        if "use_pretrained_backbone" in part:
-            part["use_pretrained_backbone"] = False
     try:
+        described = json.loads(config.json)
+        if not isinstance(described, dict):
+            raise UserError(f"it is {shown(described)}, and no JSON object")
+        _check_numbers(described, "it")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the configuration of this {shown(config.model_type)} cannot be used: {error}") from error
+    try:
+        for part in (described, described.get("backbone_config") or {}):
+            if "use_pretrained_backbone" in part:
+                part["use_pretrained_backbone"] = False
         theirs = transformers.AutoConfig.for_model(config.model_type, **_without(described, "model_type"))
         if theirs.num_labels != num_classes:
             theirs.num_labels = num_classes
         return TransformersDetector(transformers.AutoModelForObjectDetection.from_config(theirs))
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever a configuration that nobody has checked makes of their code
         raise UserError(
             f"transformers {transformers.__version__} can't build this {config.model_type} ({error}); install the "
             f"version that it was saved with ({described.get('transformers_version', 'unknown')})"
         ) from error
+
+
+def _check_numbers(value: Any, name: str) -> None:
+    """Refuse a configuration that would make models without end: of many modules, or of huge ones.
+
+    Raises:
+        UserError: it has a number or a list that is too large.
+    """
+    most = 100 if re.search("layers|depth|levels|points|blocks|stages", name) else 100_000
+    if isinstance(value, (int, float)) and not value <= most:
+        raise UserError(f"{name}={shown(value)} must be at most {most}")
+    parts = value.items() if isinstance(value, dict) else [(name, v) for v in value] if isinstance(value, list) else ()
+    if len(parts) > 100_000:
+        raise UserError(f"{name} has {len(parts)} parts")
+    for part, content in parts:
+        _check_numbers(content, part)
 
 
 Read = Callable[[nn.Module, Any], tuple[list[Prediction], Prediction | None]]
@@ -351,8 +376,7 @@ def _part(model: nn.Module, together: Callable[[str, str], bool]) -> None:
 
 def _with_fresh_heads(model: nn.Module, num_classes: int, family: Family) -> nn.Module:
     """A copy of the model for another number of classes: what depends on that number starts anew."""
-    if num_classes < 1:
-        raise UserError(f"num_classes={num_classes} must be at least 1")
+    num_classes = whole("num_classes", num_classes)
     described = _without(model.config.to_dict(), "id2label", "label2id")
     config = TransformersConfig(model.config.model_type, json.dumps(described))
     detector = from_config(config, num_classes)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from regolite.data import collate
+from regolite.data import DetectionDataset, collate
 from regolite.errors import UserError
 from regolite.signals import leave_signals_to_parent
 from regolite.structures import ImageBatch, Target
@@ -41,13 +41,24 @@ class SeededItems(Dataset):
         while len(broken) < TRIES:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
+                i = (index + len(broken)) % len(self.dataset)
                 try:
-                    return *self.dataset[(index + len(broken)) % len(self.dataset)], broken
+                    return *self.dataset[i], broken
                 except UserError as error:
                     if self.on_broken == "stop":
                         raise
                     broken.append(str(error))
+                except Exception as error:  # whatever else one image can cause, as in its augmentation
+                    named = self._named(i, error)
+                    if self.on_broken == "stop":
+                        raise named from error
+                    broken.append(str(named))
         raise UserError(f"{TRIES} pictures in a row cannot be read, is the disk there? The first: {broken[0]}")
+
+    def _named(self, i: int, error: Exception) -> UserError:
+        """An error that says which image has caused another one."""
+        name = self.dataset.file_name(i) if isinstance(self.dataset, DetectionDataset) else f"number {i}"
+        return UserError(f"image {name} cannot be prepared ({type(error).__name__}: {error}): take it out of the data")
 
 
 class EpochBatches(Sampler):

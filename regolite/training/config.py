@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from regolite.errors import UserError
-from regolite.fields import check, from_values
+from regolite.fields import Checked, from_values
 
 
 def _option(default: Any, help: str) -> Any:
@@ -18,7 +18,7 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """What to train, on what, and how. The defaults are those of Deformable DETR on COCO (its appendix A.4)."""
 
     data: str = _option("data/coco_tiny", "folder in COCO format, or scenes (see regolite.data.open_data)")
@@ -39,7 +39,7 @@ class RunConfig:
     clip: float = _option(0.1, "largest norm of the gradient; 0 for no clipping")
     schedule: Literal["step", "one_cycle", "constant"] = _option("step", "how the learning rate changes")
     drop_epochs: tuple[int, ...] = _option((40,), "epochs at which the step schedule divides by ten")
-    warmup: float = _option(0.0, "part of the run in which the learning rate grows from zero")
+    warmup: float = _option(0.0, "part of the run in which the learning rate grows to its full value")
     ema: float = _option(0.0, "decay of the moving average of the weights; 0 for none")
     augment: Literal["detr", "laptop", "laptop_crop", "none"] | None = _option(
         None, "picture recipe; the model's own by default"
@@ -59,6 +59,9 @@ class RunConfig:
     evaluate_start: bool = _option(
         False, "evaluate before the first step too: what the weights that the run starts from are worth"
     )
+    patience: int = _option(
+        0, "stop when the AP on the validation images has not grown in so many evaluations; 0 for never"
+    )
     evaluate_train: bool = _option(False, "evaluate on the training pictures too, at the end")
     log_every: int = _option(20, "steps between two lines of metrics")
     checkpoint_minutes: float = _option(10.0, "minutes between checkpoints; one is written at the end in any case")
@@ -75,15 +78,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check the values, one by one."""
-        check(self)
+        super().__post_init__()
         for name in ("epochs", "batch_size", "lr", "log_every", "keep_checkpoints", "processes", "accumulate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
         for name in (
-            "backbone_lr", "sampling_lr", "weight_decay", "clip", "evaluate_every", "checkpoint_minutes", "workers",
+            "backbone_lr", "sampling_lr", "weight_decay", "clip", "evaluate_every", "patience", "checkpoint_minutes",
+            "workers",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.patience and not self.evaluate_every:
+            raise UserError(f"patience={self.patience} counts evaluations: give evaluate_every, as in evaluate_every=1")
         if self.on_broken == "skip" and self.evaluate_train:
             raise UserError("on_broken='skip' leaves no whole set of training pictures: use evaluate_train=False")
         if not 0 <= self.seed < 2**32:

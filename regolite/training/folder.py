@@ -275,7 +275,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """What ``config.json`` in the folder of a run holds; nothing where there is none, or a damaged one."""
     try:
         found = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -22,9 +22,11 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
+from regolite.checkpoint import write_atomic
 from regolite.errors import UserError
 from regolite.signals import RunStopped
 from regolite.training.config import RunConfig
@@ -48,9 +50,10 @@ def launch(config: RunConfig) -> Path:
         The folder of the run.
 
     Raises:
-        UserError: what a process raised.
-        RunStopped: when a signal asked this process to end, or them; what they had done is saved.
-        RuntimeError: when one of them ended otherwise; with all that they wrote to stderr.
+        UserError: what a process raised. Where it is an error that nobody has foreseen, the message has its last line,
+            and ``processes.log`` in the run's folder all that they wrote to stderr.
+        RunStopped: when a signal asked this process to end, or them, or has killed one of them; what they had done is
+            saved, or was at the last checkpoint.
     """
     with tempfile.TemporaryDirectory() as folder:
         told, result, errors = (Path(folder, name) for name in ("config.json", "result.json", "errors.txt"))
@@ -93,8 +96,33 @@ def launch(config: RunConfig) -> Path:
             raise RunStopped(outcome["stopped"], int(outcome["signum"]))
         if "error" in outcome:
             raise UserError(outcome["error"])
-        said = errors.read_text(encoding="utf-8", errors="replace")
-        raise RuntimeError(f"one of {config.processes} processes ended with code {running.returncode}:\n{said}")
+        _fail(config, errors.read_text(encoding="utf-8", errors="replace"))
+
+
+def _fail(config: RunConfig, said: str) -> NoReturn:
+    """Say in one line why the processes have ended, and keep what they wrote to stderr.
+
+    Raises:
+        RunStopped: one was killed: nothing is wrong with the run.
+        UserError: something else has happened.
+    """
+    log = Path(config.output) / "processes.log"
+    write_atomic(log, said.encode())
+    killed = [
+        name for name in re.findall(r"Signal \d+ \((\w+)\)", said) if name != "SIGTERM"
+    ]  # torchrun's to the others
+    if killed:
+        last = max((path.stem for path in (log.parent / "checkpoints").glob("step_*.pt")), default="")
+        kept = (
+            f"the checkpoint of step {int(last[5:])} is kept in {log.parent}" if last else "there is no checkpoint yet"
+        )
+        raise RunStopped(f"one of {config.processes} processes was killed by {killed[0]}; {kept}", signal.SIGKILL)
+    errors = re.findall(r"^(?:\[\w+\]: *)?(\w[\w.]*(?:Error|Exception|Interrupt)\b.*)$", said, re.MULTILINE)
+    reason = errors[0] if errors else "for a reason that they do not tell"
+    raise UserError(
+        f"one of {config.processes} processes has failed: {reason}; all that they said is in {log}, and resume goes on "
+        "once it is put right"
+    )
 
 
 def from_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

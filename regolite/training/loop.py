@@ -25,8 +25,10 @@ from regolite import processes
 from regolite.checkpoint import class_head_names, load_weights, save_model
 from regolite.data import DetectionDataset, make_transform
 from regolite.evaluation import evaluate
+from regolite.fields import of_kind
 from regolite.losses import SetLoss
 from regolite.matching import NonFinitePrediction
+from regolite.modes import modes_kept
 from regolite.presets import ModelConfig, build
 from regolite.progress import Status
 from regolite.signals import stop
@@ -40,7 +42,7 @@ from regolite.training.metrics import TensorBoard, Window, timed
 from regolite.training.recompute import keep, recompute
 from regolite.training.resume import describe_run
 from regolite.training.schedule import lr_factor, parameter_groups
-from regolite.training.setup import is_to_launch, make_accelerator, prepare_data, resampled
+from regolite.training.setup import is_to_launch, make_accelerator, more_objects_than_queries, prepare_data, resampled
 from regolite.training.state import State
 
 
@@ -68,6 +70,7 @@ def train(
         RunStopped: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the step is finished and saved, see
             :mod:`regolite.signals`.
     """
+    of_kind("config", config, RunConfig, "a RunConfig: write RunConfig(...), or RunConfig.of({...})")
     if is_to_launch(config, watch, model):
         return launch(config)
     accelerator = make_accelerator(config)
@@ -76,7 +79,7 @@ def train(
     config = replace(config, model=model_config.preset)
     if config.tensorboard and accelerator.is_main_process:
         watch = TensorBoard(Path(config.output) / "tensorboard", watch)
-    with only_writer(config.output):
+    with only_writer(config.output), nullcontext() if model is None else modes_kept(model):
         folder = _folder(config, watch, accelerator)
         return _train(config, model_config, model, folder, accelerator, train_set, shown_set, val_set)
 
@@ -107,6 +110,8 @@ def _train(
     if accelerator.is_main_process:
         folder.write_config({"run": described["run"], "model": described["model"]})
         _announce(config, state, len(shown_set))
+        if said := more_objects_than_queries(model_config, train_set):
+            folder.warn(said)
 
     if config.recompute:
         recompute(model)
@@ -131,14 +136,14 @@ def _train(
     status.update(done())
     named: set[str] = set()  # pictures that could not be read
     stop.hold()
-    while done() < 1.0:
+    while done() < 1.0 and not (config.patience and progress.stale >= config.patience):
         batches = EpochBatches(
             shapes, config.batch_size, config.seed, progress.epoch, progress.batch,
             accelerator.process_index, accelerator.num_processes, config.accumulate,
         )  # fmt: skip
         model.train()
         loaded = loader(shown_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
-        for waited, parts in timed(state.saved_before_errors(steps(loaded, batches))):
+        for waited, parts in timed(state.items_saved_before_errors(steps(loaded, batches))):
             begun = time.perf_counter()
             factor = lr_factor(config, progress.epoch, done())
             for group in optimizer.param_groups:
@@ -146,7 +151,7 @@ def _train(
             # What a step draws (dropout) depends on its number and the process alone, not on how the run came to it.
             torch.manual_seed(hash((config.seed, progress.step, accelerator.process_index)) % 2**63)
             optimizer.zero_grad()
-            with fastest_kernels(device):
+            with fastest_kernels(device), state.saved_before_errors():
                 losses, pictures = _backward(trained, set_loss, parts, state)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip) if config.clip else None
             optimizer.step()
@@ -185,6 +190,10 @@ def _train(
                 with stop.at_once(state.where("while evaluating ")), cpu_clock.paused():
                     _evaluate(state, val_set, "val", config.workers)
     status.close()
+    if done() < 1.0 and accelerator.is_main_process:
+        why = f"stopped early after step {progress.step}: no better AP on val in {progress.stale} evaluations"
+        folder.log.info(why)
+        Status.say(why)
 
     if progress.batch == steps_per_epoch:  # as it was saved after the last step of the run
         progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -197,10 +206,8 @@ def _train(
             _evaluate(state, train_set, "train", config.workers)
     state.save_the_end()
     if accelerator.is_main_process:
-        from regolite.inspect import draw_run  # here, so that nobody else waits for matplotlib
-
         with stop.at_once(state.where("while drawing the figures ")):
-            draw_run(folder.path, state.evaluated, {"val": val_set, "train": train_set})
+            _draw(state, {"val": val_set, "train": train_set})
     accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # a model that was given is given back as it was
     keep(model)
     accelerator.end_training()
@@ -317,25 +324,52 @@ def _name(folder: RunFolder, messages: list[str], named: set[str]) -> None:
 
 
 def _evaluate(state: State, dataset: DetectionDataset, split: str, workers: int) -> None:
-    progress, folder = state.progress, state.folder
+    progress = state.progress
     if progress.evaluated.get(split) == progress.step:
         return
+    is_first = split not in progress.evaluated
     progress.evaluated[split] = progress.step
     figures = evaluate(state.evaluated, dataset, batch_size=8, workers=workers)
-    if not state.accelerator.is_main_process:
-        return
+    if state.accelerator.is_main_process:
+        _write_figures(state, figures, split, is_first)
+    progress.best, progress.stale = processes.from_first((progress.best, progress.stale))
+
+
+def _write_figures(state: State, figures: dict[str, Any], split: str, is_first: bool) -> None:
+    """Write what an evaluation has found, and keep the weights if they are the best so far."""
+    progress, folder = state.progress, state.folder
     where = {"kind": "evaluation", "split": split, "step": progress.step, "epoch": progress.epoch}
     folder.write_metrics({**where, "seconds": progress.seconds, "cpu_seconds": progress.cpu_seconds, **figures})
-    by_stage = ", ".join(f"{s['AP'] or 0.0:.1f}" for s in figures["stages"])
+    by_stage = ", ".join("-" if s["AP"] is None else f"{s['AP']:.1f}" for s in figures["stages"])
     folder.log.info("step %d AP on %s by stage: %s", progress.step, split, by_stage)
     Status.say(f"step {progress.step}, AP on {split} by stage, the base detector first: {by_stage}")
-    if split == "val" and (figures["AP"] or 0.0) > progress.best:
-        try:
-            save_model(state.evaluated, folder.path / "best.safetensors")
-            folder.keep_best(progress.step)
-            progress.best = figures["AP"] or 0.0
-        except OSError as error:
-            folder.warn(f"the best weights so far cannot be written ({error.strerror}): free some space")
+    if split != "val":
+        return
+    if figures["AP"] is None:
+        if is_first:
+            folder.warn("AP on val cannot be measured, since no object there counts: there is no best.safetensors")
+        return
+    if figures["AP"] <= progress.best:
+        progress.stale += 1
+        return
+    progress.stale = 0
+    try:
+        save_model(state.evaluated, folder.path / "best.safetensors")
+        folder.keep_best(progress.step)
+        progress.best = figures["AP"]
+    except OSError as error:
+        folder.warn(f"the best weights so far cannot be written ({error.strerror}): free some space")
+
+
+def _draw(state: State, datasets: dict[str, DetectionDataset]) -> None:
+    """Draw what the run has come to; it is done, whatever becomes of its figures."""
+    try:
+        from regolite.inspect import draw_run  # here, so that nobody else waits for matplotlib
+
+        draw_run(state.folder.path, state.evaluated, datasets)
+    except Exception as error:  # whatever fonts, names and disks make of it
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        state.folder.warn(f"the run is done, and its figures cannot be drawn ({reason})")
 
 
 class _Clock:

@@ -97,7 +97,11 @@ class Recipe:
         """What it decides, as fields of :class:`RunConfig`: all pictures, to the end of the last epoch."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ABOUT}
         unlimited = {"limit_images": None, "max_minutes": None, "max_cpu_minutes": None}
-        return own | {"overrides": (), "checkpoint": None, "copy_paste": 0.0, "repeat_rare": 0.0} | unlimited
+        return (
+            own
+            | {"overrides": (), "checkpoint": None, "copy_paste": 0.0, "repeat_rare": 0.0, "patience": 0}
+            | unlimited
+        )
 
     def config(self, data: str, output: str, **own: Any) -> RunConfig:
         """The configuration of a run.

@@ -30,6 +30,7 @@ MAY_CHANGE: dict[str, str | None] = {
     **dict.fromkeys(_MACHINE + _WATCHING, ""),
     "data": "the annotations are the same",
     "on_broken": "from here on",
+    "patience": "from here on",
     "lr": "the new learning rate holds from here on",
     "epochs": _NEW_LENGTH,
     "max_minutes": _NEW_LENGTH,

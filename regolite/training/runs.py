@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from regolite.errors import UserError
-from regolite.fields import check, from_values
+from regolite.fields import Checked, from_values
 from regolite.presets import ModelConfig, build
 
 AXES = ("epochs", "hours", "pictures")
@@ -85,7 +85,7 @@ class Run:
         try:
             stored = json.loads((folder / "config.json").read_text("utf-8"))
             config, model = dict(stored["run"]), dict(stored["model"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); copy it anew") from error
         lines, notes = _read_lines(folder / "metrics.jsonl")
         by_kind = {kind: tuple(line for line in lines if line["kind"] == kind) for kind in ("train", "evaluation")}
@@ -211,7 +211,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Checked):
     """What to compare, and by what: the parameters of notebook 22."""
 
     runs: tuple[str, ...] = field(metadata={"help": "folders of runs"})
@@ -224,7 +224,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         """Check the values, one by one."""
-        check(self)
+        super().__post_init__()
         if not self.runs:
             raise UserError("runs is empty; give the folders of at least one run")
         if self.labels and len(self.labels) != len(self.runs):
@@ -419,7 +419,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
             line = json.loads(text)
             if line["kind"] in ("train", "evaluation"):  # a later version may write more
                 lines.append(line | {"step": int(line["step"]), "epoch": int(line["epoch"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number < len(texts):
                 raise UserError(
                     f"line {number} of {path} is damaged; delete that line, or copy the file anew"

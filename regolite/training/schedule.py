@@ -8,6 +8,8 @@ from torch import nn
 
 from regolite.training.config import RunConfig
 
+FIRST = 0.04  # factor of the learning rate at the beginning of a warm-up
+
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
     """The optimiser's groups: the backbone, the sampling of deformable attention, and everything else.
@@ -43,14 +45,15 @@ def lr_factor(config: RunConfig, epoch: int, progress: float) -> float:
 
     Returns:
         ``step``: 1, divided by ten at each drop. ``one_cycle``: up along a cosine in the first tenth (or the warm-up),
-        then down along a cosine to zero (Smith, 2018). ``constant``: 1. All grow linearly during a warm-up.
+        then down along a cosine to zero (Smith, 2018). ``constant``: 1. These two grow linearly during a warm-up. All
+        begin with 0.04: a first step with a learning rate of 0 would be wasted.
     """
     if config.schedule == "one_cycle":
         peak = config.warmup or 0.1
         if progress < peak:
-            return 0.5 * (1 - math.cos(math.pi * progress / peak)) * 0.96 + 0.04
+            return FIRST + (1 - FIRST) * 0.5 * (1 - math.cos(math.pi * progress / peak))
         return 0.5 * (1 + math.cos(math.pi * (progress - peak) / (1 - peak)))
-    warm = min(1.0, progress / config.warmup) if config.warmup else 1.0
+    warm = FIRST + (1 - FIRST) * min(1.0, progress / config.warmup) if config.warmup else 1.0
     if config.schedule == "constant":
         return warm
     return warm * 0.1 ** sum(epoch >= drop for drop in config.drop_epochs)

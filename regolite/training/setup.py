@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -96,7 +97,33 @@ def prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionD
             f"{config.data}: training and validation annotations name different categories: {some}: give both files "
             "the same list of categories"
         )
+    for split, data, lacks in (("train", train_set, "nothing to learn"), ("val", val_set, "nothing to measure")):
+        if not data.is_annotated:
+            where = getattr(data, "file", f"{config.data}, split {split}")
+            raise UserError(f"{where}: {len(data)} images without a single annotation, {lacks}: annotate some of them")
     return train_set, val_set, model
+
+
+def more_objects_than_queries(model: ModelConfig, data: DetectionDataset) -> str | None:
+    """What to say if images have more objects than the detector has queries, each of which stands for one; or None.
+
+    Args:
+        model: the detector's configuration.
+        data: the training images.
+    """
+    queries = getattr(model.detector, "queries", None)
+    if queries is None or getattr(data, "max_objects", math.inf) <= queries:  # what scenes have
+        return None
+    counts = {i: count for i in range(len(data)) if (count := len(data.objects(i))) > queries}
+    counts = {i: len(data.objects(i).targets(*data.size(i))) for i in counts}  # crowds are no targets
+    counts = {i: count for i, count in counts.items() if count > queries}
+    if not counts:
+        return None
+    fullest = max(counts, key=lambda i: counts[i])
+    return (
+        f"{len(counts)} of {len(data)} training images have more objects than the detector has queries ({queries}), "
+        f"up to {counts[fullest]} ({data.file_name(fullest)}): it can't find all of them; set queries={counts[fullest]}"
+    )
 
 
 def resampled(config: RunConfig, train_set: DetectionDataset) -> DetectionDataset:

@@ -6,6 +6,7 @@ A run that cannot be saved goes on all the same: there may be space the next tim
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -39,6 +40,7 @@ class Progress:
         seconds: time spent, over all sessions of the run.
         cpu_seconds: CPU time of training, over all sessions of the run; the mean over all processes.
         best: best AP on the validation pictures, -1 before the first evaluation.
+        stale: evaluations on the validation images since then.
         evaluated: the step of the last evaluation on each split.
         broken: how often a picture could not be read and another took its place.
     """
@@ -49,6 +51,7 @@ class Progress:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     best: float = -1.0
+    stale: int = 0
     evaluated: dict[str, int] = field(default_factory=dict)
     broken: int = 0
 
@@ -160,13 +163,24 @@ class State:
         self.folder.close()
         stop.leave()
 
-    def saved_before_errors(self, items: Iterator[T]) -> Iterator[T]:
-        """The items; where one cannot be had, a broken picture say, what is done is saved before the error passes."""
+    @contextmanager
+    def saved_before_errors(self) -> Iterator[None]:
+        """Where something fails, memory runs out say, what is done is saved before the error passes.
+
+        Not for what changes the weights: a step that is half done must not be saved.
+        """
         try:
-            yield from items
+            yield
+        except NonFiniteLoss:
+            raise
         except Exception:
             self.save_or_go_on()
             raise
+
+    def items_saved_before_errors(self, items: Iterator[T]) -> Iterator[T]:
+        """The items; where one cannot be had, a broken picture say, what is done is saved before the error passes."""
+        with self.saved_before_errors():
+            yield from items
 
     # --------------------------------------------------------------------------------------------------- going on
 

@@ -535,7 +535,7 @@ def test_pictures(hand):
     path.click()
     path.fill("nowhere.jpg")
     page.keyboard.press("Enter")
-    hand.explorer.get_by_role("alert").filter(has_text="picture nowhere.jpg does not exist").wait_for()
+    hand.explorer.get_by_role("alert").filter(has_text="image nowhere.jpg does not exist").wait_for()
     path.fill(str(NAMED))
     chosen(lambda: page.keyboard.press("Enter"), lambda: setattr(gallery.path, "value", str(NAMED)), str(NAMED))
     for title in hand.mirror.viewers:  # all tabs show the new picture

@@ -459,8 +459,9 @@ def test_a_given_model_that_does_not_fit_is_refused(config):
 
 def test_a_native_model_can_be_given_too(config):
     model = build("rego_detr_scenes", num_classes=14, dim=32, ffn_dim=32, rego_ffn_dim=32, stages=1, frozen=True)
-    before = copy.deepcopy(model.detector.state_dict())
+    before, modes = copy.deepcopy(model.detector.state_dict()), [module.training for module in model.eval().modules()]
     train(config(epochs=1), model=model)
+    assert [module.training for module in model.modules()] == modes, "it is given back in the mode that it had"
     assert all(torch.equal(value, before[key]) for key, value in model.detector.state_dict().items())
     assert model.model_config.classes[0] != "0"
 
