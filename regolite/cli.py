@@ -687,7 +687,7 @@ def _detect_options(parser: Parser) -> None:
     parser.add_argument("pictures", nargs="+", metavar="IMAGE", help=about)
     about = "folder for the results (default: found)"
     parser.add_argument("--output", type=Path, default=Path("found"), metavar="DIR", help=about)
-    parser.add_argument("--threshold", type=number, default=0.5, metavar="X", help="least score (default: 0.5)")
+    parser.add_argument("--threshold", type=number, default=0.3, metavar="X", help="least score (default: 0.3)")
 
 
 def _convert_options(parser: Parser) -> None:

@@ -110,7 +110,7 @@ def detections_by_stage(
 def detect(
     model: nn.Module,
     pictures: ImageSource | Iterable[ImageSource],
-    threshold: float | int = 0.5,
+    threshold: float | int = 0.3,
     stages: int | None = None,
     top_k: int = 100,
 ) -> list[Detections]:
@@ -121,7 +121,8 @@ def detect(
         pictures: one or several images: whatever :func:`regolite.data.read_image` reads, and folders and patterns as
             ``photos/*.jpg``, whose files :func:`regolite.data.list_images` lists. Files are turned upright as their
             EXIF orientation says.
-        threshold: least score of a detection, from 0 to 1.
+        threshold: least score of a detection, from 0 to 1. Detectors trained with the focal loss score low: the everyday
+            detector has its best F1 on unseen images at 0.3.
         stages: how many REGO stages to use; 0 for the base detector alone; all by default.
         top_k: most detections of an image.
 
@@ -138,14 +139,15 @@ def detect(
 
 @torch.inference_mode()
 def detect_by_stage(
-    model: nn.Module, picture: ImageSource, threshold: float | int = 0.5, top_k: int = 100
+    model: nn.Module, picture: ImageSource, threshold: float | int = 0.3, top_k: int = 100
 ) -> list[Detections]:
     """Detect objects in one image, and tell what every stage found.
 
     Args:
         model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
         picture: whatever :func:`regolite.data.read_image` reads.
-        threshold: least score of a detection, from 0 to 1.
+        threshold: least score of a detection, from 0 to 1. Detectors trained with the focal loss score low: the everyday
+            detector has its best F1 on unseen images at 0.3.
         top_k: most detections of a stage.
 
     Returns:

@@ -151,7 +151,7 @@ def test_a_queue_does_what_is_missing(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "68 runs of the recipe study are missing and need its data sets, folders in COCO format: give --data"),
+        ([], "72 runs of the recipe study are missing and need its data sets, folders in COCO format: give --data"),
         (["--data", "cards=nowhere"], "data folder nowhere does not exist"),
         (["--data", "cards"], "--data cards: write NAME=DIR"),
         (["--data", f"card={TINY}"], "no data set 'card'; did you mean 'cards'?"),

@@ -50,9 +50,9 @@ class TestEveryday:
         unseen = with_shared_classes(open_data(ROOT / "data" / "coco_tiny", "train+val", transform), config)
         assert len(unseen) == 158 and len(unseen.classes) == 20
         figures = regolite.evaluate(everyday, unseen, progress=False)
-        base, *_, last = figures["stages"]
-        assert last["AP50"] >= 25
-        assert last["AP"] > base["AP"]
+        last = figures["stages"][-1]
+        assert last["AP50"] >= 30
+        assert last["AP"] >= 20  # as the card says, the base detector is not worse on these images
 
     def test_is_what_its_preset_builds(self, everyday):
         config = everyday.model_config
