@@ -383,6 +383,8 @@ def rename(file: Path, names) -> None:
         ("result.json", "images", "/data/upload/3/{}"),
         ("result.json", "images", "D:\\photos\\images\\{}"),
         ("result.json", "my images", "my%20images/{}"),
+        ("result.json", "my images", "/data/local-files/?d={}"),
+        ("result.json", "my images", "/data/local-files/?d=project%5Cmy%20images%2F{}"),
         ("result.json", ".", "{}"),
         ("result.json", "deep/er", "{}"),
         ("annotations/result.json", "images", "../images/{}"),
