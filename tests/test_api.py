@@ -28,6 +28,7 @@ SMALL = {
 }  # fmt: skip
 IMAGE = Image.new("RGB", (40, 30), "green")
 NAME = "rego_deformable_detr_scenes"
+SCENES = Scenes(1, size=64)
 
 
 @pytest.fixture(scope="module")
@@ -129,37 +130,44 @@ def test_evaluate(model, options, said):
         evaluate(model, Scenes(1, size=64), progress=False, **options)
 
 
-def test_others(model, tmp_path):
-    scenes = Scenes(1, size=64)
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda model, folder: bootstrap(SCENES.coco, [[]], draws=0), "draws=0 must be at least 1"),
+        (lambda model, folder: removal(model, SCENES, [], stages=7), "stages is 7"),
+        (lambda model, folder: count(model, 0, 64), "height=0 must be at least 1"),
+        (lambda model, folder: regolite.load(device="gpu"), "device gpu: PyTorch knows no such device"),
+        (lambda model, folder: regolite.load(None), "path=None is not the path of a file"),
+        (lambda model, folder: regolite.train({"data": "x"}), "config={'data': 'x'} is not a RunConfig"),
+        (lambda model, folder: regolite.build(5, 3), "preset=5 is not the name of a preset or a ModelConfig"),
+        (lambda model, folder: regolite.detect(None, IMAGE), "model=None is not a detector"),
+        (lambda model, folder: evaluate(model, "data/coco_tiny"), "dataset='data/coco_tiny' is not a data set"),
+        (lambda model, folder: regolite.record(None).__enter__(), "model=None is not a detector"),
+        (
+            lambda model, folder: regolite.Rego(model.detector, {"stages": 2}),
+            "config={'stages': 2} is not a RegoConfig",
+        ),
+        (lambda model, folder: open_data("scenes:5", limit="all"), "limit='all' is not a whole number"),
+        (lambda model, folder: open_data("data/coco_tiny", limit=1.5), "limit=1.5 is not a whole number"),
+        (lambda model, folder: Scenes(2.5), "number of pictures 2.5: give 1 to"),
+        (lambda model, folder: make_transform("laptop", 10**9), "image_size=1000000000 must be at most 10000"),
+        (lambda model, folder: make_transform("detr", "big"), "size='big' is not a whole number"),
+        (lambda model, folder: choose_device("cuda:99"), "device cuda:99: PyTorch sees no such device"),
+        (
+            lambda model, folder: convert(folder / "source", folder / "new", val="half"),
+            "val='half' must lie between 0 and 1",
+        ),
+        (lambda model, folder: convert(folder / "source", folder / "new", seed=0.5), "seed=0.5 is not a whole number"),
+        (lambda model, folder: regolite.RegoConfig(alphas=[3.0, 2.0, -1.0]), "must not be negative"),
+        (lambda model, folder: regolite.RunConfig(epochs=np.float32(1.5)), "epochs=1.5 is not a whole number"),
+        (lambda model, folder: EvaluationConfig(batch_size=np.int64(0)), "batch_size=0 must be greater than 0"),
+    ],
+)
+def test_others(model, tmp_path, call, said):
     (tmp_path / "source").mkdir()
-    with unchecked():
-        for call, said in (
-            (lambda: bootstrap(scenes.coco, [[]], draws=0), "draws=0 must be at least 1"),
-            (lambda: removal(model, scenes, [], stages=7), "stages is 7"),
-            (lambda: count(model, 0, 64), "height=0 must be at least 1"),
-            (lambda: regolite.load(device="gpu"), "device gpu: PyTorch knows no such device"),
-            (lambda: regolite.load(None), "path=None is not the path of a file"),
-            (lambda: regolite.train({"data": "x"}), "config={'data': 'x'} is not a RunConfig"),
-            (lambda: regolite.build(5, 3), "preset=5 is not the name of a preset or a ModelConfig"),
-            (lambda: regolite.detect(None, IMAGE), "model=None is not a detector"),
-            (lambda: evaluate(model, "data/coco_tiny"), "dataset='data/coco_tiny' is not a data set"),
-            (lambda: regolite.record(None).__enter__(), "model=None is not a detector"),
-            (lambda: regolite.Rego(model.detector, {"stages": 2}), "config={'stages': 2} is not a RegoConfig"),
-            (lambda: open_data("scenes:5", limit="all"), "limit='all' is not a whole number"),
-            (lambda: open_data("data/coco_tiny", limit=1.5), "limit=1.5 is not a whole number"),
-            (lambda: Scenes(2.5), "number of pictures 2.5: give 1 to"),
-            (lambda: make_transform("laptop", 10**9), "image_size=1000000000 must be at most 10000"),
-            (lambda: make_transform("detr", "big"), "size='big' is not a whole number"),
-            (lambda: choose_device("cuda:99"), "device cuda:99: PyTorch sees no such device"),
-            (lambda: convert(tmp_path / "source", tmp_path / "new", val="half"), "val='half' must lie between 0 and 1"),
-            (lambda: convert(tmp_path / "source", tmp_path / "new", seed=0.5), "seed=0.5 is not a whole number"),
-            (lambda: regolite.RegoConfig(alphas=[3.0, 2.0, -1.0]), "must not be negative"),
-            (lambda: regolite.RunConfig(epochs=np.float32(1.5)), "epochs=1.5 is not a whole number"),
-            (lambda: EvaluationConfig(batch_size=np.int64(0)), "batch_size=0 must be greater than 0"),
-        ):
-            with pytest.raises(UserError) as caught:
-                call()
-            assert said in str(caught.value) and "\n" not in str(caught.value)
+    with unchecked(), pytest.raises(UserError) as caught:
+        call(model, tmp_path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_numbers_of_numpy_lists_and_paths(model, tmp_path):

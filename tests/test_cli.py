@@ -405,6 +405,20 @@ class TestDetect:
         with Image.open(tmp_path / "found" / "line.png") as drawn:
             assert drawn.size == (4000, 8)
 
+    def test_a_photograph_held_sideways_is_drawn_upright(self, checkpoint, pictures, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.open(pictures[0]).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+        words = [str(pictures[0]), str(tmp_path / "phone.png"), "--output", str(tmp_path / "found"), "--threshold", "0"]
+        assert main(["detect", *checkpoint, *words]) == 0
+        records = read(tmp_path / "found" / "detections.json")
+        upright, phone = (
+            [{**one, "file": ""} for one in records if one["file"].endswith(name)] for name in ("wide.png", "phone.png")
+        )
+        assert upright == phone and len(phone) > 0
+        with Image.open(tmp_path / "found" / "phone.png") as drawn:
+            assert drawn.size == (96, 64) and drawn.getexif().get(0x0112, 1) == 1
+
     def test_of_an_animation_it_says_what_it_looks_at(self, checkpoint, tmp_path, capsys):
         Image.new("RGB", (40, 30)).save(
             tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]
@@ -515,6 +529,47 @@ class TestErrors:
     )
     def test_wrong_input_is_one_line(self, words, said, error):
         assert re.search(said, error(words))
+        assert not Path("o").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ("convert", "required: FOLDER, --output"),
+            ("convert {t}/none --output o", "none is no folder"),
+            ("convert {t}/empty --output o", "empty holds no pictures"),
+            ("convert data/coco_tiny --output {t}/full", "full exists already"),
+            ("convert data/coco_tiny --output {t}/file", "file: Not a directory"),
+            ("convert data/coco_tiny --output o --val 1.5", r"val=1\.5 must lie between 0 and 1"),
+            ("convert data/coco_tiny --output o --val half", "--val: 'half' is not a number"),
+            ("convert data/coco_tiny --output o --seed x", "--seed: 'x' is not a whole number"),
+            ("convert data/coco_tiny --output o --vall 0.2", "did you mean --val?"),
+            ("compare", "required: RUN"),
+            ("compare {t}/none", "none is no folder of a run, it does not exist"),
+            ("compare {t}/empty", "empty is no folder of a run, it has no config.json"),
+            ("compare {t}/torn", "config.json is damaged"),
+            ("compare {t}/none --metric mAP", "invalid choice: 'mAP'"),
+            ("presets --jsn", "did you mean --json?"),
+            ("presets extra", "unrecognized arguments: extra"),
+            ("relations --data scenes:2", "required: --checkpoint"),
+            ("relations {checkpoint} --data scenes:many", "'many' is not understood"),
+            ("relations {checkpoint} --data scenes:2 --stages 9", "stages.* 9"),
+            ("relations {checkpoint} --data scenes:2 --batch-size 0", "'0' is not a whole number greater than 0"),
+            ("relations {checkpoint} --data scenes:2 --json {t}", "is a folder; give a file"),
+            ("relations --checkpoint {t}/none --data scenes:2", "no checkpoint at .*none"),
+            ("evaluate --checkpoint {t}/file --data scenes:2", "file is empty; copy it anew"),
+            ("evaluate --checkpoint pyproject.toml --data scenes:2", "pyproject.toml is damaged"),
+            ("detect {t}/none.jpg --output o", "none.jpg does not exist"),
+            ("experiment stages --seeds x", "--seeds: 'x' is not a whole number"),
+            ("experiment stages --results {t}/file", "file: .*; a part of the path is a file"),
+        ],
+    )
+    def test_wrong_input_of_every_command_is_one_line(self, words, said, checkpoint, tmp_path, error):
+        for name in ("full", "empty", "torn"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "file").touch()
+        (tmp_path / "full" / "mine.txt").touch()
+        (tmp_path / "torn" / "config.json").write_text('{"run"')
+        assert re.search(said, error(words.format(t=tmp_path, checkpoint=" ".join(checkpoint))))
         assert not Path("o").exists()
 
     @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_what_is_left_alone_saves_and_ends(place: Path, coco: Path):
 
 
 def test_it_ends_as_the_run_that_nothing_stopped(place: Path, whole: Path, mended: Path):
-    assert (mended / "train.log").read_text().count("going on with") == 1, "it went on, and did not begin again"
+    assert (mended / "train.log").read_text().count("going on after step") == 1, "it went on, and did not begin again"
     settings = [json.loads((run / "config.json").read_text())["run"] for run in (mended, whole)]
     assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"output", "resume"}
     assert metrics(mended) == metrics(whole)

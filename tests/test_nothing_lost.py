@@ -391,6 +391,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(config, whole, capsys, dam
     assert_same(plan.output, whole)
 
 
+def test_torn_metrics_lose_lines_and_nothing_else(config, whole, capsys):
+    plan = config(checkpoint_minutes=0.0)
+    with pytest.raises(RunStopped):
+        train(plan, at(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    metrics = Path(plan.output) / "metrics.jsonl"
+    os.truncate(metrics, metrics.stat().st_size // 2)
+    capsys.readouterr()
+    train(replace(plan, resume=True))
+    assert f"warning: {metrics} has lost lines from before the checkpoint" in capsys.readouterr().out
+    for name in ("model.safetensors", "best.safetensors"):
+        assert sha256(Path(plan.output) / name) == sha256(whole / name), name
+    left, all_lines = lines(plan.output), lines(whole)
+    lost = len(all_lines) - len(left)
+    assert lost > 0 and any(left == all_lines[:n] + all_lines[n + lost :] for n in range(1, len(left)))
+
+
 def test_a_damaged_checkpoint_takes_no_sound_ones_place(tmp_path):
     run = RunFolder(tmp_path, resume=False)
     for step in (1, 2, 9):

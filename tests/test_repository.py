@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import math
 import re
 import socket
 import subprocess
@@ -145,13 +147,40 @@ def test_no_file_is_too_big_for_git():
     }  # the most that a shipped checkpoint may have
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "tests/README.md"])
 def test_links_between_files_resolve(name: str):
     page = ROOT / name
     links = re.findall(r"\]\(([^)\s]+)|<img[^>]+src=\"([^\"]+)\"", page.read_text("utf-8"))
     targets = {a or b for a, b in links}
     local = {t.split("#")[0] for t in targets if not re.match(r"[a-z]+:|#", t)}
-    assert not [target for target in sorted(local) if not (ROOT / target).exists()]
+    assert not [target for target in sorted(local) if not (page.parent / target).exists()]
+
+
+def number_of_cases(name: str) -> int:
+    """How many inputs ``test_FILE.py::TestClass::test_name`` has, 1 where it has no parameters."""
+    file, *names = name.split("::")
+    found = importlib.import_module(file.removesuffix(".py"))
+    for one in names:
+        found = getattr(found, one)
+    marks = [mark for mark in getattr(found, "pytestmark", []) if mark.name == "parametrize"]
+    return math.prod(len(mark.args[1]) for mark in marks)
+
+
+def test_the_tables_of_tests_are_right():
+    """Every test that tests/README.md names exists, and has as many cases as it says."""
+    text = (ROOT / "tests" / "README.md").read_text("utf-8")
+    total, tables = 0, re.split("^##+ ", text, flags=re.MULTILINE)
+    for table in tables:
+        cases = 0
+        for row in re.findall(r"^\|.*::.*\|$", table, flags=re.MULTILINE):
+            counted = sum(number_of_cases(name) for name in re.findall(r"`(test_\w+\.py::[\w:]+)`", row))
+            if said := re.search(r"\| (\d+) \| `test_", row):
+                assert int(said.group(1)) == counted, row
+                cases += counted
+        if said := re.match(r".*: (\d+) cases", table):
+            assert int(said.group(1)) == cases, table.splitlines()[0]
+            total += cases
+    assert f"**{total} cases, 0 tracebacks, 0 silent.**" in text and total >= 150
 
 
 def test_citation_names_the_paper_and_the_course():

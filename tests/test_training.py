@@ -211,7 +211,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, monkeypatch, who
     assert lines(folder) == lines(whole)
     for name in ("model.safetensors", "best.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    assert "going on with rego_deformable_detr_scenes" in (folder / "train.log").read_text()
+    assert f"going on after step {saved} with rego_deformable_detr_scenes" in (folder / "train.log").read_text()
 
 
 def test_interrupted_before_the_first_checkpoint(config, whole):

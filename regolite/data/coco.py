@@ -277,7 +277,8 @@ def _find_by_base_name(files: ImageFiles, folders: Sequence[Path], split: str) -
 def spellings(name: str) -> list[str]:
     """The ways to read a file name: as it is, with backslashes as slashes, without percent-encoding."""
     slashes = name.replace("\\", "/")
-    return list(dict.fromkeys([name, slashes, unquote(slashes)]))
+    local = slashes.rpartition("/data/local-files/?d=")[2]  # how Label Studio names files of its local storage
+    return list(dict.fromkeys([name, slashes, unquote(slashes), unquote(local)]))
 
 
 def split_named(path: Path) -> str | None:

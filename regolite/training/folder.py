@@ -256,12 +256,21 @@ class RunFolder:
     def cut_metrics(self, state: dict[str, Any] | None) -> None:
         """Drop the lines of metrics that were written after a checkpoint: the run will write them again.
 
+        Lines from before it that are lost, in a file that was damaged, are no reason to stop: that is said.
+
         Args:
             state: the checkpoint; None for the beginning of the run.
         """
         size = 0 if state is None else state.get("metrics")
-        if size is not None and self.metrics.exists() and self.metrics.stat().st_size > size:
+        there = self.metrics.read_bytes() if self.metrics.exists() else b""
+        if size is not None and len(there) > size:
             os.truncate(self.metrics, size)
+        elif size is not None and len(there) < size:
+            if there:
+                os.truncate(self.metrics, there.rfind(b"\n") + 1)  # the last line may be torn
+            self.warn(
+                f"{self.metrics} has lost lines from before the checkpoint: its curves have a gap, the run goes on"
+            )
 
 
 class _LogFile(logging.FileHandler):

@@ -250,7 +250,7 @@ def _announce(config: RunConfig, state: State, pictures: int) -> None:
     accelerator, log = state.accelerator, state.folder.log
     log.info(
         "%s %s (%.2f M parameters) on %d pictures of %s, seed %d, PyTorch %s",
-        "going on with" if state.progress.step else "training", config.model,
+        f"going on after step {state.progress.step} with" if state.progress.step else "training", config.model,
         sum(p.numel() for p in state.model.parameters()) / 1e6, pictures, config.data, config.seed, torch.__version__,
     )  # fmt: skip
     log.info(
