@@ -121,8 +121,8 @@ def detect(
         pictures: one or several images: whatever :func:`regolite.data.read_image` reads, and folders and patterns as
             ``photos/*.jpg``, whose files :func:`regolite.data.list_images` lists. Files are turned upright as their
             EXIF orientation says.
-        threshold: least score of a detection, from 0 to 1. Detectors trained with the focal loss score low: the everyday
-            detector has its best F1 on unseen images at 0.3.
+        threshold: least score of a detection, from 0 to 1. Detectors that were trained with the focal loss score low:
+            the everyday detector has its best F1 on unseen images at 0.3.
         stages: how many REGO stages to use; 0 for the base detector alone; all by default.
         top_k: most detections of an image.
 
@@ -146,8 +146,8 @@ def detect_by_stage(
     Args:
         model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
         picture: whatever :func:`regolite.data.read_image` reads.
-        threshold: least score of a detection, from 0 to 1. Detectors trained with the focal loss score low: the everyday
-            detector has its best F1 on unseen images at 0.3.
+        threshold: least score of a detection, from 0 to 1. Detectors that were trained with the focal loss score low:
+            the everyday detector has its best F1 on unseen images at 0.3.
         top_k: most detections of a stage.
 
     Returns:
