@@ -235,13 +235,18 @@ class Finished(nn.Module):
         assert not self.training and images.sizes.tolist() == [[48, 96]]
         [[height, width]] = sizes.tolist()
         boxes = torch.tensor([[0.0, 0.0, width, height], [1.0, 2.0, 3.0, 4.0]])
-        scores, labels = torch.tensor([0.9, 0.3]), torch.tensor([4, 1])
+        scores, labels = torch.tensor([0.9, 0.25]), torch.tensor([4, 1])
         return [Detections(scores[:top_k], labels[:top_k], boxes[:top_k], torch.arange(2)[:top_k])]
 
 
 def test_a_detector_may_give_detections_itself():
     given = picture(300, 150, (0, 0, 10, 10))
-    for found in (detect(Finished(), given), detect_by_stage(Finished(), given), detect(Finished(), given, top_k=1)):
+    alone = (
+        detect(Finished(), given, 0.5),
+        detect_by_stage(Finished(), given, 0.5),
+        detect(Finished(), given, top_k=1),
+    )
+    for found in alone:
         [found] = found  # of one picture; of one stage
         assert found.boxes_xyxy.tolist() == [[0, 0, 300, 150]] and found.labels.tolist() == [4]
     assert len(detect(Finished(), given, threshold=0.2, top_k=2)[0]) == 2

@@ -444,7 +444,8 @@ def use_asking(hand, last):
     hand.use_boxes()
     objects = [query for _, query in viewer.object.options]
     hand.use_choice("Object", viewer.object, "query", next(q for q in objects if q != viewer.object.value))
-    hand.use_slider("Layer", viewer.layer, "layer", 0.0)
+    if viewer.layer.max > viewer.layer.min:  # the everyday detector's decoder has one layer, its stages have two
+        hand.use_slider("Layer", viewer.layer, "layer", 0.0)
     hand.use_choice("Head", viewer.head, "head", 3)
     hand.use_choice("Level", viewer.level, "level", 1)
     last()
@@ -489,7 +490,7 @@ def test_relations(hand):
     hand.use_boxes()
     objects = [query for _, query in viewer.object.options]
     hand.use_choice("Object", viewer.object, "query", next(q for q in objects if q != viewer.object.value))
-    hand.use_slider("Layer", viewer.layer, "layer", 0.0)
+    hand.use_slider("Layer", viewer.layer, "layer", 1.0)
     hand.use_choice("Head", viewer.head, "head", 3)
     hand.use_slider("Related", viewer.top, "top", 0.0)
     hand.use_slider("Least score", viewer.threshold, "threshold", 0.75)
