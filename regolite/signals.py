@@ -61,7 +61,8 @@ class StopSignals(contextlib.ContextDecorator):
         self.so_far = ""
         self._holds, self._since = False, 0.0
         self._before: dict[int, Any] = {}
-        self._is_orphan, self._left = False, threading.Event()
+        self._parent: int | None = None
+        self._left = threading.Event()
 
     def __enter__(self) -> StopSignals:
         self.asked, self.so_far, self._holds = None, "before the first step", False
@@ -70,10 +71,10 @@ class StopSignals(contextlib.ContextDecorator):
             self._before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
             for number in self._before:
                 signal.signal(number, self._handle)
-            self._is_orphan, self._left = False, threading.Event()
             if signal.SIGTERM in self._before and _is_kept():
-                _hold_poller(os.getppid())
-                threading.Thread(target=self._watch, args=(os.getppid(), self._left), daemon=True).start()
+                self._parent, self._left = os.getppid(), threading.Event()
+                _hold_poller(self._parent)
+                threading.Thread(target=self._watch, args=(self._parent, self._left), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -81,6 +82,7 @@ class StopSignals(contextlib.ContextDecorator):
             signal.signal(number, handler)
         self._before = {}
         self._left.set()
+        self._parent = None
         _hold_poller(None)
 
     def hold(self) -> None:
@@ -105,14 +107,13 @@ class StopSignals(contextlib.ContextDecorator):
         """
         signum = self.asked or signal.SIGTERM  # where another process was asked, and not this one
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        if self._is_orphan:
+        if self._parent is not None and os.getppid() != self._parent:  # whichever of the processes noticed it first
             name = "the end of its parent process"
         raise RunStopped(f"stopped by {name} {self.so_far}", signum)
 
     def _watch(self, parent: int, left: threading.Event) -> None:
         while not left.wait(POLL):
             if os.getppid() != parent:
-                self._is_orphan = True
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 

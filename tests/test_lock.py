@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small_runs import SMALL_RUN
 
 from regolite import RunConfig, UserError, lock, train
 from regolite.data import fetch, prepare
@@ -135,17 +136,7 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path, sleeper: sub
 # ------------------------------------------------------------------------------------------------------ who is locked
 
 
-CONFIG = RunConfig(
-    data="scenes:4:val=1:size=64",
-    model="deformable_detr_scenes",
-    overrides=("dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8"),
-    image_size=64,
-    batch_size=2,
-    epochs=2,
-    evaluate_every=0,
-    log_every=1,
-    device="cpu",
-)
+CONFIG = replace(SMALL_RUN, data="scenes:4:val=1:size=64", epochs=2)
 
 
 @pytest.fixture

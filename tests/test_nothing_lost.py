@@ -25,8 +25,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from small_runs import SMALL_RUN
 
-from regolite import RunConfig, UserError, build, cli, train
+from regolite import UserError, build, cli, train
 from regolite.data import Scenes, make_transform
 from regolite.signals import RunStopped, StopSignals, leave_signals_to_parent, stop
 from regolite.training import NonFiniteLoss, folder, loop
@@ -36,25 +37,7 @@ from regolite.training.metrics import MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
-# Six pictures in batches of two: three steps an epoch. Dropout and augmentation draw lots, and weights are averaged.
-CONFIG = RunConfig(
-    data="scenes:6:val=1:size=64",
-    model="rego_deformable_detr_scenes",
-    overrides=(
-        "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
-        "rego_ffn_dim=32", "rego_stages=1", "dropout=0.1", "rego_dropout=0.1",
-    ),
-    image_size=64,
-    batch_size=2,
-    epochs=STEPS // 3,
-    lr=1e-3,
-    schedule="one_cycle",
-    evaluate_every=2,
-    log_every=1,
-    checkpoint_minutes=60.0,
-    device="cpu",
-    ema=0.5,
-)  # fmt: skip
+CONFIG = replace(SMALL_RUN, epochs=STEPS // 3, lr=1e-3, schedule="one_cycle", evaluate_every=2, ema=0.5)
 
 
 @pytest.fixture(autouse=True)
