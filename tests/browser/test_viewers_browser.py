@@ -444,8 +444,10 @@ def use_asking(hand, last):
     hand.use_boxes()
     objects = [query for _, query in viewer.object.options]
     hand.use_choice("Object", viewer.object, "query", next(q for q in objects if q != viewer.object.value))
-    if viewer.layer.max > viewer.layer.min:  # the everyday detector's decoder has one layer, its stages have two
+    if viewer.layer.max:
         hand.use_slider("Layer", viewer.layer, "layer", 0.0)
+    else:  # the everyday detector's decoder has one layer, so there is nothing to choose; its stages have two
+        assert hand.slider("Layer").locator(".noUi-target").get_attribute("disabled") is not None
     hand.use_choice("Head", viewer.head, "head", 3)
     hand.use_choice("Level", viewer.level, "level", 1)
     last()
