@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import regolite
 from benchmarks.speed import compare
-from regolite.structures import DetectorOutput, ImageBatch
 from regolite.training.metrics import peak_memory
+from regolite.types import DetectorOutput, ImageBatch
 
 PRESETS = (
     "detr_r50", "deformable_detr_r50", "rego_deformable_detr_r50",

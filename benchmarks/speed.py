@@ -2,10 +2,12 @@
 
 Four comparisons, both sides in the same run on the same numbers, and a table:
 
-- backbone: :class:`regolite.backbone.Backbone`, whose frozen norms are folded into the convolutions and whose padding
-  is hidden by a product, against norms of their own and ``masked_fill``;
-- deformable attention: :func:`regolite.deformable.read_and_mix`, which keeps no samples, against the same by autograd;
-- glimpses: :func:`regolite.glimpse.cut_glimpses` against torchvision's ``MultiScaleRoIAlign``, forward and backward;
+- backbone: :class:`~regolite.models.backbone.Backbone`, whose frozen norms are folded into the convolutions and whose
+  padding is hidden by a product, against norms of their own and ``masked_fill``;
+- deformable attention: :func:`~regolite.models.deformable_attention.read_and_mix`, which keeps no samples, against the
+  same by autograd;
+- glimpses: :func:`~regolite.models.glimpse.cut_glimpses` against torchvision's ``MultiScaleRoIAlign``, forward and
+  backward;
 - matching: all layers and stages at once (:func:`regolite.matching.match`) against one matching at a time, as DETR's
   code has it: a cost of every query of the batch for every object of the batch, and a transfer, for each of them;
 - where the time of a training step of ``rego_deformable_detr_tiny`` goes.
@@ -37,14 +39,14 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 import regolite
-from regolite.backbone import Backbone, hide
 from regolite.boxes import generalized_box_iou, to_pixels, to_xyxy
 from regolite.data import batch_pictures
-from regolite.deformable import read_and_mix, sample_and_mix
-from regolite.glimpse import cut_glimpses
 from regolite.losses import SetLoss
 from regolite.matching import MatchingCosts, PaddedTargets, match
-from regolite.structures import FeatureMap, ImageBatch, Prediction, Target
+from regolite.models.backbone import Backbone, hide
+from regolite.models.deformable_attention import read_and_mix, sample_and_mix
+from regolite.models.glimpse import cut_glimpses
+from regolite.types import FeatureMap, ImageBatch, Prediction, Target
 
 CLASSES = 80
 OBJECTS = 7  # COCO's mean, 860,001 objects in 117,266 pictures that have any
@@ -71,7 +73,7 @@ def some_boxes(*shape: int) -> Tensor:
 
 
 def samples_kept(maps: Tensor, places: Tensor, weight: Tensor) -> Tensor:
-    """What :func:`regolite.deformable.read_and_mix` computes, left to autograd."""
+    """What :func:`regolite.models.deformable_attention.read_and_mix` computes, left to autograd."""
     return (F.grid_sample(maps, 2 * places - 1, align_corners=False) * weight[:, None]).sum(2)
 
 
@@ -81,7 +83,7 @@ def samples_kept(maps: Tensor, places: Tensor, weight: Tensor) -> Tensor:
 def backbone(name: str, size: tuple[int, int], batch: int, rounds: int) -> dict[str, float]:
     """The maps of a padded batch and the gradients of the weights, channels last."""
     net = Backbone(name, (3, 4, 5), weights=None, frozen_stages=2).to(memory_format=torch.channels_last)
-    with patch("regolite.backbone.FoldedNorm", FrozenBatchNorm2d), patch("regolite.backbone.fold_norms"):
+    with patch("regolite.models.backbone.FoldedNorm", FrozenBatchNorm2d), patch("regolite.models.backbone.fold_norms"):
         plain = Backbone(name, (3, 4, 5), weights=None, frozen_stages=2).to(memory_format=torch.channels_last)
     for norm in (module for module in net.modules() if isinstance(module, FrozenBatchNorm2d)):
         norm.running_var.uniform_(0.5, 2.0)
@@ -93,7 +95,7 @@ def backbone(name: str, size: tuple[int, int], batch: int, rounds: int) -> dict[
         return x.masked_fill(mask[:, None], 0.0)
 
     def step(module: nn.Module, hide: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
-        with patch("regolite.backbone.hide", hide):
+        with patch("regolite.models.backbone.hide", hide):
             maps = [feature.tensor for feature in module(images)]
         weights = [p for p in module.parameters() if p.requires_grad]
         return *maps, *torch.autograd.grad(sum(m.square().mean() for m in maps), weights)
@@ -121,7 +123,7 @@ def reading(
     upstream = torch.randn(batch, asking[1], channels)
 
     def step(read: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        with patch("regolite.deformable.read_and_mix", read):
+        with patch("regolite.models.deformable_attention.read_and_mix", read):
             mixed = sample_and_mix(values, shapes, locations, weights)
         return mixed, *torch.autograd.grad(mixed, (values, locations, weights), upstream)
 
@@ -281,7 +283,7 @@ def step_shares(preset: str, size: int, batch: int, rounds: int) -> dict[str, fl
         module.forward = watch.wrap(name, module.forward)
     rows = []
     with (
-        patch("regolite.rego.cut_glimpses", watch.wrap("stages: cutting glimpses", cut_glimpses)),
+        patch("regolite.models.rego.cut_glimpses", watch.wrap("stages: cutting glimpses", cut_glimpses)),
         patch("regolite.losses.match", watch.wrap("matching", match)),
     ):
         for turn in range(rounds + 1):

@@ -39,13 +39,13 @@ import regolite
 from benchmarks.speed import CLASSES, OBJECTS, samples_kept, some_boxes
 from regolite.data import make_transform, open_data
 from regolite.errors import UserError
+from regolite.interop import adapt, to_transformers
 from regolite.losses import SetLoss
-from regolite.presets import configure
-from regolite.published import adapt, to_transformers
-from regolite.rego import Rego, RegoConfig
-from regolite.structures import DetectorOutput, ImageBatch, Target
+from regolite.models.presets import configure
+from regolite.models.rego import Rego, RegoConfig
 from regolite.training.batches import EpochBatches, loader
 from regolite.training.metrics import peak_memory
+from regolite.types import DetectorOutput, ImageBatch, Target
 
 SIZE, BATCH = (480, 640), 2
 PAIRS = {  # ours, and what it is compared with
@@ -80,7 +80,7 @@ class Side:
         )
         detector = regolite.build(config)
         for layer in detector.modules():  # as in a trained model, every query looks elsewhere
-            if isinstance(layer, regolite.deformable.DeformableAttention):
+            if isinstance(layer, regolite.models.deformable_attention.DeformableAttention):
                 nn.init.normal_(layer.sampling_offsets.weight, std=0.05)
                 nn.init.normal_(layer.attention_weights.weight, std=0.05)
         torch.manual_seed(1)
@@ -99,7 +99,7 @@ class Side:
         self.model.train()
         if not self.theirs and "channels first" not in name:
             self.model.to(memory_format=torch.channels_last)  # as the training loop does
-        other_core = patch.object(regolite.deformable, "read_and_mix", samples_kept)
+        other_core = patch.object(regolite.models.deformable_attention, "read_and_mix", samples_kept)
         self.core = other_core if "samples kept" in name else contextlib.nullcontext()
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, 1e-5)

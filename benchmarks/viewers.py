@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 import regolite
-from regolite.inspect.viewer import Viewer
-from regolite.inspect.viewers import Explorer
+from regolite.viewers.base import Viewer
+from regolite.viewers.explorer import Explorer
 
 MODELS = ("everyday detector", "rego_deformable_detr_r50", "detr_r50")
 GOAL = 200.0  # milliseconds

@@ -81,7 +81,7 @@ def course_table() -> str:
 
 
 def page_of(module: Path) -> str:
-    """The page of a module: ``package/inspect/figures.md`` for ``regolite/inspect/figures.py``."""
+    """The page of a module: ``package/plots/detections.md`` for ``regolite/plots/detections.py``."""
     return "package/" + module.relative_to("regolite").with_suffix(".md").as_posix()
 
 

@@ -8,15 +8,16 @@ The public face::
     folder = regolite.train(regolite.RunConfig(data="data/coco_tiny", output="runs/mine"))
     figures = regolite.evaluate(model, dataset)
     model = regolite.Rego(detector, stages=3)                             # REGO on a detector of your own
-    model = regolite.published.load("detr-r50-e632da11.pth")              # weights that others have published
+    model = regolite.interop.load("detr-r50-e632da11.pth")              # weights that others have published
     with regolite.record(model) as trace:                                 # look inside: attention, glimpses, boxes
         regolite.detect(model, "picture.jpg")
 """
 
 from __future__ import annotations
 
+import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Threads of PyTorch that wait for each other keep their cores busy. Where other programs want these cores, that takes
 # most of the time: a training step becomes several times as slow as its share of the machine allows. So they spin
@@ -24,14 +25,38 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's OpenMP, in PyTorch's packages for Linux: iterations
 os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM's and Intel's, elsewhere: milliseconds
 
-from regolite import published
-from regolite.checkpoint import load
-from regolite.detection import detect
-from regolite.errors import UserError
-from regolite.evaluation import evaluate
-from regolite.presets import build, configure, presets
-from regolite.rego import Rego, RegoConfig
-from regolite.training import RunConfig, train
+if TYPE_CHECKING:
+    from regolite import interop
+    from regolite.errors import UserError
+    from regolite.evaluation.coco import evaluate
+    from regolite.inference import detect
+    from regolite.loading import load
+    from regolite.models.presets import build, configure, presets
+    from regolite.models.rego import Rego, RegoConfig
+    from regolite.tracing.recorder import record
+    from regolite.tracing.trace import Trace
+    from regolite.training.config import RunConfig
+    from regolite.training.loop import train
+
+__version__ = "0.1.0"
+
+# Imported on first use: the command line answers `--help` without waiting for PyTorch.
+_MODULES = {
+    "Rego": "models.rego",
+    "RegoConfig": "models.rego",
+    "RunConfig": "training.config",
+    "Trace": "tracing.trace",
+    "UserError": "errors",
+    "build": "models.presets",
+    "configure": "models.presets",
+    "detect": "inference",
+    "evaluate": "evaluation.coco",
+    "interop": "interop",
+    "load": "loading",
+    "presets": "models.presets",
+    "record": "tracing.recorder",
+    "train": "training.loop",
+}
 
 __all__ = [
     "Rego",
@@ -43,20 +68,22 @@ __all__ = [
     "configure",
     "detect",
     "evaluate",
+    "interop",
     "load",
     "presets",
-    "published",
     "record",
     "train",
 ]
 
-__version__ = "0.1.0"
-
 
 def __getattr__(name: str) -> Any:
-    """``record`` and ``Trace`` on first use: their room also draws, and nobody else waits for matplotlib."""
-    if name in ("Trace", "record"):
-        from regolite.inspect import recorder
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    value = module if name == "interop" else getattr(module, name)
+    globals()[name] = value
+    return value
 
-        return getattr(recorder, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from regolite.data import DetectionDataset
-    from regolite.structures import Detections
+    from regolite.types import Detections
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +96,7 @@ def presets(arguments: argparse.Namespace) -> int:
     import torch
 
     rows = []
-    for name in regolite.presets():
+    for name in regolite.models.presets():
         config = regolite.configure(name, weights=None)
         with torch.device("meta"):  # shapes without numbers: nothing is allocated
             parameters = sum(p.numel() for p in regolite.build(config).parameters())
@@ -116,8 +116,8 @@ def presets(arguments: argparse.Namespace) -> int:
 
 def train(arguments: argparse.Namespace) -> int:
     """Train, then say where the results are and how good they are."""
-    from regolite.inspect import table_by_stage
-    from regolite.training.recipes import recipe
+    from regolite.evaluation import table_by_stage
+    from regolite.paper.recipes import recipe
 
     known = {f.name for f in fields(regolite.RunConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in known}
@@ -136,10 +136,9 @@ def train(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Measure the average precision of every stage of a checkpoint."""
-    from regolite.checkpoint import write_atomic
-    from regolite.evaluation import with_shared_classes
+    from regolite.evaluation import table_by_stage, with_shared_classes
     from regolite.evaluation.bootstrap import as_text
-    from regolite.inspect import table_by_stage
+    from regolite.utils.files import write_atomic
 
     _prepare(arguments.json)
     _prepare(arguments.save_detections, "--save-detections")
@@ -226,7 +225,7 @@ def _detect_in_image(
 ) -> str:
     """Detect in one image, draw and record what is found; returns what to say of it."""
     from regolite.data import read_image
-    from regolite.inspect import draw_detections
+    from regolite.plots import draw_detections
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -243,8 +242,8 @@ def _detect_in_video(
     model: nn.Module, path: Path, target: Path, arguments: argparse.Namespace, records: JsonList
 ) -> str:
     """The same with every frame of a video."""
-    from regolite.inspect import draw_detections
-    from regolite.video import Frame, VideoWriter, read_video
+    from regolite.data.video import Frame, VideoWriter, read_video
+    from regolite.plots import draw_detections
 
     objects = number = 0
     with VideoWriter(target) as writer:
@@ -289,9 +288,9 @@ class JsonList:
 
 def relations(arguments: argparse.Namespace) -> int:
     """Measure how often attention points at the object that decides the class, and what follows when it is removed."""
-    from regolite.checkpoint import write_atomic
     from regolite.data import Scenes
     from regolite.evaluation import relations, removal
+    from regolite.utils.files import write_atomic
 
     _prepare(arguments.json)
     model = _load(arguments)
@@ -319,7 +318,7 @@ def _prepare(file: Path | None, option: str = "--json") -> None:
 
 def _load(arguments: argparse.Namespace) -> nn.Module:
     """The model of ``--checkpoint`` on ``--device``, after checking that it has the wanted ``--stages``."""
-    from regolite.detection import choose_device
+    from regolite.utils.devices import choose_device
 
     model = regolite.load(arguments.checkpoint, choose_device(arguments.device))
     stages = len(model.stages) if isinstance(model, regolite.Rego) else 0
@@ -401,8 +400,8 @@ def _fine_tune(data: Path, name: str) -> str:
 
 def complexity(arguments: argparse.Namespace) -> int:
     """Count parameters and multiply-adds of the named models, beside Table 1 of the paper."""
-    from regolite.checkpoint import write_atomic
     from regolite.evaluation.complexity import as_text, document, rows
+    from regolite.utils.files import write_atomic
 
     _prepare(arguments.json)
     counted = rows(arguments.models, progress=True)
@@ -414,7 +413,7 @@ def complexity(arguments: argparse.Namespace) -> int:
 
 def recipes(arguments: argparse.Namespace) -> int:
     """List the paper's trainings: AP, estimates of GPU hours and memory, and the commands."""
-    from regolite.training.recipes import RECIPES, as_text, assumptions, recipe, rows
+    from regolite.paper.recipes import RECIPES, as_text, assumptions, recipe, rows
 
     chosen = [recipe(arguments.name)] if arguments.name is not None else list(RECIPES.values())
     if arguments.json and arguments.name is not None:
@@ -428,7 +427,7 @@ def recipes(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Print how far runs have come, in how much training, and in what they differ."""
-    from regolite.training.runs import Comparison, as_text, differences, differences_as_text, rows
+    from regolite.evaluation.run_comparison import Comparison, as_text, differences, differences_as_text, rows
 
     names = ("runs", "labels", "base", "metric", "stage", "split")
     comparison = Comparison.of({name: getattr(arguments, name) for name in names})
@@ -445,7 +444,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def experiment(arguments: argparse.Namespace) -> int:
     """Ask the paper's questions at laptop scale: train what is missing, and print the verdicts."""
-    from regolite.experiments import cost, queue, recipe, report, statistics, table
+    from regolite.paper import cost, queue, recipe_study, report, statistics
+    from regolite.paper import experiments as table
 
     small = "runs/experiments_small/results" if arguments.small else "experiments/results"
     results = arguments.results or Path(small)
@@ -470,11 +470,11 @@ def experiment(arguments: argparse.Namespace) -> int:
     if "recipe" in arguments.names:
         options = (arguments.seeds, folder / "recipe", results / "recipe", arguments.jobs, arguments.small)
         try:
-            weights = arguments.weights or recipe.WEIGHTS
-            recipe.conduct(_by_name(arguments.data), weights, arguments.arms, *options)
+            weights = arguments.weights or recipe_study.WEIGHTS
+            recipe_study.conduct(_by_name(arguments.data), weights, arguments.arms, *options)
         finally:  # runs may be missing, or have failed: those that are done are worth a look
-            if found := recipe.read(results / "recipe"):
-                print(recipe.report(found))
+            if found := recipe_study.read(results / "recipe"):
+                print(recipe_study.report(found))
     return 0
 
 
@@ -500,8 +500,8 @@ def data(arguments: argparse.Namespace) -> int:
 
 def prepare_coco(arguments: argparse.Namespace) -> int:
     """Download COCO 2017, unpack and check it; or only check a data folder."""
-    from regolite.checkpoint import write_atomic
     from regolite.data import prepare
+    from regolite.utils.files import write_atomic
 
     _prepare(arguments.json)
     if not arguments.check:
@@ -704,7 +704,7 @@ def _complexity_options(parser: Parser) -> None:
 
 
 def _recipes_options(parser: Parser) -> None:
-    from regolite.training.estimates import TFLOPS
+    from regolite.paper.estimates import TFLOPS
 
     parser.add_argument("name", nargs="?", metavar="NAME", help="only this one")
     parser.add_argument("--data", default="COCO", metavar="DIR", help="folder of COCO in the commands (default: COCO)")

@@ -19,7 +19,7 @@ from torchvision.ops import box_convert
 
 from regolite.boxes import to_xyxy
 from regolite.matching import Matches, PaddedTargets
-from regolite.structures import Target
+from regolite.types import Target
 
 SMALLEST = 0.001  # of the image: a box keeps an area, and its inverse sigmoid stays finite
 

@@ -19,9 +19,9 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from regolite.boxes import to_xyxy
 from regolite.denoising import known_matches
-from regolite.fields import Checked
 from regolite.matching import Matches, MatchingCosts, PaddedTargets, match
-from regolite.structures import DetectorOutput, Prediction, Target
+from regolite.types import DetectorOutput, Prediction, Target
+from regolite.utils.validation import Checked
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regolite.boxes import generalized_box_iou, to_xyxy
 from regolite.errors import UserError
-from regolite.structures import Prediction, Target
+from regolite.types import Prediction, Target
 
 
 class NonFinitePrediction(UserError):

@@ -9,13 +9,13 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from regolite.anchor_detr import AnchorDetr, AnchorDetrConfig
-from regolite.conditional_detr import ConditionalDetr, ConditionalDetrConfig
 from regolite.data import batch_pictures
-from regolite.deformable_detr import DeformableDetr, DeformableDetrConfig
-from regolite.detr import Detr, DetrConfig
-from regolite.smca import Smca, SmcaConfig
-from regolite.structures import FeatureMap
+from regolite.models.anchor_detr import AnchorDetr, AnchorDetrConfig
+from regolite.models.conditional_detr import ConditionalDetr, ConditionalDetrConfig
+from regolite.models.deformable_detr import DeformableDetr, DeformableDetrConfig
+from regolite.models.detr import Detr, DetrConfig
+from regolite.models.smca import Smca, SmcaConfig
+from regolite.types import FeatureMap
 
 CLASSES = 5
 SIZES = {
@@ -88,8 +88,8 @@ def unfold_norms(monkeypatch):
     Folded ones give the same up to rounding (test_backbone compares them in float64). But where the input of a ReLU is
     all but zero, rounding decides whether a gradient passes.
     """
-    monkeypatch.setattr("regolite.backbone.FoldedNorm", FrozenBatchNorm2d)
-    monkeypatch.setattr("regolite.backbone.fold_norms", lambda body: None)
+    monkeypatch.setattr("regolite.models.backbone.FoldedNorm", FrozenBatchNorm2d)
+    monkeypatch.setattr("regolite.models.backbone.fold_norms", lambda body: None)
 
 
 class StubBackbone(nn.Module):

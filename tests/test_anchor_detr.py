@@ -9,13 +9,12 @@ import torch
 from small_models import CLASSES, anchor_detr, batch, pictures, shake, small_resnet, unchecked, with_stub
 from torch import nn
 
-from regolite import published
-from regolite.anchor_detr import Grid, RowColumnAttention
 from regolite.data import Scenes, batch_pictures, collate
 from regolite.errors import UserError
 from regolite.losses import LossConfig, SetLoss
-from regolite.presets import build, configure
-from regolite.rego import Rego
+from regolite.models.anchor_detr import Grid, RowColumnAttention
+from regolite.models.presets import build, configure
+from regolite.models.rego import Rego
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 POINTS, PATTERNS = 4, 3
@@ -101,7 +100,7 @@ def numbers(name, *shape):
 def their_weights(model):
     """Weights for the authors' code of this model, made from their names there."""
     weights = {}
-    for name, tensor in published.state_dict(model).items():
+    for name, tensor in interop.state_dict(model).items():
         n = numbers(re.sub(r"_embed\.\d+", "_embed", name), *tensor.shape)  # layers share their heads
         if "running_var" in name:
             n = 1 + n / 2
@@ -119,7 +118,7 @@ def their_weights(model):
 
 def golden_model():
     model = build("anchor_detr_dc5_r50", 91, weights=None, encoder_layers=1, decoder_layers=2, queries=12)
-    return published.load({"model": their_weights(model), "args": {"dilation": True}})
+    return interop.load({"model": their_weights(model), "args": {"dilation": True}})
 
 
 def golden_pictures():
@@ -179,8 +178,8 @@ def test_weights_go_to_the_authors_code_and_come_back(tmp_path, anchors):
         "anchor_detr_scenes", 3, dim=256, heads=4, queries=18, patterns=2, anchors=anchors, mask_padding=False
     )
     shake(model).eval()
-    published.save(model, tmp_path / "model.pth")
-    back = published.load(tmp_path / "model.pth", form="anchor_detr")
+    interop.save(model, tmp_path / "model.pth")
+    back = interop.load(tmp_path / "model.pth", form="anchor_detr")
     assert back.model_config.detector == model.model_config.detector
     assert torch.equal(back.points, model.points)
     images = batch((64, 96), (96, 64))
@@ -191,22 +190,22 @@ def test_weights_go_to_the_authors_code_and_come_back(tmp_path, anchors):
 
 def test_their_state_dict_has_their_names():
     model = build("anchor_detr_scenes", 3, dim=256, queries=9, decoder_layers=2)
-    weights = published.state_dict(model)
+    weights = interop.state_dict(model)
     assert weights["transformer.encoder_layers.1.self_attn.in_proj_weight"].shape == (5 * 256, 256)
     assert weights["transformer.position.weight"].shape == (3, 2)
     assert torch.equal(weights["transformer.class_embed.0.weight"], weights["transformer.class_embed.1.weight"])
 
 
 def test_other_models_of_the_authors_code_are_refused():
-    weights = published.state_dict(build("anchor_detr_scenes", 3, dim=256))
+    weights = interop.state_dict(build("anchor_detr_scenes", 3, dim=256))
     name = "transformer.encoder_layers.0.self_attn.in_proj_weight"
     with pytest.raises(UserError, match=rf"misshaped \({name} is \(768, 256\) and should be \(1280, 256\)"):
-        published.load(weights | {name: weights[name][:768]})  # dense attention
+        interop.load(weights | {name: weights[name][:768]})  # dense attention
     with pytest.raises(UserError, match=r"1 unknown \(transformer.level_embed.weight"):
-        published.load(weights | {"transformer.level_embed.weight": torch.zeros(3, 256)})
+        interop.load(weights | {"transformer.level_embed.weight": torch.zeros(3, 256)})
     for refused in (build("anchor_detr_scenes", 3), build("rego_anchor_detr_scenes", 3, dim=256)):
         with pytest.raises(UserError, match="can't run in published code"):
-            published.state_dict(refused)
+            interop.state_dict(refused)
 
 
 # The whole detector

@@ -14,13 +14,14 @@ from small_models import unchecked
 import regolite
 from regolite.data import Scenes, make_transform, open_data
 from regolite.data.convert import convert
-from regolite.detection import choose_device, detect_by_stage
 from regolite.errors import UserError
 from regolite.evaluation import EvaluationConfig, bootstrap, evaluate
 from regolite.evaluation.complexity import count
 from regolite.evaluation.relations import relation_score
 from regolite.evaluation.removal import removal
-from regolite.training.runs import Comparison
+from regolite.evaluation.run_comparison import Comparison
+from regolite.inference import detect_by_stage
+from regolite.utils.devices import choose_device
 
 SMALL = {
     "queries": 6, "dim": 32, "heads": 2, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 1,

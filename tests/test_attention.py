@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from regolite.attention import MultiHeadAttention
-from regolite.positions import box_positions, sine_positions, waves
-from regolite.structures import Memory
+from regolite.models.attention import MultiHeadAttention
+from regolite.models.positions import box_positions, sine_positions, waves
+from regolite.types import Memory
 
 DIM, HEADS = 24, 4
 

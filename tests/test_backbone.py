@@ -11,10 +11,10 @@ from small_models import small_resnet, unfold_norms
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from regolite.backbone import BUNDLED, WEIGHTS, Backbone, FoldedNorm, NormalizedConv2d
 from regolite.data import batch_pictures
 from regolite.errors import UserError
-from regolite.structures import ImageBatch
+from regolite.models.backbone import BUNDLED, WEIGHTS, Backbone, FoldedNorm, NormalizedConv2d
+from regolite.types import ImageBatch
 
 CHANNELS = {
     "tiny": [32, 64, 128, 128],

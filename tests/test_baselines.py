@@ -14,15 +14,16 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import regolite
-from regolite.baselines import COCO_CLASSES, COCO_IDS, COCO_WEIGHTS, Baseline, BaselineConfig
-from regolite.checkpoint import load, save_model
+from regolite.checkpoint import save_model
 from regolite.cli import main
 from regolite.data import batch_pictures, make_transform, open_data
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from regolite.detection import detect_by_stage
 from regolite.errors import UserError
 from regolite.evaluation import evaluate
-from regolite.presets import build, configure, presets
+from regolite.inference import detect_by_stage
+from regolite.loading import load
+from regolite.models.baselines import COCO_CLASSES, COCO_IDS, COCO_WEIGHTS, Baseline, BaselineConfig
+from regolite.models.presets import build, configure, presets
 
 KINDS = ("fcos", "faster_rcnn", "mask_rcnn")
 TABLE_1 = {"fcos_r50": 32, "faster_rcnn_r50": 42, "faster_rcnn_r101": 61, "mask_rcnn_x101": 102}
@@ -272,7 +273,7 @@ def test_published_weights(monkeypatch):
         asked.append(name)
         return dict(old if "COCO" in name else imagenet)
 
-    monkeypatch.setattr("regolite.baselines.download", download)
+    monkeypatch.setattr("regolite.models.baselines.download", download)
     monkeypatch.setitem(COCO_WEIGHTS, ("faster_rcnn", "resnet18"), "FasterRCNN_ResNet18.COCO")
     own = build("faster_rcnn_r50", backbone="resnet18").net.state_dict()
     assert all(torch.equal(own[key], value) for key, value in theirs.items())

@@ -12,11 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import batch, deformable, unchecked
 
-from regolite.backbone import BUNDLED
-from regolite.checkpoint import KEY, load, load_weights, read_config, save_model, write_atomic
+from regolite.checkpoint import KEY, read_config, save_model
 from regolite.errors import UserError
-from regolite.presets import build
-from regolite.rego import Rego
+from regolite.loading import load, load_weights
+from regolite.models.backbone import BUNDLED
+from regolite.models.presets import build
+from regolite.models.rego import Rego
+from regolite.utils.files import write_atomic
 
 SMALL = {
     "queries": 5, "dim": 32, "heads": 4, "ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 2,

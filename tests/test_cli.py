@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 import regolite
-from regolite import RunConfig, UserError, video
+from regolite import RunConfig, UserError
 from regolite.checkpoint import read_config
 from regolite.cli import _fine_tune, main
+from regolite.data import video
 
 DATA = "scenes:4:val=2:size=64"
 TINY = "--set queries=20 dim=32 ffn_dim=64 encoder_layers=1 decoder_layers=2 rego_stages=2 rego_ffn_dim=64"
@@ -34,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     options = "--epochs 24 --batch-size 4 --lr 3e-3 --backbone-lr 1 --sampling-lr 1 --evaluate-every 0 --evaluate-train"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.inspect.draw_run", lambda *_: [])  # drawing takes longer than training here
+        patch.setattr("regolite.plots.draw_run", lambda *_: [])  # drawing takes longer than training here
         words = f"{TRAIN} --data {DATA} {options} --schedule one_cycle --output {folder}"
         assert main(shlex.split(words)) == 0
     return folder

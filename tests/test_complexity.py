@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from regolite.attention import MultiHeadAttention
 from regolite.cli import main
-from regolite.deformable import sample_and_mix
-from regolite.detr import Detr, DetrConfig
 from regolite.evaluation.complexity import CONVENTIONS, PICTURE, TABLE_1, Counter, as_text, count, picture, rows
-from regolite.glimpse import GlimpseHead, cut_glimpses
-from regolite.presets import build, configure, presets
-from regolite.rego import Rego
-from regolite.structures import FeatureMap
+from regolite.models.attention import MultiHeadAttention
+from regolite.models.deformable_attention import sample_and_mix
+from regolite.models.detr import Detr, DetrConfig
+from regolite.models.glimpse import GlimpseHead, cut_glimpses
+from regolite.models.presets import build, configure, presets
+from regolite.models.rego import Rego
+from regolite.types import FeatureMap
 
 RESULTS = Path(__file__).resolve().parent.parent / "notebooks" / "results" / "complexity.json"
 # Rows of Table 1 that are off by more than 5 % in multiply-adds, or by more than 2 % in parameters: each has a remark.

@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from small_models import CLASSES, batch, conditional_detr, pictures, shake, small_resnet, unfold_norms, with_stub
 from torch import nn
 
-from regolite import published
-from regolite.checkpoint import load, save_model
-from regolite.conditional_detr import ConditionalCrossAttention
+from regolite.checkpoint import save_model
 from regolite.data import batch_pictures
 from regolite.errors import UserError
+from regolite.interop.keys import to_theirs
+from regolite.loading import load
 from regolite.losses import SetLoss
 from regolite.matching import MatchingCosts, PaddedTargets, match
-from regolite.presets import build
-from regolite.published.keys import to_theirs
-from regolite.rego import Rego, RegoConfig
-from regolite.structures import Memory, Target
+from regolite.models.conditional_detr import ConditionalCrossAttention
+from regolite.models.presets import build
+from regolite.models.rego import Rego, RegoConfig
+from regolite.types import Memory, Target
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 PARAMETERS = {  # with COCO's 91 columns; r50 and r101, with and without DC5, counted in the authors' code too
@@ -189,7 +189,7 @@ def test_the_authors_state_dict_is_recognised_and_goes_back(monkeypatch):
     small_resnet(monkeypatch)
     sizes = SMALL | {"dim": 256, "heads": 8, "dropout": 0.1, "mask_padding": False}
     model = build("conditional_detr_r50", 91, **sizes)
-    state = published.state_dict(shake(model).eval())
+    state = interop.state_dict(shake(model).eval())
     for name in (  # read off the authors' code, one of each kind
         "backbone.0.body.layer1.0.bn1.running_var", "input_proj.bias", "query_embed.weight", "class_embed.bias",
         "bbox_embed.layers.2.weight", "transformer.encoder.layers.0.self_attn.in_proj_weight",
@@ -202,19 +202,19 @@ def test_the_authors_state_dict_is_recognised_and_goes_back(monkeypatch):
     assert "transformer.decoder.layers.1.ca_qpos_proj.weight" not in state
     assert sum(value.numel() for value in state.values()) == sum(value.numel() for value in model.state_dict().values())
 
-    again = published.load(state, form="conditional_detr")
+    again = interop.load(state, form="conditional_detr")
     assert again.model_config.detector == model.model_config.detector
     images = batch((64, 96), (96, 64))
     with torch.no_grad():
         assert torch.equal(again(images).final.logits, model(images).final.logits)
     del state["transformer.decoder.query_scale.layers.1.bias"]
     with pytest.raises(UserError, match="missing.*query_scale.layers.1.bias"):
-        published.load(state)
+        interop.load(state)
 
 
 def test_the_authors_code_has_256_channels_alone():
     with pytest.raises(UserError, match="can't run in published code.*ConditionalDETR: a ResNet, 256 channels"):
-        published.state_dict(build("conditional_detr_r50", CLASSES, **SMALL))
+        interop.state_dict(build("conditional_detr_r50", CLASSES, **SMALL))
 
 
 # transformers
@@ -224,7 +224,7 @@ def test_the_authors_code_has_256_channels_alone():
 def hugging(monkeypatch):
     """Makes a model of transformers with random weights, none of them zero, and ours with the same weights."""
     transformers = pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
-    from regolite.published import transformers as module
+    from regolite.interop import transformers as module
 
     def make(blocks, **settings):
         if blocks is not None:

@@ -224,7 +224,7 @@ class TestWhole:
         assert not server.requests and len(open_data(tmp_path / "cards", "val")) == 1
 
     def test_train_on_it_and_evaluate_on_test(self, server, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr("regolite.inspect.draw_run", lambda *_: [])  # drawing takes longer than training here
+        monkeypatch.setattr("regolite.plots.draw_run", lambda *_: [])  # drawing takes longer than training here
         root, run = tmp_path / "cards", tmp_path / "run"
         assert main(words(root, server)) == 0
         tiny = "--set queries=20 dim=32 ffn_dim=64 encoder_layers=1 decoder_layers=2 rego_stages=1 rego_ffn_dim=64"
@@ -326,7 +326,7 @@ class TestResume:
 
     @pytest.mark.usefixtures("one_by_one")
     def test_progress_and_time_left(self, server, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr("regolite.progress.EVERY", 0.0)
+        monkeypatch.setattr("regolite.utils.progress.EVERY", 0.0)
         fetch_dataset("cards", tmp_path / "cards", server.url)
         out = capsys.readouterr().out
         assert re.search(r"download cards +\d+ %, \d+ of 10 files, .* passed, .* left", out)

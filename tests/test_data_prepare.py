@@ -298,7 +298,7 @@ class TestDownload:
         assert fetch({"cut": 4321, "stall": 30}, {"sleep": 0.8}) == [None, "bytes=4321-", "bytes=4321-"]
 
     def test_progress_and_time_left(self, fetch, monkeypatch, capsys):
-        monkeypatch.setattr("regolite.progress.EVERY", 0.0)
+        monkeypatch.setattr("regolite.utils.progress.EVERY", 0.0)
         fetch({"cut": 100_000, "stall": 0.3}, {"cut": 50_000, "stall": 0.3})
         assert re.search(r"download file\.zip +\d+ %, .* kB of 300\.0 kB, .*/s, .* left", capsys.readouterr().out)
 

@@ -9,7 +9,7 @@ from small_models import CLASSES, SIZES, batch, deformable, pictures, refined, t
 from torch import nn
 
 from regolite.data import batch_pictures
-from regolite.deformable_detr import (
+from regolite.models.deformable_detr import (
     DeformableDetr,
     DeformableDetrConfig,
     PictureNorm,
@@ -18,8 +18,8 @@ from regolite.deformable_detr import (
     cell_centres,
     valid_ratio,
 )
-from regolite.positions import sine_positions
-from regolite.structures import FeatureMap, Memory
+from regolite.models.positions import sine_positions
+from regolite.types import FeatureMap, Memory
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 KINDS = [deformable, refined, two_stage]

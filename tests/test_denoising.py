@@ -10,7 +10,7 @@ from regolite.denoising import NoisedQueries, known_matches
 from regolite.errors import UserError
 from regolite.losses import SetLoss
 from regolite.matching import PaddedTargets
-from regolite.structures import Target
+from regolite.types import Target
 
 SMALL = {
     "queries": 6, "dim": 32, "heads": 4, "ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 2,

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from small_models import CLASSES, batch, detr, detr_star, pictures, small_resnet, with_stub
 from torch import nn
 
-from regolite.attention import MultiHeadAttention
 from regolite.data import batch_pictures
-from regolite.positions import sine_positions
-from regolite.structures import Memory
-from regolite.transformer import Decoder, DecoderLayer, EncoderLayer, box_head, class_head
+from regolite.models.attention import MultiHeadAttention
+from regolite.models.positions import sine_positions
+from regolite.models.transformer import Decoder, DecoderLayer, EncoderLayer, box_head, class_head
+from regolite.types import Memory
 
 DIM, HEADS, FFN = 16, 4, 24
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -17,9 +17,10 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
+from regolite.course import diagrams, notebook, show
 from regolite.data import make_transform
-from regolite.inspect import diagrams, draw_heat, draw_matrix, draw_points, notebook, panels, show, to_picture
-from regolite.inspect.drawing import BLUE, VERMILLION, draw_picture
+from regolite.plots import draw_heat, draw_matrix, draw_points, panels, to_picture
+from regolite.plots.drawing import BLUE, VERMILLION, draw_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ["course", "deformable_attention", "detr", "rego", "stage"]

@@ -17,7 +17,7 @@ from regolite import build, configure
 from regolite.data import CocoFolder, Scenes, make_transform
 from regolite.errors import UserError
 from regolite.evaluation import FIGURES, average_precision, detect_all, evaluate, measure
-from regolite.structures import DetectorOutput, FeatureMap, Prediction
+from regolite.types import DetectorOutput, FeatureMap, Prediction
 
 TINY = Path(__file__).parents[1] / "data" / "coco_tiny"
 BACKENDS = ("pycocotools", "faster-coco-eval")

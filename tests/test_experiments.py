@@ -24,10 +24,10 @@ from scipy.stats import ttest_rel
 from regolite import RunConfig, UserError
 from regolite.cli import main
 from regolite.data import open_data
-from regolite.experiments import cost, queue, report, run, statistics
-from regolite.experiments.statistics import Estimate, judge
-from regolite.experiments.table import ARMS, EXPERIMENTS, PROTOCOL, Claim, Side, experiment
-from regolite.presets import build, configure
+from regolite.models.presets import build, configure
+from regolite.paper import cost, queue, report, runner, statistics
+from regolite.paper.experiments import ARMS, EXPERIMENTS, PROTOCOL, Claim, Side, experiment
+from regolite.paper.statistics import Estimate, judge
 from regolite.training.setup import parse_overrides
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("base", "rego"):
         arm = replace(ARMS[name], recipe={**ONE, "image_size": 64})
         monkeypatch.setitem(ARMS, name, arm)
-    monkeypatch.setattr("regolite.inspect.draw_run", lambda *_: [])
+    monkeypatch.setattr("regolite.plots.draw_run", lambda *_: [])
 
 
 def model_of(arm: str) -> torch.nn.Module:
@@ -97,24 +97,24 @@ def test_an_unknown_experiment_is_named_with_the_nearest() -> None:
 def test_a_run_can_be_repeated_and_is_not_repeated_without_need(
     tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run.run("rego", ARMS["rego"], 1, tmp_path / "a", test=6)
-    again = run.run("rego", ARMS["rego"], 1, tmp_path / "b", test=6)
+    first = runner.run("rego", ARMS["rego"], 1, tmp_path / "a", test=6)
+    again = runner.run("rego", ARMS["rego"], 1, tmp_path / "b", test=6)
     for name in ("config", "curve", "stages", "objects", "relations"):
         assert first[name] == again[name], name
     assert len(first["stages"]) == 4 and first["curve"][-1]["epoch"] == 1
 
-    monkeypatch.setattr(run, "train", lambda config: pytest.fail("trained again"))
-    assert run.run("rego", ARMS["rego"], 1, tmp_path / "a", test=6) == first
+    monkeypatch.setattr(runner, "train", lambda config: pytest.fail("trained again"))
+    assert runner.run("rego", ARMS["rego"], 1, tmp_path / "a", test=6) == first
 
 
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path, tiny: None) -> None:
-    run.run("base", ARMS["base"], 0, tmp_path, test=4)
+    runner.run("base", ARMS["base"], 0, tmp_path, test=4)
     other = replace(ARMS["base"], recipe={**ARMS["base"].recipe, "lr": 0.5})
     with pytest.raises(UserError, match="holds a run of another configuration .*lr=0.001, now 0.5.*move it away"):
-        run.run("base", other, 0, tmp_path, test=4)
+        runner.run("base", other, 0, tmp_path, test=4)
     (tmp_path / "base" / "0" / "result.json").unlink()
     with pytest.raises(UserError, match="holds a run of another configuration"):
-        run.run("base", other, 0, tmp_path, test=4)
+        runner.run("base", other, 0, tmp_path, test=4)
 
 
 def test_figures_of_a_stage() -> None:
@@ -128,25 +128,25 @@ def test_figures_of_a_stage() -> None:
         box = [x + shift, y, width, height]
         results.append({"image_id": one["image_id"], "category_id": one["category_id"], "bbox": box, "score": 0.9})
     count = len(results)
-    figures = run.stage_figures(truth, results)
+    figures = runner.stage_figures(truth, results)
     assert figures["by_iou"] == [0, 0, 0, count // 2, count - count // 2]
     balls = {category for category, one in truth.cats.items() if one["name"].startswith("ball of")}
-    figures = run.stage_figures(truth, [one for one in results if one["category_id"] in balls])
+    figures = runner.stage_figures(truth, [one for one in results if one["category_id"] in balls])
     assert figures["others"] == 0.0 and figures["balls"] > 50
-    assert run.stage_figures(truth, [])["AP"] == 0.0
+    assert runner.stage_figures(truth, [])["AP"] == 0.0
 
 
 def test_merging_keeps_what_is_there_and_refuses_a_mixture(tmp_path: Path) -> None:
     file = tmp_path / "base.json"
-    run.merge("base", "about", [{"seed": 2, "config": {"lr": 1}, "x": 1}], file)
-    found = run.merge("base", "about", [{"seed": 0, "config": {"lr": 1}, "x": 2}], file)
+    runner.merge("base", "about", [{"seed": 2, "config": {"lr": 1}, "x": 1}], file)
+    found = runner.merge("base", "about", [{"seed": 0, "config": {"lr": 1}, "x": 2}], file)
     assert (
         [one["seed"] for one in found["runs"]]
         == [0, 2]
         == [one["seed"] for one in json.loads(file.read_text())["runs"]]
     )
     with pytest.raises(UserError, match=r"base\.json holds a run of another configuration \(lr=1, now 2\)"):
-        run.merge("base", "about", [{"seed": 1, "config": {"lr": 2}}], file)
+        runner.merge("base", "about", [{"seed": 1, "config": {"lr": 2}}], file)
     assert len(json.loads(file.read_text())["runs"]) == 2
 
 
@@ -337,7 +337,7 @@ def test_committed_results_are_those_of_the_table(arm: str) -> None:
     runs = statistics.read_results(RESULTS, [arm])[arm]
     assert set(runs) >= set(ARMS[arm].seeds)
     config = RunConfig.of({**ARMS[arm].settings(), "output": "x"})
-    wanted = {**run.described(config), "test": 500}
+    wanted = {**runner.described(config), "test": 500}
     for seed, one in runs.items():
         newer = {"max_cpu_minutes": None, "copy_paste": 0.0, "repeat_rare": 0.0, "patience": 0}  # after these results
         config = {**newer, **one["config"]}

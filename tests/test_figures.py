@@ -16,13 +16,14 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import regolite
-from regolite import inspect
+from regolite import plots
 from regolite.data import Scenes
-from regolite.detection import detect_by_stage
-from regolite.inspect import words
-from regolite.inspect.figures import CLASS_COLOURS, TRUTH_COLOUR
-from regolite.inspect.words import as_is
-from regolite.structures import Detections
+from regolite.evaluation import table_by_stage
+from regolite.inference import detect_by_stage
+from regolite.plots import text
+from regolite.plots.detections import CLASS_COLOURS, TRUTH_COLOUR
+from regolite.plots.text import as_is
+from regolite.types import Detections
 
 CLASSES = ("cat", "traffic light", "kite")
 
@@ -70,14 +71,14 @@ METRICS = [
 
 @pytest.mark.parametrize("size", [(200, 100), (29, 31), (641, 427), (1, 1)])
 def test_the_drawn_picture_has_the_size_of_the_picture(size: tuple[int, int]):
-    drawn = inspect.draw_detections(Image.new("L", size, 30), nothing(), CLASSES)
+    drawn = plots.draw_detections(Image.new("L", size, 30), nothing(), CLASSES)
     assert drawn.size == size and drawn.mode == "RGB"
     assert (np.asarray(drawn) == 30).all(), "without detections the pixels are the picture's own"
 
 
 def test_a_box_is_drawn_where_it_is_in_the_colour_of_its_class():
     picture = Image.new("RGB", (400, 300))
-    drawn = np.asarray(inspect.draw_detections(picture, found((0.9, 1, (100, 120, 300, 220), 0)), CLASSES))
+    drawn = np.asarray(plots.draw_detections(picture, found((0.9, 1, (100, 120, 300, 220), 0)), CLASSES))
     colour = is_colour(drawn, CLASS_COLOURS[1])
     for x, y in ((100, 170), (300, 170), (200, 220), (290, 120)):  # the middles of the sides, off the label
         assert colour[y - 2 : y + 3, x - 2 : x + 3].any()
@@ -93,9 +94,9 @@ def label_area(drawn: Image.Image, colour: str) -> int:
 @pytest.mark.parametrize("box", [(0, 0, 400, 300), (350, 5, 399, 40), (-50, 250, 20, 340), (390, 290, 400, 300)])
 def test_a_label_stays_inside_the_picture(box: tuple[float, ...]):
     picture = Image.new("RGB", (400, 300))
-    drawn = inspect.draw_detections(picture, found((0.9, 1, box, 0)), CLASSES)
-    reference = inspect.draw_detections(picture, found((0.9, 1, (100, 100, 300, 250), 0)), CLASSES)
-    without = inspect.draw_detections(picture, found((0.9, 1, (100, 100, 300, 250), 0)), ("", "", ""), scores=False)
+    drawn = plots.draw_detections(picture, found((0.9, 1, box, 0)), CLASSES)
+    reference = plots.draw_detections(picture, found((0.9, 1, (100, 100, 300, 250), 0)), CLASSES)
+    without = plots.draw_detections(picture, found((0.9, 1, (100, 100, 300, 250), 0)), ("", "", ""), scores=False)
     whole = label_area(reference, CLASS_COLOURS[1]) - label_area(without, CLASS_COLOURS[1])
     assert whole > 500
     assert label_area(drawn, CLASS_COLOURS[1]) > 0.9 * whole
@@ -103,12 +104,10 @@ def test_a_label_stays_inside_the_picture(box: tuple[float, ...]):
 
 def test_labels_of_one_corner_do_not_hide_each_other():
     picture, box = Image.new("RGB", (400, 300)), (100, 100, 300, 250)
-    both = inspect.draw_detections(picture, found((0.9, 0, box, 0), (0.8, 1, box, 1)), CLASSES)
+    both = plots.draw_detections(picture, found((0.9, 0, box, 0), (0.8, 1, box, 1)), CLASSES)
     for k, colour in enumerate(CLASS_COLOURS[:2]):
-        alone = label_area(inspect.draw_detections(picture, found((0.9, k, box, k)), CLASSES), colour)
-        lines = label_area(
-            inspect.draw_detections(picture, found((0.9, k, box, k)), ("", "", ""), scores=False), colour
-        )
+        alone = label_area(plots.draw_detections(picture, found((0.9, k, box, k)), CLASSES), colour)
+        lines = label_area(plots.draw_detections(picture, found((0.9, k, box, k)), ("", "", ""), scores=False), colour)
         # A label may lie over a bit of the other box's line, and the second box lies wholly under the first.
         assert label_area(both, colour) > 0.8 * (alone - lines) + (0.7 * lines if k == 0 else 0)
 
@@ -130,14 +129,14 @@ def test_stages_stand_side_by_side_with_their_glimpses():
         found((0.9, 1, (112, 121, 151, 171), 7), (0.31, 2, (200, 10, 220, 30), 1), (0.29, 0, (0, 0, 9, 9), 2)),
     ]
     truth = found((1.0, 1, (113, 122, 150, 170), -1))
-    figure = inspect.draw_stages(picture, by_stage, CLASSES, truth, alphas=(2.0, 1.0), threshold=0.3)
+    figure = plots.draw_stages(picture, by_stage, CLASSES, truth, alphas=(2.0, 1.0), threshold=0.3)
     base, first, second, true = figure.axes
     assert [ax.texts[0].get_text() for ax in figure.axes] == ["Base detector", "Stage 1", "Stage 2", "Ground truth"]
-    assert boxes_of(base) == [(inspect.stage_colour(0), "solid", (10, 10, 60, 60))]
+    assert boxes_of(base) == [(plots.stage_colour(0), "solid", (10, 10, 60, 60))]
     # Stage 1 looked at query 7's box of the base detector, twice as large; a score of 0.2 hides a box, not a glimpse.
     (colour, style, region), *solid = boxes_of(first)
-    assert (colour, region) == (inspect.stage_colour(1), (80, 100, 160, 180)) and style != "solid"
-    assert solid == [(inspect.stage_colour(1), "solid", (110, 120, 150, 170))]
+    assert (colour, region) == (plots.stage_colour(1), (80, 100, 160, 180)) and style != "solid"
+    assert solid == [(plots.stage_colour(1), "solid", (110, 120, 150, 170))]
     assert boxes_of(second)[0][2] == (110, 120, 150, 170)
     assert sorted(box for _, _, box in boxes_of(second)[1:]) == [(112, 121, 151, 171), (200, 10, 220, 30)]
     assert boxes_of(true) == [(TRUTH_COLOUR, "solid", (113, 122, 150, 170))]
@@ -146,7 +145,7 @@ def test_stages_stand_side_by_side_with_their_glimpses():
 
 
 def test_a_stage_that_found_nothing_says_so():
-    figure = inspect.draw_stages(
+    figure = plots.draw_stages(
         Image.new("RGB", (50, 40)), [nothing(), found((0.1, 2, (0, 0, 9, 9), 0))], CLASSES, alphas=(1.0,)
     )
     said = [[text.get_text() for text in ax.texts if "nothing" in text.get_text()] for ax in figure.axes]
@@ -155,20 +154,20 @@ def test_a_stage_that_found_nothing_says_so():
 
 
 def test_panels_wrap_into_rows():
-    figure = inspect.draw_stages(Image.new("RGB", (80, 40)), [nothing()] * 4, CLASSES, columns=2)
+    figure = plots.draw_stages(Image.new("RGB", (80, 40)), [nothing()] * 4, CLASSES, columns=2)
     (a, b, c, d) = (ax.get_position() for ax in figure.axes)
     assert a.y0 == b.y0 > c.y0 == d.y0 and a.x0 == c.x0 < b.x0 == d.x0
 
 
 def test_truth_is_that_of_the_annotations():
     scenes = Scenes(3)
-    truth = inspect.ground_truth(scenes, 1)
+    truth = plots.ground_truth(scenes, 1)
     annotations = scenes.coco.imgToAnns[scenes.image_ids[1]]
     corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
     torch.testing.assert_close(truth.boxes_xyxy, torch.tensor(corners).float())
     assert [scenes.category_ids[k] for k in truth.labels.tolist()] == [a["category_id"] for a in annotations]
-    figure = inspect.draw_truth(scenes, [0, 1, 2], columns=2)
-    assert [len(boxes_of(ax)) for ax in figure.axes] == [len(inspect.ground_truth(scenes, i)) for i in range(3)]
+    figure = plots.draw_truth(scenes, [0, 1, 2], columns=2)
+    assert [len(boxes_of(ax)) for ax in figure.axes] == [len(plots.ground_truth(scenes, i)) for i in range(3)]
 
 
 # ------------------------------------------------------------------------------------------------------- curves
@@ -180,16 +179,16 @@ def lines_of(ax: matplotlib.axes.Axes) -> dict[str, list[list[float]]]:
 
 
 def test_curves_hold_the_metrics():
-    total, by_decoder, rate, precision = inspect.plot_curves(METRICS).axes
+    total, by_decoder, rate, precision = plots.plot_curves(METRICS).axes
     assert list(lines_of(total).values()) == [[[1, 10.0], [2, 5.0]]]
     assert list(lines_of(rate).values()) == [[[1, 1e-4], [2, 2e-4]]]
     # Auxiliary layers and proposals are no stage's answer.
     assert lines_of(by_decoder) == {
-        inspect.stage_colour(0): [[1, 3.0], [2, 1.5]],
-        inspect.stage_colour(1): [[1, 0.5], [2, 0.25]],
+        plots.stage_colour(0): [[1, 3.0], [2, 1.5]],
+        plots.stage_colour(1): [[1, 0.5], [2, 0.25]],
     }
     drawn = [line for line in precision.lines if len(line.get_xdata())]
-    assert [to_hex(line.get_color()).upper() for line in drawn] == [inspect.stage_colour(s) for s in (0, 1, 0, 1)]
+    assert [to_hex(line.get_color()).upper() for line in drawn] == [plots.stage_colour(s) for s in (0, 1, 0, 1)]
     assert drawn[0].get_xydata().tolist() == [[1, 1.0], [2, 3.0]]
     assert drawn[1].get_ydata()[0] == 2.0 and math.isnan(drawn[1].get_ydata()[1])
     assert [line.get_ydata()[0] for line in drawn[2:]] == [30.0, 40.0]
@@ -199,28 +198,28 @@ def test_curves_hold_the_metrics():
 
 def test_curves_of_a_run_that_has_not_begun():
     for metrics in ([], METRICS[:1], METRICS[2:3]):
-        assert len(inspect.plot_curves(metrics).axes) == 4
+        assert len(plots.plot_curves(metrics).axes) == 4
 
 
 def test_bars_hold_the_figures_of_each_stage():
-    (ax,) = inspect.plot_ap_by_stage(evaluation("val", 1, 20.0, 30.0), "two stages").axes
+    (ax,) = plots.plot_ap_by_stage(evaluation("val", 1, 20.0, 30.0), "two stages").axes
     heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
     assert [row[:2] for row in heights] == [[20.0, 50.0], [30.0, 51.0]]
     assert all(math.isnan(row[2]) for row in heights), "what could not be measured is no zero"
     assert [to_hex(bars[0].get_facecolor()).upper() for bars in ax.containers] == [
-        inspect.stage_colour(s) for s in (0, 1)
+        plots.stage_colour(s) for s in (0, 1)
     ]
 
 
 def test_the_table_says_what_could_not_be_measured():
-    head, base, stage = inspect.table_by_stage(evaluation("val", 1, 20.04, None)).splitlines()
+    head, base, stage = table_by_stage(evaluation("val", 1, 20.04, None)).splitlines()
     assert head.split() == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
     assert base.split() == ["base", "detector", "20.0", "50.0", "-", "1.0", "2.0", "3.0"]
     assert stage.split() == ["stage", "1", "-", "51.0", "-", "1.0", "2.0", "3.0"]
 
 
 def test_stages_have_colours_of_their_own():
-    assert len({inspect.stage_colour(stage) for stage in range(6)} | {TRUTH_COLOUR}) == 7
+    assert len({plots.stage_colour(stage) for stage in range(6)} | {TRUTH_COLOUR}) == 7
 
 
 # -------------------------------------------------------------------------------------------- files and models
@@ -229,11 +228,9 @@ def test_stages_have_colours_of_their_own():
 def test_the_same_figure_gives_the_same_bytes_and_leaves_nothing_behind(tmp_path: Path):
     before = dict(matplotlib.rcParams)
     for name in ("first", "second"):
-        inspect.save_figure(inspect.plot_curves(METRICS), tmp_path / f"{name}.png")
+        plots.save_figure(plots.plot_curves(METRICS), tmp_path / f"{name}.png")
         by_stage = [found((0.6, 0, (10, 10, 60, 60), 3))]
-        inspect.save_figure(
-            inspect.draw_stages(Image.new("RGB", (80, 70)), by_stage, CLASSES), tmp_path / f"{name}_s.png"
-        )
+        plots.save_figure(plots.draw_stages(Image.new("RGB", (80, 70)), by_stage, CLASSES), tmp_path / f"{name}_s.png")
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
     assert (tmp_path / "first_s.png").read_bytes() == (tmp_path / "second_s.png").read_bytes()
     assert dict(matplotlib.rcParams) == before and not plt.get_fignums()
@@ -272,7 +269,7 @@ def test_each_stage_is_what_detection_with_so_many_stages_gives(model: torch.nn.
 def test_a_run_is_drawn_into_its_folder(model: torch.nn.Module, tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS[:4]))
     datasets = {"val": Scenes(3, split="val"), "train": Scenes(2)}
-    files = inspect.draw_run(tmp_path, model, datasets, pictures=2)
+    files = plots.draw_run(tmp_path, model, datasets, pictures=2)
     names = ["curves", "ap_val", "stages_val_1", "stages_val_2", "stages_train_1", "stages_train_2"]
     assert [file.relative_to(tmp_path).as_posix() for file in files] == [f"figures/{name}.png" for name in names]
     for file in files:
@@ -290,19 +287,17 @@ ODD = ("cost $5 & $6", "a_b^c $x", "<b>bold</b>", "$\\nosuch{$", "two\nlines", "
 def test_names_are_drawn_as_they_are(name: str) -> None:
     """A pair of $ is no formula, and what would be a broken formula is no error."""
     objects = found((0.5, 0, (5, 5, 60, 60), 0))
-    figure = inspect.draw_stages(Image.new("RGB", (200, 100)), [objects, objects], (name,), alphas=(1.0,))
+    figure = plots.draw_stages(Image.new("RGB", (200, 100)), [objects, objects], (name,), alphas=(1.0,))
     figure.canvas.draw()
     texts = [text for ax in figure.axes for text in ax.texts if text.get_text() == f"{name} 0.50"]
     assert len(texts) == 2 and not any(text.get_parse_math() for text in texts)
-    assert inspect.draw_detections(Image.new("RGB", (200, 100)), objects, (name,)).size == (200, 100)
+    assert plots.draw_detections(Image.new("RGB", (200, 100)), objects, (name,)).size == (200, 100)
     assert as_is()["fontfamily"][:1] == matplotlib.rcParams["font.family"][:1]
 
 
 def test_a_name_of_two_lines_stays_in_the_picture() -> None:
     black, whole = Image.new("RGB", (200, 120)), found((0.5, 0, (0, 0, 200, 120), 0))
-    one, two = (
-        label_area(inspect.draw_detections(black, whole, (name,)), CLASS_COLOURS[0]) for name in ("ab", "ab\nab")
-    )
+    one, two = (label_area(plots.draw_detections(black, whole, (name,)), CLASS_COLOURS[0]) for name in ("ab", "ab\nab"))
     assert two > 1.3 * one, "both lines are seen"
 
 
@@ -311,17 +306,17 @@ def test_chinese_is_asked_for_where_there_is_a_font(monkeypatch: pytest.MonkeyPa
         name = "Noto Sans CJK JP"
 
     monkeypatch.setattr("matplotlib.font_manager.fontManager.ttflist", [Font])
-    words._further_fonts.cache_clear()
+    text._further_fonts.cache_clear()
     assert as_is()["fontfamily"] == [*matplotlib.rcParams["font.family"], "Noto Sans CJK JP"]
-    words._further_fonts.cache_clear()
+    text._further_fonts.cache_clear()
 
 
 def test_names_in_a_legend() -> None:
     figure, ax = plt.subplots()
     for name in ODD:
-        ax.plot([0, 1], [0, 1], label=words.label_as_is(name))
+        ax.plot([0, 1], [0, 1], label=text.label_as_is(name))
     legend = figure.legend(*ax.get_legend_handles_labels())
-    words.legend_as_is(legend)
+    text.legend_as_is(legend)
     figure.canvas.draw()
     assert [text.get_text().strip("\u2060") for text in legend.get_texts()] == list(ODD)
     assert not any(text.get_parse_math() for text in legend.get_texts())

@@ -9,8 +9,8 @@ from torch import nn
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from regolite.glimpse import FeatureContext, GlimpseHead, choose_level, cut_glimpses
-from regolite.structures import FeatureMap
+from regolite.models.glimpse import FeatureContext, GlimpseHead, choose_level, cut_glimpses
+from regolite.types import FeatureMap
 
 STRIDES = (4, 8, 16, 32)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

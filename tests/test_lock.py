@@ -20,13 +20,14 @@ import psutil
 import pytest
 from small_runs import SMALL_RUN
 
-from regolite import RunConfig, UserError, lock, train
+from regolite import RunConfig, UserError, train
 from regolite.data import fetch, prepare
-from regolite.experiments import queue
-from regolite.lock import NAME, locked
-from regolite.signals import RunStopped
+from regolite.paper import queue
 from regolite.training import loop
 from regolite.training.folder import RunFolder
+from regolite.utils import lock
+from regolite.utils.interrupts import RunStopped
+from regolite.utils.lock import NAME, locked
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ CONFIG = replace(SMALL_RUN, data="scenes:4:val=1:size=64", epochs=2)
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    monkeypatch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
     monkeypatch.setattr(loop, "_evaluate", lambda *args: None)
     return replace(CONFIG, output=str(tmp_path / "run"))
 

@@ -7,7 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from regolite.losses import LossConfig, SetLoss
-from regolite.structures import DetectorOutput, FeatureMap, Prediction, Target
+from regolite.types import DetectorOutput, FeatureMap, Prediction, Target
 
 CLASSES = 4
 SCORINGS = ("softmax", "sigmoid")

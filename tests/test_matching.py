@@ -11,7 +11,7 @@ from torchvision.ops import generalized_box_iou
 from regolite.boxes import to_xyxy
 from regolite.errors import UserError
 from regolite.matching import Matches, MatchingCosts, NonFinitePrediction, PaddedTargets, match, matching_cost
-from regolite.structures import Prediction, Target
+from regolite.types import Prediction, Target
 
 CLASSES = 5
 SCORINGS = ("softmax", "sigmoid")

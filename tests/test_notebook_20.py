@@ -18,9 +18,9 @@ import pytest
 from small_models import unchecked
 
 from regolite.errors import UserError
-from regolite.fields import fits
 from regolite.training import RunConfig
-from regolite.training.parameters import read_parameters
+from regolite.training.notebook_parameters import read_parameters
+from regolite.utils.validation import fits
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "20_train_coco.ipynb"

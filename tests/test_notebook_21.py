@@ -20,10 +20,11 @@ from small_models import unchecked
 import regolite
 from regolite.checkpoint import save_model
 from regolite.errors import UserError
-from regolite.evaluation import COLUMNS, PUBLISHED, EvaluationConfig, published_rows
+from regolite.evaluation import EvaluationConfig
 from regolite.evaluation.complexity import TABLE_1
-from regolite.fields import fits
-from regolite.training.parameters import read_parameters
+from regolite.paper.table1 import COLUMNS, PUBLISHED, published_rows
+from regolite.training.notebook_parameters import read_parameters
+from regolite.utils.validation import fits
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "21_evaluate_coco.ipynb"
@@ -159,7 +160,7 @@ def test_papermill_refuses_a_checkpoint_of_other_categories(checkpoint: Path, tm
 
 class TestPublishedRows:
     def test_presets_exist_and_are_those_of_table_1(self):
-        assert set(PUBLISHED) == set(TABLE_1) <= set(regolite.presets())
+        assert set(PUBLISHED) == set(TABLE_1) <= set(regolite.models.presets())
 
     def test_every_row_is_plausible(self):
         for rows in PUBLISHED.values():

@@ -16,12 +16,12 @@ import nbformat
 import papermill
 import pytest
 from small_models import unchecked
-from test_runs import BASE, REGO, append, write_run
+from test_run_comparison import BASE, REGO, append, write_run
 
 from regolite.errors import UserError
-from regolite.fields import fits
-from regolite.training.parameters import read_parameters
-from regolite.training.runs import Comparison
+from regolite.evaluation.run_comparison import Comparison
+from regolite.training.notebook_parameters import read_parameters
+from regolite.utils.validation import fits
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "22_compare_runs.ipynb"

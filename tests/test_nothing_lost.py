@@ -29,11 +29,11 @@ from small_runs import SMALL_RUN
 
 from regolite import UserError, build, cli, train
 from regolite.data import Scenes, make_transform
-from regolite.signals import RunStopped, StopSignals, leave_signals_to_parent, stop
 from regolite.training import NonFiniteLoss, folder, loop
 from regolite.training.batches import TRIES, SeededItems
 from regolite.training.folder import RunFolder
 from regolite.training.metrics import MEASURED
+from regolite.utils.interrupts import RunStopped, StopSignals, leave_signals_to_parent, stop
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
@@ -42,7 +42,7 @@ CONFIG = replace(SMALL_RUN, epochs=STEPS // 3, lr=1e-3, schedule="one_cycle", ev
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
-    monkeypatch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def config(tmp_path):
 def whole(tmp_path_factory):
     """A run that nothing has interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+        patch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
         return train(replace(CONFIG, output=str(tmp_path_factory.mktemp("whole"))))
 
 
@@ -216,7 +216,7 @@ def test_a_signal_in_the_last_step(config, whole, step):
 
 
 def test_a_second_ctrl_c_leaves_at_once(config, monkeypatch):
-    monkeypatch.setattr("regolite.signals.ONE", 0.0)
+    monkeypatch.setattr("regolite.utils.interrupts.ONE", 0.0)
 
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -238,7 +238,7 @@ def test_what_a_launcher_passes_on_is_no_second_ctrl_c(monkeypatch):
         for signum in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), signum)
         assert signals.asked == signal.SIGINT
-        monkeypatch.setattr("regolite.signals.ONE", 0.0)
+        monkeypatch.setattr("regolite.utils.interrupts.ONE", 0.0)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -425,7 +425,7 @@ def test_full_disk_for_a_while(config, whole, monkeypatch, capsys, name):
         write(path, data)
 
     monkeypatch.setattr(folder, "write_atomic", scarce)
-    monkeypatch.setattr("regolite.checkpoint.write_atomic", scarce)
+    monkeypatch.setattr("regolite.utils.files.write_atomic", scarce)
 
     def watch(line):
         if line["kind"] == "train":
@@ -683,7 +683,7 @@ def test_a_line_of_pixels_is_trained_on(data):
 
 def test_figures_of_a_run_leave_broken_images_out(data, tmp_path):
     from regolite.data import open_data
-    from regolite.inspect.figures import draw_run
+    from regolite.plots.run import draw_run
 
     break_picture(data, 1)
     (tmp_path / "metrics.jsonl").touch()

@@ -19,9 +19,9 @@ import pytest
 from small_runs import SMALL_RUN
 
 from regolite import UserError, train
-from regolite.signals import RunStopped, StopSignals
 from regolite.training import launch
 from regolite.training.folder import RunFolder
+from regolite.utils.interrupts import RunStopped, StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = replace(SMALL_RUN, epochs=100)
@@ -163,9 +163,9 @@ def launch_module():
 
 
 def test_a_parent_that_ends_is_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-    monkeypatch.setattr("regolite.signals.POLL", 0.01)
+    monkeypatch.setattr("regolite.utils.interrupts.POLL", 0.01)
     real, steps = os.getppid(), []
 
     def watch(line: dict) -> None:

@@ -7,17 +7,18 @@ import pytest
 import torch
 from small_models import CLASSES, batch, unchecked
 
-from regolite.anchor_detr import AnchorDetr
-from regolite.backbone import Backbone
-from regolite.baselines import BaselineConfig
-from regolite.conditional_detr import ConditionalDetr
-from regolite.deformable_detr import DeformableDetr
-from regolite.detr import Detr
 from regolite.errors import UserError
 from regolite.losses import LossConfig
-from regolite.presets import ModelConfig, build, configure, presets
-from regolite.rego import Rego
-from regolite.smca import Smca
+from regolite.models.anchor_detr import AnchorDetr
+from regolite.models.backbone import Backbone
+from regolite.models.baselines import BaselineConfig
+from regolite.models.conditional_detr import ConditionalDetr
+from regolite.models.config import ModelConfig
+from regolite.models.deformable_detr import DeformableDetr
+from regolite.models.detr import Detr
+from regolite.models.presets import build, configure, presets
+from regolite.models.rego import Rego
+from regolite.models.smca import Smca
 
 # Counted in the authors' own code, with COCO's 91 columns.
 PUBLISHED = {

@@ -23,20 +23,13 @@ from regolite.cli import main
 from regolite.data import make_transform, open_data
 from regolite.errors import UserError
 from regolite.evaluation.complexity import TABLE_1
-from regolite.presets import ModelConfig, configure, presets
-from regolite.structures import ImageBatch
+from regolite.models.config import ModelConfig
+from regolite.models.presets import configure, presets
+from regolite.paper.estimates import LARGEST_PICTURE, MEAN_PICTURE, PICTURES, TFLOPS, V100_HOURS, estimate, kept_bytes
+from regolite.paper.recipes import RECIPES, as_text, assumptions, recipe, rows
 from regolite.training import RunConfig
-from regolite.training.estimates import (
-    LARGEST_PICTURE,
-    MEAN_PICTURE,
-    PICTURES,
-    TFLOPS,
-    V100_HOURS,
-    estimate,
-    kept_bytes,
-)
-from regolite.training.recipes import RECIPES, as_text, assumptions, recipe, rows
 from regolite.training.schedule import lr_factor, parameter_groups
+from regolite.types import ImageBatch
 
 ROOT = Path(__file__).resolve().parent.parent
 every_recipe = pytest.mark.parametrize("name", RECIPES)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import regolite
 from regolite import Rego, Trace, UserError, record
 from regolite.boxes import to_pixels
-from regolite.detection import detections_by_stage
-from regolite.glimpse import choose_level, cut_glimpses
-from regolite.inspect.trace import Frame
-from regolite.presets import configure
+from regolite.inference import detections_by_stage
+from regolite.models.glimpse import choose_level, cut_glimpses
+from regolite.models.presets import configure
+from regolite.tracing.trace import Frame
 
 MEAN_COLOUR = (124, 116, 104)  # nearly zero once normalised, as padding is
 
@@ -199,13 +199,13 @@ def test_weights_of_smca_mix_the_values_to_what_the_layer_adds(images):
 @pytest.mark.parametrize("name", ["deformable", "two_stage", "rego_refined"])
 def test_sampling_points_are_those_that_were_read(name, images, monkeypatch):
     model, read = MODELS[name](), []
-    original = regolite.deformable.sample_and_mix
+    original = regolite.models.deformable_attention.sample_and_mix
 
     def spy(values, shapes, locations, weights):
         read.append((shapes, locations, weights))
         return original(values, shapes, locations, weights)
 
-    monkeypatch.setattr("regolite.deformable.sample_and_mix", spy)
+    monkeypatch.setattr("regolite.models.deformable_attention.sample_and_mix", spy)
     with record(model) as trace, torch.inference_mode():
         model(images)
     names = ["encoder.0", "encoder.1", "decoder.0.cross", "decoder.1.cross"]
@@ -225,7 +225,7 @@ def test_glimpses_are_those_that_were_cut_and_their_levels_too(form, images, mon
         cut.append(([f.stride for f in features], boxes))
         return cut_glimpses(features, boxes)
 
-    monkeypatch.setattr("regolite.rego.cut_glimpses", spy)
+    monkeypatch.setattr("regolite.models.rego.cut_glimpses", spy)
     with record(model) as trace, torch.no_grad():
         model(images)
     for number, (strides, boxes) in enumerate(cut, start=1):

@@ -23,14 +23,14 @@ from small_models import (
 from torch import nn
 from torchvision.ops import MultiScaleRoIAlign
 
-import regolite.rego
-from regolite.backbone import Backbone
+import regolite.models.rego
 from regolite.boxes import to_pixels
 from regolite.data import batch_pictures
 from regolite.errors import UserError
 from regolite.losses import LossConfig, SetLoss
-from regolite.rego import Rego, RegoConfig
-from regolite.structures import Target
+from regolite.models.backbone import Backbone
+from regolite.models.rego import Rego, RegoConfig
+from regolite.types import Target
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -261,13 +261,13 @@ def test_at_the_start_the_stages_keep_the_boxes():
 
 def seen_regions(model, images, monkeypatch):
     """What is cut in each stage: corners in pixels, and the maps' masks."""
-    cut, regions = regolite.rego.cut_glimpses, []
+    cut, regions = regolite.models.rego.cut_glimpses, []
 
     def spy(features, boxes):
         regions.append((boxes.detach().clone(), [f.mask for f in features]))
         return cut(features, boxes)
 
-    monkeypatch.setattr(regolite.rego, "cut_glimpses", spy)
+    monkeypatch.setattr(regolite.models.rego, "cut_glimpses", spy)
     with torch.no_grad():
         output = model(images)
     return output, regions

@@ -15,9 +15,9 @@ from regolite.data import Scenes, collate, open_data
 from regolite.data.scenes import CLASSES, Scene, Thing
 from regolite.evaluation.relations import interval, relation_cases, relation_score, stand_for, summary
 from regolite.evaluation.removal import removal, swapped, without
-from regolite.inspect.trace import AttentionMap, Boxes, Frame
-from regolite.presets import configure
-from regolite.structures import DetectorOutput, FeatureMap, Prediction, Target
+from regolite.models.presets import configure
+from regolite.tracing.trace import AttentionMap, Boxes, Frame
+from regolite.types import DetectorOutput, FeatureMap, Prediction, Target
 
 HEADS = 2
 FRAME = Frame((100, 100), torch.tensor([[100, 100]]), torch.tensor([[100, 100]]))

@@ -34,7 +34,7 @@ CONFIG = RunConfig(
 @pytest.fixture(autouse=True)
 def without_images(monkeypatch):
     """Neither figures nor AP matter here."""
-    monkeypatch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
     monkeypatch.setattr(loop, "_evaluate", lambda *args: None)
 
 
@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
     Scenes(4, size=64).write(place / "data")
     Scenes(2, size=64, split="val").write(place / "data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+        patch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
         patch.setattr(loop, "_evaluate", lambda *args: None)
         train(replace(CONFIG, data=str(place / "data"), output=str(place / "run")))
     return place

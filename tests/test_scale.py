@@ -15,16 +15,17 @@ import torch
 from safetensors.torch import load_file
 from small_models import CLASSES, DETECTORS, batch, unchecked
 
-from regolite import Rego, RunConfig, UserError, build, evaluate, processes, train
+from regolite import Rego, RunConfig, UserError, build, evaluate, train
 from regolite.data import open_data
 from regolite.evaluation import detect_all
 from regolite.losses import LossConfig, SetLoss
-from regolite.structures import DetectorOutput, Prediction, Target
 from regolite.training import launch, loop
+from regolite.training.activation_checkpointing import keep, recompute
 from regolite.training.batches import EpochBatches, loader, steps
-from regolite.training.launch import from_slurm
+from regolite.training.environment import from_slurm
 from regolite.training.metrics import MEASURED, Window, peak_memory, timed
-from regolite.training.recompute import keep, recompute
+from regolite.types import DetectorOutput, Prediction, Target
+from regolite.utils import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -49,7 +50,7 @@ CONFIG = RunConfig(
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
-    monkeypatch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def config(tmp_path):
 def alone(tmp_path_factory):
     """The run of 20 steps in one process, each batch in one part."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+        patch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
         return train(replace(CONFIG, output=str(tmp_path_factory.mktemp("alone"))))
 
 
@@ -204,11 +205,11 @@ def test_shared_evaluation_loses_and_doubles_nothing(monkeypatch, pictures, coun
     assert {line["image_id"] for line in wanted[0]} == set(data.image_ids)
 
     shares = []
-    monkeypatch.setattr(processes, "count", lambda: count)
+    monkeypatch.setattr(distributed, "count", lambda: count)
     for rank in reversed(range(count)):  # the first process last, when the others have told what they have
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(
-            processes, "gather", lambda own, rank=rank: shares.insert(0, own) or (shares if not rank else [])
+            distributed, "gather", lambda own, rank=rank: shares.insert(0, own) or (shares if not rank else [])
         )
         found = detect_all(model, data, progress=False)
         assert rank == 0 or found == []
@@ -454,7 +455,9 @@ def test_processes_say_what_is_wrong(config):
 
 
 def test_evaluation_outside_of_a_run_is_that_of_one_process():
-    assert (processes.count(), processes.rank()) == (1, 0)
-    assert processes.total(1, 2.5) == [1.0, 2.5] and processes.gather("a") == ["a"] and processes.from_first(3) == 3
+    assert (distributed.count(), distributed.rank()) == (1, 0)
+    assert (
+        distributed.total(1, 2.5) == [1.0, 2.5] and distributed.gather("a") == ["a"] and distributed.from_first(3) == 3
+    )
     model = little_rego()
     assert evaluate(model, open_data("scenes:1:val=3:size=64", "val"), progress=False)["images"] == 3

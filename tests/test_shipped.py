@@ -10,8 +10,8 @@ import regolite
 from regolite.checkpoint import EVERYDAY
 from regolite.data import CocoFolder, make_transform, open_data
 from regolite.evaluation import with_shared_classes
-from regolite.experiments.statistics import read_results
-from regolite.experiments.table import PROTOCOL, TEST
+from regolite.paper.experiments import PROTOCOL, TEST
+from regolite.paper.statistics import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "data" / "checkpoints" / "rego_deformable_detr_tiny.safetensors"

@@ -10,18 +10,17 @@ import torch.nn.functional as F
 from small_models import CLASSES, batch, pictures, shake, small_resnet, smca, unchecked, with_stub
 from torch import nn
 
-from regolite import published
 from regolite.data import Scenes, batch_pictures, collate
 from regolite.errors import UserError
+from regolite.interop import smca as table
+from regolite.interop.keys import from_theirs, to_theirs
 from regolite.losses import LossConfig, SetLoss
-from regolite.positions import sine_positions
-from regolite.presets import build, configure
-from regolite.published import smca as table
-from regolite.published.keys import from_theirs, to_theirs
-from regolite.rego import Rego
-from regolite.smca import SmcaConfig, SmcaDecoderLayer, by_level, log_gaussian
-from regolite.structures import Memory
-from regolite.transformer import MLP, Decoder
+from regolite.models.positions import sine_positions
+from regolite.models.presets import build, configure
+from regolite.models.rego import Rego
+from regolite.models.smca import SmcaConfig, SmcaDecoderLayer, by_level, log_gaussian
+from regolite.models.transformer import MLP, Decoder
+from regolite.types import Memory
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -284,36 +283,36 @@ def test_published_weights_load(monkeypatch):
     named = {k.removeprefix(prefix): tuple(v.shape) for k, v in weights.items() if k.startswith(prefix)}
     assert named == THEIR_LAYER
     loaded, images = (
-        published.load({"model": weights, "args": {"smooth": 6, "dropout": 0.2}}),
+        interop.load({"model": weights, "args": {"smooth": 6, "dropout": 0.2}}),
         batch((64, 96), (96, 64)),
     )
     assert loaded.model_config.detector == replace(model.model_config.detector, dropout=0.2)
     assert (loaded.columns, loaded.model_config.classes[90:]) == (92, ("toothbrush", "N/A"))
     one, other = model(images).final, loaded(images).final
     assert torch.equal(one.logits, other.logits) and torch.equal(one.boxes, other.boxes)
-    assert published.load(weights, "smca", num_classes=3).columns == 3
+    assert interop.load(weights, "smca", num_classes=3).columns == 3
 
 
 def test_weights_of_another_smca_are_refused(monkeypatch):
     _, weights = theirs(monkeypatch)
     prefix = "transformer.decoder.layers.0."
     with pytest.raises(UserError, match="multi-scale SMCA with an encoder of convolutions"):
-        published.load(weights | {f"{prefix}point4.weight": torch.zeros(4, 32)})
+        interop.load(weights | {f"{prefix}point4.weight": torch.zeros(4, 32)})
     with pytest.raises(UserError, match="not two scales for each head; give a model of --dynamic_scale type3"):
-        published.load(weights | {f"{prefix}point3.bias": torch.zeros(4)})
+        interop.load(weights | {f"{prefix}point3.bias": torch.zeros(4)})
     with pytest.raises(UserError, match="dilated"):
-        published.load({"model": weights, "args": {"dilation": True}})
+        interop.load({"model": weights, "args": {"dilation": True}})
     del weights["transformer.decoder.layers.1.point2.bias"]
     with pytest.raises(UserError, match=r"1 missing \(transformer.decoder.layers.1.point2.bias\)"):
-        published.load(weights)
+        interop.load(weights)
 
 
 def test_the_way_back_is_for_what_the_authors_code_can_build():
     with torch.device("meta"):
-        assert "input_proj.weight" in published.state_dict(build("smca_single_scale_r50", 91, weights=None))
+        assert "input_proj.weight" in interop.state_dict(build("smca_single_scale_r50", 91, weights=None))
         for name, changes in (("smca_r50", {}), ("smca_single_scale_r50", {"heads": 4})):
             with pytest.raises(UserError, match=f"{name}, as configured, can't run in published code"):
-                published.state_dict(build(name, 91, weights=None, **changes))
+                interop.state_dict(build(name, 91, weights=None, **changes))
 
 
 def count(name, columns, trained=False):

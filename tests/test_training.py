@@ -43,7 +43,7 @@ CONFIG = RunConfig(
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """The figures of a run have tests of their own, and take longer than these runs."""
-    monkeypatch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_mixed_precision_may_change_from_run_to_run(config, precision):
 def whole(tmp_path_factory):
     """A run of three epochs, nine steps, that nothing interrupts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+        patch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
         return train(replace(CONFIG, output=str(tmp_path_factory.mktemp("whole")), evaluate_every=1, log_every=2))
 
 
@@ -316,7 +316,7 @@ def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch, cause):
     assert all(v.isfinite().all() for v in state["model"].values())
     assert all(v.isfinite().all() for v in load_file(folder.path / "model.safetensors").values())
     monkeypatch.undo()
-    monkeypatch.setattr("regolite.inspect.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
     assert len(losses(train(config(resume=True)))) == 9
 
 
@@ -365,7 +365,7 @@ def test_figures_that_cannot_be_drawn_are_no_failure(config, monkeypatch, capsys
     def fail(*args, **kwargs):
         raise ValueError("Expected \\frac, found '$'\nmore of it")
 
-    monkeypatch.setattr("regolite.inspect.draw_run", fail)
+    monkeypatch.setattr("regolite.plots.draw_run", fail)
     folder = train(config(epochs=1))
     said = "warning: the run is done, and its figures cannot be drawn (Expected \\frac, found '$')"
     assert said in capsys.readouterr().out

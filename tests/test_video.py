@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regolite.data.video import Frame, VideoWriter, read_video
 from regolite.errors import UserError
-from regolite.video import Frame, VideoWriter, read_video
 
 
 def halves(width=64, height=48):

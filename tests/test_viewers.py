@@ -16,15 +16,15 @@ from test_recorder import planted, spot_picture, with_rego
 import regolite
 from regolite import Trace, UserError, record
 from regolite.data import Scenes
-from regolite.inspect import canvas
-from regolite.inspect.asking import predictions
-from regolite.inspect.gallery import KEPT, Gallery, Message
-from regolite.inspect.looking import as_attention
-from regolite.inspect.stages import related
-from regolite.inspect.trace import Sampling
-from regolite.inspect.viewer import ALL
-from regolite.inspect.viewers import AttentionViewer, Explorer, RelationViewer, SamplingViewer, StageViewer
-from regolite.presets import configure
+from regolite.models.presets import configure
+from regolite.plots.attention import as_attention
+from regolite.plots.selection import predictions
+from regolite.plots.stages import related
+from regolite.tracing.trace import Sampling
+from regolite.viewers import canvas
+from regolite.viewers.base import ALL
+from regolite.viewers.explorer import AttentionViewer, Explorer, RelationViewer, SamplingViewer, StageViewer
+from regolite.viewers.gallery import KEPT, Gallery, Message
 
 VIEWERS = (AttentionViewer, SamplingViewer, StageViewer, RelationViewer)
 
@@ -272,7 +272,7 @@ def test_every_control_has_a_label_and_changes_what_is_shown(kind, deformable):
 
 def test_a_changed_control_computes_nothing(deformable, monkeypatch):
     viewer = AttentionViewer(deformable, [picture_of()])
-    monkeypatch.setattr("regolite.inspect.gallery.detect", lambda *_: pytest.fail("the model ran again"))
+    monkeypatch.setattr("regolite.viewers.gallery.detect", lambda *_: pytest.fail("the model ran again"))
     viewer.layer.value, viewer.head.value, viewer.canvas.clicked = 0, 1, [3.0, 4.0]
     assert viewer.settings["head"] == 1
 
@@ -391,7 +391,7 @@ def test_progress_is_said_while_a_picture_is_computed(plain, monkeypatch):
     gallery = Gallery(plain, [picture_of(), picture_of(seed=1)])
     said = []
     monkeypatch.setattr(
-        "regolite.inspect.gallery.detect", lambda *given: said.append(gallery.message.text) or regolite.detect(*given)
+        "regolite.viewers.gallery.detect", lambda *given: said.append(gallery.message.text) or regolite.detect(*given)
     )
     gallery.chooser.value = 1
     assert said == ["computing picture 2 ..."] and gallery.message.text == ""
@@ -500,7 +500,7 @@ def test_the_canvas_can_be_used_by_keyboard_and_heard():
 def test_heat_is_coloured_as_in_the_figures():
     from matplotlib.colors import to_rgba
 
-    from regolite.inspect.drawing import HEAT
+    from regolite.plots.drawing import HEAT
 
     stops = re.search(r"const HEAT = (\[\[.*?\]\]);", canvas.PictureCanvas._esm).group(1)
     for place, stop in zip((0.0, 0.5, 1.0), json.loads(stops), strict=True):

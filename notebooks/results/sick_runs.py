@@ -16,10 +16,11 @@ from torch.nn.utils import clip_grad_norm_
 
 import regolite
 from regolite.boxes import to_xyxy
-from regolite.checkpoint import EVERYDAY, load_weights
+from regolite.checkpoint import EVERYDAY
+from regolite.loading import load_weights
 from regolite.data import collate, make_transform, open_data
-from regolite.detection import to_detections
-from regolite.evaluation.coco import average_precision, to_results
+from regolite.inference import to_detections
+from regolite.evaluation.coco import average_precision
 from regolite.losses import SetLoss
 from regolite.training.schedule import lr_factor, parameter_groups
 
@@ -52,7 +53,7 @@ def measure(model, images, targets, dataset):
     sizes, by_stage = torch.tensor([target.size for target in targets]), []
     for prediction in output.by_stage:
         found = zip(to_detections(prediction, sizes, model.scoring), targets)
-        results = [line for f, t in found for line in to_results(f, t.image_id, dataset.category_ids)]
+        results = [line for f, t in found for line in f.to_coco(t.image_id, dataset.category_ids)]
         by_stage.append(round(average_precision(truth, results)["AP"], 2))
     return by_stage
 

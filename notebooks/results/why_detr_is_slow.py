@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 import regolite
-from regolite.attention import MultiHeadAttention
+from regolite.models.attention import MultiHeadAttention
 from regolite.boxes import box_iou, to_xyxy
 from regolite.data import DetectionDataset, collate, make_transform, open_data
-from regolite.detection import to_detections
-from regolite.evaluation.coco import average_precision, to_results
+from regolite.inference import to_detections
+from regolite.evaluation.coco import average_precision
 from regolite.losses import SetLoss
 from regolite.matching import Matches, PaddedTargets, match
-from regolite.rego import Rego
-from regolite.structures import DetectorOutput, FeatureMap, ImageBatch, Prediction, Target
+from regolite.models.rego import Rego
+from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction, Target
 from regolite.training.config import RunConfig
 from regolite.training.schedule import lr_factor, parameter_groups
 
@@ -183,7 +183,7 @@ def precision(model: nn.Module, pictures: Pictures, count: int) -> list[dict[str
     for prediction in output.by_stage:
         found = to_detections(prediction, sizes, model.scoring)
         results = [
-            line for d, t in zip(found, targets) for line in to_results(d, t.image_id, pictures.dataset.category_ids)
+            line for d, t in zip(found, targets) for line in d.to_coco(t.image_id, pictures.dataset.category_ids)
         ]
         measured = average_precision(truth, results)
         figures.append({name: round(measured[name] or 0.0, 2) for name in ("AP", "AP50")})

@@ -29,7 +29,7 @@ from pycocotools import mask
 from regolite.data.dataset import DetectionDataset, Objects
 from regolite.data.images import read_image
 from regolite.errors import UserError
-from regolite.fields import whole
+from regolite.utils.validation import whole
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LONGEST = 1e6  # pixels: no image is wider or higher, so a box that says so is a mistake

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regolite.structures import ImageBatch, Target
+from regolite.types import ImageBatch, Target
 
 
 def batch_pictures(pictures: Sequence[Float[Tensor, "3 _h _w"]], multiple: int = 1) -> ImageBatch:

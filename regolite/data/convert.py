@@ -26,7 +26,7 @@ from regolite.data.coco import outline_box
 from regolite.data.exports import Labeled, read_export
 from regolite.data.images import orientation_of, read_image
 from regolite.errors import UserError
-from regolite.fields import fits, plain, shown, whole
+from regolite.utils.validation import fits, plain, shown, whole
 
 MOST_BAD = 0.1  # share of the annotations that may be unusable: with more, something is wrong with the whole export
 

@@ -29,7 +29,7 @@ from regolite.data.coco import (
 )
 from regolite.data.images import SUFFIXES
 from regolite.errors import UserError
-from regolite.fields import shown
+from regolite.utils.validation import shown
 
 NO_LABELS = {"classes", "notes", "README.dataset", "README.roboflow"}  # text files that exports put beside the labels
 MOST_FRACTION = 2.0  # a box of YOLO's may reach out of its image, but with larger numbers it is one in pixels

@@ -28,12 +28,12 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from regolite.checkpoint import write_atomic
 from regolite.data import prepare
 from regolite.data.images import read_image
 from regolite.errors import UserError
-from regolite.lock import locked
-from regolite.progress import Status, track
+from regolite.utils.files import write_atomic
+from regolite.utils.lock import locked
+from regolite.utils.progress import Status, track
 
 MIRROR = "https://raw.githubusercontent.com"
 SPLITS = ("train", "val", "test")

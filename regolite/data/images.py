@@ -40,7 +40,7 @@ SUFFIXES = {
 }  # fmt: skip
 """Endings of the files that a folder or a pattern offers as images."""
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-"""Endings of videos, which :mod:`regolite.video` reads."""
+"""Endings of videos, which :mod:`regolite.data.video` reads."""
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | bytes | bytearray | memoryview
 """Whatever :func:`read_image` reads."""
@@ -245,7 +245,7 @@ def check_path(source: str | os.PathLike[str]) -> None:
     if not os.path.isfile(text):
         raise UserError(f"image {text} does not exist: check the path")
     if Path(text).suffix.lower() in VIDEO_SUFFIXES:
-        raise UserError(f"{text} is a video: `regolite detect` takes it, and regolite.video.read_video its frames")
+        raise UserError(f"{text} is a video: `regolite detect` takes it, and regolite.data.video.read_video its frames")
 
 
 def check_image(source: ImageSource) -> None:

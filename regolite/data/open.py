@@ -11,7 +11,7 @@ from regolite.data.dataset import DetectionDataset
 from regolite.data.scenes import Scenes
 from regolite.data.views import Joined
 from regolite.errors import UserError
-from regolite.fields import whole
+from regolite.utils.validation import whole
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "val": int,

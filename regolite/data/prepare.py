@@ -48,8 +48,8 @@ from regolite.data.coco import (
 )
 from regolite.data.images import read_image
 from regolite.errors import UserError
-from regolite.lock import locked
-from regolite.progress import Status
+from regolite.utils.lock import locked
+from regolite.utils.progress import Status
 
 MIRROR = "http://images.cocodataset.org"  # its https shows the certificate of another name
 SPLITS = ("train", "val")

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 
 from regolite.data.dataset import DetectionDataset, Objects
 from regolite.errors import UserError
-from regolite.fields import fits, plain
+from regolite.utils.validation import fits, plain
 
 TEXTURES = ("striped", "dotted", "checked")
 DECIDERS = ("square", "star")

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from regolite.errors import UserError
-from regolite.fields import check_bounds, whole
+from regolite.utils.validation import check_bounds, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's red, green and blue in [0, 1], what torchvision's backbones were trained with."""

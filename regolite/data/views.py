@@ -2,101 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
-from PIL import Image
 
 from regolite.data.coco import category_differences
-from regolite.data.dataset import DetectionDataset, Objects
+from regolite.data.dataset import DetectionDataset, Objects, View
 from regolite.errors import UserError
-
-
-class View(DetectionDataset):
-    """A data set whose images are those of others; what a subclass does not change is as it is there."""
-
-    def place(self, i: int) -> tuple[DetectionDataset, int]:
-        """The data set that image ``i`` comes from, and its index there."""
-        raise NotImplementedError
-
-    def image(self, i: int) -> Image.Image:
-        """Image ``i`` as PIL RGB, untransformed."""
-        dataset, i = self.place(i)
-        return dataset.image(i)
-
-    def objects(self, i: int) -> Objects:
-        """All annotations of image ``i``, crowds included."""
-        dataset, i = self.place(i)
-        return dataset.objects(i)
-
-    def sample(self, i: int) -> tuple[Image.Image, Objects]:
-        """Image ``i`` with its annotations, as the data set that it comes from would transform them."""
-        dataset, i = self.place(i)
-        return dataset.sample(i)
-
-    def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image ``i`` in pixels."""
-        dataset, i = self.place(i)
-        return dataset.size(i)
-
-    def file_name(self, i: int) -> str:
-        """The file name of image ``i``."""
-        dataset, i = self.place(i)
-        return dataset.file_name(i)
-
-
-class OfClasses(View):
-    """A data set of which only some classes count; images without any of them stay, with no objects.
-
-    This is how a detector of few classes is measured on data that has more.
-
-    Args:
-        dataset: the data set.
-        classes: names of the classes that count, in the order of the new labels.
-        category_ids: ids to give them; their own by default.
-
-    Raises:
-        UserError: for a class that the data set does not have; the message names the nearest one.
-    """
-
-    def __init__(
-        self, dataset: DetectionDataset, classes: Sequence[str], category_ids: Sequence[int] | None = None
-    ) -> None:
-        for name in classes:
-            if name not in dataset.classes:
-                near = difflib.get_close_matches(name, dataset.classes, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(dataset.classes)}"
-                raise UserError(f"the data has no class {name!r}; {hint}")
-        self.dataset = dataset
-        self.classes = tuple(classes)
-        own_ids = [dataset.category_ids[dataset.classes.index(name)] for name in classes]
-        self.category_ids = tuple(own_ids if category_ids is None else category_ids)
-        self.image_ids = dataset.image_ids
-        self.transform = dataset.transform
-        self._label = np.full(len(dataset.classes), -1)  # new label by old one
-        self._label[[dataset.classes.index(name) for name in classes]] = np.arange(len(classes))
-
-    def place(self, i: int) -> tuple[DetectionDataset, int]:
-        """The data set, and the same index."""
-        return self.dataset, i
-
-    def objects(self, i: int) -> Objects:
-        """The annotations of image ``i`` that count, crowds included."""
-        return self._counting(self.dataset.objects(i))
-
-    def sample(self, i: int) -> tuple[Image.Image, Objects]:
-        """Image ``i`` with its annotations, as the data set itself would transform them."""
-        image, objects = self.dataset.sample(i)
-        return image, self._counting(objects)
-
-    def _counting(self, objects: Objects) -> Objects:
-        labels = self._label[objects.labels]
-        kept = copy.copy(objects)
-        kept.labels = labels
-        return kept[labels >= 0]
 
 
 class OfImages(View):

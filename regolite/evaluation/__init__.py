@@ -10,17 +10,15 @@ from regolite.evaluation.coco import (
     detect_all,
     evaluate,
     measure,
+    table_by_stage,
     with_shared_classes,
 )
 from regolite.evaluation.config import EvaluationConfig
-from regolite.evaluation.errors import KINDS, Judged, judge
-from regolite.evaluation.published_rows import COLUMNS, PUBLISHED, published_rows
+from regolite.evaluation.error_types import KINDS, Judged, judge
 
 __all__ = [
-    "COLUMNS",
     "FIGURES",
     "KINDS",
-    "PUBLISHED",
     "Draws",
     "EvaluationConfig",
     "Judged",
@@ -33,6 +31,6 @@ __all__ = [
     "intervals",
     "judge",
     "measure",
-    "published_rows",
+    "table_by_stage",
     "with_shared_classes",
 ]

@@ -20,8 +20,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from regolite.errors import UserError
-from regolite.fields import whole
-from regolite.progress import track
+from regolite.utils.progress import track
+from regolite.utils.validation import whole
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,17 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
 
-from regolite import processes
-from regolite.checkpoint import write_atomic
 from regolite.data import DetectionDataset, collate, make_transform
-from regolite.detection import check_stages, detections_by_stage
 from regolite.errors import UserError
 from regolite.evaluation.bootstrap import intervals
-from regolite.fields import of_kind, whole
-from regolite.modes import evaluating
-from regolite.presets import ModelConfig
-from regolite.progress import track
-from regolite.structures import Detections
+from regolite.inference import check_stages, detections_by_stage
+from regolite.models.config import ModelConfig
+from regolite.types import stage_name
+from regolite.utils import distributed
+from regolite.utils.files import write_atomic
+from regolite.utils.modes import evaluating
+from regolite.utils.progress import track
+from regolite.utils.validation import of_kind, whole
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -129,16 +129,6 @@ def backend_of(name: str) -> tuple[Any, Any]:
     return FasterCOCO, COCOeval_faster
 
 
-def to_results(detections: Detections, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """One picture's detections in COCO's form."""
-    corner, opposite = detections.boxes_xyxy[:, :2], detections.boxes_xyxy[:, 2:]
-    boxes = torch.cat([corner, opposite - corner], 1).tolist()
-    return [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for label, box, score in zip(detections.labels.tolist(), boxes, detections.scores.tolist())
-    ]
-
-
 def evaluate(
     model: nn.Module,
     dataset: DetectionDataset,
@@ -184,14 +174,14 @@ def evaluate(
             "measure: annotate some, or only save the detections"
         )
     results, figures = detect_all(model, dataset, stages, batch_size, top_k, workers, progress), None
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         if detections is not None:
             write_atomic(detections, json.dumps(results[-1]).encode())
         by_stage = [{"stage": i, **average_precision(dataset.coco, r, backend)} for i, r in enumerate(results)]
         figures = {**{name: by_stage[-1][name] for name in FIGURES}, "images": len(dataset), "stages": by_stage}
         if draws:
             figures |= intervals(dataset.coco, results, draws, progress=progress)
-    return processes.from_first(figures)
+    return distributed.from_first(figures)
 
 
 @torch.inference_mode()
@@ -220,7 +210,7 @@ def detect_all(
     every = torch.arange(len(dataset)).split(batch_size)
     batches = DataLoader(
         dataset,
-        batch_sampler=[batch.tolist() for batch in every[processes.rank() :: processes.count()]],
+        batch_sampler=[batch.tolist() for batch in every[distributed.rank() :: distributed.count()]],
         num_workers=workers,
         collate_fn=partial(collate, multiple=32),
         pin_memory=device.type == "cuda",
@@ -228,7 +218,7 @@ def detect_all(
     )
     results: list[list[list[dict[str, Any]]]] = []  # of each batch: of each stage
     with evaluating(model):
-        for images, targets in track(batches, "evaluating", progress and processes.rank() == 0):
+        for images, targets in track(batches, "evaluating", progress and distributed.rank() == 0):
             sizes = torch.tensor([target.size for target in targets])
             by_stage = detections_by_stage(model, images.to(device, non_blocking=True), sizes, stages, top_k)
             results.append(
@@ -236,12 +226,12 @@ def detect_all(
                     [
                         line
                         for found, target in zip(stage, targets)
-                        for line in to_results(found, target.image_id, category_ids)
+                        for line in found.to_coco(target.image_id, category_ids)
                     ]
                     for stage in by_stage
                 ]
             )
-    shares = processes.gather(results)
+    shares = distributed.gather(results)
     in_order = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
     return [list(chain.from_iterable(stage)) for stage in zip(*in_order)]
 
@@ -291,3 +281,17 @@ def category_ids_of(config: ModelConfig | None, dataset: DetectionDataset) -> tu
         f"the data has categories that the model does not know: {sorted(set(wanted) - set(own))}; give the data that "
         "it was trained for"
     )
+
+
+def table_by_stage(figures: Mapping[str, Any]) -> str:
+    """COCO's figures of every stage as a table of text, in percent.
+
+    Args:
+        figures: what :func:`regolite.evaluate` gives, or a line of ``metrics.jsonl`` of an evaluation.
+    """
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    rows = ["".join([" " * 14, *(f"{name:>7}" for name in names)])]
+    for stage, measured in enumerate(figures["stages"]):
+        values = (f"{'-' if measured[n] is None else format(measured[n], '.1f'):>7}" for n in names)
+        rows.append("".join([f"{stage_name(stage):14}", *values]))
+    return "\n".join(rows)

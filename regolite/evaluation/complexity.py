@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from regolite.baselines import BaselineConfig
-from regolite.fields import whole
-from regolite.modes import evaluating
-from regolite.presets import ModelConfig, build, configure, presets
-from regolite.progress import track
-from regolite.rego import Rego
-from regolite.structures import ImageBatch
+from regolite.models.baselines import BaselineConfig
+from regolite.models.config import ModelConfig
+from regolite.models.presets import build, configure, presets
+from regolite.models.rego import Rego
+from regolite.types import ImageBatch
+from regolite.utils.modes import evaluating
+from regolite.utils.progress import track
+from regolite.utils.validation import whole
 
 PICTURE = (800, 1127)
 """Height and width of the picture at which every full-size model is counted.
@@ -85,7 +86,7 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
 
     Args:
         model: a detector, on any device; on ``meta`` nothing is allocated. A detector whose work depends on what it
-            finds offers ``dense``, a forward pass that does not (:meth:`regolite.baselines.Baseline.dense`).
+            finds offers ``dense``, a forward pass that does not (:meth:`regolite.models.baselines.Baseline.dense`).
         height: height of the picture in pixels.
         width: its width.
 

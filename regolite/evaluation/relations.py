@@ -46,16 +46,16 @@ from torch import Tensor, nn
 
 from regolite.boxes import box_iou, to_xyxy
 from regolite.data import DetectionDataset, collate
-from regolite.detection import check_stages, run
 from regolite.errors import UserError
 from regolite.evaluation.coco import category_ids_of, prepared
-from regolite.fields import whole
-from regolite.inspect.recorder import record
-from regolite.inspect.trace import AttentionMap, Trace
-from regolite.modes import evaluating
-from regolite.progress import track
-from regolite.rego import Rego
-from regolite.structures import Target
+from regolite.inference import check_stages, run
+from regolite.models.rego import Rego
+from regolite.tracing.recorder import record
+from regolite.tracing.trace import AttentionMap, Trace
+from regolite.types import Target
+from regolite.utils.modes import evaluating
+from regolite.utils.progress import track
+from regolite.utils.validation import whole
 
 OVERLAP = 0.5
 """Least IoU of a query's box with the object that it lies on."""

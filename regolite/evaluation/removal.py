@@ -30,14 +30,14 @@ from regolite.boxes import to_xyxy
 from regolite.data import DetectionDataset, Scenes, batch_pictures
 from regolite.data.scenes import CLASSES, DECIDERS, Scene
 from regolite.data.transforms import to_pixels
-from regolite.detection import check_stages, run
 from regolite.errors import UserError
 from regolite.evaluation.coco import category_ids_of, prepared
 from regolite.evaluation.relations import BASE, Case, figures_of, group, percent, stand_for
-from regolite.fields import whole
-from regolite.modes import evaluating
-from regolite.progress import track
-from regolite.structures import Prediction
+from regolite.inference import check_stages, run
+from regolite.types import Prediction
+from regolite.utils.modes import evaluating
+from regolite.utils.progress import track
+from regolite.utils.validation import whole
 
 MEASURES = {"score": "score of the ball's class", "preference": "preference to the other kind of ball"}
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from regolite.data import DetectionDataset, collate
 from regolite.errors import UserError
-from regolite.signals import leave_signals_to_parent
-from regolite.structures import ImageBatch, Target
+from regolite.types import ImageBatch, Target
+from regolite.utils.interrupts import leave_signals_to_parent
 
 TRIES = 20  # pictures in a row that may be broken; when there are more, it is the disk
 STRIDE = 32  # batches are padded to whole cells of the coarsest map of a backbone

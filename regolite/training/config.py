@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from regolite.errors import UserError
-from regolite.fields import Checked, from_values
+from regolite.utils.validation import Checked, from_values
 
 
 def _option(default: Any, help: str) -> Any:

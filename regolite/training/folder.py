@@ -3,7 +3,7 @@
 ``config.json`` the configuration; ``metrics.jsonl`` a line for every logged step and every evaluation; ``train.log``
 the same for people; ``model.safetensors`` the last weights; ``best.safetensors`` those with the best AP on the
 validation pictures; ``checkpoints/`` what a run needs to go on: the last few, and ``best.pt``; ``figures/`` curves and
-pictures; ``lock.json`` which process writes here (:mod:`regolite.lock`).
+pictures; ``lock.json`` which process writes here (:mod:`regolite.utils.lock`).
 
 A disk that is full ends no run. Lines of metrics wait in memory until they can be written, a checkpoint waits for the
 next one's time, and those that are there are kept. Only what is written at the end has to succeed.
@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from regolite import processes
-from regolite.checkpoint import write_atomic
 from regolite.errors import UserError, not_writable
-from regolite.lock import locked
-from regolite.progress import Status
+from regolite.utils import distributed
+from regolite.utils.files import write_atomic
+from regolite.utils.lock import locked
+from regolite.utils.progress import Status
 
 
 @contextlib.contextmanager
@@ -42,12 +42,12 @@ def only_writer(path: str | Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         problem = ""
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             try:
                 held.enter_context(locked(path))
             except UserError as error:
                 problem = str(error)
-        if problem := processes.from_first(problem):
+        if problem := distributed.from_first(problem):
             raise UserError(problem)
         yield
 

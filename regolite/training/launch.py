@@ -19,22 +19,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
-from regolite.checkpoint import write_atomic
 from regolite.errors import UserError
-from regolite.signals import RunStopped
 from regolite.training.config import RunConfig
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process was started as one of several."""
-    return "RANK" in environment and "WORLD_SIZE" in environment
+from regolite.utils.files import write_atomic
+from regolite.utils.interrupts import RunStopped
 
 
 def launch(config: RunConfig) -> Path:
@@ -59,7 +50,7 @@ def launch(config: RunConfig) -> Path:
         told, result, errors = (Path(folder, name) for name in ("config.json", "result.json", "errors.txt"))
         told.write_text(json.dumps(config.to_dict()), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--log-dir", folder]
-        command += [f"--nproc_per_node={config.processes}", "-m", "regolite.training.launch", str(told), str(result)]
+        command += [f"--nproc_per_node={config.processes}", "-m", "regolite.training.worker", str(told), str(result)]
         package = str(Path(__file__).parents[2])  # where it is imported from here, even if it is not installed
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.processes)))
@@ -123,64 +114,3 @@ def _fail(config: RunConfig, said: str) -> NoReturn:
         f"one of {config.processes} processes has failed: {reason}; all that they said is in {log}, and resume goes on "
         "once it is put right"
     )
-
-
-def from_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What a process that ``srun`` has started must add to its environment to be one of several.
-
-    Slurm counts the processes and tells each its number; PyTorch asks for the same under other names. Nothing is added
-    where there is one task, where another launcher has spoken, and in a batch script outside of ``srun``.
-    """
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if launched(environment) or tasks == "1":
-        return {}
-    nodes = environment.get("SLURM_STEP_NODELIST", "127.0.0.1")
-    first = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)  # of "gpu[07-09,12].site,other"
-    found = {
-        "RANK": environment["SLURM_PROCID"],
-        # With --gpus-per-task a process sees one GPU alone, and that is number 0.
-        "LOCAL_RANK": str(int(environment["SLURM_LOCALID"]) % max(torch.cuda.device_count(), 1)),
-        "WORLD_SIZE": tasks,
-        "LOCAL_WORLD_SIZE": re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", tasks))[0],
-        "MASTER_ADDR": "".join(part or "" for part in first.groups()),
-        # The same for all tasks of a step, and another one for the next step.
-        "MASTER_PORT": str(20000 + (31 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 20000),
-    }
-    return {name: environment.get(name, value) for name, value in found.items()}
-
-
-def end_with_starter() -> None:
-    """Ask this process to end, as Slurm would, when the one that has started it is gone."""
-
-    def wait() -> None:
-        os.read(0, 1)  # of a pipe into which nobody writes: this returns when its other end is closed
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _main(told: str, result: str) -> None:
-    """One of the processes that :func:`launch` has started."""
-    end_with_starter()
-    from regolite.training.loop import train
-
-    def tell(**outcome: str) -> None:
-        if "error" not in outcome and os.environ["RANK"] != "0":
-            return
-        new = Path(f"{result}.{os.environ['RANK']}")
-        new.write_text(json.dumps(outcome), encoding="utf-8")
-        os.replace(new, result)
-
-    try:
-        config = RunConfig.of(json.loads(Path(told).read_text(encoding="utf-8")))
-        tell(folder=str(train(config)))
-    except RunStopped as stopped:
-        tell(stopped=stopped.what, signum=str(int(stopped.signum)))
-        raise SystemExit(128 + stopped.signum) from None
-    except UserError as error:
-        tell(error=str(error))
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -21,29 +21,31 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from regolite import processes
-from regolite.checkpoint import class_head_names, load_weights, save_model
+from regolite.checkpoint import save_model
 from regolite.data import DetectionDataset, make_transform
 from regolite.evaluation import evaluate
-from regolite.fields import of_kind
+from regolite.loading import load_weights
 from regolite.losses import SetLoss
 from regolite.matching import NonFinitePrediction
-from regolite.modes import modes_kept
-from regolite.presets import ModelConfig, build
-from regolite.progress import Status
-from regolite.signals import stop
-from regolite.structures import DetectorOutput, Target
+from regolite.models.config import ModelConfig, class_head_names
+from regolite.models.presets import build
+from regolite.training.activation_checkpointing import keep, recompute
 from regolite.training.batches import EpochBatches, Part, loader, steps
 from regolite.training.config import RunConfig
 from regolite.training.folder import RunFolder, only_writer
 from regolite.training.kernels import fastest_kernels
 from regolite.training.launch import launch
 from regolite.training.metrics import TensorBoard, Window, timed
-from regolite.training.recompute import keep, recompute
 from regolite.training.resume import describe_run
 from regolite.training.schedule import lr_factor, parameter_groups
 from regolite.training.setup import is_to_launch, make_accelerator, more_objects_than_queries, prepare_data, resampled
 from regolite.training.state import State
+from regolite.types import DetectorOutput, Target
+from regolite.utils import distributed
+from regolite.utils.interrupts import stop
+from regolite.utils.modes import modes_kept
+from regolite.utils.progress import Status
+from regolite.utils.validation import of_kind
 
 
 @stop
@@ -56,7 +58,7 @@ def train(
         config: what to train, on what, and how.
         watch: called with every line of metrics when it is written; what it raises ends the run.
         model: train this detector, in place, and not a new one of the preset ``config.model``. It must carry its
-            ``model_config`` (as those of :func:`regolite.load` and :func:`regolite.published.adapt`, and REGO on them)
+            ``model_config`` (as those of :func:`regolite.load` and :func:`regolite.interop.adapt`, and REGO on them)
             and have as many classes as the data, whose names it takes over. To go on with its run, give it again: the
             weights of the checkpoint are loaded into it.
 
@@ -68,7 +70,7 @@ def train(
             (:mod:`regolite.training.resume`), or when another process writes to its folder.
         NonFiniteLoss: when the loss stops being a number; the last checkpoint stays.
         RunStopped: after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the step is finished and saved, see
-            :mod:`regolite.signals`.
+            :mod:`regolite.utils.interrupts`.
     """
     of_kind("config", config, RunConfig, "a RunConfig: write RunConfig(...), or RunConfig.of({...})")
     if is_to_launch(config, watch, model):
@@ -160,7 +162,7 @@ def _train(
 
             progress.step, progress.batch = progress.step + 1, progress.batch + 1
             broken = [message for part in parts for message in part.broken * part.counts]
-            totals = processes.total(clock.seconds, cpu_clock.seconds, stop.asked or 0, len(broken))
+            totals = distributed.total(clock.seconds, cpu_clock.seconds, stop.asked or 0, len(broken))
             seconds, cpu_seconds, asked, skipped = totals
             progress.seconds = seconds / accelerator.num_processes  # one time for all: it says when to end
             progress.cpu_seconds = cpu_seconds / accelerator.num_processes
@@ -269,7 +271,7 @@ def _backward(trained: nn.Module, set_loss: SetLoss, parts: list[Part], state: S
         The loss and its terms by name, and the number of pictures, all of the whole batch.
     """
     accelerator = state.accelerator
-    whole = processes.total(sum(part.objects for part in parts), sum(part.pictures for part in parts))
+    whole = distributed.total(sum(part.objects for part in parts), sum(part.pictures for part in parts))
     sums: Counter[str] = Counter()
     denoises = getattr(state.model, "denoises", False)
     for part in parts:
@@ -281,7 +283,7 @@ def _backward(trained: nn.Module, set_loss: SetLoss, parts: list[Part], state: S
             # Processes are given the mean of their gradients, and here the sum is wanted.
             accelerator.backward(loss * (part.counts * accelerator.num_processes))
         sums.update({name: part.counts * number for name, number in numbers.items()})
-    return dict(zip(sums, processes.total(*sums.values()))), whole[1]
+    return dict(zip(sums, distributed.total(*sums.values()))), whole[1]
 
 
 def _finite_loss(
@@ -317,7 +319,7 @@ def _log(state: State, lr: float) -> None:
 
 def _name(folder: RunFolder, messages: list[str], named: set[str]) -> None:
     """Name pictures that could not be read, each one once."""
-    for message in chain.from_iterable(processes.gather(messages)):
+    for message in chain.from_iterable(distributed.gather(messages)):
         if message not in named:
             named.add(message)
             folder.warn(f"{message}. Another takes its place")
@@ -332,7 +334,7 @@ def _evaluate(state: State, dataset: DetectionDataset, split: str, workers: int)
     figures = evaluate(state.evaluated, dataset, batch_size=8, workers=workers)
     if state.accelerator.is_main_process:
         _write_figures(state, figures, split, is_first)
-    progress.best, progress.stale = processes.from_first((progress.best, progress.stale))
+    progress.best, progress.stale = distributed.from_first((progress.best, progress.stale))
 
 
 def _write_figures(state: State, figures: dict[str, Any], split: str, is_first: bool) -> None:
@@ -364,7 +366,7 @@ def _write_figures(state: State, figures: dict[str, Any], split: str, is_first: 
 def _draw(state: State, datasets: dict[str, DetectionDataset]) -> None:
     """Draw what the run has come to; it is done, whatever becomes of its figures."""
     try:
-        from regolite.inspect import draw_run  # here, so that nobody else waits for matplotlib
+        from regolite.plots.run import draw_run  # here, so that nobody else waits for matplotlib
 
         draw_run(state.folder.path, state.evaluated, datasets)
     except Exception as error:  # whatever fonts, names and disks make of it

@@ -15,7 +15,7 @@ from typing import Any
 
 from regolite.data import DetectionDataset
 from regolite.errors import UserError
-from regolite.presets import ModelConfig
+from regolite.models.config import ModelConfig
 from regolite.training.config import RunConfig
 
 _MACHINE = ("device", "precision", "processes", "accumulate", "recompute", "workers")

@@ -13,13 +13,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from regolite.baselines import BaselineConfig
 from regolite.data import DetectionDataset, Pasted, cut_outs, make_transform, open_data, repeat_rare
 from regolite.data.coco import category_differences
 from regolite.errors import UserError
-from regolite.presets import ModelConfig, configure
+from regolite.models.baselines import BaselineConfig
+from regolite.models.config import ModelConfig
+from regolite.models.presets import configure
 from regolite.training.config import RunConfig
-from regolite.training.launch import from_slurm, launched
+from regolite.training.environment import from_slurm, launched
 
 
 def is_to_launch(config: RunConfig, watch: object, model: object) -> bool:
@@ -85,7 +86,7 @@ def prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionD
     if given is not None and len(model.classes) != len(train_set.classes):
         raise UserError(
             f"the model has {len(model.classes)} classes and {config.data} has {len(train_set.classes)}: make it with "
-            f"num_classes={len(train_set.classes)} (regolite.build, regolite.published.load and adapt take that)"
+            f"num_classes={len(train_set.classes)} (regolite.build, regolite.interop.load and adapt take that)"
         )
     model = replace(
         model, augment=augment, image_size=size, classes=train_set.classes, category_ids=train_set.category_ids

@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from regolite.checkpoint import save_model
 from regolite.errors import UserError
-from regolite.signals import stop
 from regolite.training.folder import RunFolder
 from regolite.training.metrics import Window
 from regolite.training.resume import compare_runs
+from regolite.utils.interrupts import stop
 
 T = TypeVar("T")
 

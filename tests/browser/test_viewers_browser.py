@@ -23,8 +23,8 @@ import pytest
 from PIL import Image
 
 import regolite
-from regolite.inspect.canvas import shades_of
-from regolite.inspect.viewers import Explorer
+from regolite.viewers.canvas import shades_of
+from regolite.viewers.explorer import Explorer
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "13_look_inside.ipynb"  # in which `Explorer(regolite.load(), ALBUM)` stands
@@ -256,7 +256,7 @@ class Hand:
 
     def follow(self, control, name):
         """Set the mirror's control to what the browser says."""
-        from regolite.inspect.viewer import ALL
+        from regolite.viewers.base import ALL
 
         def follow(shown):
             control.value = ALL if shown[name] is None else shown[name]

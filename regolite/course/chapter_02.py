@@ -1,0 +1,231 @@
+"""Exercises of notebook 02, from pictures to tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regolite.course import Mistake, close, exercise, same_shape
+from regolite.models.positions import waves
+
+
+def _field(layers: list[tuple[int, int]]) -> int:
+    field = stride = 1
+    for kernel, step in layers:
+        field += (kernel - 1) * stride
+        stride *= step
+    return field
+
+
+@exercise(
+    "2.1",
+    "Keep two numbers: the field so far, and the stride so far: how many pixels lie between neighbouring cells.",
+    "A kernel of 3 reaches one cell further on both sides, and cells of its input lie the stride so far apart.",
+    "For each layer: `field += (kernel - 1) * stride`, and only then `stride *= step`.",
+)
+def field_of_convolutions(answer: Callable[..., Any]) -> str:
+    """The receptive field of a chain of convolutions."""
+    for layers, known in (
+        ([], {0: "without any layer a cell is a pixel and sees 1."}),
+        ([(3, 1)], {0: "there is no answer yet.", 2: "the cell itself counts too: start from 1."}),
+        (
+            [(3, 1), (3, 1)],
+            {6: "kernels do not add up: the second widens the field by 2, not by 3.", 9: "they add up."},
+        ),
+        (
+            [(3, 2), (3, 1)],
+            {
+                5: "the second layer's cells are two pixels apart, since the first has stride 2; that is forgotten.",
+                6: "the windows of 3 overlap: the second layer reaches (3 - 1) cells further, 2 pixels each.",
+                9: "the stride is used too early: a layer's own stride changes only what the next ones see.",
+            },
+        ),
+        ([(3, 2), (1, 1), (5, 2), (3, 2), (3, 1)], {}),
+        ([(7, 2), (3, 2), (3, 1), (3, 2), (3, 1)], {}),
+    ):
+        found, wanted = answer(layers), _field(layers)
+        if found != wanted:
+            raise Mistake(known.get(found, f"for the layers {layers} it should be {wanted}, and is {found}."))
+    more = -(-(1333 - 491) // (2 * 32))
+    return f"From 491 pixels at stride 32, {more} more layers of kernel 3 would reach across 1333; attention needs one."
+
+
+@exercise(
+    "2.2",
+    "Ask the other way around: does a cell's square hold any pixel of the picture?",
+    "Whether any pixel of a square is 1 is what F.max_pool2d says, applied to ~mask as floats.",
+    "`F.max_pool2d((~mask).float()[:, None], stride, ceil_mode=True)[:, 0] == 0`; ceil_mode keeps partial cells.",
+)
+def shrunken_mask(answer: Callable[..., Any]) -> str:
+    """A padding mask at the size of a feature map."""
+    odd = torch.ones(2, 407, 640, dtype=torch.bool)
+    odd[0, :300, :427], odd[1, :, :97] = False, False
+    scattered = torch.rand(2, 21, 34) < 0.8  # no padding looks like that, but it finds out shortcuts
+    for mask, strides in ((odd, (32, 16, 8)), (scattered, (4,))):
+        for stride in strides:
+            inside = (~mask).float()[:, None]
+            wanted = F.max_pool2d(inside, stride, ceil_mode=True)[:, 0] == 0
+            found = answer(mask, stride)
+            same_shape(f"the mask at stride {stride}", found, wanted.shape)
+            if found.dtype != torch.bool:
+                raise Mistake(f"a mask is of type bool, and this is {found.dtype}.".replace("torch.", ""))
+            _compare(found, wanted, inside, mask, stride)
+    return "No strip of a picture is hidden by the rounding, and no cell of pure padding is seen."
+
+
+def _compare(found: Tensor, wanted: Tensor, inside: Tensor, mask: Tensor, stride: int) -> None:
+    """Say what kind of mistake a shrunken mask has."""
+    if torch.equal(found, wanted):
+        return
+    if torch.equal(found, ~wanted):
+        raise Mistake("the mask is inverted: True is padding.")
+    any_padding = F.max_pool2d(1 - inside, stride, ceil_mode=True)[:, 0] > 0
+    if torch.equal(found, any_padding):
+        raise Mistake(
+            "cells that hold a strip of the picture are called padding: a cell is padding only where all of it is."
+        )
+    size = list(wanted.shape[1:])
+    if torch.equal(found, F.interpolate(mask[None].float(), size=size)[0].bool()):
+        raise Mistake(
+            f"interpolation stretches the mask to the map, but {mask.shape[1]} is no multiple of {stride}, so its "
+            f"cells are not the map's: {int((found != wanted).sum())} cells are wrong."
+        )
+    if torch.equal(found, mask[:, ::stride, ::stride]):
+        raise Mistake(
+            "the first pixel of a square decides alone; right for padding that goes on to the edge, not for any."
+        )
+    lost, gained = int((found & ~wanted).sum()), int((~found & wanted).sum())
+    raise Mistake(
+        f"at stride {stride}, {lost} cells with a part of the picture are called padding, and {gained} of pure padding "
+        "are not."
+    )
+
+
+@exercise(
+    "2.3",
+    "The mask knows how large each picture is; the shape of the map does not.",
+    "Count the cells that are not padding along each axis: cumsum(1) over ~mask gives 1, 2, 3, ... down each column.",
+    "`y = (~mask).float().cumsum(1)`, divided by its last row `y[:, -1:]`; x the same way with cumsum(2).",
+)
+def own_coordinates(answer: Callable[..., Any]) -> str:
+    """Coordinates relative to the unpadded picture."""
+    alone, batch = torch.zeros(1, 13, 20, dtype=torch.bool), torch.ones(2, 20, 20, dtype=torch.bool)
+    batch[0, :13], batch[1, :, :14] = False, False
+    for mask in (alone, batch):
+        found = answer(mask)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            raise Mistake("the answer should be a pair, y and x.")
+        for axis, values in zip("yx", found):
+            same_shape(f"{axis} for a mask of shape {tuple(mask.shape)}", values, mask.shape)
+    (y, x), down, across = answer(batch), torch.arange(1, 21)[:, None], torch.arange(1, 21)[None]
+    if torch.allclose(y[0, :13], (across.T[:13] / 20).expand(13, 20)) and torch.allclose(
+        x[1], (across / 20).expand(20, 20)
+    ):
+        raise Mistake(
+            "the coordinate is divided by the size of the padded map: the cat's last row is at 0.65 beside the "
+            "giraffes and at 1 alone."
+        )
+    for name, found, wanted in (
+        ("y of the first picture", y[0, :13], (down[:13] / 13).expand(13, 20)),
+        ("x of the first picture", x[0, :13], (across / 20).expand(13, 20)),
+        ("y of the second picture", y[1, :, :14], (down / 20).expand(20, 14)),
+        ("x of the second picture", x[1, :, :14], (across[:, :14] / 14).expand(20, 14)),
+    ):
+        if torch.allclose(found, wanted - 0.5 / wanted.shape[0 if name[0] == "y" else 1], atol=1e-4):
+            raise Mistake("these are the cells' centres; here the last cell of a picture is to be at 1.")
+        close(name, found, wanted, tolerance=1e-4)
+    for values in (y, x):
+        if not values.isfinite().all():
+            raise Mistake(
+                "on padding there is NaN or infinity; masked or not, it spoils sums: divide by something not 0."
+            )
+    return "Objects far from the upper left corner suffer most from the bug: the error grows with the coordinate."
+
+
+@exercise(
+    "2.4",
+    "Compute the angle of each pair first: omega times delta, with omega = temperature ** (-2 i / dim) for pair i.",
+    "Row 2i of the matrix makes the sine: sin(a + b) = sin(a) cos(b) + cos(a) sin(b). Row 2i + 1 makes the cosine.",
+    "With c and s of every pair: R[2i, 2i] = c, R[2i, 2i + 1] = s, R[2i + 1, 2i] = -s, R[2i + 1, 2i + 1] = c.",
+)
+def moving_matrix(answer: Callable[..., Any]) -> str:
+    """The matrix that moves waves."""
+    places = torch.linspace(0, 2 * math.pi, 7)
+    for delta, dim, temperature in ((0.7, 8, 10000.0), (-1.3, 12, 10000.0), (0.4, 8, 20.0)):
+        found = answer(delta, dim, temperature)
+        same_shape(f"the matrix for {dim} channels", found, (dim, dim))
+        before, after = waves(places, dim, temperature), waves(places + delta, dim, temperature)
+        moved = before @ found.to(before.dtype).T
+        if torch.allclose(moved, before, atol=1e-4):
+            raise Mistake("the matrix leaves every place where it is.")
+        if torch.allclose(moved, waves(places - delta, dim, temperature), atol=1e-4):
+            raise Mistake(
+                "the matrix moves by -delta: the signs of the sines are exchanged (or the matrix is transposed)."
+            )
+        if torch.allclose(before @ _turning_alike(delta, dim).T, moved, atol=1e-4):
+            raise Mistake("every pair turns by the same angle delta: pair i turns by omega_i times delta.")
+        if torch.allclose(before @ _turning_halves(delta, dim, temperature).T, moved, atol=1e-4):
+            raise Mistake(
+                "sines and cosines are interleaved (sine, cosine, sine, ...), not half of each: pair i is 2i, 2i + 1."
+            )
+        close(
+            f"the moved waves (delta {delta}, {dim} channels, temperature {temperature:g})",
+            moved,
+            after,
+            tolerance=1e-3,
+        )
+    return "One linear layer can look beside itself by any fixed step. That is why waves, and not just any encoding."
+
+
+def _turning_alike(delta: float, dim: int) -> Tensor:
+    block = torch.tensor([[math.cos(delta), math.sin(delta)], [-math.sin(delta), math.cos(delta)]])
+    return torch.block_diag(*[block] * (dim // 2))
+
+
+def _turning_halves(delta: float, dim: int, temperature: float) -> Tensor:
+    angle = delta * temperature ** (-2 * torch.arange(dim // 2) / dim)
+    c, s = angle.cos().diag(), angle.sin().diag()
+    return torch.cat([torch.cat([c, s], 1), torch.cat([-s, c], 1)])
+
+
+@exercise(
+    "2.5",
+    "The levels lie one after another: take away the tokens of a level as long as the number does not fall into it.",
+    "A level has h times w tokens, laid out row by row: within it, row and column are divmod(number, w).",
+    "Loop over shapes and strides; if token < h * w, return the square of divmod(token, w), else token -= h * w.",
+)
+def place_of_token(answer: Callable[..., Any]) -> str:
+    """From the number of a token to its square in the picture."""
+    shapes, strides = [(80, 60), (40, 30), (20, 15)], [8, 16, 32]
+    for token in (0, 61, 4799, 4800, 5999, 6000, 6163, 6299):
+        number, wanted = token, ()
+        for (h, w), stride in zip(shapes, strides):
+            if 0 <= number < h * w:
+                row, column = divmod(number, w)
+                wanted = tuple(side * stride for side in (column, row, column + 1, row + 1))
+                swapped = (wanted[1], wanted[0], wanted[3], wanted[2])
+                by_height = divmod(number, h)
+                transposed = tuple(
+                    side * stride for side in (by_height[1], by_height[0], by_height[1] + 1, by_height[0] + 1)
+                )
+                break
+            number -= h * w
+        found = tuple(int(side) for side in answer(token, shapes, strides))
+        if found == wanted:
+            continue
+        if found == swapped:
+            raise Mistake(f"x and y are exchanged: token {token} is at {wanted}, not at {found}.")
+        if found == transposed:
+            raise Mistake("a row has w tokens, not h: the row is the number divided by the width of the level.")
+        if found[3] > 640:
+            raise Mistake(
+                f"token {token} would end at pixel {found[3]}, below the picture's 640: it belongs to a coarser level, "
+                "whose numbers begin anew after all tokens of the levels before."
+            )
+        raise Mistake(f"token {token} stands for the square {wanted}, not {found}.")
+    return "With it a weight on token 6163 becomes a place on the photograph; notebook 13 draws its maps so."

@@ -1,0 +1,192 @@
+"""Checkers of notebook 04: boxes and overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regolite.boxes import box_iou, generalized_box_iou, to_xyxy
+from regolite.course import Mistake, alike, close, exercise, has_gradient, same_shape
+
+COUCH = (0.4841, 0.4970, 0.9682, 0.9850)
+"""The couch of COCO picture 599, ``cxcywh``."""
+
+
+def _boxes(count: int) -> Tensor:
+    """Boxes inside the picture, ``cxcywh``."""
+    size = 0.1 + 0.3 * torch.rand(count, 2)
+    return torch.cat([size / 2 + torch.rand(count, 2) * (1 - size), size], 1)
+
+
+@exercise(
+    "4.1",
+    "Which of the four numbers does a mirror change? Think of the centre first, then of the size.",
+    "What was 0.1 from the left border is 0.1 from the right border afterwards, so its x is 0.9.",
+    "Clone the boxes (or build new ones by torch.cat) and replace column 0 by 1 minus itself.",
+)
+def mirror(answer: Callable[[Tensor], Tensor]) -> str:
+    """Boxes of a picture that is mirrored left to right."""
+    boxes = _boxes(6)
+    given = boxes.clone()
+    found = answer(given)
+    same_shape("mirror(boxes)", found, (6, 4))
+    cx, cy, w, h = boxes.unbind(1)
+    if not torch.equal(given, boxes):
+        raise Mistake("the boxes that were given have changed: the caller still needs them. Work on a copy (clone).")
+    known = {
+        "the boxes came back as they were: the centre's x has to change.": boxes,
+        "this mirrors top to bottom: y changed where x should have.": torch.stack([cx, 1 - cy, w, h], 1),
+        "the centres left the picture: x became -x. The mirror stands in the middle of the picture, not at 0.": (
+            torch.stack([-cx, cy, w, h], 1)
+        ),
+        "this mirrors corners, and the boxes are cxcywh: there is no second x to swap with.": torch.stack(
+            [1 - w, cy, 1 - cx, h], 1
+        ),
+        "the widths changed. A mirrored object is as wide as before.": torch.stack([1 - cx, cy, -w, h], 1),
+    }
+    for said, wrong in known.items():
+        if alike(found, wrong):
+            raise Mistake(said)
+    close("mirror(boxes)", found, torch.stack([1 - cx, cy, w, h], 1))
+    return "One number of four changes; in corners it would have been two, and they would have had to be swapped."
+
+
+@exercise(
+    "4.2",
+    "Try two boxes that do not touch, one beside the other, then one diagonally across. What is `far - near`?",
+    "Two boxes apart in x and in y have two negative sides. What is their product?",
+    "Set negative sides to 0 before they are multiplied: clamp(min=0), then prod.",
+)
+def paired_iou(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
+    """IoU of pairs, whose faulty version multiplies two negative sides."""
+    touching = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.2, 0.3, 0.9, 0.8]])
+    moved = touching + torch.tensor([0.1, -0.05, 0.15, 0.1])
+    small = torch.tensor([[0.0, 0.0, 0.2, 0.2]])
+    beside, across = small + torch.tensor([0.6, 0.1, 0.6, 0.1]), small + torch.tensor([0.3, 0.35, 0.3, 0.35])
+    a, b = torch.cat([touching, small, small]), torch.cat([moved, beside, across])
+    found = answer(a, b)
+    if isinstance(found, Tensor) and found.shape == (4, 4):
+        raise Mistake("this is the matrix of all pairs. Here box n is compared with box n only: the result is [N].")
+    same_shape("paired_iou(a, b)", found, (4,))
+    found = found.detach()
+    wanted = box_iou(a, b).diagonal()
+    close("the IoU of boxes that overlap", found[:2], wanted[:2])
+    if abs(float(found[2])) > 1e-4:
+        raise Mistake(
+            f"two boxes side by side, which do not touch, have IoU {float(found[2]):.2f}: one side of their "
+            "intersection is negative."
+        )
+    if abs(float(found[3])) > 1e-4:
+        raise Mistake(
+            f"two boxes across from each other, which do not touch, have IoU {float(found[3]):.2f}: the "
+            "intersection has two negative sides, and their product is positive."
+        )
+    a.requires_grad_()
+    answer(a, b)[:2].sum().backward()
+    has_gradient("the boxes", a)
+    return "Two wrongs no longer make a right: sides are clamped before they are multiplied."
+
+
+@exercise(
+    "4.3",
+    "Let the width be 1 and the height be 1. How wide is the intersection after a shift of s? And the union?",
+    "The intersection is 1 - s wide, the union 1 + s.",
+    "Solve t = (1 - s) / (1 + s) for s.",
+)
+def largest_shift(answer: Callable[[float], float]) -> str:
+    """Largest sideways shift, in widths, with a given IoU."""
+    for t in (0.5, 0.75, 0.95, 0.3, 1.0):
+        found = answer(t)
+        if not isinstance(found, (int, float, Tensor)):
+            raise Mistake(f"largest_shift({t}) should be a number, and is {type(found).__name__}.")
+        found, wanted = float(found), (1 - t) / (1 + t)
+        if abs(found - wanted) > 1e-4:
+            if t == 0.5 and found == 0:
+                raise Mistake("a box may move a little before its IoU falls below 0.5; your answer for t = 0.5 is 0.")
+            if abs(found - (1 - t)) < 1e-4:
+                raise Mistake(
+                    f"for t = {t} you say {found:.2f}. That is right for the intersection alone: as it shrinks, "
+                    "the union grows."
+                )
+            if abs(found - (1 - t) / 2) < 1e-4:
+                raise Mistake(f"for t = {t} you say {found:.2f}. Check it: intersection 1 - s, union 1 + s.")
+            reached = (1 - found) / (1 + found) if found > -1 else float("nan")
+            raise Mistake(f"for t = {t} you say {found:.4f}, and with that shift the IoU is {reached:.2f}.")
+    return "A third of the width leaves IoU 0.50, a seventh 0.75, and one part in 39 leaves 0.95."
+
+
+@exercise(
+    "4.4",
+    "Overlap needs corners: convert both tensors first.",
+    "Row n against row n: torch.maximum and torch.minimum of [N, 2] tensors, and no axis put in between.",
+    "1 - (intersection / union - (hull - union) / hull), with the sides of the intersection clamped at 0.",
+)
+def paired_giou_loss(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
+    """1 - GIoU of pairs of ``cxcywh`` boxes."""
+    boxes, wanted = _boxes(7), _boxes(7)
+    boxes[0], wanted[0] = torch.tensor([0.2, 0.2, 0.2, 0.1]), torch.tensor([0.8, 0.7, 0.2, 0.3])  # far apart
+    boxes[1], wanted[1] = torch.tensor([0.5, 0.5, 0.2, 0.2]), torch.tensor([0.5, 0.5, 0.6, 0.4])  # one in the other
+    found = answer(boxes.clone(), wanted.clone())
+    if isinstance(found, Tensor) and found.shape == (7, 7):
+        raise Mistake("this is the matrix of all pairs, [7, 7]. Box n meets its own true box only: the result is [7].")
+    same_shape("paired_giou_loss(boxes, wanted)", found, (7,))
+    giou = _giou(to_xyxy(boxes), to_xyxy(wanted))
+    iou = box_iou(to_xyxy(boxes), to_xyxy(wanted)).diagonal()
+    known = {
+        "this is GIoU itself. A loss should be 0 for a perfect box: 1 - GIoU.": giou,
+        "this is 1 - IoU: the part with the hull is missing, so boxes that do not touch have no gradient.": 1 - iou,
+        "the boxes are cxcywh, and overlap needs corners: convert them first.": 1 - _giou(boxes, wanted),
+        "the hull's part has the wrong sign: an empty hull makes the loss larger.": 1 - (2 * iou - giou),
+    }
+    for said, wrong in known.items():
+        if torch.allclose(found.detach().float(), wrong, atol=1e-4, equal_nan=True):
+            raise Mistake(said)
+    close("the loss", found, 1 - giou)
+    boxes.requires_grad_()
+    loss = answer(boxes, wanted)
+    if not loss.requires_grad:
+        raise Mistake("no gradient flows back to the boxes: something on the way is detached or not differentiable.")
+    loss.sum().backward()
+    has_gradient("the boxes", boxes)
+    if not boxes.grad[0].any():
+        raise Mistake("the two boxes that are far apart get no gradient: which part of GIoU should reach them?")
+    return "It equals 1 - GIoU of every pair, and boxes that do not touch are pulled too."
+
+
+@exercise(
+    "4.5",
+    "The union is |A| + |B| minus the intersection. So only the intersection and the hull can change as a box moves.",
+    "When is the hull simply the larger of the two boxes? What is the intersection then?",
+    "Put a small box anywhere inside the couch's, not at its centre and not touching its border.",
+)
+def stuck(answer: Any) -> str:
+    """A box that GIoU does not pull."""
+    same_shape("the box", answer, (4,))
+    box = answer.detach().cpu().float().requires_grad_()
+    if not box.isfinite().all() or not (box[2:] > 0).all():
+        raise Mistake("the box needs a width and a height above 0.")
+    couch = torch.tensor(COUCH)
+    away = float((box[:2] - couch[:2]).detach().norm())
+    if away < 0.1:
+        raise Mistake(
+            f"the centre is only {away:.2f} from the couch's: there the place is right and no pull is needed."
+        )
+    giou = _giou(to_xyxy(box)[None], to_xyxy(couch)[None])[0]
+    (gradient,) = torch.autograd.grad(1 - giou, box)
+    for axis, pull in zip("xy", gradient[:2].tolist()):
+        if abs(pull) > 1e-6:
+            raise Mistake(
+                f"the centre's {axis} is still pulled, its gradient is {pull:.2f}: moving the box along {axis} "
+                "changes the intersection or the hull."
+            )
+    return (
+        "Where one box holds the other, the hull is the larger box and GIoU is IoU: only sizes are pulled. L1 pulls on."
+    )
+
+
+def _giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """GIoU of pairs."""
+    return generalized_box_iou(a_xyxy, b_xyxy).diagonal()

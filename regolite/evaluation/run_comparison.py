@@ -1,0 +1,472 @@
+"""Runs side by side: what their folders say, in how much training each came how far, and in what they differ.
+
+A run is its ``config.json`` and its ``metrics.jsonl`` (:mod:`regolite.training.folder`); weights are not needed. A run
+that was killed in the middle of a line, or is writing one now, can be read as well: that line is left out, and
+:attr:`Run.notes` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from regolite.errors import UserError
+from regolite.models.config import ModelConfig
+from regolite.models.presets import build
+from regolite.utils.validation import Checked, from_values
+
+AXES = ("epochs", "hours", "pictures")
+"""What training can be measured by."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured value, and the training that had been done by then.
+
+    Attributes:
+        value: the figure, in percent; not a number where the evaluation had nothing to measure.
+        step: optimiser steps.
+        epochs: whole epochs, and a fraction where the run ended within one.
+        hours: time of the run, evaluations included.
+        pictures: steps times pictures per step; an epoch's last step may have had fewer.
+    """
+
+    value: float
+    step: int
+    epochs: float
+    hours: float
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it.
+
+    Attributes:
+        folder: where it is.
+        label: its name in tables and figures.
+        config: the fields of its :class:`~regolite.training.RunConfig`.
+        model: the fields of its :class:`~regolite.models.config.ModelConfig`.
+        training: the lines of its logged steps.
+        evaluations: the lines of its evaluations, all splits.
+        notes: what was wrong with its files and could be mended.
+    """
+
+    folder: Path
+    label: str
+    config: Mapping[str, Any]
+    model: Mapping[str, Any]
+    training: tuple[Mapping[str, Any], ...]
+    evaluations: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def read(folder: str | Path, label: str | None = None) -> Run:
+        """Read a run.
+
+        Args:
+            folder: the folder of the run.
+            label: its name; the folder's by default.
+
+        Raises:
+            UserError: when the folder holds no run, or a file of it is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            there = "has no config.json" if folder.is_dir() else "does not exist"
+            raise UserError(f"{folder} is no folder of a run, it {there}; give the output folder of a training")
+        try:
+            stored = json.loads((folder / "config.json").read_text("utf-8"))
+            config, model = dict(stored["run"]), dict(stored["model"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); copy it anew") from error
+        lines, notes = _read_lines(folder / "metrics.jsonl")
+        by_kind = {kind: tuple(line for line in lines if line["kind"] == kind) for kind in ("train", "evaluation")}
+        label = label or folder.resolve().name
+        return Run(folder, label, config, model, by_kind["train"], by_kind["evaluation"], notes)
+
+    @property
+    def preset(self) -> str:
+        """The name of the model."""
+        return str(self.config.get("model", self.model.get("preset")))
+
+    @cached_property
+    def parameters(self) -> int | None:
+        """How many parameters the model has, or None where its configuration is of another version of regolite."""
+        try:
+            config = ModelConfig.from_dict(dict(self.model)).without_pretrained()
+            with torch.device("meta"):  # shapes without numbers: nothing is allocated
+                return sum(p.numel() for p in build(config).parameters())
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+    @property
+    def hours(self) -> float:
+        """Time of the run up to its last line."""
+        return max((float(line["seconds"]) for line in self._lines), default=0.0) / 3600
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimiser steps of a whole epoch, or None where not one is done."""
+        # Epoch e is the running one while e * steps < step <= (e + 1) * steps; an evaluation after it has equality.
+        bounds = [line["step"] // line["epoch"] for line in self._lines if line["epoch"] > 0]
+        return min(bounds) if bounds else None
+
+    @property
+    def epochs(self) -> float:
+        """Epochs done, a fraction where the run ended within one."""
+        return max((self.epochs_at(line) for line in self._lines), default=0.0)
+
+    @property
+    def drops(self) -> tuple[int, ...]:
+        """The epochs after which the step schedule has divided the learning rate."""
+        if self.config.get("schedule") != "step":
+            return ()
+        return tuple(drop for drop in self.config["drop_epochs"] if 0 < drop < self.epochs)
+
+    def epochs_at(self, line: Mapping[str, Any]) -> float:
+        """Epochs done when a line was written."""
+        per_epoch = self.steps_per_epoch
+        return line["step"] / per_epoch if per_epoch else float(line["epoch"])
+
+    def stages(self, split: str = "val") -> int:
+        """How many stages were measured, the base detector apart."""
+        return min(len(line["stages"]) for line in self._measured(split)) - 1
+
+    def points(self, metric: str = "AP", stage: int | None = None, split: str = "val") -> list[Point]:
+        """A figure in the course of training.
+
+        Args:
+            metric: AP, AP50, AP75, APs, APm or APl.
+            stage: which stage, 0 the base detector; the last by default.
+            split: pictures that were evaluated, ``val`` or ``train``.
+
+        Raises:
+            UserError: when the run has no evaluation of that, or fewer stages.
+        """
+        lines, last = self._measured(split), self.stages(split)
+        if stage is not None and not 0 <= stage <= last:
+            has = f"stages 0 to {last}" if last else "only stage 0, the base detector"
+            raise UserError(f"stage={stage}: the run {self.label!r} has {has}; leave stage out for each run's last one")
+        where = last if stage is None else stage
+        return [self._point(line, line["stages"][where][metric]) for line in lines]
+
+    def curve(
+        self, x: str, metric: str = "AP", stage: int | None = None, split: str = "val"
+    ) -> tuple[list[float], list[float]]:
+        """The same as two lists, of training (one of :data:`AXES`) and of values."""
+        points = self.points(metric, stage, split)
+        return [float(getattr(point, x)) for point in points], [point.value for point in points]
+
+    def best(self, metric: str = "AP", stage: int | None = None, split: str = "val") -> Point:
+        """The highest value, the first where it was measured twice."""
+        points = self.points(metric, stage, split)
+        return max(points, key=lambda point: -math.inf if math.isnan(point.value) else point.value)
+
+    def reaches(self, value: float, metric: str = "AP", stage: int | None = None, split: str = "val") -> Point | None:
+        """The first evaluation with at least this value, or None where there is none."""
+        return next((point for point in self.points(metric, stage, split) if point.value >= value), None)
+
+    def losses(self, decoder: str, term: str, smoothing: int = 1) -> tuple[list[float], list[float]]:
+        """A term of the loss of a decoder's last layer in the course of training.
+
+        Args:
+            decoder: ``base`` or ``stage1``, ``stage2``, ...
+            term: ``label``, ``l1`` or ``giou``.
+            smoothing: each value is the mean of so many lines, those before it included; 1 for the lines as they are.
+
+        Returns:
+            Epochs and values; empty where the run has no such term.
+        """
+        lines = [line for line in self.training if f"{decoder}/{term}" in line["terms"]]
+        values = [float(line["terms"][f"{decoder}/{term}"]) for line in lines]
+        means = [float(np.mean(values[max(0, n + 1 - smoothing) : n + 1])) for n in range(len(values))]
+        return [self.epochs_at(line) for line in lines], means
+
+    @property
+    def _lines(self) -> tuple[Mapping[str, Any], ...]:
+        return self.training + self.evaluations
+
+    def _measured(self, split: str) -> list[Mapping[str, Any]]:
+        lines = [line for line in self.evaluations if line["split"] == split]
+        if not lines:
+            what = "validation" if split == "val" else "training"
+            raise UserError(
+                f"the run {self.label!r} ({self.folder}) has no evaluation on the {what} pictures; let it train on to "
+                "its first one, or leave it out"
+            )
+        return lines
+
+    def _point(self, line: Mapping[str, Any], value: float | None) -> Point:
+        pictures = line["step"] * int(self.config["batch_size"])
+        value = math.nan if value is None else float(value)
+        return Point(value, line["step"], self.epochs_at(line), line["seconds"] / 3600, pictures)
+
+
+@dataclass(frozen=True)
+class Comparison(Checked):
+    """What to compare, and by what: the parameters of notebook 22."""
+
+    runs: tuple[str, ...] = field(metadata={"help": "folders of runs"})
+    labels: tuple[str, ...] = field(default=(), metadata={"help": "their names; those of the folders by default"})
+    base: str | None = field(default=None, metadata={"help": "label of the run to compare with; the first by default"})
+    metric: Literal["AP", "AP50", "AP75", "APs", "APm", "APl"] = field(default="AP", metadata={"help": "which figure"})
+    stage: int | None = field(default=None, metadata={"help": "which stage, 0 the base detector; each run's last"})
+    split: Literal["val", "train"] = field(default="val", metadata={"help": "on which pictures"})
+    smoothing: int = field(default=1, metadata={"help": "lines of metrics whose mean is drawn in curves of the loss"})
+
+    def __post_init__(self) -> None:
+        """Check the values, one by one."""
+        super().__post_init__()
+        if not self.runs:
+            raise UserError("runs is empty; give the folders of at least one run")
+        if self.labels and len(self.labels) != len(self.runs):
+            raise UserError(f"{len(self.labels)} labels for {len(self.runs)} runs; give one for each, or none at all")
+        if self.smoothing < 1:
+            raise UserError(f"smoothing={self.smoothing} must be at least 1")
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Comparison:
+        """A comparison from names and values, lists taken for tuples.
+
+        Raises:
+            UserError: for an unknown name (the message names the nearest right one) or a value of the wrong type.
+        """
+        return from_values(Comparison, dict(values))
+
+    @property
+    def figure(self) -> dict[str, Any]:
+        """The figure that is compared, as the methods of :class:`Run` take it."""
+        return {"metric": self.metric, "stage": self.stage, "split": self.split}
+
+    def read(self) -> list[Run]:
+        """The runs, the one to compare with first.
+
+        Raises:
+            UserError: when one cannot be read, has no such evaluation or stage, or there is no such label.
+        """
+        labels = self.labels or tuple(Path(folder).resolve().name for folder in self.runs)
+        if len(set(labels)) < len(labels):
+            raise UserError(f"two runs have the same name ({', '.join(labels)}); give labels that differ")
+        if self.base is not None and self.base not in labels:
+            raise UserError(f"base={self.base!r} is none of the runs; choose from {', '.join(labels)}")
+        runs = [Run.read(folder, label) for folder, label in zip(self.runs, labels)]
+        for run in runs:
+            run.points(**self.figure)  # says what is missing, now and not in the middle of a figure
+        return sorted(runs, key=lambda run: run.label != (self.base or labels[0]))
+
+
+# ------------------------------------------------------------------------------------------------------ in tables
+
+
+def rows(runs: Sequence[Run], metric: str = "AP", stage: int | None = None, split: str = "val") -> list[dict[str, Any]]:
+    """The runs in numbers, one dictionary a run, as JSON can hold it.
+
+    ``best`` is the highest value of the chosen stage, and ``by_stage`` the values of all stages at that evaluation.
+    ``reaches`` is the first evaluation at which a run is as good as the first run's best, and how much training it took
+    by comparison: ``epochs_ratio`` 0.72 are 28% fewer epochs, the "acceleration" of the paper's section 5.2. It is None
+    for a run that never is.
+
+    Args:
+        runs: the runs, the one to compare with first.
+        metric: AP, AP50, AP75, APs, APm or APl.
+        stage: which stage; each run's last by default.
+        split: on which pictures.
+    """
+    goal = runs[0].best(metric, stage, split)
+    table = []
+    for run in runs:
+        best, there = run.best(metric, stage, split), run.reaches(goal.value, metric, stage, split)
+        by_stage = [run.points(metric, i, split) for i in range(run.stages(split) + 1)]
+        at = [point.step for point in by_stage[0]].index(best.step)
+        table.append(
+            {
+                "label": run.label,
+                "folder": str(run.folder),
+                "preset": run.preset,
+                "parameters": run.parameters,
+                "epochs": run.epochs,
+                "batch_size": run.config["batch_size"],
+                "lr": run.config["lr"],
+                "hours": run.hours,
+                "best": _json(best),
+                "by_stage": [_number(points[at].value) for points in by_stage],
+                "reaches": None if there is None else _json(there) | _ratios(there, goal),
+                "notes": list(run.notes),
+            }
+        )
+    return table
+
+
+def as_text(table: Sequence[Mapping[str, Any]], metric: str = "AP") -> str:
+    """What :func:`rows` gives, as two tables of text: the runs, and what it took to be as good as the first."""
+    unit, per_hour = time_unit(max(row["hours"] for row in table))
+    wide = max(len(row["label"]) for row in table)
+    model = max(len(row["preset"]) for row in table)
+    head = f"{'run':{wide}}  {'model':{model}}  {'M param.':>8} {'epochs':>7} {'batch':>6} {'lr':>8} {unit:>8}"
+    lines = [f"{head}  best {metric}, by stage"]
+    for row in table:
+        parameters = "-" if row["parameters"] is None else f"{row['parameters'] / 1e6:.2f}"
+        stages = " ".join("-" if value is None else f"{value:.1f}" for value in row["by_stage"])
+        lines.append(
+            f"{row['label']:{wide}}  {row['preset']:{model}}  {parameters:>8} {row['epochs']:>7.4g} "
+            f"{row['batch_size']:>6} {row['lr']:>8.0e} {row['hours'] * per_hour:>8.1f}  {stages}"
+        )
+    goal = table[0]["best"]
+    lines += [
+        "",
+        f"to reach {metric} {_text(goal['value'])}, the best of {table[0]['label']} (share: of what that took)",
+    ]
+    lines.append(f"{'run':{wide}}  {'epochs':>7} {'share':>6}  {unit:>8} {'share':>6}  {'pictures':>10} {'share':>6}")
+    for row in table:
+        there = row["reaches"]
+        if there is None:
+            lines.append(f"{row['label']:{wide}}  not reached, best {_text(row['best']['value'])}")
+            continue
+        shares = {axis: _percent(there[f"{axis}_ratio"]) for axis in AXES}
+        lines.append(
+            f"{row['label']:{wide}}  {there['epochs']:>7.4g} {shares['epochs']:>6}  "
+            f"{there['hours'] * per_hour:>8.1f} {shares['hours']:>6}  {there['pictures']:>10,} {shares['pictures']:>6}"
+        )
+    return "\n".join(lines)
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The settings in which runs differ: for each its values, run by run, as text.
+
+    Settings of the model have ``model.`` before their names. ``-`` stands where a run's file has no such setting. What
+    says only where a run is and whether it was continued is left out.
+    """
+    ignored = {"output", "resume", "model.preset"}
+    settings = [{**run.config, "model.": run.model} for run in runs]
+    found: dict[str, list[str]] = {}
+
+    def collect(name: str, values: Sequence[Any]) -> None:
+        if all(isinstance(value, Mapping) for value in values):
+            for key in dict.fromkeys(key for value in values for key in value):
+                inner = f"{name}{key}" if not name or name.endswith(".") else f"{name}.{key}"
+                collect(inner, [value.get(key, _MISSING) for value in values])
+        elif name not in ignored and any(value != values[0] for value in values):
+            found[name] = [_setting(value) for value in values]
+
+    collect("", settings)
+    return found
+
+
+def differences_as_text(runs: Sequence[Run]) -> str:
+    """What :func:`differences` gives, as a table of text."""
+    found = {"": [run.label for run in runs], **differences(runs)}
+    if len(found) == 1:
+        return "the runs have the same settings"
+    columns = [list(found), *map(list, zip(*found.values()))]
+    wide = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(cells, wide)).rstrip() for cells in zip(*columns))
+
+
+def summary(table: Sequence[Mapping[str, Any]], metric: str = "AP") -> str:
+    """What :func:`rows` gives, in sentences that say no more than the numbers."""
+    unit, per_hour = time_unit(max(row["hours"] for row in table))
+    base, *others = table
+    lines = [
+        f"{base['label']}: best {metric} {_text(base['best']['value'])} after {base['best']['epochs']:.4g} of "
+        f"{base['epochs']:.4g} epochs and {base['best']['hours'] * per_hour:.1f} {unit}."
+    ]
+    goal = base["best"]["value"]
+    for row in others:
+        best, there = row["best"], row["reaches"]
+        line = f"{row['label']}: best {metric} {_text(best['value'])} after {best['epochs']:.4g} of "
+        line += f"{row['epochs']:.4g} epochs"
+        if goal is not None and best["value"] is not None:
+            gain = round(best["value"], 1) - round(goal, 1)  # the difference of what is written
+            more = "as much as" if round(gain, 1) == 0 else f"{abs(gain):.1f} {'more' if gain > 0 else 'less'} than"
+            line += f", {more} {base['label']}"
+        if there is None:
+            line += f". It does not reach {base['label']}'s {_text(goal)}."
+        else:
+            line += (
+                f". It reaches {_text(goal)} after {there['epochs']:.4g} epochs: "
+                f"{_change(there['epochs_ratio'], 'fewer')} epochs, {_change(there['hours_ratio'], 'less')} time."
+            )
+        lines.append(line)
+    return "\n".join(lines + [note for row in table for note in row["notes"]])
+
+
+def time_unit(hours: float) -> tuple[str, float]:
+    """The unit for a time, and how many of it are an hour: minutes for runs of less than two hours."""
+    return ("hours", 1.0) if hours >= 2 else ("minutes", 60.0)
+
+
+# ------------------------------------------------------------------------------------------------------- details
+
+_MISSING = object()
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The lines of ``metrics.jsonl``; a last one that is cut is left out, and that is noted."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the run has not logged anything yet; let it train on, or leave it out")
+    texts = path.read_text("utf-8", errors="replace").splitlines()
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            if line["kind"] in ("train", "evaluation"):  # a later version may write more
+                lines.append(line | {"step": int(line["step"]), "epoch": int(line["epoch"])})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number < len(texts):
+                raise UserError(
+                    f"line {number} of {path} is damaged; delete that line, or copy the file anew"
+                ) from error
+            return lines, (f"{path}: the last line (line {number}) is cut off and left out.",)
+    return lines, ()
+
+
+def _json(point: Point) -> dict[str, Any]:
+    return {**vars(point), "value": _number(point.value)}
+
+
+def _number(value: float) -> float | None:
+    """As JSON can hold it."""
+    return None if math.isnan(value) else value
+
+
+def _ratios(point: Point, other: Point) -> dict[str, float | None]:
+    """How much training one took, by what the other took."""
+    pairs = {f"{axis}_ratio": (getattr(point, axis), getattr(other, axis)) for axis in AXES}
+    return {name: a / b if b else None for name, (a, b) in pairs.items()}
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _percent(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{100 * ratio:.0f}%"
+
+
+def _change(ratio: float | None, less: str) -> str:
+    """A ratio as text: ``28% fewer``."""
+    percent = round(100 * ((ratio or 1.0) - 1))
+    return "the same" if percent == 0 else f"{abs(percent)}% {'more' if percent > 0 else less}"
+
+
+def _setting(value: Any) -> str:
+    """A setting as text; of a group of settings the first says which it is."""
+    if value is _MISSING:
+        return "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_setting(inner)}" for key, inner in list(value.items())[:1])
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_setting, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    words = {None: "none", True: "yes", False: "no"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,173 @@
+"""From predictions to detections: scores, classes and boxes in pixels of the original image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from regolite.boxes import to_pixels
+from regolite.data import batch_pictures, list_images, make_transform, read_image
+from regolite.data.images import ImageSource, check_image
+from regolite.errors import UserError
+from regolite.models.rego import Rego
+from regolite.types import Detections, DetectorOutput, ImageBatch, Prediction
+from regolite.utils.modes import evaluating
+from regolite.utils.validation import of_kind, share, whole
+
+
+def to_detections(
+    prediction: Prediction, sizes: Int[Tensor, "B 2"], scoring: str, top_k: int = 100
+) -> list[Detections]:
+    """The best detections of each picture; no non-maximum suppression is needed.
+
+    With sigmoids a query may stand for several classes, and the best pairs of query and class are taken (Deformable
+    DETR); with a softmax every query gives its best class other than "no object" (DETR).
+
+    Args:
+        prediction: logits and boxes.
+        sizes: height and width of the original pictures in pixels.
+        scoring: ``"softmax"`` or ``"sigmoid"``.
+        top_k: how many to keep of each picture.
+    """
+    logits = prediction.logits.float()
+    boxes = to_pixels(prediction.boxes.float(), sizes.to(prediction.boxes.device))
+    if scoring == "sigmoid":
+        classes = logits.shape[2]
+        scores, flat = logits.sigmoid().flatten(1).topk(min(top_k, logits[0].numel()), dim=1)
+        queries, labels = flat // classes, flat % classes
+    else:
+        best, label = logits.softmax(-1)[..., :-1].max(-1)
+        scores, queries = best.topk(min(top_k, best.shape[1]), dim=1)
+        labels = label.gather(1, queries)
+    chosen = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+    return [Detections(s, c, b, q) for s, c, b, q in zip(scores.cpu(), labels.cpu(), chosen.cpu(), queries.cpu())]
+
+
+def run(model: nn.Module, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
+    """Run any detector; ``stages`` says how many REGO stages to use, where it has any."""
+    return model(images, stages) if isinstance(model, Rego) else model(images)
+
+
+def check_stages(model: nn.Module, stages: int | None) -> None:
+    """Check that a detector has so many REGO stages; None stands for all of them.
+
+    Raises:
+        UserError: it does not.
+    """
+    of_kind("model", model, nn.Module, "a detector: regolite.load and regolite.build give one")
+    most = len(model.stages) if isinstance(model, Rego) else 0
+    if stages is not None and whole("stages", stages) > most:
+        has = f"this model has 0 to {most}" if most else "this model has no REGO: give 0, or leave it out"
+        raise UserError(f"stages is {stages}, and {has}")
+
+
+def detections_by_stage(
+    model: nn.Module, images: ImageBatch, sizes: Int[Tensor, "B 2"], stages: int | None = None, top_k: int = 100
+) -> list[list[Detections]]:
+    """What any detector finds in a batch: for each stage, the base detector first, the detections of each picture.
+
+    A detector with a method ``detections(images, sizes, top_k)`` answers by it, as one stage: the way for detectors
+    that end in something else than a :class:`~regolite.types.DetectorOutput`, see :mod:`regolite.models.baselines`.
+
+    Args:
+        model: the detector.
+        images: the pictures, as the network wants them.
+        sizes: height and width of the original pictures in pixels.
+        stages: how many REGO stages to use, where it has any; all by default.
+        top_k: how many detections to keep of each picture.
+    """
+    if hasattr(model, "detections"):
+        return [model.detections(images, sizes, top_k)]
+    images = replace(images, original_sizes=sizes)
+    return [to_detections(p, sizes, model.scoring, top_k) for p in run(model, images, stages).by_stage]
+
+
+@torch.inference_mode()
+def detect(
+    model: nn.Module,
+    pictures: ImageSource | Iterable[ImageSource],
+    threshold: float | int = 0.3,
+    stages: int | None = None,
+    top_k: int = 100,
+) -> list[Detections]:
+    """Detect objects in images of any size.
+
+    Args:
+        model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
+        pictures: one or several images: whatever :func:`regolite.data.read_image` reads, and folders and patterns as
+            ``photos/*.jpg``, whose files :func:`regolite.data.list_images` lists. Files are turned upright as their
+            EXIF orientation says.
+        threshold: least score of a detection, from 0 to 1. Detectors that were trained with the focal loss score low:
+            the everyday detector has its best F1 on unseen images at 0.3.
+        stages: how many REGO stages to use; 0 for the base detector alone; all by default.
+        top_k: most detections of an image.
+
+    Returns:
+        One :class:`~regolite.types.Detections` an image, best first, boxes ``xyxy`` in pixels of the image.
+
+    Raises:
+        UserError: when a file is missing or no image, or a number is out of its range.
+    """
+    threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
+    check_stages(model, stages)
+    return [by_stage[-1].above(threshold) for by_stage in _detect_each(model, list_images(pictures), stages, top_k)]
+
+
+@torch.inference_mode()
+def detect_by_stage(
+    model: nn.Module, picture: ImageSource, threshold: float | int = 0.3, top_k: int = 100
+) -> list[Detections]:
+    """Detect objects in one image, and tell what every stage found.
+
+    Args:
+        model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
+        picture: whatever :func:`regolite.data.read_image` reads.
+        threshold: least score of a detection, from 0 to 1. Detectors that were trained with the focal loss score low:
+            the everyday detector has its best F1 on unseen images at 0.3.
+        top_k: most detections of a stage.
+
+    Returns:
+        One :class:`~regolite.types.Detections` a stage, number 0 the base detector's; the last is what
+        :func:`detect` gives.
+
+    Raises:
+        UserError: when the file is missing or no image, or a number is out of its range.
+    """
+    threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
+    check_stages(model, None)
+    [by_stage] = _detect_each(model, [picture], None, top_k)
+    return [detections.above(threshold) for detections in by_stage]
+
+
+def _detect_each(
+    model: nn.Module, sources: list[ImageSource], stages: int | None, top_k: int
+) -> Iterator[list[Detections]]:
+    """The detections by stage in each image, each by itself."""
+    config, device = getattr(model, "model_config", None), next(model.parameters()).device
+    if config is None:
+        raise UserError("the model does not say how to prepare images: set its model_config (regolite.configure)")
+    checked = [_checked(source, number) for number, source in enumerate(sources, 1)]  # before the work, not after it
+    transform = make_transform(config.augment, config.image_size, train=False)
+    with evaluating(model):
+        for source in checked:
+            image = read_image(source)  # files one by one: a folder of them may not fit into memory
+            batch = batch_pictures([transform(image)], multiple=32).to(device)
+            size = (image.height, image.width)
+            found = detections_by_stage(model, batch, torch.tensor([size]), stages, top_k)
+            yield [replace(detections, classes=config.classes, size=size) for [detections] in found]
+
+
+def _checked(source: ImageSource, number: int) -> ImageSource:
+    """A file whose header can be read, or an image in memory that has been read; errors say which of them it is."""
+    if isinstance(source, (str, os.PathLike)):
+        check_image(source)
+        return source
+    try:
+        return read_image(source)
+    except UserError as error:
+        raise UserError(f"number {number} of the images: {error}") from error

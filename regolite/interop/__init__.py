@@ -1,0 +1,206 @@
+"""Weights and models of others: what they are called there, and how they come here and go back.
+
+::
+
+    model = interop.load("detr-r50-e632da11.pth")          # the authors' weights: recognised, converted, ready
+    model = interop.load("r50_deformable_detr.pth", num_classes=3)   # new class heads, to fine-tune
+    interop.save(model, "for_their_code.pth")              # the way back: their names, their form of a file
+    detector = interop.from_transformers(hugging_face_model)         # and back: to_transformers(detector)
+    model = Rego(interop.adapt(hugging_face_model), stages=3)        # REGO on a detector of transformers
+
+The authors' code lets padding touch a picture, so a model that comes from there has ``mask_padding=False`` and gives
+their outputs exactly. A model that was trained here with ``mask_padding=True`` gives its own outputs there for a
+picture that is alone, and nearly so in a padded batch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from regolite.errors import UserError
+from regolite.interop import anchor_detr, conditional_detr, deformable_detr, detr, rego, smca
+from regolite.interop.adapter import adapt
+from regolite.interop.keys import from_theirs, to_theirs
+from regolite.interop.transformers import from_transformers, to_transformers
+from regolite.models.baselines import COCO_CLASSES
+from regolite.models.config import DETECTORS, ModelConfig, class_head_names
+from regolite.models.presets import build, configure, presets
+from regolite.utils.files import write_atomic
+from regolite.utils.validation import whole
+from regolite.utils.weight_files import Weights, read
+
+__all__ = ["adapt", "from_transformers", "load", "save", "state_dict", "to_transformers"]
+
+FORMS = {
+    "detr": detr,
+    "deformable_detr": deformable_detr,
+    "rego": rego,
+    "conditional_detr": conditional_detr,
+    "anchor_detr": anchor_detr,
+    "smca": smca,
+}
+TAGS = {
+    "resnet50": "r50", "resnet101": "r101", "resnext101_32x8d": "x101", "resnext101_64x4d": "x101",
+    "mobilenet_v2": "tiny", "tiny": "scenes",
+}  # fmt: skip
+COCO_COLUMNS = ("N/A", *COCO_CLASSES)  # the column of a class is COCO's own id of it, 1 to 90 with holes
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    form: str | None = None,
+    num_classes: int | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """A regolite detector with published weights, which gives the same outputs as the authors' code.
+
+    What the model is made of is read off the names and shapes of its weights, and off the options that the authors'
+    training scripts save beside them. **Published files of DETR hold no options**, and three things leave no trace in
+    the weights: ``dilated=True`` (DC5), ``heads`` (8 by default), and how many proposals a two-stage model keeps
+    (``queries``, 300 by default). Give them where they differ: ``load("detr-r50-dc5-f0fb7ef5.pth", dilated=True)``.
+
+    Args:
+        source: a ``.pth`` or ``.safetensors`` file, or a state dict. Nothing in a file is executed.
+        form: a name in :data:`FORMS`, as ``"detr"``, to refuse anything else; by default it is recognised.
+        num_classes: None keeps the class heads. Another number than theirs replaces all of them by new ones, which is
+            said in a warning, and leaves everything else as published: a start for fine-tuning.
+        **overrides: fields of the configuration, as in :func:`regolite.configure`; they win over what is recognised.
+
+    Returns:
+        The detector in evaluation mode. Of 91 columns each is the category of COCO with its number as id; the numbers
+        that COCO leaves out are called "N/A".
+
+    Raises:
+        UserError: when there is no such file, when reading it would run code, when it is damaged, holds another model,
+            or when weights are missing, unknown or of a wrong shape, which are named.
+    """
+    weights = read(source)
+    chosen = _recognise(weights, form)
+    if "heads" in overrides:  # the number of sampling points follows from it
+        weights = replace(weights, options=weights.options | {"nheads": overrides["heads"]})
+    family, classes, fields = chosen.describe(weights)
+    wanted = whole("num_classes", num_classes) if num_classes is not None else classes
+    fields |= {"category_ids": tuple(range(wanted))}
+    if wanted == classes and classes - len(COCO_COLUMNS) in (0, 1):  # SMCA has a column for "no object", never wanted
+        fields |= {"classes": (*COCO_COLUMNS, "N/A")[:classes]}
+    fields |= overrides
+    model = build(configure(_preset(family, fields), **fields), wanted)
+
+    own, pairs = model.state_dict(), chosen.pairs(model.model_config)
+    fresh = set(class_head_names(own)) if wanted != classes else set()
+    heads = {name for pair in pairs for ours, theirs in pair.names(own) if ours[0] in fresh for name in theirs}
+    found = from_theirs(
+        {name: tensor for name, tensor in weights.tensors.items() if name not in heads},
+        pairs,
+        {name: tensor for name, tensor in own.items() if name not in fresh},
+        weights.source,
+    )
+    model.load_state_dict(own | found)
+    if fresh:
+        names = sorted({name.rpartition(".")[0] for name in fresh})
+        logging.getLogger("regolite").warning(
+            "%s: %d class heads for %d classes are replaced by new ones for %d: %s",
+            *(weights.source, len(names), classes, wanted, ", ".join(names)),
+        )
+    return model.eval()
+
+
+def state_dict(detector: nn.Module) -> dict[str, Tensor]:
+    """The weights of a detector as the authors' code calls them: ``load_state_dict`` there takes them, strictly.
+
+    Their scripts build the model from options, which :func:`save` writes beside the weights, and set its number of
+    classes by the name of the data, 91 for COCO; for another number of classes that line there needs a change.
+
+    Args:
+        detector: a detector of one of the :data:`FORMS`; a REGO of form ``released``, on a Deformable DETR.
+
+    Raises:
+        UserError: when the authors' code has no such model.
+    """
+    config = _config(detector)
+    return to_theirs(detector.state_dict(), _form(config).pairs(config))
+
+
+def save(detector: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a detector for the authors' code, whole or not at all.
+
+    A ``.pth`` file has the weights under ``"model"``, where the authors' scripts look, and under ``"args"`` the options
+    with which these scripts build the model (``--nheads``, ``--num_queries``, ...). A ``.safetensors`` file has the
+    weights, and the options as JSON among its metadata.
+
+    Args:
+        detector: as for :func:`state_dict`.
+        path: the ``.pth`` or ``.safetensors`` file.
+
+    Raises:
+        UserError: for another kind of file, and as :func:`state_dict`.
+    """
+    path = Path(path)
+    if path.suffix not in (".pth", ".safetensors"):
+        raise UserError(f"{path}: give a name that ends in .pth or .safetensors")
+    config = _config(detector)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in state_dict(detector).items()}
+    options = _form(config).options(config)
+    if path.suffix == ".safetensors":
+        write_atomic(path, to_safetensors(weights, metadata={"args": json.dumps(options)}))
+    else:
+        buffer = io.BytesIO()
+        torch.save({"model": weights, "args": options}, buffer)
+        write_atomic(path, buffer.getvalue())
+
+
+def _recognise(weights: Weights, form: str | None) -> Any:
+    """The module of :data:`FORMS` that knows these weights."""
+    if form is not None and form not in FORMS:
+        raise UserError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
+    # The last first: SMCA has the names of DETR, and more.
+    found = next((name for name in reversed(FORMS) if FORMS[name].recognise(weights)), None)
+    if found is None:
+        names = set(weights.tensors)
+        if {"conv1.weight", "fc.weight"} <= names:
+            mend = "it is a ResNet: a detector takes it as its backbone by regolite.build(..., weights=FILE)"
+        elif any(name.startswith(("backbone.body.", "detector.")) for name in names):
+            mend = "it is a checkpoint of a run of regolite, which regolite.load reads"
+        elif any(name.startswith("model.backbone.") for name in names):
+            mend = "it is a model of transformers: load it there and give it to regolite.interop.from_transformers"
+        else:
+            mend = "it begins with " + ", ".join(list(weights.tensors)[:3])
+        raise UserError(f"{weights.source} holds no published detector of the forms {', '.join(FORMS)}; {mend}")
+    if form not in (None, found):
+        raise UserError(f"{weights.source} has the form {found!r} and not {form!r}; leave form out, or give this one")
+    return FORMS[found]
+
+
+def _preset(family: str, fields: Mapping[str, Any]) -> str:
+    """The preset of a family with this backbone, DC5 where there is one."""
+    tag = TAGS.get(fields["backbone"], "r50")
+    dc5 = f"{family}_dc5_{tag}"
+    return dc5 if fields.get("dilated") and dc5 in presets() else f"{family}_{tag}"
+
+
+def _config(detector: nn.Module) -> ModelConfig:
+    config = getattr(detector, "model_config", None)
+    if config is None:
+        raise UserError("the way back reads the model's configuration: make the model with regolite.build")
+    return config
+
+
+def _form(config: ModelConfig) -> Any:
+    """The module of :data:`FORMS` whose code can build this model."""
+    kinds = {kind: name for name, (kind, _) in DETECTORS.items()}
+    form = FORMS.get("rego" if config.rego is not None else kinds.get(type(config.detector)))
+    if form is None or not form.holds(config):
+        there = f", which has {form.TITLE}" if form is not None else ""
+        raise UserError(f"{config.preset}, as configured, can't run in published code{there}")
+    return form

@@ -1,0 +1,116 @@
+"""DETR as its authors publish it (facebookresearch/detr): how its weights are recognised, and what they are called.
+
+What a state dict cannot tell comes from the options that were saved beside it: DC5 (dilation has no weights) and the
+number of heads. Without options they are the authors' defaults, no dilation and 8 heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regolite.interop.keys import Pair
+from regolite.interop.sizes import backbone, count, tensor
+from regolite.models.config import ModelConfig
+from regolite.models.detr import DetrConfig
+from regolite.utils.weight_files import Weights
+
+TITLE = "DETR (facebookresearch/detr: a ResNet, softmax scores, no reference points)"
+
+
+def recognise(weights: Weights) -> bool:
+    """Whether these weights are DETR's."""
+    return any(key.startswith("transformer.decoder.layers.0.multihead_attn.") for key in weights.tensors)
+
+
+def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
+    """The model: the family of its preset, its number of classes, and its sizes as fields of the configuration."""
+    queries, dim = tensor(weights, "query_embed.weight").shape
+    fields = common(weights) | {"queries": queries, "dim": dim}
+    return "detr", len(tensor(weights, "class_embed.bias")) - 1, fields
+
+
+def common(weights: Weights) -> dict[str, Any]:
+    """The fields that DETR and Deformable DETR have in common, and name alike."""
+    options = {"nheads": "heads", "dilation": "dilated", "dropout": "dropout"}
+    return {
+        "backbone": backbone(weights, "backbone.0.body."),
+        "encoder_layers": count(weights, "transformer.encoder.layers."),
+        "decoder_layers": count(weights, "transformer.decoder.layers."),
+        "ffn_dim": len(tensor(weights, "transformer.encoder.layers.0.linear1.bias")),
+        "weights": None,
+        "mask_padding": False,
+    } | {ours: weights.options[theirs] for theirs, ours in options.items() if theirs in weights.options}
+
+
+def options(config: ModelConfig) -> dict[str, Any]:
+    """The options of the authors' training script with which it builds this model."""
+    d = config.detector
+    return {
+        "backbone": d.backbone, "dilation": d.dilated, "enc_layers": d.encoder_layers, "dec_layers": d.decoder_layers,
+        "dim_feedforward": d.ffn_dim, "hidden_dim": d.dim, "dropout": d.dropout, "nheads": d.heads,
+        "num_queries": d.queries,
+    }  # fmt: skip
+
+
+def holds(config: ModelConfig) -> bool:
+    """Whether the authors' code can build this model."""
+    d = config.detector
+    plain = type(d) is DetrConfig and not d.reference_points and d.scoring == "softmax"
+    return plain and d.backbone.startswith("res") and config.rego is None
+
+
+def pairs(config: ModelConfig) -> list[Pair]:
+    """The table of names."""
+    d = config.detector
+    return [
+        Pair("backbone.body.", "backbone.0.body."),
+        Pair("input_projection.", "input_proj."),
+        *encoder(d.encoder_layers, "encoder.", "transformer.encoder."),
+        *decoder(d.decoder_layers, "decoder.", "transformer.decoder."),
+        Pair("query_positions.", "query_embed."),
+        Pair("class_head.", "class_embed."),
+        *mlp("box_head.", ["bbox_embed."]),
+    ]
+
+
+def encoder(layers: int, ours: str, theirs: str) -> list[Pair]:
+    """An encoder with dense attention."""
+    table = []
+    for i in range(layers):
+        here, there = f"{ours}layers.{i}.", f"{theirs}layers.{i}."
+        table += attention(f"{here}attention.", f"{there}self_attn.")
+        table += feed_forward(here, there)
+        table += [Pair(f"{here}attention_norm.", f"{there}norm1."), Pair(f"{here}ffn_norm.", f"{there}norm2.")]
+    return table
+
+
+def decoder(layers: int, ours: str, theirs: str) -> list[Pair]:
+    """A decoder with dense attention, and the norm before its heads."""
+    table = [Pair(f"{ours}norm.", f"{theirs}norm.")]
+    for i in range(layers):
+        here, there = f"{ours}layers.{i}.", f"{theirs}layers.{i}."
+        table += attention(f"{here}self_attention.", f"{there}self_attn.")
+        table += attention(f"{here}cross_attention.", f"{there}multihead_attn.")
+        table += feed_forward(here, there)
+        norms = ("self_norm.", "cross_norm.", "ffn_norm.")
+        table += [Pair(here + norm, f"{there}norm{n}.") for n, norm in enumerate(norms, start=1)]
+    return table
+
+
+def attention(ours: str, theirs: str) -> list[Pair]:
+    """Multi-head attention, where PyTorch's module keeps the projections of query, key and value in one tensor."""
+    stacked = [
+        Pair(tuple(f"{ours}{part}.{kind}" for part in ("query", "key", "value")), f"{theirs}in_proj_{kind}")
+        for kind in ("weight", "bias")
+    ]
+    return [*stacked, Pair(f"{ours}out.", f"{theirs}out_proj.")]
+
+
+def feed_forward(ours: str, theirs: str) -> list[Pair]:
+    """The feed-forward network of a layer."""
+    return [Pair(f"{ours}ffn.0.", f"{theirs}linear1."), Pair(f"{ours}ffn.3.", f"{theirs}linear2.")]
+
+
+def mlp(ours: str, theirs: list[str]) -> list[Pair]:
+    """A box head, which may be listed under several names there."""
+    return [Pair(f"{ours}{2 * i}.", tuple(f"{name}layers.{i}." for name in theirs)) for i in range(3)]

@@ -1,0 +1,427 @@
+"""DETR, Conditional DETR and Deformable DETR of Hugging Face's ``transformers``, weights and configuration both ways.
+
+Two tables say all that is needed, and are read in both directions: one of configuration fields and one of weight names
+(:class:`~regolite.interop.keys.Pair`). What a family of detectors is called there and here, its tables, and the
+settings that only one side has, stand together in :data:`FAMILIES`; whoever adds a family adds an entry.
+
+The outputs are the same; training there is not quite the authors'. In transformers 5.23
+
+- ``auxiliary_loss=True`` changes the outputs of DETR and Conditional DETR: the decoder normalises between its layers
+  and the last one twice; such a model is refused;
+- the classification loss of Conditional and Deformable DETR weighs 1 whatever the configuration says (the authors' 2);
+- two-stage Deformable DETR has no loss for the proposals, and the refined form trains one class head for all layers
+  (the authors one for each);
+- a ``timm`` backbone is trained whole and a ``ResNetConfig`` one not at all, where the authors train the stages 3 to 5;
+- dropout also falls on the encoder's input.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from regolite.errors import UserError
+from regolite.interop.keys import Pair, from_theirs, to_theirs
+from regolite.losses import LossConfig
+from regolite.models.conditional_detr import ConditionalDetrConfig
+from regolite.models.config import ModelConfig
+from regolite.models.deformable_detr import DeformableDetrConfig
+from regolite.models.detr import DetrConfig
+from regolite.models.presets import build
+from regolite.models.rego import Rego
+
+# Blocks of each stage: transformers' own ResNet has no name but these.
+DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+# Called the same here, in timm and in torchvision.
+TIMM = ("resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d")
+
+# Our field of a configuration and theirs; where they have several for one of ours, these must agree.
+FIELDS = (
+    ("dim", "d_model"),
+    ("heads", "encoder_attention_heads"),
+    ("heads", "decoder_attention_heads"),
+    ("encoder_layers", "encoder_layers"),
+    ("decoder_layers", "decoder_layers"),
+    ("ffn_dim", "encoder_ffn_dim"),
+    ("ffn_dim", "decoder_ffn_dim"),
+    ("queries", "num_queries"),
+)
+DEFORMABLE_FIELDS = (
+    *FIELDS,
+    ("levels", "num_feature_levels"),
+    ("points", "encoder_n_points"),
+    ("points", "decoder_n_points"),
+    ("refine", "with_box_refine"),
+    ("two_stage", "two_stage"),
+)
+# Our weights serve the matching too. Theirs may differ there, which concerns training alone: the loss's are read.
+LOSS_FIELDS = (
+    ("label", "class_cost"),
+    ("l1", "bbox_cost"),
+    ("l1", "bbox_loss_coefficient"),
+    ("giou", "giou_cost"),
+    ("giou", "giou_loss_coefficient"),
+    ("no_object", "eos_coefficient"),
+)
+CONDITIONAL_LOSS_FIELDS = (*LOSS_FIELDS[:-1], ("label", "cls_loss_coefficient"))
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of detectors translates.
+
+    Attributes:
+        config: our class of configuration.
+        fields: our field and theirs, of everything but the backbone.
+        pairs: the table of weight names, but the backbone's, for one of our configurations.
+        ours: what our configuration must say, since they know nothing else.
+        theirs: what theirs must say, and why.
+        loss: our weight of the loss and theirs.
+    """
+
+    config: type
+    fields: tuple[tuple[str, str], ...]
+    pairs: Callable[[Any], list[Pair]]
+    ours: dict[str, Any]
+    theirs: dict[str, tuple[Any, str]]
+    loss: tuple[tuple[str, str], ...] = LOSS_FIELDS
+
+
+def from_transformers(model: nn.Module) -> nn.Module:
+    """Make a detector of ours from one of transformers.
+
+    Its backbone is a ResNet-50 or 101 (or timm's ResNeXt-101). Classes take their names from ``id2label`` and their
+    numbers as category ids; weights of the loss come along. Dropout is ``dropout`` everywhere.
+
+    Args:
+        model: a ``...ForObjectDetection`` of DETR, Conditional DETR or Deformable DETR.
+
+    Returns:
+        The detector, ready to detect, on the device of ``model``. It lets padding in, as ``model`` does, and so gives
+        the same outputs on the same padded batch.
+
+    Raises:
+        UserError: when the model is of another class, or one of its settings has no counterpart here; it is named.
+    """
+    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
+    if name is None:
+        raise UserError(f"from_transformers converts {' and '.join(FAMILIES)}, and this is a {type(model).__name__}")
+    family, theirs = FAMILIES[name], model.config
+    for setting, (value, reason) in family.theirs.items():
+        if getattr(theirs, setting) != value:
+            raise UserError(f"{name} has {setting}={getattr(theirs, setting)!r} and must have {value!r}: {reason}")
+    fields = _read(theirs, family.fields)
+    if fields.get("two_stage"):
+        fields["queries"] = theirs.two_stage_num_proposals
+    backbone, stages = _read_backbone(theirs.backbone_config)
+    if family.config is DeformableDetrConfig:
+        fields["backbone_stages"] = stages
+    elif stages[-1] != 5:
+        raise UserError(f"{name} reads stage{stages[-1] - 1} of its backbone, and regolite's reads the last, stage4")
+
+    labels = range(theirs.num_labels)
+    config = ModelConfig(
+        preset=theirs.model_type,
+        detector=family.config(weights=None, mask_padding=False, dropout=float(theirs.dropout), **backbone, **fields),
+        loss=LossConfig(**{ours: float(getattr(theirs, setting)) for ours, setting in family.loss}),
+        classes=tuple(theirs.id2label.get(label, str(label)) for label in labels),
+        category_ids=tuple(labels),
+    )
+    detector = build(config)
+    pairs = _backbone_pairs(config.detector.backbone, _is_timm(theirs.backbone_config)) + family.pairs(config.detector)
+    detector.load_state_dict(from_theirs(model.state_dict(), pairs, detector.state_dict(), source=f"this {name}"))
+    return detector.to(model.device).eval()
+
+
+def to_transformers(detector: nn.Module, timm: bool = True) -> nn.Module:
+    """Make a detector of transformers from one of ours, the way back.
+
+    Its labels are the classes in our order; their COCO ids are lost, since labels there have no gaps.
+
+    Args:
+        detector: a DETR, Conditional or Deformable DETR made by :func:`regolite.build` or :func:`regolite.load`.
+        timm: take timm's backbone, as the published checkpoints there do. transformers' own needs no timm, but has
+            neither ResNeXt nor DC5.
+
+    Returns:
+        A ``...ForObjectDetection`` of the same family on the CPU, ready to detect. It lets
+        padding in: a detector that hides it (``mask_padding``) gives the same outputs there for a picture alone, and a
+        warning says so.
+
+    Raises:
+        UserError: when the detector has what transformers has not, as REGO, or transformers is not installed.
+    """
+    if isinstance(detector, Rego):
+        raise UserError("transformers has no REGO; convert the base detector alone: to_transformers(detector.detector)")
+    config = getattr(detector, "model_config", None)
+    if config is None:
+        raise UserError("the model's configuration is converted too: make the model with regolite.build or load it")
+    c = config.detector
+    name = next((name for name, family in FAMILIES.items() if isinstance(c, family.config)), None)
+    if name is None:
+        kind = type(detector).__name__
+        raise UserError(f"to_transformers converts DETR, Conditional DETR and Deformable DETR, and this is a {kind}")
+    family = FAMILIES[name]
+    for setting, value in family.ours.items():
+        if getattr(c, setting) != value:
+            raise UserError(
+                f"{setting}={getattr(c, setting)!r} cannot be had in transformers: it knows {value!r} alone"
+            )
+    if c.mask_padding:
+        logging.getLogger("regolite").warning(
+            "transformers lets padding in, which this detector hides (mask_padding=True): there its outputs are the "
+            "same for a picture alone, and others in a padded batch"
+        )
+
+    transformers = _package("transformers")
+    settings = {theirs: getattr(c, ours) for ours, theirs in family.fields}
+    settings |= {theirs: _weight(ours, getattr(config.loss, ours), theirs) for ours, theirs in family.loss}
+    settings |= {f"{kind}dropout": c.dropout for kind in ("", "attention_", "activation_")}
+    if settings.get("two_stage"):
+        settings["two_stage_num_proposals"] = c.queries
+    cls = getattr(transformers, name)
+    model = cls(
+        cls.config_class(
+            backbone_config=_write_backbone(transformers, c, timm),
+            dilation=c.dilated,
+            id2label=dict(enumerate(config.classes)),
+            label2id={label: number for number, label in enumerate(config.classes)},
+            **settings,
+        )
+    )
+    if settings.get("with_box_refine") and not c.two_stage:  # a new model there has one class head under every number
+        model.class_embed = nn.ModuleList(copy.deepcopy(head) for head in model.class_embed)
+    model.load_state_dict(to_theirs(detector.state_dict(), _backbone_pairs(c.backbone, timm) + family.pairs(c)))
+    return model.eval()
+
+
+def _package(name: str) -> Any:
+    """A package that comes with the extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{name} is not installed: pip install 'regolite[transformers]'") from error
+
+
+def _read(theirs: Any, fields: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """Our fields, from their configuration."""
+    read: dict[str, Any] = {}
+    for ours, setting in fields:
+        value = getattr(theirs, setting)
+        if read.setdefault(ours, value) != value:
+            raise UserError(f"{setting}={value}, but its like is {read[ours]}: regolite has one {ours} for both")
+    return read
+
+
+def _weight(ours: str, value: float, theirs: str) -> float | int:
+    """A weight of the loss; theirs are whole numbers, all but no-object's."""
+    if theirs == "eos_coefficient":
+        return value
+    if value != int(value):
+        raise UserError(f"{ours}={value} of the loss cannot be had in transformers: its {theirs} is a whole number")
+    return int(value)
+
+
+def _is_timm(theirs: Any) -> bool:
+    return theirs.model_type == "timm_backbone"
+
+
+def _read_backbone(theirs: Any) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Our fields of the backbone, and its stages, from the configuration of theirs."""
+    dilated = False
+    if _is_timm(theirs):
+        name = theirs.backbone.split(".")[0]  # what follows the dot names the weights
+        if name not in TIMM:
+            raise UserError(f"backbone {theirs.backbone!r} of timm is not one of regolite's; it has {', '.join(TIMM)}")
+        if theirs.output_stride not in (None, 16, 32):
+            raise UserError(f"output_stride={theirs.output_stride} of the backbone: regolite has 32, or 16 (DC5)")
+        dilated = theirs.output_stride == 16
+    elif theirs.model_type == "resnet":
+        name = next((name for name, depths in DEPTHS.items() if depths == tuple(theirs.depths)), None)
+        if name is None:
+            raise UserError(f"depths={list(theirs.depths)} of the backbone: regolite has {DEPTHS}")
+        usual = type(theirs)()
+        for setting in (
+            "layer_type", "embedding_size", "hidden_sizes", "hidden_act",
+            "downsample_in_first_stage", "downsample_in_bottleneck",
+        ):  # fmt: skip
+            if getattr(theirs, setting) != getattr(usual, setting):
+                raise UserError(f"{setting}={getattr(theirs, setting)!r} of the backbone makes it no {name}")
+    else:
+        raise UserError(
+            f"backbone {theirs.model_type!r} is not one of regolite's; ResNets of timm and transformers are"
+        )
+    # They count the stem as 0 and may count from the end; the papers call its successor stage 2.
+    return {"backbone": name, "dilated": dilated}, tuple(index % 5 + 1 for index in theirs.out_indices)
+
+
+def _write_backbone(transformers: Any, c: Any, timm: bool) -> Any:
+    """The configuration of their backbone, from ours."""
+    indices = [stage - 1 for stage in getattr(c, "backbone_stages", (2, 3, 4, 5))]
+    if timm:
+        if c.backbone not in TIMM:
+            raise UserError(f"backbone {c.backbone!r} cannot be had in transformers; {', '.join(TIMM)} can")
+        _package("timm")
+        stride = 16 if c.dilated else None
+        return transformers.TimmBackboneConfig(backbone=c.backbone, out_indices=indices, output_stride=stride)
+    if c.backbone not in DEPTHS or c.dilated:
+        what = "dilated=True" if c.dilated else f"backbone {c.backbone!r}"
+        raise UserError(f"{what} cannot be had in transformers' own ResNet; with timm=True more can")
+    return transformers.ResNetConfig(depths=list(DEPTHS[c.backbone]), out_features=[f"stage{i}" for i in indices])
+
+
+def _backbone_pairs(name: str, timm: bool) -> list[Pair]:
+    """The backbone: timm's names are torchvision's and so ours, transformers has its own."""
+    ours, theirs = "backbone.body.", "model.backbone.model."
+    if timm:
+        return [Pair(ours, theirs)]
+
+    def convolution(conv: str, norm: str, there: str) -> list[Pair]:
+        return [
+            Pair(f"{ours}{conv}.", f"{theirs}{there}.convolution."),
+            Pair(f"{ours}{norm}.", f"{theirs}{there}.normalization."),
+        ]
+
+    pairs = convolution("conv1", "bn1", "embedder.embedder")
+    for stage, depth in enumerate(DEPTHS[name]):
+        for block in range(depth):
+            here, there = f"layer{stage + 1}.{block}", f"encoder.stages.{stage}.layers.{block}"
+            pairs += convolution(f"{here}.downsample.0", f"{here}.downsample.1", f"{there}.shortcut")
+            for i in range(3):
+                pairs += convolution(f"{here}.conv{i + 1}", f"{here}.bn{i + 1}", f"{there}.layer.{i}")
+    return pairs
+
+
+def linears(ours: str, theirs: str, names: dict[str, str]) -> list[Pair]:
+    """Pairs of the parts of a module, by our names and theirs."""
+    return [Pair(f"{ours}.{here}.", f"{theirs}.{there}.") for here, there in names.items()]
+
+
+DENSE = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+SPLIT = {
+    "query": "q_content_proj", "query_position": "q_pos_proj", "key": "k_content_proj", "key_position": "k_pos_proj",
+    "value": "v_proj", "out": "o_proj",
+}  # fmt: skip
+DEFORMABLE = {
+    "sampling_offsets": "sampling_offsets", "attention_weights": "attention_weights",
+    "value": "value_proj", "out": "output_proj",
+}  # fmt: skip
+FFN = {"ffn.0": "mlp.fc1", "ffn.3": "mlp.fc2", "ffn_norm": "final_layer_norm"}
+MLP = {"0": "layers.0", "2": "layers.1", "4": "layers.2"}
+
+
+def encoder_pairs(c: Any, attention: dict[str, str]) -> list[Pair]:
+    """The encoder, with either kind of attention."""
+    pairs = []
+    for i in range(c.encoder_layers):
+        ours, theirs = f"encoder.layers.{i}", f"model.encoder.layers.{i}"
+        pairs += linears(f"{ours}.attention", f"{theirs}.self_attn", attention)
+        pairs += linears(ours, theirs, {"attention_norm": "self_attn_layer_norm"} | FFN)
+    return pairs
+
+
+def decoder_pairs(c: Any, layers: str, attention: dict[str, str], among: dict[str, str] = DENSE) -> list[Pair]:
+    """The decoder's layers, with any kind of cross-attention, and of self-attention among the queries."""
+    pairs = []
+    for i in range(c.decoder_layers):
+        ours, theirs = f"{layers}.{i}", f"model.decoder.layers.{i}"
+        pairs += linears(f"{ours}.self_attention", f"{theirs}.self_attn", among)
+        pairs += linears(f"{ours}.cross_attention", f"{theirs}.encoder_attn", attention)
+        norms = {"self_norm": "self_attn_layer_norm", "cross_norm": "encoder_attn_layer_norm"}
+        pairs += linears(ours, theirs, norms | FFN)
+    return pairs
+
+
+def detr_pairs(c: DetrConfig) -> list[Pair]:
+    """DETR behind its backbone."""
+    return [
+        Pair("input_projection.", "model.input_projection."),
+        *encoder_pairs(c, DENSE),
+        *decoder_pairs(c, "decoder.layers", DENSE),
+        Pair("decoder.norm.", "model.decoder.layernorm."),
+        Pair("query_positions.", "model.query_position_embeddings."),
+        Pair("class_head.", "class_labels_classifier."),
+        *linears("box_head", "bbox_predictor", MLP),
+    ]
+
+
+def conditional_pairs(c: ConditionalDetrConfig) -> list[Pair]:
+    """Conditional DETR behind its backbone."""
+    return [
+        Pair("input_projection.", "model.input_projection."),
+        *encoder_pairs(c, DENSE),
+        *decoder_pairs(c, "decoder_layers", SPLIT | {"query_spatial": "q_pos_sine_proj"}, SPLIT),
+        Pair("decoder_norm.", "model.decoder.layernorm."),
+        *linears("reference_head", "model.decoder.ref_point_head", MLP),
+        *linears("spatial_scale", "model.decoder.query_scale", MLP),
+        Pair("query_positions.", "model.query_position_embeddings."),
+        Pair("class_head.", "class_labels_classifier."),
+        *linears("box_head", "bbox_predictor", MLP),
+    ]
+
+
+def deformable_pairs(c: DeformableDetrConfig) -> list[Pair]:
+    """Deformable DETR behind its backbone.
+
+    They name a head once for every layer, whether they share it or not, and those that the decoder itself uses a second
+    time as the decoder's: box heads that refine, and with two stages all. The proposals' heads come last.
+    """
+    pairs = [Pair("level_positions", "model.level_embed"), *encoder_pairs(c, DEFORMABLE)]
+    for i in range(c.levels):
+        pairs.append(Pair(f"pyramid.projections.{i}.", f"model.input_proj.{i}.0."))
+        pairs.append(Pair(f"pyramid.norms.{i}.", f"model.input_proj.{i}.1."))
+    pairs += decoder_pairs(c, "decoder_layers", DEFORMABLE)
+    if c.two_stage:
+        names = {"project": "enc_output", "project_norm": "enc_output_norm"}
+        names |= {"to_query": "pos_trans", "to_query_norm": "pos_trans_norm"}
+        pairs += linears("proposals", "model", names)
+    else:
+        pairs.append(Pair(("query_positions.", "queries."), "model.query_position_embeddings.", dim=1))
+        pairs.append(Pair("reference_points.", "model.reference_points."))
+
+    layers = tuple(range(c.decoder_layers))
+    heads = {f"_heads.{i}.": (i,) for i in layers} if c.refine else {"_heads.0.": layers}
+    for ours, numbers in heads.items():
+        pairs += _head(f"class{ours}", f"box{ours}", numbers, c)
+    if c.two_stage:
+        pairs += _head("proposals.class_head.", "proposals.box_head.", (c.decoder_layers,), c)
+    return pairs
+
+
+def _head(class_head: str, box_head: str, numbers: tuple[int, ...], c: DeformableDetrConfig) -> list[Pair]:
+    """A pair of heads, which they have under one or several numbers."""
+
+    def theirs(name: str, twice: bool, part: str = "") -> tuple[str, ...]:
+        prefixes = ("", "model.decoder.") if twice else ("",)
+        return tuple(f"{prefix}{name}.{i}.{part}" for prefix in prefixes for i in numbers)
+
+    boxes = [Pair(f"{box_head}{ours}.", theirs("bbox_embed", c.refine, f"{there}.")) for ours, there in MLP.items()]
+    return [Pair(class_head, theirs("class_embed", c.two_stage)), *boxes]
+
+
+FIXED = {
+    "activation_function": ("relu", "so have regolite's feed-forward networks"),
+    "position_embedding_type": ("sine", "regolite's detectors learn no positions of cells"),
+    "num_channels": (3, "regolite's pictures have three"),
+}
+NORMED_TWICE = "with it transformers' decoder normalises between its layers; set it if the weights were not trained so"
+FAMILIES = {
+    "DetrForObjectDetection": Family(
+        DetrConfig, FIELDS, detr_pairs,
+        ours={"reference_points": False, "scoring": "softmax"},
+        theirs=FIXED | {"auxiliary_loss": (False, NORMED_TWICE)},
+    ),
+    "ConditionalDetrForObjectDetection": Family(
+        ConditionalDetrConfig, FIELDS, conditional_pairs, ours={},
+        theirs=FIXED | {"auxiliary_loss": (False, NORMED_TWICE)}, loss=CONDITIONAL_LOSS_FIELDS,
+    ),
+    "DeformableDetrForObjectDetection": Family(
+        DeformableDetrConfig, DEFORMABLE_FIELDS, deformable_pairs, ours={}, theirs=FIXED
+    ),
+}  # fmt: skip

@@ -1,0 +1,80 @@
+"""Multi-head attention, equations (1) and (2) of the paper.
+
+Every head projects queries, keys and values to C' = C / M channels, mixes the values by the softmax of scaled dot
+products, and the heads' outputs are concatenated and projected once more. PyTorch's fused kernel does the middle part;
+:meth:`MultiHeadAttention.weights` writes it out, for whoever wants to look at the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regolite.types import Memory
+
+
+class MultiHeadAttention(nn.Module):
+    """A(X_q, X_kv) of equation (1).
+
+    Args:
+        dim: channels C of queries and output.
+        heads: number of heads M; divides ``dim``.
+        dropout: probability with which an attention weight is dropped while training.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide {dim} channels")
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B Q C"],
+        key: Float[Tensor, "B S C"],
+        value: Float[Tensor, "B S C"],
+        mask: Bool[Tensor, "B S"] | None = None,
+    ) -> Float[Tensor, "B Q C"]:
+        """Attend.
+
+        Args:
+            query: what asks, positions added.
+            key: what is compared with the queries, positions added.
+            value: what is mixed.
+            mask: True on keys that nobody may look at (padding).
+        """
+        q, k, v = self._split(self.query(query)), self._split(self.key(key)), self._split(self.value(value))
+        allowed = None if mask is None else ~mask[:, None, None]
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def look(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        memory: Memory,
+        reference_points: Float[Tensor, "B Q L d"] | None = None,
+    ) -> Float[Tensor, "B Q C"]:
+        """Look at a flattened picture everywhere; reference points, which deformable attention needs, are unused."""
+        return self(queries, memory.tokens + memory.positions, memory.tokens, memory.mask)
+
+    def weights(
+        self, query: Float[Tensor, "B Q C"], key: Float[Tensor, "B S C"], mask: Bool[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B M Q S"]:
+        """The attention weights A_qkv of equation (2), head by head; each row sums to 1."""
+        q, k = self._split(self.query(query)), self._split(self.key(key))
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(mask[:, None, None], float("-inf"))
+        return torch.softmax(scores, dim=-1)
+
+    def _split(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B M N c"]:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

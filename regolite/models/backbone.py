@@ -1,0 +1,251 @@
+"""Backbones: a picture becomes a pyramid of feature maps.
+
+The network is torchvision's; this module says which of its maps are read, keeps batch normalisation frozen (batches of
+a detector are too small for it), and carries the padding mask along. Maps are named by *stage*, as ResNet's papers
+count: stage 2 has stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride 32.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.error import URLError
+
+import torch.nn.functional as F
+import torchvision
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
+
+from regolite.errors import UserError
+from regolite.types import FeatureMap, ImageBatch
+from regolite.utils.weight_files import read
+
+_BACKBONES = Path(__file__).parents[2] / "data" / "backbones"
+BUNDLED = {
+    "bundled": _BACKBONES / "mobilenet_v2.safetensors",  # ImageNet
+    "bundled_coco": _BACKBONES / "mobilenet_v2_coco.safetensors",  # the body of a detector, an SSD
+}
+"""Files of the MobileNetV2 weights that come with the repository, by the name that asks for them."""
+WEIGHTS = {
+    "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
+    "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
+    "resnet101": "ResNet101_Weights.IMAGENET1K_V1",
+    "resnext101_32x8d": "ResNeXt101_32X8D_Weights.IMAGENET1K_V1",
+    "resnext101_64x4d": "ResNeXt101_64X4D_Weights.IMAGENET1K_V1",
+}
+
+
+class TinyNet(nn.Sequential):
+    """A small network that is trained from scratch: each stage halves the map, then convolves it once more.
+
+    GroupNorm needs no large batches. 0.6 M parameters.
+    """
+
+    channels = {2: 32, 3: 64, 4: 128, 5: 128}
+
+    def __init__(self) -> None:
+        def conv(inputs: int, outputs: int, stride: int) -> nn.Module:
+            return Conv2dNormActivation(inputs, outputs, 3, stride, norm_layer=lambda c: nn.GroupNorm(8, c))
+
+        stages = [nn.Sequential(conv(3, 16, 2), conv(16, 32, 2))]
+        for stage in (3, 4, 5):
+            inputs, outputs = self.channels[stage - 1], self.channels[stage]
+            stages.append(nn.Sequential(conv(inputs, outputs, 2), conv(outputs, outputs, 1)))
+        super().__init__(*stages)
+
+
+class FoldedNorm(FrozenBatchNorm2d):
+    """A frozen batch normalization whose scale and shift the convolution before it applies; it only keeps them."""
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """The input: :class:`NormalizedConv2d` has normalized it."""
+        return x
+
+
+class NormalizedConv2d(nn.Conv2d):
+    """A convolution and the frozen batch normalization after it, as one convolution.
+
+    ``norm(conv(x))`` is a convolution whose weights are scaled channel by channel, plus a shift. Scaling the weights
+    costs next to nothing; scaling the output would read and write the largest tensors of a detector twice more.
+
+    Attributes:
+        norm: the normalization.
+    """
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D _h _w"]:
+        """Convolve and normalize."""
+        norm = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight, bias = self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        return self._conv_forward(x, weight, bias)
+
+
+def fold_norms(body: nn.Module) -> None:
+    """Let each convolution of a torchvision network apply the frozen batch normalization that follows it."""
+    for parent in list(body.modules()):
+        children = list(parent.children())
+        for conv, norm in zip(children, children[1:]):
+            if isinstance(norm, FoldedNorm):
+                conv.__class__ = NormalizedConv2d  # the same module, with its weights
+                object.__setattr__(conv, "norm", norm)  # no submodule: it has a name of its own, torchvision's
+
+
+class Backbone(nn.Module):
+    """A feature pyramid.
+
+    Args:
+        name: ``mobilenet_v2``, ``resnet50``, ``resnet101``, ``resnext101_32x8d`` (Table 1's X101, by
+            its 105 M parameters), ``resnext101_64x4d`` or ``tiny``.
+        stages: which maps to return, finest first; 2 to 5.
+        weights: ``"imagenet"`` for torchvision's ImageNet weights (downloaded once, then cached), ``"bundled"`` for the
+            MobileNetV2 that comes with the repository, ``"bundled_coco"`` for the one that was trained on COCO as the
+            body of an SSD, the path of a ``.safetensors`` or ``.pth`` state dict, or None for random ones.
+        dilated: DC5: stage 5 keeps the stride of stage 4 and its convolutions are dilated (ResNets only).
+        frozen_stages: the stem and the stages up to this number are not trained (DETR freezes up to stage 2).
+        mask_padding: hide padding from every convolution, so that a picture has the same maps alone and in any batch.
+            A convolution reads zeros beyond the edge of a picture that is alone; in a batch it would read what the
+            layers before have made of the padding, as the published detectors do. (The GroupNorm of ``tiny`` counts
+            padding all the same.)
+
+    Attributes:
+        channels: channels of each returned map.
+
+    Raises:
+        UserError: when the name or a stage is unknown, or weights are wanted and can't be had.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stages: Sequence[int] = (2, 3, 4, 5),
+        weights: str | None = None,
+        dilated: bool = False,
+        frozen_stages: int = 0,
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        if name != "tiny" and name not in WEIGHTS:
+            raise UserError(f"unknown backbone {name!r}; choose one of tiny, {', '.join(WEIGHTS)}")
+        if dilated and not name.startswith("res"):
+            raise UserError(f"backbone {name!r} has no dilated (DC5) form; choose a ResNet")
+        if not stages or not set(stages) <= {2, 3, 4, 5}:
+            raise UserError(f"the stages of a backbone are {tuple(stages)}; choose some of 2 to 5")
+        if frozen_stages not in (0, 2, 3, 4, 5):
+            raise UserError(f"frozen_stages of a backbone is {frozen_stages}; choose 0 or one of 2 to 5")
+        self.body, self.ends, channels = _split(name, dilated)
+        self.stages = tuple(stages)
+        self.channels = [channels[s] for s in self.stages]
+        self.strides = [16 if dilated and s == 5 else 2**s for s in self.stages]
+        self.mask_padding = mask_padding
+        fold_norms(self.body)
+        if mask_padding:
+            for module in self.body.modules():
+                # All that reads neighbours; the maximum is taken of a ReLU's output, where zeros say nothing.
+                if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.kernel_size != (1, 1):
+                    module.register_forward_pre_hook(self._hide_padding)
+        if weights is not None:
+            self.body.load_state_dict(_state_dict(name, weights, self.body.state_dict()))
+        if frozen_stages:
+            for part in list(self.body)[: self.ends[frozen_stages]]:
+                part.requires_grad_(False)
+
+    def forward(self, images: ImageBatch) -> list[FeatureMap]:
+        """The pyramid of a batch, finest map first."""
+        maps, x = {}, images.pixels
+        self._masks = halvings(images.mask)
+        stage_of = {end: stage for stage, end in self.ends.items()}
+        for number, part in enumerate(self.body, start=1):
+            x = part(x)
+            if number in stage_of:
+                maps[stage_of[number]] = x
+        features = []
+        for stage, stride in zip(self.stages, self.strides):
+            x, size = maps[stage], tuple(maps[stage].shape[-2:])
+            mask = self._masks[size] if self.mask_padding else shrink(images.mask, size)
+            features.append(FeatureMap(hide(x, mask) if self.mask_padding else x, mask, stride))
+        self._masks = {}
+        return features
+
+    def _hide_padding(self, module: nn.Module, inputs: tuple[Float[Tensor, "B C h w"]]) -> Float[Tensor, "B C h w"]:
+        (x,) = inputs
+        return hide(x, self._masks[tuple(x.shape[-2:])])
+
+
+def hide(x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+    """The map with zeros on padding.
+
+    A product, since ``masked_fill`` gives up the channels-last layout, and every convolution after it converts back.
+    """
+    return x * (~mask)[:, None].to(x.dtype)
+
+
+def halvings(mask: Bool[Tensor, "B H W"]) -> dict[tuple[int, int], Bool[Tensor, "B _h _w"]]:
+    """The padding mask at strides 1 to 32, by its size: a cell is padding where it lies wholly on padding."""
+    masks = {}
+    for _ in range(6):
+        masks[tuple(mask.shape[1:])] = mask
+        mask = mask[:, ::2, ::2]
+    return masks
+
+
+def shrink(mask: Bool[Tensor, "B H W"], size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
+    """The padding mask at the size of a feature map, nearest neighbour, as the published detectors do it."""
+    return F.interpolate(mask[None].float(), size=size)[0].bool()
+
+
+def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dict[int, int]]:
+    """The network as one sequence of parts, after how many parts each stage ends, and the channels of each stage."""
+    if name == "tiny":
+        return TinyNet(), {2: 1, 3: 2, 4: 3, 5: 4}, TinyNet.channels
+    if name == "mobilenet_v2":
+        net = torchvision.models.mobilenet_v2(norm_layer=FoldedNorm)
+        # The last 1x1 convolution (320 to 1280 channels) belongs to the classifier; detectors do without it.
+        return net.features[:-1], {2: 4, 3: 7, 4: 14, 5: 18}, {2: 24, 3: 32, 4: 96, 5: 320}
+    net = getattr(torchvision.models, name)(norm_layer=FoldedNorm, replace_stride_with_dilation=[False, False, dilated])
+    del net.avgpool, net.fc
+    names = list(net._modules)
+    ends = {stage: names.index(f"layer{stage - 1}") + 1 for stage in (2, 3, 4, 5)}
+    return nn.Sequential(OrderedDict(net.named_children())), ends, {2: 256, 3: 512, 4: 1024, 5: 2048}
+
+
+def _state_dict(name: str, weights: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names that the body wants, whatever the file's names and whatever else it holds."""
+    if weights == "imagenet":
+        if name not in WEIGHTS:
+            raise UserError(f"there are no ImageNet weights of backbone {name!r}; use weights=None")
+        state = download(WEIGHTS[name])
+    else:
+        if weights in BUNDLED and name != "mobilenet_v2":
+            raise UserError(f"only mobilenet_v2 is bundled, not {name!r}; use weights='imagenet', a path or None")
+        path = BUNDLED.get(weights, Path(weights))
+        if not path.is_file():
+            raise UserError(
+                f"no backbone weights at {path}; give 'imagenet', 'bundled', 'bundled_coco', an existing file or None"
+            )
+        state = read(path).tensors
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    missing = sorted(set(wanted) - set(state))
+    if missing:
+        raise UserError(f"{weights} holds no weights of {name}: {missing[0]} and {len(missing) - 1} others are missing")
+    for key, own in wanted.items():
+        if state[key].shape != own.shape:
+            raise UserError(f"{weights}: {key} is {tuple(state[key].shape)} there and {tuple(own.shape)} in {name}")
+    return {key: state[key] for key in wanted}
+
+
+def download(name: str) -> Mapping[str, Tensor]:
+    """A state dict of torchvision by the name of its weights, downloaded once and then cached.
+
+    Raises:
+        UserError: when it can't be downloaded.
+    """
+    weights = torchvision.models.get_weight(name)
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"can't download {name} ({error}); fetch {weights.url} elsewhere and give the path of the file "
+            "(weights=PATH), or use random weights (weights=None)"
+        ) from error

@@ -1,0 +1,343 @@
+"""Deformable DETR (Zhu et al., 2021): plain, with iterative box refinement, and two-stage.
+
+A pyramid of feature maps, an encoder and a decoder whose attention looks at a few points of every level around a
+reference point (:mod:`regolite.models.deformable_attention`). Every query owns a reference point;
+boxes are predicted around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regolite.boxes import inverse_sigmoid
+from regolite.denoising import NoisedQueries
+from regolite.models.backbone import Backbone, shrink
+from regolite.models.config import DetectorConfig, register
+from regolite.models.deformable_attention import DeformableAttention
+from regolite.models.positions import box_positions, sine_positions
+from regolite.models.transformer import DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten, in_float32
+from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction, Target
+
+
+@dataclass(frozen=True)
+class DeformableDetrConfig(DetectorConfig):
+    """What a Deformable DETR is made of.
+
+    Attributes:
+        backbone: name of the backbone, see :class:`~regolite.models.backbone.Backbone`.
+        weights: the backbone's weights.
+        dilated: DC5, stage 5 at stride 16.
+        frozen_stages: stages of the backbone that are not trained.
+        backbone_stages: stages of the backbone that become levels.
+        levels: number of levels L; those beyond ``backbone_stages`` halve the last map.
+        points: sampling points K per head and level.
+        dim: channels C.
+        heads: attention heads M.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        ffn_dim: width of the feed-forward networks.
+        dropout: probability of dropping.
+        queries: number of object queries.
+        refine: iterative box refinement: every layer corrects the box of the layer before.
+        two_stage: queries are the encoder's best proposals and not learnt ones; needs ``refine``.
+        mask_padding: keep padding out of the maps and of their normalisation, so that a picture's boxes do not depend
+            on the batch. The published models let it in.
+        token_queries: two-stage only: score proposals by class, and let the content of a query start as the token that
+            proposed it, as RT-DETR does. The published two-stage models score "object" alone, and make the content from
+            the proposed box.
+        denoising: two-stage only: train on noised ground truth too (:mod:`regolite.denoising`).
+    """
+
+    channel_multiple: ClassVar[int] = 32
+
+    backbone: str = "resnet50"
+    weights: str | None = "imagenet"
+    dilated: bool = False
+    frozen_stages: int = 2
+    backbone_stages: tuple[int, ...] = (3, 4, 5)
+    levels: int = 4
+    points: int = 4
+    dim: int = 256
+    heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    ffn_dim: int = 1024
+    dropout: float = 0.1
+    queries: int = 300
+    refine: bool = False
+    two_stage: bool = False
+    mask_padding: bool = True
+    token_queries: bool = False
+    denoising: bool = False
+    scoring: Literal["sigmoid"] = "sigmoid"
+
+
+@register("deformable_detr", DeformableDetrConfig)
+class DeformableDetr(nn.Module):
+    """Deformable DETR.
+
+    Args:
+        config: what it is made of.
+        num_classes: number of classes K.
+
+    Attributes:
+        dim: channels of the hidden states.
+        scoring: how logits become scores, always ``"sigmoid"``.
+        columns: logits per query, K.
+        feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
+        projected: True: these maps are projections of the backbone's to C channels.
+    """
+
+    projected = True
+
+    def __init__(self, config: DeformableDetrConfig, num_classes: int) -> None:
+        super().__init__()
+        c = self.config = config
+        if c.two_stage and not c.refine:
+            raise ValueError("two_stage needs refine: proposals are boxes, and only refinement starts from boxes")
+        for option in ("token_queries", "denoising"):
+            if getattr(c, option) and not c.two_stage:
+                raise ValueError(f"{option} needs two_stage: only there are queries made from boxes")
+        if c.levels < len(c.backbone_stages):
+            raise ValueError(f"{c.levels} levels cannot hold {len(c.backbone_stages)} stages of the backbone")
+        self.dim, self.heads, self.scoring, self.columns = c.dim, c.heads, "sigmoid", num_classes
+        self.feature_channels = [c.dim] * c.levels
+
+        self.backbone = Backbone(
+            c.backbone, c.backbone_stages, c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
+        )
+        self.pyramid = Pyramid(self.backbone.channels, c.levels, c.dim, c.mask_padding)
+        self.level_positions = nn.Parameter(torch.randn(c.levels, c.dim))
+
+        def attention() -> DeformableAttention:
+            return DeformableAttention(c.dim, c.heads, c.levels, c.points)
+
+        self.encoder = Encoder(
+            [EncoderLayer(c.dim, attention(), c.ffn_dim, c.dropout) for _ in range(c.encoder_layers)]
+        )
+        self.decoder_layers = nn.ModuleList(
+            DecoderLayer(c.dim, c.heads, attention(), c.ffn_dim, c.dropout) for _ in range(c.decoder_layers)
+        )
+        if c.two_stage:
+            self.proposals = Proposals(c.dim, num_classes, c.queries, c.mask_padding, c.token_queries)
+            if c.denoising:
+                self.noised_queries = NoisedQueries(num_classes, c.dim)
+        else:
+            self.queries = nn.Embedding(c.queries, c.dim)
+            self.query_positions = nn.Embedding(c.queries, c.dim)
+            self.reference_points = nn.Linear(c.dim, 2)
+            nn.init.xavier_uniform_(self.reference_points.weight)
+            nn.init.zeros_(self.reference_points.bias)
+
+        # With refinement every layer has heads of its own; without it all layers share one pair.
+        heads = c.decoder_layers if c.refine else 1
+        self.class_heads = nn.ModuleList(class_head(c.dim, num_classes, prior=0.01) for _ in range(heads))
+        sizes = [0.0 if c.two_stage or i else -2.0 for i in range(heads)]
+        self.box_heads = nn.ModuleList(box_head(c.dim, size) for size in sizes)
+
+    @property
+    def denoises(self) -> bool:
+        """Whether training hands ``targets`` to :meth:`forward`."""
+        return self.config.denoising
+
+    def forward(self, images: ImageBatch, targets: Sequence[Target] | None = None) -> DetectorOutput:
+        """Detect: tokens look at the pyramid (encoder), queries look at tokens (decoder), heads read the queries.
+
+        Args:
+            images: the images.
+            targets: their ground truth, in training with denoising.
+        """
+        maps = self.pyramid(self.backbone(images), images.mask)
+        positions = [
+            sine_positions(f.mask, self.dim, centre=True) + level[:, None, None]
+            for f, level in zip(maps, self.level_positions)
+        ]
+        valid = torch.stack([valid_ratio(f.mask) for f in maps], 1)  # [B, L, 2]
+        memory = flatten(maps, positions)
+        memory = self.encoder(memory, cell_centres(memory.shapes, valid))
+
+        proposals = None
+        if self.config.two_stage:
+            proposals, reference, query_positions, queries = self.proposals(memory)
+        else:
+            query_positions = self.query_positions.weight.expand(len(images), -1, -1)
+            queries = self.queries.weight.expand(len(images), -1, -1)
+            reference = in_float32(self.reference_points, query_positions).sigmoid()
+
+        layers, queries = self._decode(queries, query_positions, memory, valid, reference)
+        output = DetectorOutput(layers, queries, maps, proposals, proposals_by_class=self.config.token_queries)
+        if targets is not None and self.denoises:
+            content, boxes, mask = self.noised_queries(targets)
+            query_positions, from_boxes = self.proposals.embed(boxes)
+            content = content if self.config.token_queries else content + from_boxes
+            layers, queries = self._decode(content, query_positions, memory, valid, boxes, mask)
+            output.denoising = DetectorOutput(layers, queries, maps, query_mask=mask)
+        return output
+
+    def _decode(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        query_positions: Float[Tensor, "B Q C"],
+        memory: Memory,
+        valid: Float[Tensor, "B L 2"],
+        reference: Float[Tensor, "B Q d"],
+        query_mask: Bool[Tensor, "B Q"] | None = None,
+    ) -> tuple[list[Prediction], Float[Tensor, "B Q C"]]:
+        """Predictions by decoder layer, and the hidden states of the last."""
+        layers = []
+        for number, layer in enumerate(self.decoder_layers):
+            scale = valid.repeat(1, 1, reference.shape[-1] // 2)  # xy, or xy and wh
+            queries = layer(queries, query_positions, memory, reference[:, :, None] * scale[:, None], query_mask)
+            layers.append(self._predict(number, queries, reference))
+            if self.config.refine:
+                reference = layers[-1].boxes.detach()
+        return layers, queries
+
+    def _predict(self, layer: int, queries: Float[Tensor, "B Q C"], reference: Float[Tensor, "B Q d"]) -> Prediction:
+        head = min(layer, len(self.box_heads) - 1)
+        start = inverse_sigmoid(reference)
+        boxes = in_float32(self.box_heads[head], queries) + F.pad(start, (0, 4 - start.shape[-1]))
+        return Prediction(in_float32(self.class_heads[head], queries), boxes.sigmoid())
+
+
+class Pyramid(nn.Module):
+    """The backbone's maps, projected to C channels, and coarser ones made from the last of them."""
+
+    def __init__(self, channels: Sequence[int], levels: int, dim: int, mask_padding: bool) -> None:
+        super().__init__()
+        projections: list[nn.Conv2d] = [nn.Conv2d(inputs, dim, 1) for inputs in channels]
+        inputs = channels[-1]
+        for _ in range(levels - len(channels)):
+            projections.append(nn.Conv2d(inputs, dim, 3, stride=2, padding=1))
+            inputs = dim
+        for projection in projections:
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+        self.projections = nn.ModuleList(projections)
+        self.norms = nn.ModuleList(PictureNorm(32, dim, mask_padding) for _ in projections)
+        self.mask_padding = mask_padding
+
+    def forward(self, features: list[FeatureMap], mask: Bool[Tensor, "B H W"]) -> list[FeatureMap]:
+        """All levels, finest first."""
+        levels = []
+        for number, (project, norm) in enumerate(zip(self.projections, self.norms)):
+            if number < len(features):
+                source = features[number]
+                x, small, stride = project(source.tensor), source.mask, source.stride
+            else:
+                source = features[-1] if number == len(features) else levels[-1]
+                x, stride = project(source.tensor), source.stride * 2
+                # A cell is the picture's where the cell that it is centred on is, so that a picture has the same cells
+                # in every batch. The published models stretch the whole mask, whose sides need not be multiples of 64.
+                small = source.mask[:, ::2, ::2] if self.mask_padding else shrink(mask, tuple(x.shape[-2:]))
+            levels.append(FeatureMap(norm(x, small), small, stride))
+        return levels
+
+
+class PictureNorm(nn.GroupNorm):
+    """GroupNorm whose mean and variance are those of the picture alone, and whose output is zero on padding.
+
+    PyTorch's GroupNorm counts the padding too, so that a picture is normalised otherwise in every batch.
+    """
+
+    def __init__(self, groups: int, channels: int, mask_padding: bool) -> None:
+        super().__init__(groups, channels)
+        self.mask_padding = mask_padding
+
+    def forward(self, x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+        """Normalise each picture by its own cells."""
+        if not self.mask_padding:
+            return super().forward(x)
+        inside = (~mask)[:, None, None].to(x.dtype)  # [B, 1, 1, h, w]
+        grouped = x.unflatten(1, (self.num_groups, -1))
+        count = inside.sum((-3, -2, -1), keepdim=True) * grouped.shape[2]
+        mean = (grouped * inside).sum((2, 3, 4), keepdim=True) / count
+        variance = ((grouped - mean) ** 2 * inside).sum((2, 3, 4), keepdim=True) / count
+        normal = ((grouped - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
+        return (normal * self.weight[:, None, None] + self.bias[:, None, None]) * inside[:, 0]
+
+
+def valid_ratio(mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B 2"]:
+    """Which part of the padded map, in x and in y, is the picture."""
+    inside = (~mask).float()
+    return torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], 1)
+
+
+def cell_centres(shapes: list[tuple[int, int]], valid: Float[Tensor, "B L 2"]) -> Float[Tensor, "B S L 2"]:
+    """The encoder's reference points: the centre of every cell, on each level, in [0, 1] of the padded map."""
+    centres = []
+    for level, (height, width) in enumerate(shapes):
+        rows, columns = (torch.arange(n, device=valid.device) + 0.5 for n in (height, width))
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        padded = torch.stack([x / width, y / height], -1).flatten(0, 1)
+        centres.append(padded / valid[:, None, level])  # in [0, 1] of the picture
+    return torch.cat(centres, 1)[:, :, None] * valid[:, None]
+
+
+class Proposals(nn.Module):
+    """The first stage of two-stage Deformable DETR (appendix A.4): every cell proposes a box, the best become queries.
+
+    Args:
+        dim: channels C.
+        num_classes: columns of the class head; only the first is used, as "object".
+        queries: how many proposals are kept.
+        mask_padding: propose nothing on padding. The published models can: all of it says the same, a box of ones, and
+            is chosen where that scores best.
+        token_queries: see :class:`DeformableDetrConfig`.
+    """
+
+    def __init__(
+        self, dim: int, num_classes: int, queries: int, mask_padding: bool, token_queries: bool = False
+    ) -> None:
+        super().__init__()
+        self.dim, self.count, self.mask_padding, self.token_queries = dim, queries, mask_padding, token_queries
+        self.project, self.project_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.to_query, self.to_query_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
+        self.class_head = class_head(dim, num_classes, prior=0.01)
+        self.box_head = box_head(dim, size=0.0)
+
+    def forward(
+        self, memory: Memory
+    ) -> tuple[Prediction, Float[Tensor, "B Q 4"], Float[Tensor, "B Q C"], Float[Tensor, "B Q C"]]:
+        """All proposals, then reference boxes, positions and hidden states of the queries made from the best."""
+        anchors, usable = self._anchors(memory)
+        tokens = memory.tokens.masked_fill(~usable, 0.0)
+        tokens = self.project_norm(self.project(tokens))
+        logits = in_float32(self.class_head, tokens)
+        boxes = in_float32(self.box_head, tokens) + inverse_sigmoid(anchors)
+        # Anchors near the edge of the range have no finite logit: their boxes are set to ones, as published.
+        boxes = boxes.masked_fill(~usable, float("inf")).sigmoid()
+        scores = logits.max(-1).values if self.token_queries else logits[..., 0]
+        if self.mask_padding:
+            scores = scores.masked_fill(memory.mask, float("-inf"))
+        best = scores.topk(min(self.count, scores.shape[1]), dim=1).indices
+        reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        positions, queries = self.embed(reference)
+        if self.token_queries:
+            queries = tokens.gather(1, best[..., None].expand(-1, -1, self.dim)).detach()
+        return Prediction(logits, boxes), reference, positions, queries
+
+    def embed(self, boxes: Float[Tensor, "B Q 4"]) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q C"]]:
+        """Positions and hidden states of queries, from their boxes."""
+        both = self.to_query_norm(self.to_query(box_positions(boxes, self.dim // 2)))
+        return both.split(self.dim, dim=-1)
+
+    @staticmethod
+    def _anchors(memory: Memory) -> tuple[Float[Tensor, "B S 4"], Bool[Tensor, "B S 1"]]:
+        """A box at every cell, 0.05 of the picture wide on the finest level and twice that on each next one."""
+        anchors = []
+        masks = memory.mask.split([h * w for h, w in memory.shapes], 1)
+        for level, ((height, width), mask) in enumerate(zip(memory.shapes, masks)):
+            valid = valid_ratio(mask.unflatten(1, (height, width)))[:, None]
+            centres = cell_centres([(height, width)], torch.ones_like(valid))[:, :, 0] / valid
+            anchors.append(torch.cat([centres, torch.full_like(centres, 0.05 * 2**level)], -1))
+        boxes = torch.cat(anchors, 1)
+        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.mask
+        return boxes, usable[..., None]

@@ -1,0 +1,138 @@
+"""DETR (Carion et al., 2020) and DETR*, its improvement by 300 queries, reference points and focal loss.
+
+One feature map, an encoder that lets all its cells look at each other, a decoder in which object queries look at the
+cells, and two heads that read each query: a class and a box (equation 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from regolite.boxes import inverse_sigmoid
+from regolite.models.attention import MultiHeadAttention
+from regolite.models.backbone import Backbone
+from regolite.models.config import DetectorConfig, register
+from regolite.models.positions import sine_positions
+from regolite.models.transformer import (
+    Decoder,
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    box_head,
+    class_head,
+    flatten,
+    in_float32,
+)
+from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
+
+
+@dataclass(frozen=True)
+class DetrConfig(DetectorConfig):
+    """What a DETR is made of.
+
+    Attributes:
+        backbone: name of the backbone, see :class:`~regolite.models.backbone.Backbone`.
+        weights: the backbone's weights.
+        dilated: DC5, stage 5 at stride 16.
+        frozen_stages: stages of the backbone that are not trained.
+        dim: channels C.
+        heads: attention heads M.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        ffn_dim: width of the feed-forward networks.
+        dropout: probability of dropping.
+        queries: number of object queries N_d.
+        mask_padding: hide padding from the backbone, so that a picture's boxes do not depend on the batch. The
+            published models let it in.
+        reference_points: DETR*: each query predicts its box around a learnt reference point.
+        scoring: ``"softmax"`` over the classes and "no object" (DETR), or a ``"sigmoid"`` for each class (DETR*).
+    """
+
+    backbone: str = "resnet50"
+    weights: str | None = "imagenet"
+    dilated: bool = False
+    frozen_stages: int = 2
+    dim: int = 256
+    heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    ffn_dim: int = 2048
+    dropout: float = 0.1
+    queries: int = 100
+    mask_padding: bool = True
+    reference_points: bool = False
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+
+
+@register("detr", DetrConfig)
+class Detr(nn.Module):
+    """DETR.
+
+    Args:
+        config: what it is made of.
+        num_classes: number of classes K.
+
+    Attributes:
+        dim: channels of the hidden states.
+        scoring: how logits become scores.
+        columns: logits per query, K or K + 1.
+        feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
+        projected: False: these maps are the backbone's own.
+    """
+
+    projected = False
+
+    def __init__(self, config: DetrConfig, num_classes: int) -> None:
+        super().__init__()
+        c = config
+        self.dim, self.heads, self.scoring, self.dilated = c.dim, c.heads, c.scoring, c.dilated
+        self.columns = num_classes + (c.scoring == "softmax")
+        self.backbone = Backbone(
+            c.backbone, (2, 3, 4, 5), c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
+        )
+        self.feature_channels = self.backbone.channels
+        self.input_projection = nn.Conv2d(self.backbone.channels[-1], c.dim, 1)
+        self.encoder = Encoder(
+            [
+                EncoderLayer(c.dim, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
+                for _ in range(c.encoder_layers)
+            ]
+        )
+        self.decoder = Decoder(
+            [
+                DecoderLayer(c.dim, c.heads, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
+                for _ in range(c.decoder_layers)
+            ],
+            norm=nn.LayerNorm(c.dim),
+        )
+        self.query_positions = nn.Embedding(c.queries, c.dim)
+        self.reference_points = nn.Linear(c.dim, 2) if c.reference_points else None
+        self.class_head = class_head(c.dim, self.columns, prior=0.01 if c.scoring == "sigmoid" else None)
+        self.box_head = box_head(c.dim, size=-2.0 if c.reference_points else None)
+
+    def forward(self, images: ImageBatch) -> DetectorOutput:
+        """Detect: H_dec = A(E_box, H_enc), then equation (3) on the hidden states of every layer."""
+        maps = self.backbone(images)
+        last = maps[-1]
+        projected = FeatureMap(self.input_projection(last.tensor), last.mask, last.stride)
+        memory = self.encoder(flatten([projected], [sine_positions(last.mask, self.dim)]))
+
+        positions = self.query_positions.weight.expand(len(images), -1, -1)
+        hidden = self.decoder(positions.new_zeros(positions.shape), positions, memory)
+        layers = [self._predict(h, positions) for h in hidden]
+
+        if self.dilated:  # the glimpses of a DC5 model read its last map at the normal stride (appendix A.1)
+            maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
+        return DetectorOutput(layers, hidden[-1], maps)
+
+    def _predict(self, hidden: Float[Tensor, "B Q C"], positions: Float[Tensor, "B Q C"]) -> Prediction:
+        boxes = in_float32(self.box_head, hidden)
+        if self.reference_points is not None:
+            centre = in_float32(self.reference_points, positions).sigmoid()
+            boxes = boxes + F.pad(inverse_sigmoid(centre), (0, 2))
+        return Prediction(in_float32(self.class_head, hidden), boxes.sigmoid())

@@ -1,0 +1,161 @@
+"""Glimpses: what the network sees in an enlarged box, equation (7), V(i) = f_ext(X, R(O_box(i-1), alpha(i))).
+
+RoIAlign (He et al., Mask R-CNN) divides a box into 7 x 7 bins, reads the features at 2 x 2 points of each bin by
+bilinear interpolation, and takes the mean. Every point mixes four cells, so a bin is nothing but a weighted sum of
+sixteen cells. :func:`regolite.ops.weighted_sums` computes these for all bins of all boxes on all levels at once,
+several times as fast on a CPU as torchvision's ``roi_align``, whose backward pass runs on one thread
+(``python -m benchmarks.speed``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from regolite.ops import weighted_sums
+from regolite.types import FeatureMap
+
+BINS = 7
+POINTS = 2  # per bin and axis
+
+
+def choose_level(boxes_xyxy: Float[Tensor, "B Q 4"], strides: Sequence[int]) -> Int[Tensor, "B Q"]:
+    """The level that each box is read from: large boxes from coarse maps (Lin et al., FPN, equation 1).
+
+    A box of 224 x 224 pixels belongs to stride 16, and every doubling moves one level up.
+
+    Args:
+        boxes_xyxy: boxes in pixels of the network's input.
+        strides: stride of each level, a power of two, each double the one before.
+    """
+    size = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).prod(-1).clamp(min=0).sqrt()
+    level = torch.floor(4 + torch.log2(size / 224) + 1e-6)  # log2 of the stride
+    finest, coarsest = (s.bit_length() - 1 for s in (strides[0], strides[-1]))
+    return (level.clamp(finest, coarsest) - finest).long()
+
+
+def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 4"]) -> Float[Tensor, "BQ C 7 7"]:
+    """RoIAlign of every box on the level of its size, aware of padding.
+
+    A point more than one cell outside its own picture reads zero, and one less far outside reads the border, as
+    RoIAlign has it; padding is never read. No gradient flows into the boxes.
+
+    Args:
+        features: the maps X, finest first, all with C channels.
+        boxes_xyxy: boxes in pixels of the network's input.
+
+    Returns:
+        Glimpses, the queries of the first picture first.
+    """
+    batch, queries = boxes_xyxy.shape[:2]
+    device = boxes_xyxy.device
+    boxes = (
+        boxes_xyxy.detach().float().nan_to_num()
+    )  # the loss names boxes that are not numbers; here they have no index
+    level = choose_level(boxes, [f.stride for f in features])
+
+    # What each box needs to know of its level, looked up: stride, cells of its own picture, cells of the padded map.
+    strides = torch.tensor([f.stride for f in features], device=device)
+    extents = torch.stack([torch.stack([(~f.mask[:, 0]).sum(1), (~f.mask[:, :, 0]).sum(1)], -1) for f in features], 1)
+    cells = torch.tensor([f.mask[0].numel() for f in features], device=device)
+    widths = torch.tensor([f.mask.shape[2] for f in features], device=device)
+    starts = batch * (cells.cumsum(0) - cells)  # where each level begins among the rows
+    picture = torch.arange(batch, device=device)[:, None]
+    extent = extents[picture, level]  # [B, Q, 2]: width and height in cells
+    first = (starts[level] + picture * cells[level])[..., None]  # [B, Q, 1]: the row of the picture's first cell
+
+    corners = (boxes / strides[level][..., None]).unflatten(-1, (2, 2))  # [B, Q, corner, axis]
+    x, x_weight = _taps(corners[..., 0], extent[..., 0])
+    y, y_weight = _taps(corners[..., 1], extent[..., 1])
+    row = first[..., None] + y * widths[level][..., None, None]  # [B, Q, 7, 4]
+    index = row[:, :, :, None, :, None] + x[:, :, None, :, None, :]  # [B, Q, 7, 7, 4, 4]
+    weight = y_weight[:, :, :, None, :, None] * x_weight[:, :, None, :, None, :]
+
+    rows = torch.cat([f.tensor.permute(0, 2, 3, 1).flatten(0, 2) for f in features])  # [B * cells of all levels, C]
+    bins = weighted_sums(rows.float(), index.flatten(4).flatten(0, 3), weight.flatten(4).flatten(0, 3))
+    return bins.unflatten(0, (batch * queries, BINS, BINS)).permute(0, 3, 1, 2)
+
+
+def _taps(
+    corners: Float[Tensor, "B Q 2"], extent: Int[Tensor, "B Q"]
+) -> tuple[Int[Tensor, "B Q 7 4"], Float[Tensor, "B Q 7 4"]]:
+    """Along one axis: the four cells that each bin reads (two points, two neighbours each), and their weights.
+
+    Args:
+        corners: begin and end of each box in cells.
+        extent: number of cells of the box's own picture.
+    """
+    begin, end = corners[..., :1], corners[..., 1:]
+    size = (end - begin).clamp(min=1) / (BINS * POINTS)
+    points = begin + size * (torch.arange(BINS * POINTS, device=corners.device) + 0.5)  # [B, Q, 14]
+    limit = extent[..., None]
+    inside = (points >= -1) & (points <= limit)
+    points = points.clamp(min=0).minimum(limit - 1.0)
+    lower = points.floor()
+    fraction = points - lower
+    cell = torch.stack([lower, (lower + 1).minimum(limit - 1.0)], -1).long()
+    weight = torch.stack([1 - fraction, fraction], -1) * inside[..., None] / POINTS
+    return cell.unflatten(2, (BINS, POINTS)).flatten(3), weight.unflatten(2, (BINS, POINTS)).flatten(3)
+
+
+class GlimpseHead(nn.Module):
+    """One C-vector from each glimpse: a convolution over the whole 7 x 7 window, then a linear layer.
+
+    Args:
+        channels: channels of the features.
+        dim: channels of the vector.
+        groups: groups of the convolution.
+    """
+
+    def __init__(self, channels: int, dim: int, groups: int = 4) -> None:
+        super().__init__()
+        self.window = nn.Conv2d(channels, dim, BINS, groups=groups)
+        self.window_norm = nn.LayerNorm(dim)
+        self.project = nn.Linear(dim, dim)
+        self.project_norm = nn.LayerNorm(dim)
+        for layer in (self.window, self.project):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, glimpses: Float[Tensor, "N C 7 7"]) -> Float[Tensor, "N D"]:
+        """The glimpse vectors V(i)."""
+        # A convolution whose window is the whole map is a matrix product, group by group; PyTorch's CPU kernels compute
+        # that several times as fast.
+        groups = self.window.groups
+        inputs = glimpses.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)  # [groups, N, C / groups * 49]
+        weight = self.window.weight.unflatten(0, (groups, -1)).flatten(2)  # [groups, D / groups, C / groups * 49]
+        x = torch.bmm(inputs, weight.transpose(1, 2)).transpose(0, 1).flatten(1) + self.window.bias
+        return self.project_norm(self.project(self.window_norm(x).relu()))
+
+
+class FeatureContext(nn.Module):
+    """What the released code adds to every level before glimpses are cut, and the paper does not mention.
+
+    Three dilated 3 x 3 convolutions look around each cell; their output is added with a factor of 0.1. They read a
+    detached map, so that they do not train the features below them.
+
+    Args:
+        dim: channels of the features.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int = 64) -> None:
+        super().__init__()
+        self.inward = nn.ModuleList(nn.Conv2d(dim, hidden_dim, 3, padding=d, dilation=d, groups=8) for d in (3, 7, 11))
+        self.outward = nn.ModuleList(nn.Conv2d(hidden_dim, dim, 1) for _ in self.inward)
+        self.norm = nn.GroupNorm(32, dim)
+        self.dropout = nn.Dropout(0.01)
+        for inward, outward in zip(self.inward, self.outward):
+            nn.init.xavier_normal_(inward.weight)
+            nn.init.normal_(outward.weight, std=1e-3)
+            nn.init.zeros_(inward.bias)
+            nn.init.zeros_(outward.bias)
+
+    def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """The level with its context, normalised."""
+        for inward, outward in zip(self.inward, self.outward):
+            around = outward(inward(x.detach().relu()).relu())
+            x = x + 0.1 * self.dropout(around)
+        return self.norm(x)

@@ -1,0 +1,210 @@
+"""Named models: the rows of the paper's Table 1, and sizes for laptops.
+
+A preset is a :class:`~regolite.models.config.ModelConfig`, which is all that :func:`build` needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import nn
+
+from regolite.errors import UserError
+from regolite.losses import LossConfig
+from regolite.models.anchor_detr import AnchorDetrConfig
+from regolite.models.baselines import BaselineConfig
+from regolite.models.conditional_detr import ConditionalDetrConfig
+from regolite.models.config import ModelConfig, registered
+from regolite.models.deformable_detr import DeformableDetrConfig
+from regolite.models.detr import DetrConfig
+from regolite.models.rego import Rego, RegoConfig
+from regolite.models.smca import SmcaConfig
+from regolite.utils.validation import checked, of_kind, whole
+
+_DETR = DetrConfig()
+_DETR_STAR = replace(_DETR, queries=300, reference_points=True, scoring="sigmoid")
+_DEFORMABLE = DeformableDetrConfig()
+_REFINED = replace(_DEFORMABLE, refine=True)
+_TWO_STAGE = replace(_REFINED, two_stage=True)
+_CONDITIONAL = ConditionalDetrConfig()
+_ANCHOR = AnchorDetrConfig()
+_SMCA = SmcaConfig()
+_SMCA_SINGLE_SCALE = replace(
+    _SMCA, backbone_stages=(5,), coarser=False, encoder_layers=6, multi_scale_layers=(), ffn_dim=2048
+)
+_SOFTMAX_LOSS = LossConfig(label=1.0)
+
+# Laptop sizes: a small network that a CPU trains in minutes. `tiny` starts from the bundled ImageNet features, `scenes`
+# from nothing.
+_TINY = {
+    "backbone": "mobilenet_v2", "weights": "bundled", "frozen_stages": 2, "dim": 128,
+    "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512, "dropout": 0.0, "queries": 100,
+}  # fmt: skip
+_SCENES = _TINY | {"backbone": "tiny", "weights": None, "frozen_stages": 0, "queries": 30}
+_TINY_REGO = RegoConfig(ffn_dim=512, dropout=0.0)
+
+
+def _family(name: str, detector: Any, loss: LossConfig, rego: RegoConfig, **recipe: Any) -> dict[str, ModelConfig]:
+    """A base detector and REGO on it."""
+    return {
+        name: ModelConfig(name, detector, None, loss, **recipe),
+        f"rego_{name}": ModelConfig(f"rego_{name}", detector, rego, loss, **recipe),
+    }
+
+
+def _presets() -> dict[str, ModelConfig]:
+    table: dict[str, ModelConfig] = {}
+    focal, rego = LossConfig(), RegoConfig()
+    for backbone, tag in (("resnet50", "r50"), ("resnet101", "r101"), ("resnext101_32x8d", "x101")):
+        table |= _family(f"detr_{tag}", replace(_DETR, backbone=backbone), _SOFTMAX_LOSS, rego)
+        table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, backbone=backbone), focal, rego)
+        if tag != "x101":
+            dc5 = {"backbone": backbone, "dilated": True}
+            table |= _family(f"detr_dc5_{tag}", replace(_DETR, **dc5), _SOFTMAX_LOSS, rego)
+            table |= _family(f"detr_star_dc5_{tag}", replace(_DETR_STAR, **dc5), focal, rego)
+            table |= _family(f"conditional_detr_{tag}", replace(_CONDITIONAL, backbone=backbone), focal, rego)
+            table |= _family(f"conditional_detr_dc5_{tag}", replace(_CONDITIONAL, **dc5), focal, rego)
+            table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, backbone=backbone), focal, rego)
+            table |= _family(f"anchor_detr_dc5_{tag}", replace(_ANCHOR, **dc5), focal, rego)
+            table |= _family(f"smca_{tag}", replace(_SMCA, backbone=backbone), focal, rego)
+            single_scale = replace(_SMCA_SINGLE_SCALE, backbone=backbone)
+            table |= _family(f"smca_single_scale_{tag}", single_scale, focal, rego)
+        table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, backbone=backbone), focal, rego)
+        table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
+        table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
+    for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
+        recipe = {"augment": "laptop", "image_size": image_size}
+        deformable = {**sizes, "levels": 3}
+        table |= _family(f"detr_{tag}", replace(_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
+        table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, **sizes), focal, _TINY_REGO, **recipe)
+        table |= _family(f"conditional_detr_{tag}", replace(_CONDITIONAL, **sizes), focal, _TINY_REGO, **recipe)
+        anchored = {**sizes, "queries": 3 * (sizes["queries"] // 3)}  # points times 3 patterns
+        table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, **anchored), focal, _TINY_REGO, **recipe)
+        levels = {"backbone_stages": (3, 4, 5), "coarser": False, "multi_scale_layers": (2,)}
+        table |= _family(f"smca_{tag}", replace(_SMCA, **sizes, **levels), focal, _TINY_REGO, **recipe)
+        table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, **deformable), focal, _TINY_REGO, **recipe)
+        table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, **deformable), focal, _TINY_REGO, **recipe)
+        table |= _family(
+            f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, **deformable), focal, _TINY_REGO, **recipe
+        )
+    # The detector that is shipped. Query denoising and queries from tokens let it learn from few images. One decoder
+    # layer is enough: further ones corrected next to nothing, and the stages of REGO are there to correct. Glimpses are
+    # tighter than the paper's: in an image of 320 pixels, three times a box is often most of the image.
+    learns_fast = {"weights": "bundled_coco", "token_queries": True, "denoising": True}
+    everyday = replace(_TWO_STAGE, **_TINY | {"levels": 3, "decoder_layers": 1} | learns_fast)
+    tighter, inherited = replace(_TINY_REGO, alphas=(2.0, 1.5, 1.0)), LossConfig(stage_matching="base")
+    table |= _family("deformable_detr_everyday", everyday, inherited, tighter, augment="laptop", image_size=320)
+    for name, kind, backbone, weights, norm_eps in (
+        ("fcos_r50", "fcos", "resnet50", "coco", 1e-5),
+        ("faster_rcnn_r50", "faster_rcnn", "resnet50", "coco", 0.0),
+        ("faster_rcnn_r101", "faster_rcnn", "resnet101", "imagenet", 1e-5),
+        ("mask_rcnn_x101", "mask_rcnn", "resnext101_64x4d", "imagenet", 1e-5),
+    ):
+        table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps))
+    return table
+
+
+_TABLE = _presets()
+
+
+def presets() -> tuple[str, ...]:
+    """The names of all presets."""
+    return tuple(_TABLE)
+
+
+def configure(preset: str, **overrides: Any) -> ModelConfig:
+    """The configuration of a preset, with changes.
+
+    Args:
+        preset: one of :func:`presets`.
+        **overrides: fields of the model, of its base detector, of REGO or of the loss, in this order; a field that
+            several have is the detector's, and ``rego_`` before it makes it REGO's (``rego_ffn_dim=1024``).
+            ``form="released"`` also sets what the released code does beside the module: feed-forward networks 1024
+            wide, padding let in, no auxiliary losses in the stages, the base detector's classification loss times 0.8.
+
+    Raises:
+        UserError: for a preset or a field that does not exist; the message names the nearest one.
+    """
+    of_kind("preset", preset, str, "the name of a preset")
+    if preset not in _TABLE:
+        raise UserError(f"unknown model {preset!r}; {_nearest(preset, _TABLE)} `python -m regolite presets` lists them")
+    config = _TABLE[preset]
+    if overrides.get("form") == "released" and config.rego is not None:
+        narrow = min(1024, config.rego.ffn_dim)
+        beside = {"rego_ffn_dim": narrow, "mask_padding": False, "stage_auxiliary": False, "base_label": 0.8}
+        overrides = beside | overrides
+    parts = {"detector": config.detector, "rego": config.rego, "loss": config.loss}
+    changes: dict[str, dict[str, Any]] = {"model": {}} | {part: {} for part in parts}
+    for name, value in overrides.items():
+        short = name.removeprefix("rego_")
+        if name in set(_names(config)) - set(parts):
+            where = "model"
+        else:
+            order = ["rego"] if name != short else list(parts)
+            where = next((p for p in order if parts[p] is not None and short in _names(parts[p])), None)
+        if where is None:
+            known = {n for p in parts.values() if p is not None for n in _names(p)} | set(_names(config)) - set(parts)
+            raise UserError(f"{preset} has no field {name!r}; {_nearest(name, known)}")
+        changes[where][short] = tuple(value) if isinstance(value, list) else value
+    config = checked(config, changes["model"])
+    return replace(config, **{p: checked(old, changes[p]) for p, old in parts.items() if old is not None})
+
+
+def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:
+    """Build a model.
+
+    Args:
+        preset: the name of a preset, or a configuration.
+        num_classes: number of classes K; by default the number of the configuration's ``classes``, or COCO's 80
+            (baselines: the 90 of torchvision's weights, which are COCO's ids 1 to 90, by name).
+        **overrides: changes of the preset, see :func:`configure`.
+
+    Returns:
+        The detector, with its configuration as ``model.model_config``; classes without names get their numbers.
+
+    Raises:
+        UserError: as :func:`configure`, when the configuration names another number of classes, and when the
+            backbone's weights can't be had.
+    """
+    of_kind("preset", preset, (str, ModelConfig), "the name of a preset or a ModelConfig")
+    config = configure(preset, **overrides) if isinstance(preset, str) else preset
+    if num_classes is None and not config.classes and config.detector.default_classes:
+        config = replace(  # a baseline's: 90, as torchvision counts, not 80
+            config, classes=config.detector.default_classes, category_ids=config.detector.default_category_ids
+        )
+    num_classes = whole("num_classes", num_classes if num_classes is not None else len(config.classes) or 80)
+    _check_dim(config)
+    if len(config.classes) not in (0, num_classes):
+        raise UserError(f"num_classes={num_classes}, but the configuration names {len(config.classes)} classes")
+    numbers = tuple(range(num_classes))
+    names, ids = config.classes or tuple(map(str, numbers)), config.category_ids or numbers
+    config = replace(config, classes=names, category_ids=ids)
+    _, detector = registered(config.detector)
+    try:
+        model = detector(config.detector, num_classes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    model.model_config = replace(config, rego=None)
+    return model if config.rego is None else Rego(model, config.rego)  # Rego adds itself to the configuration
+
+
+def _check_dim(config: ModelConfig) -> None:
+    """Refuse channels that cannot be divided as attention, sine embeddings and group normalization need."""
+    dim, heads = getattr(config.detector, "dim", 0), getattr(config.detector, "heads", 1)
+    if dim % heads:
+        raise UserError(f"{heads} heads do not divide {dim} channels: give a dim that is a multiple of heads")
+    multiple = 32 if config.rego is not None else config.detector.channel_multiple
+    why = {4: "sines encode x and y", 32: "32 groups of channels are normalized"}[multiple]
+    if dim % multiple:
+        raise UserError(f"dim={dim} must be a multiple of {multiple}: {why}")
+
+
+def _names(config: Any) -> list[str]:
+    return [f.name for f in fields(config)]
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}."

@@ -1,0 +1,213 @@
+"""Encoder and decoder layers (DETR, appendix A.3), for dense and for deformable attention alike.
+
+A layer is given the attention by which it reads the image: with
+:class:`~regolite.models.attention.MultiHeadAttention` it is a layer of DETR, with
+:class:`~regolite.models.deformable_attention.DeformableAttention` one of Deformable DETR. Every branch is followed by
+dropout, a residual sum and a LayerNorm ("post-norm").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from regolite.models.attention import MultiHeadAttention
+from regolite.types import FeatureMap, Memory
+
+Attention = nn.Module  # a MultiHeadAttention, a DeformableAttention, or one that a detector brings along
+
+
+def flatten(features: Sequence[FeatureMap], positions: Sequence[Float[Tensor, "B C _h _w"]]) -> Memory:
+    """Lay the levels of a pyramid out as one row of tokens, finest level first, row by row."""
+    return Memory(
+        tokens=torch.cat([f.tensor.flatten(2) for f in features], 2).transpose(1, 2),
+        positions=torch.cat([p.flatten(2) for p in positions], 2).transpose(1, 2),
+        mask=torch.cat([f.mask.flatten(1) for f in features], 1),
+        shapes=[tuple(f.tensor.shape[-2:]) for f in features],
+    )
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with a ReLU between them, applied to every token by itself."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden_dim, dim))
+        for layer in (self[0], self[3]):
+            nn.init.xavier_uniform_(layer.weight)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention among the tokens of the picture, then the feed-forward network."""
+
+    def __init__(self, dim: int, attention: Attention, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.attention, self.attention_norm = attention, nn.LayerNorm(dim)
+        self.ffn, self.ffn_norm = FeedForward(dim, ffn_dim, dropout), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, memory: Memory, reference_points: Float[Tensor, "B S L 2"] | None = None
+    ) -> Float[Tensor, "B S C"]:
+        """The tokens of ``memory``, each one having looked at the others."""
+        x = memory.tokens
+        seen = self.attention.look(x + memory.positions, memory, reference_points)
+        x = self.attention_norm(x + self.dropout(seen))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+
+class Encoder(nn.Module):
+    """Encoder layers one after another."""
+
+    def __init__(self, layers: Sequence[EncoderLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, memory: Memory, reference_points: Float[Tensor, "B S L 2"] | None = None) -> Memory:
+        """H_enc: the same memory with tokens that know of each other."""
+        for layer in self.layers:
+            memory = replace(memory, tokens=layer(memory, reference_points))
+        return memory
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, cross-attention to the memory, then the feed-forward network.
+
+    Args:
+        dim: channels C.
+        heads: heads of the self-attention.
+        cross_attention: how the queries look at the memory.
+        ffn_dim: width of the feed-forward network.
+        dropout: probability of dropping.
+        branch_scale: factor of the two attention branches; 1 everywhere but in the released REGO, which has 0.5.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        cross_attention: Attention,
+        ffn_dim: int,
+        dropout: float,
+        branch_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.self_attention, self.self_norm = MultiHeadAttention(dim, heads, dropout), nn.LayerNorm(dim)
+        self.cross_attention, self.cross_norm = cross_attention, nn.LayerNorm(dim)
+        self.ffn, self.ffn_norm = FeedForward(dim, ffn_dim, dropout), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.branch_scale = branch_scale
+
+    def forward(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        positions: Float[Tensor, "B Q C"] | float,
+        memory: Memory,
+        reference_points: Float[Tensor, "B Q L d"] | None = None,
+        query_mask: Bool[Tensor, "B Q"] | None = None,
+    ) -> Float[Tensor, "B Q C"]:
+        """The queries, having looked at each other and at the memory.
+
+        Args:
+            queries: hidden states.
+            positions: the queries' own positions, added wherever they ask or are compared; 0 where there are none.
+            memory: what the cross-attention looks at.
+            reference_points: where deformable cross-attention looks, on each level.
+            query_mask: True on queries that nobody may look at (padding).
+        """
+        x = queries
+        among = self.self_attention(x + positions, x + positions, x, query_mask)
+        x = self.self_norm(x + self.branch_scale * self.dropout(among))
+        seen = self.cross_attention.look(x + positions, memory, reference_points)
+        x = self.cross_norm(x + self.branch_scale * self.dropout(seen))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+
+class Decoder(nn.Module):
+    """Decoder layers one after another; every layer's hidden states are kept, since every layer is trained.
+
+    Args:
+        layers: the layers.
+        norm: a LayerNorm that is applied to each layer's output before the heads read it (DETR), or None.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], norm: nn.LayerNorm | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm if norm is not None else nn.Identity()
+
+    def forward(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        positions: Float[Tensor, "B Q C"] | float,
+        memory: Memory,
+        query_mask: Bool[Tensor, "B Q"] | None = None,
+    ) -> list[Float[Tensor, "B Q C"]]:
+        """Hidden states by layer; the last is H_dec.
+
+        Args:
+            queries: hidden states at the start.
+            positions: the queries' positions.
+            memory: what the queries look at.
+            query_mask: True on queries that nobody may look at (padding).
+        """
+        hidden = []
+        for layer in self.layers:
+            queries = layer(queries, positions, memory, query_mask=query_mask)
+            hidden.append(self.norm(queries))
+        return hidden
+
+
+def in_float32(head: nn.Module, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n D"]:
+    """What a head answers, in float32 under autocast too.
+
+    In mixed precision a linear layer answers in 16 bits. bfloat16 has 8 of precision: all boxes would lie on a grid
+    of 2.5 pixels in a picture of 640, and what is rounded cannot be brought back.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return head(x)
+    with torch.autocast(kind, enabled=False):
+        return head(x.float())
+
+
+class MLP(nn.Sequential):
+    """The box head F_box of equation (3): linear layers with ReLU between them."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, layers: int) -> None:
+        dims = [in_dim] + [hidden_dim] * (layers - 1)
+        blocks: list[nn.Module] = []
+        for i, o in zip(dims, dims[1:]):
+            blocks += [nn.Linear(i, o), nn.ReLU()]
+        super().__init__(*blocks, nn.Linear(dims[-1], out_dim))
+
+
+def class_head(dim: int, columns: int, prior: float | None = None) -> nn.Linear:
+    """The class head F_cls of equation (3).
+
+    Args:
+        dim: channels of the hidden states.
+        columns: number of logits.
+        prior: probability that every class has at the start (Lin et al., Focal Loss, section 4.1), or None.
+    """
+    head = nn.Linear(dim, columns)
+    if prior is not None:
+        nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
+    return head
+
+
+def box_head(dim: int, size: float | None = None) -> MLP:
+    """The box head F_box: at the start every query gives its reference point, and the logit ``size`` as both sizes.
+
+    With ``size=None`` the head starts as PyTorch leaves it (DETR, whose queries have no reference points).
+    """
+    head = MLP(dim, dim, 4, layers=3)
+    if size is not None:
+        nn.init.zeros_(head[-1].weight)
+        nn.init.zeros_(head[-1].bias)
+        nn.init.constant_(head[-1].bias[2:], size)
+    return head

@@ -1,0 +1,57 @@
+"""Results as text: which runs are there, what the arms reached, what the claims came to."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from regolite.paper.experiments import ARMS, EXPERIMENTS, Experiment, Side
+from regolite.paper.statistics import Results, Verdict, estimate, judge_all, minutes
+
+UNITS = {"correct": "per 100 objects", "precise": "per 100 objects", "relation": "points"}
+
+
+def overview(results: Results) -> str:
+    """All experiments, with how much of each is done."""
+    lines = [f"{'experiment':<15}{'runs':>9}{'hours':>7}   question"]
+    for name, one in EXPERIMENTS.items():
+        wanted = sum(len(ARMS[arm].seeds) for arm in one.arms)
+        there = sum(len(set(results.get(arm, {})) & set(ARMS[arm].seeds)) for arm in one.arms)
+        hours = minutes(results, one.arms) / 60
+        lines.append(f"{name:<15}{f'{there}/{wanted}':>9}{hours:7.1f}   {one.question}")
+    hours = minutes(results, list(ARMS)) / 60
+    lines += ["", f"{hours:.1f} hours of one core in all, where arms of several experiments count once."]
+    return "\n".join(lines)
+
+
+def as_text(experiment: Experiment, results: Results) -> str:
+    """The arms of an experiment and the verdicts on its claims."""
+    lines = [experiment.question, "", _row("", "seeds", ("AP", "AP50", "AP75", "balls", "others"))]
+    for arm in experiment.arms:
+        if not results.get(arm):
+            lines.append(f"{ARMS[arm].about:<40}{'none yet':>8}")
+            continue
+        figures = (estimate(results, Side(arm, metric=m)) for m in ("AP", "AP50", "AP75", "balls", "others"))
+        values = ["-" if found is None else f"{found.mean:.1f}" for found in figures]
+        lines.append(_row(ARMS[arm].about, str(len(results[arm])), values))
+    for verdict in judge_all(experiment, results):
+        lines += ["", *textwrap.wrap(f"{verdict.claim.text} ({verdict.claim.source})", 100), f"    {said(verdict)}"]
+    return "\n".join(lines)
+
+
+def said(verdict: Verdict) -> str:
+    """A verdict in a line."""
+    if verdict.difference is None:
+        return "no runs yet"
+    unit = UNITS.get(verdict.claim.ours.metric, "AP")
+    paper = "" if verdict.claim.paper is None else f", the paper {verdict.claim.paper:+.1f}"
+    count, needed = len(verdict.seeds), ""
+    if count == 1:
+        return f"undecided with 1 seed, which has no interval: {verdict.difference} {unit}{paper}"
+    if verdict.word == "undecided":
+        needed = f"; it would take {verdict.seeds_needed or 'more than 100'} seeds"
+    return f"{verdict.word} with {count} seeds: {verdict.difference} {unit}{paper}{needed}"
+
+
+def _row(name: str, seeds: str, values: Sequence[str]) -> str:
+    return f"{name:<40}{seeds:>8}" + "".join(f"{value:>9}" for value in values)

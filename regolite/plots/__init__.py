@@ -1,0 +1,61 @@
+"""Figures: detections, stages, attention, curves and average precision.
+
+They are drawn from a model's outputs, from what :func:`regolite.record` recorded, and from ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+from regolite.plots.attention import attention_figure, sampling_figure
+from regolite.plots.curves import plot_ap_by_stage, plot_curves
+from regolite.plots.detections import draw_detections, draw_stages, draw_truth, ground_truth
+from regolite.plots.drawing import (
+    draw_box,
+    draw_heat,
+    draw_matrix,
+    draw_objects,
+    draw_picture,
+    draw_points,
+    draw_title,
+    panels,
+    save_figure,
+    stage_colour,
+    style_axes,
+    to_picture,
+)
+from regolite.plots.entropy import EntropyByEpoch, entropies, entropy_by_layer, entropy_figure
+from regolite.plots.error_analysis import errors_figure, verdicts
+from regolite.plots.run import draw_run
+from regolite.plots.stages import related, relations_figure, stages_figure
+
+__all__ = [
+    "EntropyByEpoch",
+    "attention_figure",
+    "draw_box",
+    "draw_detections",
+    "draw_heat",
+    "draw_matrix",
+    "draw_objects",
+    "draw_picture",
+    "draw_points",
+    "draw_run",
+    "draw_stages",
+    "draw_title",
+    "draw_truth",
+    "entropies",
+    "entropy_by_layer",
+    "entropy_figure",
+    "errors_figure",
+    "ground_truth",
+    "panels",
+    "plot_ap_by_stage",
+    "plot_curves",
+    "related",
+    "relations_figure",
+    "sampling_figure",
+    "save_figure",
+    "stage_colour",
+    "stages_figure",
+    "style_axes",
+    "to_picture",
+    "verdicts",
+]

@@ -1,0 +1,201 @@
+"""Where a detector looks, over the picture: attention as heat, deformable attention as the points that it reads.
+
+::
+
+    with regolite.record(model) as trace:
+        [found] = regolite.detect(model, picture)
+    attention_figure(picture, trace, query=int(found.queries[0]))
+
+Attention says where a layer has read, and not why it answered as it did. Notebook 13 puts that to the test.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from regolite.data.images import ImageSource
+from regolite.errors import UserError
+from regolite.plots.drawing import BLUE, HEAT, INK, draw_heat, stage_colour
+from regolite.plots.selection import (
+    Point,
+    Several,
+    check_picture,
+    draw_cross,
+    draw_note,
+    draw_query_box,
+    draw_scale,
+    grid,
+    heads_of,
+    looks,
+    several,
+    shown,
+    within,
+)
+from regolite.tracing.trace import AttentionMap, Record, Sampling, Trace
+
+WEIGHT = matplotlib.colormaps["magma_r"]
+"""Little to much, for points: light to dark, and even in lightness, so that nobody needs to tell hues apart."""
+
+
+def attention_figure(
+    picture: ImageSource,
+    trace: Trace,
+    *,
+    query: Several = None,
+    point: Point | None = None,
+    layer: Several = None,
+    head: Several = None,
+    level: int | None = None,
+    index: int = 0,
+) -> Figure:
+    """Where queries look, or a cell of the encoder: the weights of their attention over the picture.
+
+    A panel for each query, layer and head. The deeper the colour of a cell, the more it weighs; the scale ends at the
+    largest weight of the panel. Deformable attention, whose points lie between cells, is drawn as the weights that
+    cells get by it (:func:`as_attention`).
+
+    Args:
+        picture: the picture, as the detector was given it.
+        trace: what :func:`regolite.record` has recorded.
+        query: queries of the decoder, one or several; the surest object's by default. Their boxes are drawn too.
+        point: instead of a query, x and y in pixels of the picture: the self-attention of the encoder's cell there (on
+            the finest map).
+        layer: layers, one or several, counted from 0; the last by default.
+        head: heads, one or several; by default the mean over the heads.
+        level: one map alone; by default the sum over all.
+        index: which picture of the batch.
+
+    Raises:
+        UserError: when the picture is not the trace's, or the trace has no such query, layer, head or level.
+    """
+    picture = check_picture(picture, trace, index)
+    table = looks(trace, query, point, layer, index)
+    heads = [None] if head is None else several(head)
+    figure, axes, width = grid(picture, len(table), len(table[0]) * len(heads))
+    for ax, (look, number) in zip(axes, itertools.product(itertools.chain(*table), heads)):
+        _check_choice(look.record, number, level)
+        record, asked = look.record, look.number
+        if isinstance(record, Sampling):
+            record, asked = as_attention(record, asked), 0
+        heat = record.over_picture(asked, number, level, index)
+        peak = max(float(heat.max()), 1e-12)
+        draw_heat(ax, picture, heat, peak=peak)
+        if look.boxes is not None:
+            draw_query_box(ax, trace, look.boxes, look.number, index, stage_colour(0))
+        if look.point is not None:
+            draw_cross(ax, torch.tensor([float(x) for x in look.point]), BLUE)
+        note = shown(*_note(look.record, number, level))
+        draw_scale(ax, _title(look.who, look.layer, number), note, HEAT, peak, width)
+    return figure
+
+
+def as_attention(sampling: Sampling, query: int) -> AttentionMap:
+    """Deformable attention of one query as attention to cells, which it is: every point reads its four nearest cells.
+
+    A cell's weight is the sum, over all points, of the point's weight times the cell's share in its interpolation. What
+    a point reads outside the maps is zero, so the weights may sum to a little less than 1.
+
+    Returns:
+        The map of this one query, number 0.
+    """
+    places, weights = sampling.locations[:, query], sampling.weights[:, query]  # [B, M, L, K, 2] and [B, M, L, K]
+    by_level = []
+    for level, shape in enumerate(sampling.shapes):
+        # What is read is linear in the cells, so the weight of a cell is the derivative of what is read.
+        with torch.inference_mode(False), torch.enable_grad():
+            cells = torch.zeros(weights[..., 0, 0].numel(), 1, *shape, requires_grad=True)
+            at = places[:, :, level].flatten(0, 1)[:, None]
+            read = F.grid_sample(cells, 2 * at - 1, align_corners=False)[:, 0, 0]  # [B * M, K]
+            (share,) = torch.autograd.grad(read, cells, weights[:, :, level].flatten(0, 1))
+        by_level.append(share.flatten(1).view(*weights.shape[:2], 1, -1))
+    return AttentionMap(torch.cat(by_level, -1), sampling.shapes, None, sampling.frame)
+
+
+def sampling_figure(
+    picture: ImageSource,
+    trace: Trace,
+    *,
+    query: Several = None,
+    point: Point | None = None,
+    layer: Several = None,
+    head: Several = None,
+    level: int | None = None,
+    index: int = 0,
+) -> Figure:
+    """The points at which deformable attention reads the picture (as Figure 6 of Deformable DETR).
+
+    A panel for each query and layer, and for each head if heads are chosen. A point's colour is its weight, which sum
+    to 1 over the levels and points of a head; its size grows with the level it is read from, coarse maps larger. The
+    cross is the reference point, the box what the query predicts in this layer. Where the picture is padded there may
+    be a second cross: padding is counted in whole cells, so that a coarse level has its reference point elsewhere.
+
+    Args:
+        picture: the picture, as the detector was given it.
+        trace: what :func:`regolite.record` has recorded of a deformable detector.
+        query: queries of the decoder, one or several; the surest object's by default.
+        point: instead of a query, x and y in pixels of the picture: the encoder's cell there (on the finest map).
+        layer: layers, one or several, counted from 0; the last by default.
+        head: heads, one or several, a panel each; by default the points of all heads in one.
+        level: the points of one level alone; by default of all.
+        index: which picture of the batch.
+
+    Raises:
+        UserError: when the picture is not the trace's, the trace has no such query, layer, head or level, or the
+            attention is dense.
+    """
+    picture = check_picture(picture, trace, index)
+    table = looks(trace, query, point, layer, index)
+    for look in itertools.chain(*table):
+        if not isinstance(look.record, Sampling):
+            raise UserError("this detector's attention is dense and samples no points: attention_figure draws it")
+    heads = [None] if head is None else several(head)
+    figure, axes, width = grid(picture, len(table), len(table[0]) * len(heads))
+    for ax, (look, number) in zip(axes, itertools.product(itertools.chain(*table), heads)):
+        record = look.record
+        _check_choice(record, number, level)
+        chosen_heads = slice(None) if number is None else slice(number, number + 1)
+        levels = range(len(record.shapes)) if level is None else [level]
+        points = record.points(index)[look.number, chosen_heads, levels]  # [M, L, K, 2]
+        weights = record.weights[index, look.number, chosen_heads, levels]
+        sizes = torch.tensor([12.0 + 12.0 * n for n in levels])[:, None].expand_as(weights)
+        peak = max(float(weights.max()), 1e-12)
+        order = weights.flatten().argsort()  # the heaviest come last, over the others
+        x, y = points.flatten(0, 2)[order].unbind(-1)
+
+        draw_heat(ax, picture, torch.zeros(1, 1))  # the pale picture
+        style = {"cmap": WEIGHT, "vmin": 0, "vmax": peak, "edgecolors": INK, "linewidths": 0.4, "zorder": 4}
+        ax.scatter(x, y, s=sizes.flatten()[order], c=weights.flatten()[order], **style)
+        if look.boxes is not None:
+            draw_query_box(ax, trace, look.boxes, look.number, index, stage_colour(0))
+        for reference in record.reference_points(index)[look.number].unique(dim=0):
+            draw_cross(ax, reference, stage_colour(0) if look.point is None else INK)
+        outside = ((x < 0) | (y < 0) | (x > picture.width) | (y > picture.height)).sum().item()
+        if outside:
+            draw_note(ax, f"{outside} of {len(x)} points lie outside the picture")
+        note = shown(*_note(record, number, level, together=True))
+        draw_scale(ax, _title(look.who, look.layer, number), note, WEIGHT, peak, width)
+    return figure
+
+
+def _check_choice(record: Record, head: int | None, level: int | None) -> None:
+    if head is not None:
+        within("head", head, heads_of(record))
+    if level is not None:
+        within("level", level, len(record.shapes))
+
+
+def _title(who: str, layer: int, head: int | None) -> str:
+    return f"{who}, layer {layer}" + ("" if head is None else f", head {head}")
+
+
+def _note(record: Record, head: int | None, level: int | None, together: bool = False) -> tuple[str, str]:
+    """What the panel shows of heads and levels, where there is a choice."""
+    heads = "" if head is not None else f"{heads_of(record)} heads" if together else f"mean of {heads_of(record)} heads"
+    if len(record.shapes) == 1:
+        return heads, ""
+    return heads, f"{len(record.shapes)} levels" if level is None else f"level {level}"

@@ -1,0 +1,167 @@
+"""Figures: detections on pictures stage by stage, the curves of a run, average precision by stage.
+
+A notebook shows a figure by :func:`regolite.course.show`; :func:`save_figure` writes it as PNG.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from regolite.boxes import enlarge
+from regolite.data import DetectionDataset
+from regolite.data.images import ImageSource, read_image
+from regolite.plots.drawing import (
+    CLASS_COLOURS,
+    INK,
+    TRUTH_COLOUR,
+    draw_box,
+    draw_objects,
+    draw_picture,
+    draw_title,
+    label_text,
+    panels,
+    stage_colour,
+)
+from regolite.types import Detections, stage_name
+
+THRESHOLD = 0.3  # least score of a box that is drawn: lower than in use, so that a young model shows what it believes
+
+
+# ----------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_detections(
+    picture: ImageSource, detections: Detections, classes: Sequence[str], scores: bool = True
+) -> Image.Image:
+    """A copy of a picture with the detections drawn in, in colours of their classes.
+
+    Args:
+        picture: the picture.
+        detections: what was found in it.
+        classes: names of the classes by label.
+        scores: write the scores too.
+
+    Returns:
+        A picture of the same size, RGB; lines and letters grow with it.
+    """
+    # With 64 dots an inch width / dpi * dpi is exact, so the copy has the very size of the picture.
+    picture = read_image(picture)
+    dpi, (width, height) = 64, picture.size
+    figure = Figure((width / dpi, height / dpi), dpi=dpi)
+    canvas = FigureCanvasAgg(figure)
+    ax = figure.add_axes((0, 0, 1, 1))
+    draw_picture(ax, picture)
+    colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in detections.labels.tolist()]
+    pixels = max(9.0, 0.026 * math.sqrt(width * height))  # height of the letters
+    draw_objects(ax, detections, classes, colours, 72 / dpi * pixels, scores)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def draw_stages(
+    picture: ImageSource,
+    by_stage: Sequence[Detections],
+    classes: Sequence[str],
+    truth: Detections | None = None,
+    alphas: Sequence[float] | None = None,
+    threshold: float = THRESHOLD,
+    columns: int | None = None,
+) -> Figure:
+    """The detections of the base detector and of every stage, side by side (as Figure 5 of the paper).
+
+    Args:
+        picture: the picture.
+        by_stage: what each stage found, from :func:`regolite.inference.detect_by_stage`, 0 the base detector.
+        classes: names of the classes by label.
+        truth: the true objects (:func:`ground_truth`), drawn in a panel of their own.
+        alphas: enlarging ratios alpha(1), ..., alpha(S). With them every stage's panel shows, dashed, where the stage
+            looked for the most confident object of the last stage: R(O_box(i-1), alpha(i)) of equation (7). It needs
+            the object's box one stage before, so ``by_stage`` should hold detections of all scores.
+        threshold: least score of a detection that is drawn.
+        columns: panels in a row; all by default.
+    """
+    picture = read_image(picture)
+    count = len(by_stage) + (truth is not None)
+    figure, axes = panels(picture.height / picture.width, count, columns)
+    size = 7.0
+    for stage, (ax, detections) in enumerate(zip(axes, by_stage)):
+        draw_picture(ax, picture)
+        note = ""
+        region = _glimpse(by_stage, stage, alphas, threshold)
+        if region is not None:
+            draw_box(ax, region, stage_colour(stage), 0.2 * size, dashed=True, inset=0.004 * max(picture.size))
+            note = f"dashed: its glimpse, α = {alphas[stage - 1]:g}"
+        draw_title(ax, stage_name(stage).capitalize(), note, stage_colour(stage))
+        shown = detections.above(threshold)
+        draw_objects(ax, shown, classes, [stage_colour(stage)] * len(shown), size)
+        if not len(shown):
+            best = f" (best: {label_text(detections, 0, classes)})" if len(detections) else ""
+            said = ax.text(0.5, 0.5, f"nothing above {threshold:g}{best}", transform=ax.transAxes, fontsize=size)
+            ground = {"facecolor": INK, "edgecolor": "none", "alpha": 0.75, "pad": 4}
+            said.set(color="white", ha="center", va="center", bbox=ground)
+    if truth is not None:
+        draw_picture(axes[-1], picture)
+        draw_title(axes[-1], "Ground truth", "", TRUTH_COLOUR)
+        draw_objects(axes[-1], truth, classes, [TRUTH_COLOUR] * len(truth), size, scores=False)
+    return figure
+
+
+def draw_truth(dataset: DetectionDataset, indices: Sequence[int], columns: int = 4) -> Figure:
+    """Some pictures of a data set with their true objects; crowds are left out.
+
+    Args:
+        dataset: the data set.
+        indices: which pictures.
+        columns: pictures in a row.
+    """
+    # A frame for pictures of different shapes: that of the highest, but no higher than wide.
+    ratio = max(dataset.size(i)[0] / dataset.size(i)[1] for i in indices)
+    figure, axes = panels(min(ratio, 1.0), len(indices), min(columns, len(indices)))
+    for ax, i in zip(axes, indices):
+        truth = ground_truth(dataset, i)
+        draw_picture(ax, dataset.image(i))
+        draw_title(ax, dataset.file_name(i), f"{len(truth)} objects", TRUTH_COLOUR)
+        colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in truth.labels.tolist()]
+        draw_objects(ax, truth, dataset.classes, colours, 7.0, scores=False)
+    return figure
+
+
+def ground_truth(dataset: DetectionDataset, i: int) -> Detections:
+    """The true objects of picture ``i`` of a data set, as detections of score 1; crowds are left out."""
+    objects = dataset.objects(i).targets(*dataset.size(i))
+    boxes = torch.from_numpy(objects.boxes).float()
+    boxes_xyxy = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+    count = len(objects)
+    return Detections(torch.ones(count), torch.from_numpy(objects.labels), boxes_xyxy, torch.full((count,), -1))
+
+
+def _glimpse(
+    by_stage: Sequence[Detections], stage: int, alphas: Sequence[float] | None, threshold: float
+) -> list[float] | None:
+    """Where a stage looked for the last stage's most confident object: ``xyxy`` in pixels, or None if not known."""
+    if stage == 0 or not alphas or not len(by_stage[-1].above(threshold)):
+        return None
+    before = by_stage[stage - 1]
+    same = (before.queries == by_stage[-1].queries[0]).nonzero()
+    return _enlarged(before.boxes_xyxy[same[0, 0]], alphas[stage - 1]).tolist() if len(same) else None
+
+
+def _enlarged(box_xyxy: Float[Tensor, "4"], alpha: float) -> Float[Tensor, "4"]:
+    centre, size = (box_xyxy[:2] + box_xyxy[2:]) / 2, box_xyxy[2:] - box_xyxy[:2]
+    larger = enlarge(torch.cat([centre, size]), alpha)
+    return torch.cat([larger[:2] - larger[2:] / 2, larger[:2] + larger[2:] / 2])
+
+
+# ------------------------------------------------------------------------------------------------------- curves
+
+
+# -------------------------------------------------------------------------------------------------------- a run

@@ -1,0 +1,305 @@
+"""What every figure is drawn with: the colours, and pictures, boxes, labels, heat, points and matrices on axes.
+
+Figures are matplotlib ``Figure`` objects of their own, outside pyplot: nothing global is set and nothing stays open.
+The colours are those of Okabe and Ito, chosen for colour-blind readers too; a thing has the same colour in every
+figure. A picture's axes are in pixels of the picture, (0, 0) its upper left corner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+
+from regolite.data.images import ImageSource, read_image
+from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from regolite.plots.text import as_is
+from regolite.types import Detections
+
+# Okabe and Ito, "Color universal design", 2008.
+BLUE, SKY, ORANGE, VERMILLION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
+GREEN, PURPLE, YELLOW, INK = "#009E73", "#CC79A7", "#F0E442", "#222222"
+GREY = "#6E6E6E"
+
+STAGE_COLOURS = (BLUE, SKY, ORANGE, VERMILLION, PURPLE, YELLOW)
+"""Base detector, stage 1, stage 2, ...: from cold to warm."""
+TRUTH_COLOUR = GREEN
+CLASS_COLOURS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE, YELLOW)
+
+DPI = 150
+PANEL = 3.3  # width of a picture in a figure, in inches
+
+HEAT = LinearSegmentedColormap.from_list("heat", ["#FFFFFF00", "#E69F00B0", "#D55E00F0"])
+"""Little to much, over a picture: from nothing through orange to vermillion."""
+
+
+def stage_colour(stage: int) -> str:
+    """The colour of a stage, 0 for the base detector."""
+    return STAGE_COLOURS[stage % len(STAGE_COLOURS)]
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = DPI) -> Path:
+    """Write a figure as PNG; the same figure gives the same bytes.
+
+    Returns:
+        The path.
+    """
+    figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})  # the version of matplotlib otherwise
+    return Path(path)
+
+
+def panels(ratio: float, count: int, columns: int | None = None, width: float = PANEL) -> tuple[Figure, list[Axes]]:
+    """A figure of equal panels in rows; laid out by hand, since labels need exact places.
+
+    Args:
+        ratio: height of a panel by its width; a long, narrow image is drawn in a panel of at most 1 to 8.
+        count: how many.
+        columns: panels in a row; all by default.
+        width: of a panel in inches; a notebook's column holds about 10 inches.
+    """
+    columns, ratio = columns or count, min(max(ratio, 1 / 8), 8.0)
+    rows = -(-count // columns)
+    height, gap, head = width * ratio, 0.08, 0.27
+    total = (columns * (width + gap) + gap, rows * (height + head) + gap)
+    figure = Figure(total, dpi=100)
+    axes = []
+    for panel in range(count):
+        row, column = divmod(panel, columns)
+        left, bottom = gap + column * (width + gap), total[1] - (row + 1) * (height + head)
+        place = (left / total[0], bottom / total[1], width / total[0], height / total[1])
+        axes.append(figure.add_axes(place))
+    return figure, axes
+
+
+def draw_picture(ax: Axes, picture: ImageSource) -> None:
+    """An image on axes in its own pixels, (0, 0) its corner."""
+    picture = read_image(picture)
+    width, height = picture.size
+    ax.imshow(np.asarray(picture), extent=(0, width, height, 0), interpolation="antialiased")
+    ax.set_anchor("N")
+    ax.axis("off")
+    ax.apply_aspect()
+
+
+def to_picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
+    """Normalised pixels, as the network reads them, as a picture for people."""
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    shades = ((pixels.detach() * std + mean).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(shades.permute(1, 2, 0).cpu().numpy())
+
+
+def draw_heat(
+    ax: Axes,
+    picture: ImageSource,
+    heat: Float[Tensor, "h w"],
+    cell: float | None = None,
+    peak: float | None = None,
+    smooth: bool = False,
+) -> None:
+    """A map over a pale grey picture: the more, the more colour.
+
+    Args:
+        ax: where to draw.
+        picture: the picture.
+        heat: what to show, not negative, for the cells that lie on the picture (padding cut off).
+        cell: side of a cell in pixels of the picture; by default the map spans the picture.
+        peak: the value that gets the full colour; the map's own maximum by default.
+        smooth: blend from cell to cell, where the cells themselves are not the point.
+    """
+    heat, picture = heat.detach().cpu(), read_image(picture)
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)
+    width, height = picture.size
+    ax.imshow(96 + 0.62 * grey, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=255)
+    rows, columns = heat.shape
+    right, bottom = (columns * cell, rows * cell) if cell else (width, height)
+    ax.imshow(
+        heat.numpy(),
+        extent=(0, right, bottom, 0),
+        cmap=HEAT,
+        vmin=0,
+        vmax=peak if peak is not None else max(float(heat.max()), 1e-12),
+        interpolation="bilinear" if smooth else "nearest",
+    )
+    ax.set_xlim(0, width)
+    ax.set_ylim(height, 0)
+    ax.set_anchor("N")
+    ax.axis("off")
+    ax.apply_aspect()
+
+
+def draw_points(
+    ax: Axes,
+    points: Float[Tensor, "N 2"],
+    colour: str,
+    sizes: Float[Tensor, "N"] | float = 30.0,
+    marker: str = "o",
+) -> PathCollection:
+    """Points on a picture with a light seam.
+
+    Args:
+        ax: where to draw.
+        points: x and y in pixels of the picture.
+        colour: of the points.
+        sizes: area of each, in square points.
+        marker: matplotlib's marker.
+    """
+    x, y = points.detach().cpu().unbind(-1)
+    area = sizes.detach().cpu() if isinstance(sizes, Tensor) else sizes
+    return ax.scatter(x, y, s=area, c=colour, marker=marker, edgecolors="white", linewidths=0.8, zorder=4)
+
+
+def draw_matrix(
+    ax: Axes,
+    matrix: Float[Tensor, "rows columns"],
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    marked: Sequence[tuple[int, int]] = (),
+    decimals: int | None = 2,
+) -> None:
+    """A matrix as coloured cells with their numbers, light to dark, chosen cells framed.
+
+    Args:
+        ax: where to draw.
+        matrix: the numbers.
+        rows: names of the rows.
+        columns: names of the columns.
+        marked: row and column of the cells to frame.
+        decimals: decimals of the numbers; None writes none.
+    """
+    values = matrix.detach().cpu().numpy()
+    ax.imshow(values, cmap="cividis_r", aspect="auto")
+    low, high = float(values.min()), float(values.max())
+    for (row, column), value in np.ndenumerate(values) if decimals is not None else ():
+        ink = "white" if value > (low + high) / 2 else INK
+        ax.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=8, color=ink)
+    for row, column in marked:
+        frame = {"fill": False, "edgecolor": VERMILLION, "linewidth": 2.5, "zorder": 3}
+        ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
+    ax.set_xticks(range(len(columns or ())), columns or ())
+    ax.set_yticks(range(len(rows or ())), rows or ())
+    ax.tick_params(length=0, labelsize=8, colors=INK)
+    ax.spines[:].set_visible(False)
+
+
+def draw_title(ax: Axes, title: str, note: str = "", colour: str = INK) -> None:
+    """A line of text over a bar of the panel's colour."""
+    ax.plot([0, 1], [1, 1], color=colour, linewidth=3, transform=ax.transAxes, clip_on=False, solid_capstyle="butt")
+    above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above, **as_is())
+    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GREY, ha="right", **above, **as_is())
+
+
+def draw_objects(
+    ax: Axes,
+    detections: Detections,
+    classes: Sequence[str],
+    colours: Sequence[str],
+    size: float = 7.0,
+    scores: bool = True,
+) -> None:
+    """Boxes and labels; the best come last, over the others.
+
+    ``size`` is that of the letters, in points; they are smaller where there are many.
+    """
+    size *= max(0.7, min(1.0, (8 / max(len(detections), 1)) ** 0.5))
+    boxes = detections.boxes_xyxy.tolist()
+    for box, colour in reversed(list(zip(boxes, colours))):
+        draw_box(ax, box, colour, 0.2 * size)
+    draw_labels(ax, boxes, [label_text(detections, n, classes, scores) for n in range(len(detections))], colours, size)
+
+
+def draw_labels(
+    ax: Axes, boxes_xyxy: Sequence[Sequence[float]], texts: Sequence[str], colours: Sequence[str], size: float = 7.0
+) -> None:
+    """A label for every box, each off those before it."""
+    taken: list[tuple[float, float, float, float]] = []
+    for box, text, colour in zip(boxes_xyxy, texts, colours):
+        taken.append(_draw_label(ax, text, box, colour, size, taken))
+
+
+def label_text(detections: Detections, n: int, classes: Sequence[str], scores: bool = True) -> str:
+    """What is written at the ``n``-th detection."""
+    label = int(detections.labels[n])
+    name = classes[label] if label < len(classes) else f"class {label}"
+    return f"{name} {float(detections.scores[n]):.2f}" if scores else name
+
+
+def draw_box(
+    ax: Axes, box_xyxy: Sequence[float], colour: str, line: float = 1.6, dashed: bool = False, inset: float = 0.0
+) -> None:
+    """A box with a light seam, so that it stands out on any ground; kept inside the picture."""
+    width, height = ax.get_xlim()[1], ax.get_ylim()[0]
+    x0, x1 = (min(max(x, inset), width - inset) for x in (box_xyxy[0], box_xyxy[2]))
+    y0, y1 = (min(max(y, inset), height - inset) for y in (box_xyxy[1], box_xyxy[3]))
+    seam = [patheffects.Stroke(linewidth=line + 1.2, foreground="white", alpha=0.7), patheffects.Normal()]
+    style = {"linestyle": (0, (4, 2.5))} if dashed else {"path_effects": seam}
+    ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=line, **style))
+
+
+def _draw_label(
+    ax: Axes,
+    text: str,
+    box_xyxy: Sequence[float],
+    colour: str,
+    size: float,
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
+    """A label at a corner of its box, inside the picture and off the labels that are there already.
+
+    Returns:
+        The place it took: left, bottom, right, top in dots.
+    """
+    red, green, blue = to_rgb(colour)
+    ink = INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
+    ground = {"boxstyle": "square,pad=0.2", "facecolor": colour, "edgecolor": "none", "alpha": 0.85}
+    label = ax.text(0, 0, text, fontsize=size, fontweight="bold", color=ink, bbox=ground, zorder=3, **as_is())
+    point, more_lines = ax.figure.dpi / 72, 1.2 * size * text.count("\n")
+    width, height = label.get_window_extent().width + 0.4 * size * point, (1.25 * size + more_lines) * point
+    frame = ax.get_window_extent()
+    (left, top), (right, bottom) = ax.transData.transform([box_xyxy[:2], box_xyxy[2:]])
+    edge = 0.1 * size * point  # half of the box's line
+    corners = [
+        (left - edge, top), (left - edge, top - height), (right - width + edge, top),
+        (left - edge, bottom), (left - edge, bottom - height), (right - width + edge, bottom - height),
+    ]  # fmt: skip
+
+    def place(corner: tuple[float, float]) -> tuple[float, tuple[float, float, float, float]]:
+        """The label at a corner, moved into the picture; first what speaks against it: labels hidden, way moved."""
+        x = max(frame.x0, min(corner[0], frame.x1 - width))
+        y = max(frame.y0, min(corner[1], frame.y1 - height))
+        spot = (x, y, x + width, y + height)
+        hidden = sum(
+            max(0.0, min(spot[2], t[2]) - max(x, t[0])) * max(0.0, min(spot[3], t[3]) - max(y, t[1])) for t in taken
+        )
+        return hidden + height * math.dist((x, y), corner), spot
+
+    _, spot = min((place(corner) for corner in corners), key=lambda placed: placed[0])
+    text_corner = (spot[0] + 0.2 * size * point, spot[1] + 0.3 * size * point)  # of the last line
+    label.set_position(ax.transData.inverted().transform(text_corner))
+    return spot
+
+
+def style_axes(ax: Axes, title: str, x: str = "", y: str = "") -> None:
+    """The look of every plot of numbers: title at the left, quiet axes, a grid of lines across."""
+    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, **as_is())
+    ax.set_xlabel(x, fontsize=9, color=GREY)
+    ax.set_ylabel(y, fontsize=9, color=GREY)
+    ax.tick_params(labelsize=8, colors=GREY)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#B0B0B0")
+    ax.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -1,0 +1,241 @@
+"""The figures of notebook 21: average precision by category, overlaps, precision and recall, and errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from regolite.data import DetectionDataset
+from regolite.evaluation.coco import Measured
+from regolite.evaluation.error_types import KINDS, Judged
+from regolite.plots.drawing import (
+    GREY,
+    INK,
+    TRUTH_COLOUR,
+    VERMILLION,
+    draw_box,
+    draw_picture,
+    draw_title,
+    panels,
+    stage_colour,
+    style_axes,
+)
+from regolite.plots.text import as_is
+from regolite.types import stage_name
+
+LINES = ("-", "--", "-.", ":")
+RATIO = 0.75  # height of a detail of a picture by its width
+
+
+def plot_categories(
+    names: Sequence[str], ap: Float[np.ndarray, "S K"], objects: Int[np.ndarray, "K"], count: int = 10
+) -> Figure:
+    """AP of the best and of the worst categories: the last stage as a bar, the base detector as a point.
+
+    Args:
+        names: of the categories.
+        ap: AP by stage and category, nan where a category has no object.
+        objects: how many objects each category has.
+        count: how many of the best, and of the worst; no category is in both.
+    """
+    ranked = [k for k in np.argsort(-ap[-1], kind="stable").tolist() if not math.isnan(ap[-1, k])]
+    best = ranked[: min(count, math.ceil(len(ranked) / 2))]
+    worst = ranked[len(best) :][-count:]
+    rows = max(len(best), len(worst), 1)
+    figure = Figure((9.6, 1.5 + 0.26 * rows), dpi=100, layout="constrained")
+    for ax, title, chosen in zip(figure.subplots(1, 2), ("The best categories", "The worst categories"), (best, worst)):
+        style_axes(ax, title, "AP (%); in brackets: objects")
+        ax.grid(visible=False)
+        ax.set_xlim(0, 100)
+        ax.set_ylim(rows - 0.4, -0.6)
+        ax.barh(
+            range(len(chosen)), ap[-1, chosen], 0.62, color=stage_colour(len(ap) - 1), label=stage_name(len(ap) - 1)
+        )
+        if len(ap) > 1:
+            point = {"marker": "o", "s": 26, "facecolor": "white", "edgecolor": stage_colour(0), "linewidth": 1.6}
+            ax.scatter(ap[0, chosen], range(len(chosen)), zorder=3, clip_on=False, label=stage_name(0), **point)
+        ax.set_yticks(range(len(chosen)), [f"{names[k]} ({objects[k]})" for k in chosen], **as_is())
+        ax.tick_params(axis="y", length=0, labelcolor=INK)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def plot_precision(by_stage: Sequence[Measured], ious: Sequence[float] = (0.5, 0.75)) -> Figure:
+    """Precision against recall by stage, the mean over the categories, one panel a demand on the overlap.
+
+    Args:
+        by_stage: what :func:`regolite.evaluation.measure` gave for each stage.
+        ious: the demands.
+    """
+    figure = Figure((9.6, 3.8), dpi=100, layout="constrained")
+    for ax, iou in zip(figure.subplots(1, len(ious), sharey=True), ious):
+        style_axes(ax, f"IoU at least {iou:.2f}", "recall (%)", "precision (%)")
+        for stage, measured in enumerate(by_stage):
+            curve = measured.curve(iou)
+            line = {"color": stage_colour(stage), "linestyle": LINES[stage % 4], "linewidth": 1.8}
+            ax.plot(np.linspace(0, 100, len(curve)), curve, label=stage_name(stage), **line)
+        ax.set_xlim(0, 100)
+        ax.set_ylim(0, 104)
+    _legend(figure, ax)
+    return figure
+
+
+def plot_overlaps(by_stage: Sequence[Judged]) -> Figure:
+    """How many correct detections of each stage overlap their object by how much: the paper's Figure 4.
+
+    Args:
+        by_stage: the detections of each stage.
+    """
+    figure = Figure((7.6, 3.8), dpi=100, layout="constrained")
+    ax = figure.subplots()
+    style_axes(ax, "Correct detections by IoU with their object", "IoU", "detections")
+    edges = np.linspace(0.5, 1.0, 6)
+    wide = 0.8 / len(by_stage)
+    for stage, judged in enumerate(by_stage):
+        numbers = overlap_histogram(judged)
+        at = np.arange(len(numbers)) - 0.4 + wide * (stage + 0.5)
+        bars = ax.bar(at, numbers, 0.92 * wide, color=stage_colour(stage), label=stage_name(stage))
+        ax.bar_label(bars, fontsize=7, color=INK, padding=2)
+    ax.set_xticks(range(5), [f"{low:.1f} to {high:.1f}" for low, high in zip(edges, edges[1:])])
+    ax.tick_params(axis="x", length=0)
+    ax.set_ylim(0, max(1.0, 1.08 * ax.get_ylim()[1]))
+    _legend(figure, ax)
+    return figure
+
+
+def overlap_histogram(judged: Judged) -> list[int]:
+    """How many correct detections overlap their object by 0.5 to 0.6, 0.6 to 0.7, ..., 0.9 to 1."""
+    overlaps = judged.overlaps[judged.kinds == "correct"]
+    return np.histogram(overlaps.clip(0.5, 1.0), [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])[0].tolist()
+
+
+def plot_errors(by_stage: Sequence[Judged], costs: Sequence[Mapping[str, float]], threshold: float) -> Figure:
+    """Errors of each kind by stage: how many among the sure detections, and what they cost.
+
+    Args:
+        by_stage: the detections of each stage.
+        costs: by how much AP50 rises without them (:meth:`~regolite.evaluation.error_types.Judged.costs`), by stage.
+        threshold: least score of a sure detection.
+    """
+    figure = Figure((9.6, 3.8), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    counts = [judged.above(threshold).counts() for judged in by_stage]
+    style_axes(left, f"Errors with a score of at least {threshold:g}", "", "errors")
+    style_axes(right, "What they cost, all scores", "", "points of AP50")
+    wide = 0.8 / len(by_stage)
+    for ax, values in ((left, counts), (right, costs)):
+        for stage, numbers in enumerate(values):
+            at = np.arange(len(KINDS)) - 0.4 + wide * (stage + 0.5)
+            ax.bar(
+                at, [numbers[kind] for kind in KINDS], 0.92 * wide, color=stage_colour(stage), label=stage_name(stage)
+            )
+        ax.set_xticks(range(len(KINDS)), KINDS)
+        ax.tick_params(axis="x", length=0, labelcolor=INK)
+        heights = np.nan_to_num([[numbers[kind] for kind in KINDS] for numbers in values])
+        ax.set_xlim(-0.6, len(KINDS) - 0.4)
+        ax.set_ylim(1.05 * min(0.0, heights.min()), max(1.0, 1.05 * heights.max()))
+    _legend(figure, right)
+    return figure
+
+
+def draw_errors(dataset: DetectionDataset, judged: Judged, count: int = 6, columns: int = 3) -> Figure | None:
+    """The surest false positives, one a picture: red the detection, dashed green the object it is wrong about.
+
+    Args:
+        dataset: the pictures.
+        judged: the detections.
+        count: how many pictures.
+        columns: pictures in a row.
+
+    Returns:
+        The figure, or None where nothing is wrong.
+    """
+    wrong = np.flatnonzero(np.isin(judged.kinds, KINDS))
+    first = np.sort(np.unique(judged.image_ids[wrong], return_index=True)[1])  # the surest of each picture
+    chosen = wrong[first][:count]
+    names = dict(zip(dataset.category_ids, dataset.classes))
+    entries = []
+    for row in chosen.tolist():
+        about, note, frames = int(judged.objects[row]), "", []
+        if about >= 0:
+            frames = [(judged.truth.boxes[about], TRUTH_COLOUR, True)]
+            note = f"IoU {judged.overlaps[row]:.2f}"
+            if judged.truth.categories[about] != judged.categories[row]:
+                note = f"{names[int(judged.truth.categories[about])]}, {note}"
+        title = f"{judged.kinds[row]}: {names[int(judged.categories[row])]} {judged.scores[row]:.2f}"
+        entries.append((int(judged.image_ids[row]), title, note, [(judged.boxes[row], VERMILLION, False), *frames]))
+    return _draw_details(dataset, entries, columns)
+
+
+def draw_missed(
+    dataset: DetectionDataset, judged: Judged, threshold: float, count: int = 6, columns: int = 3
+) -> Figure | None:
+    """The largest missed objects, one a picture, in green; and what came nearest to each below the threshold.
+
+    Args:
+        dataset: the pictures.
+        judged: the detections.
+        threshold: least score of a detection that counts as an answer.
+        count: how many pictures.
+        columns: pictures in a row.
+
+    Returns:
+        The figure, or None where nothing was missed.
+    """
+    truth, missed = judged.truth, judged.above(threshold).missed
+    missed = missed[np.argsort(-truth.boxes[missed, 2:].prod(1), kind="stable")]
+    first = np.sort(np.unique(truth.image_ids[missed], return_index=True)[1])  # the largest of each picture
+    names = dict(zip(dataset.category_ids, dataset.classes))
+    entries = []
+    for row in missed[first][:count].tolist():
+        near = np.flatnonzero((judged.objects == row) & np.isin(judged.kinds, ("correct", "class", "box")))
+        note = f"{judged.kinds[near[0]]} with {judged.scores[near[0]]:.2f}" if len(near) else "by nothing"
+        title = f"missed: {names[int(truth.categories[row])]}"
+        entries.append((int(truth.image_ids[row]), title, note, [(truth.boxes[row], TRUTH_COLOUR, False)]))
+    return _draw_details(dataset, entries, columns)
+
+
+Frame = tuple[Float[np.ndarray, "4"], str, bool]
+"""Corner, width and height of a box, its colour, and whether it is dashed."""
+
+
+def _draw_details(
+    dataset: DetectionDataset, entries: Sequence[tuple[int, str, str, Sequence[Frame]]], columns: int
+) -> Figure | None:
+    """Pictures cut around some boxes: COCO's id of each picture, title, note and boxes."""
+    if not entries:
+        return None
+    place = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
+    figure, axes = panels(RATIO, len(entries), min(columns, len(entries)), width=2.8)
+    for ax, (image_id, title, note, frames) in zip(axes, entries):
+        corners = np.array([[x, y, x + width, y + height] for (x, y, width, height), *_ in frames])
+        picture, (left, top) = _cut(dataset.image(place[image_id]), corners)
+        draw_picture(ax, picture)
+        for (x0, y0, x1, y1), (_, colour, dashed) in reversed(list(zip(corners.tolist(), frames))):
+            draw_box(ax, [x0 - left, y0 - top, x1 - left, y1 - top], colour, 2.2, dashed)
+        draw_title(ax, title, note, frames[0][1])
+    return figure
+
+
+def _cut(picture: Image.Image, boxes_xyxy: Float[np.ndarray, "n 4"]) -> tuple[Image.Image, tuple[int, int]]:
+    """The part of a picture around some boxes, at least a quarter as wide, and where it begins."""
+    (x0, y0), (x1, y1) = boxes_xyxy[:, :2].min(0), boxes_xyxy[:, 2:].max(0)
+    wide = max(2.5 * (x1 - x0), 2.5 * (y1 - y0) / RATIO, picture.width / 4)
+    width = min(round(wide), picture.width)
+    height = min(round(max(RATIO * width, 1.1 * (y1 - y0))), picture.height)
+    left = round(min(max((x0 + x1 - width) / 2, 0), picture.width - width))
+    top = round(min(max((y0 + y1 - height) / 2, 0), picture.height - height))
+    return picture.crop((left, top, left + width, top + height)), (left, top)
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9, labelcolor=GREY
+    )

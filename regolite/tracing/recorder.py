@@ -1,0 +1,420 @@
+"""The recorder: what happens inside a detector while it detects, without a line for it in any model.
+
+::
+
+    with regolite.record(model) as trace:
+        regolite.detect(model, "picture.jpg")
+    trace["decoder.5.cross"].over_picture(query=7)
+
+Models compute attention with a fused kernel that never writes the weights down. The recorder watches from outside:
+
+- a **function mode** of PyTorch sees each call of the kernel with its queries, keys and mask while an attention module
+  runs, and computes the weights beside it, in float32. The kernel itself answers as always, so that outputs are the
+  same bit for bit. Modules that write a softmax themselves (Anchor DETR, some of transformers) are seen in the same
+  way, by that softmax. So one mechanism serves every detector, of whatever family;
+- **hooks** say which module runs, and hand over what it was given: memories, reference points, regions;
+- deformable attention says by its method ``sampling`` where it reads; for the time of the record a function that
+  listens stands in its place.
+
+All of it is taken away at the end, after an exception too. A model that nobody records pays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from regolite.errors import UserError
+from regolite.interop.adapter import TransformersDetector
+from regolite.models.anchor_detr import AnchorDetr, Grid, RowColumnAttention
+from regolite.models.backbone import shrink
+from regolite.models.deformable_attention import DeformableAttention
+from regolite.models.deformable_detr import Proposals
+from regolite.models.glimpse import choose_level
+from regolite.models.rego import Rego
+from regolite.tracing.attention_modules import attentions, copied, dense_weights, in_stage, their_sampling
+from regolite.tracing.trace import (
+    AttentionMap,
+    Boxes,
+    Frame,
+    Glimpses,
+    Record,
+    References,
+    RowColumnMap,
+    Sampling,
+    Trace,
+    nearest,
+)
+from regolite.types import DetectorOutput, ImageBatch, Memory, Prediction
+from regolite.utils.validation import of_kind
+
+__all__ = ["Trace", "record"]
+
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+SEEN = ("eager", "sdpa")  # how transformers may compute attention; others are kernels that no function mode sees
+
+_watched: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def record(model: nn.Module, names: str | Sequence[str] = "*") -> Iterator[Trace]:
+    """Record what happens inside a detector while it runs on one picture, or one batch.
+
+    Outputs are the same, bit for bit, as without. Everything is kept in float32 in the computer's own memory: most of
+    all an encoder's self-attention, which is a number for every pair of cells, by head and layer.
+
+    Args:
+        model: a detector of ours, with or without REGO, or one that :func:`regolite.interop.adapt` made.
+        names: what to keep: names, or patterns as ``"decoder.*.cross"``; by default everything.
+
+    Yields:
+        The trace, which is filled when the model has run; see :mod:`regolite.tracing.trace`.
+
+    Raises:
+        UserError: when the model has no attention, or is compiled, or is recorded already; when it computes attention
+            in a way that can't be seen; when a pattern names nothing that the model has; and when the model runs a
+            second time.
+    """
+    of_kind("model", model, nn.Module, "a detector: regolite.load and regolite.build give one")
+    recorder = _Recorder(model, [names] if isinstance(names, str) else list(names))
+    if not _watched.isdisjoint(model.modules()):
+        raise UserError("the model is being recorded already: leave the one record before the next begins")
+    with ExitStack() as stack:
+        recorder.attach(stack)
+        yield recorder.trace
+
+
+@dataclass
+class _Pass:
+    """What is known of the forward pass that runs now.
+
+    Attributes:
+        images: what the model was given.
+        frame: their sizes.
+        running: the name of the attention that runs now, or None.
+        seen: the weights that it has computed so far.
+        memory: what the layer that runs now looks at, where it is one of ours.
+        maps: of each dense attention, weights and the memory of every call; SMCA makes one for each level.
+        levels: how much each query of an SMCA layer takes from each level, by the name of the attention.
+        records: whatever is finished.
+    """
+
+    images: ImageBatch
+    frame: Frame
+    running: str | None = None
+    seen: list[Tensor] = field(default_factory=list)
+    memory: Memory | Grid | None = None
+    maps: dict[str, list[tuple[list[Tensor], Memory | Grid | None]]] = field(default_factory=dict)
+    levels: dict[str, Float[Tensor, "B Q L"]] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
+
+
+class _Recorder(TorchFunctionMode):
+    """Watches one model. It is itself the function mode that sees kernels."""
+
+    def __init__(self, model: nn.Module, patterns: Sequence[str]) -> None:
+        super().__init__()
+        if hasattr(model, "_orig_mod"):
+            raise UserError(
+                "a compiled model can't be looked into: record model._orig_mod, the model that was compiled"
+            )
+        self.model, self.patterns, self.trace = model, patterns, Trace()
+        self.now: _Pass | None = None  # no pass runs
+        self.detector = model.detector if isinstance(model, Rego) else model
+        self.attentions = dict(attentions(self.detector))
+        if not self.attentions:
+            raise UserError(
+                f"a {type(model).__name__} has no attention that could be recorded; a detection transformer has"
+            )
+        if isinstance(self.detector, TransformersDetector):
+            how = self.detector.model.config._attn_implementation
+            if how not in (None, *SEEN):
+                raise UserError(
+                    f"attention computed by {how!r} can't be seen; choose what can be by "
+                    "model.set_attn_implementation('eager')"
+                )
+        self.names = self._possible_names()
+        for number, stage in enumerate(self._stages, start=1):
+            for name, found in attentions(stage):
+                self.attentions[in_stage(name, number)] = found
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in self.names):
+                raise UserError(f"names={pattern!r} names nothing that this model has; {nearest(pattern, self.names)}")
+
+    def wanted(self, name: str) -> bool:
+        """Whether this is to be kept."""
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def _possible_names(self) -> list[str]:
+        """Whatever can be recorded of this model, in the order in which a picture passes through it."""
+        encoder = [name for name in self.attentions if name.startswith("encoder.")]
+        names = ["proposals", *encoder, "references"]
+        for layer in range(self._decoder_layers):
+            names += [f"decoder.{layer}.{part}" for part in ("self", "cross", "boxes")]
+        for number, stage in enumerate(self._stages, start=1):
+            names.append(f"stage.{number}.glimpses")
+            names += [in_stage(name, number) for name, _ in attentions(stage)]
+            names += [f"stage.{number}.boxes.{layer}" for layer in range(len(stage.decoder.layers))]
+        return names
+
+    @property
+    def _stages(self) -> Sequence[nn.Module]:
+        return list(self.model.stages) if isinstance(self.model, Rego) else []
+
+    @property
+    def _decoder_layers(self) -> int:
+        return sum(name.startswith("decoder.") and name.endswith(".self") for name in self.attentions)
+
+    # Attaching.
+
+    def attach(self, stack: ExitStack) -> None:
+        """Start to watch; leaving the stack ends it and leaves the model as it was."""
+
+        def hook(module: nn.Module, function: Callable[..., None]) -> None:
+            """Call ``function(arguments, output)`` after the module."""
+            listen = module.register_forward_hook(lambda m, args, output: function(args, output))
+            stack.callback(listen.remove)
+
+        def before(module: nn.Module, function: Callable[..., None]) -> None:
+            """Call ``function(*arguments)`` before it."""
+            call = module.register_forward_pre_hook(lambda m, args, more: function(*args, **more), with_kwargs=True)
+            stack.callback(call.remove)
+
+        before(self.model, self._begin)
+        hook(self.model, lambda args, output: self._finish(output))
+        for name, (layer, attention) in self.attentions.items():
+            if not self.wanted(name):
+                continue
+            if isinstance(attention, DeformableAttention):
+                self._listen_to_sampling(name, attention, stack)
+            elif hasattr(attention, "sampling_offsets"):
+                self._watch_their_sampling(name, attention, hook, before)
+            else:
+                before(layer, self._see_memory)
+                before(attention, lambda *_, name=name, **__: self._enter(name))
+                hook(attention, lambda *_, name=name: self._leave(name))
+                if getattr(layer, "selection", None) is not None and name.endswith(".cross"):
+                    hook(layer.selection, lambda _, output, name=name: self._weigh_levels(name, output))
+        for number, stage in enumerate(self._stages, start=1):
+            if self.wanted(f"stage.{number}.glimpses"):
+                before(
+                    stage,
+                    lambda *given, number=number, stage=stage, query_mask=None: self._see_glimpses(
+                        number, stage, *given
+                    ),
+                )
+        if self.wanted("references"):
+            self._watch_references(hook)
+
+        watched = {self.model, *(attention for _, attention in self.attentions.values())}
+        _watched.update(watched)
+        stack.callback(lambda: [_watched.discard(module) for module in watched])
+        stack.enter_context(self)
+
+    def _listen_to_sampling(self, name: str, attention: DeformableAttention, stack: ExitStack) -> None:
+        original, own = attention.sampling, vars(attention).get("sampling")
+
+        def sampling(queries: Tensor, shapes: list[tuple[int, int]], references: Tensor) -> tuple[Tensor, Tensor]:
+            locations, weights = original(queries, shapes, references)
+            self._keep_sampling(name, locations, weights, references, shapes)
+            return locations, weights
+
+        def put_back() -> None:
+            del attention.sampling
+            if own is not None:  # somebody else had put something there
+                attention.sampling = own
+
+        attention.sampling = sampling
+        stack.callback(put_back)
+
+    def _watch_their_sampling(self, name: str, attention: nn.Module, hook: Callable, before: Callable) -> None:
+        """Deformable attention of transformers: from what it is given and what its two projections answer."""
+        given: dict[str, Any] = {}
+        before(attention, lambda *_, **more: given.update(more))
+        hook(attention.sampling_offsets, lambda _, output: given.update(offsets=output))
+        hook(attention.attention_weights, lambda _, output: given.update(weights=output))
+
+        def finish(args: Any, output: Any) -> None:
+            shapes, references = given["spatial_shapes_list"], given["reference_points"]
+            references = references.expand(-1, -1, len(shapes), -1)  # RT-DETR has one for all levels
+            read = their_sampling(attention, given["offsets"], given["weights"], references, shapes)
+            self._keep_sampling(name, *read, references, shapes)
+            given.clear()
+
+        hook(attention, finish)
+
+    def _watch_references(self, hook: Callable) -> None:
+        """Where the queries start; every family has its own place for it."""
+        detector = self.detector
+        for name in ("reference_points", "reference_head", "centre_head"):
+            if isinstance(getattr(detector, name, None), nn.Module):
+                hook(getattr(detector, name), lambda _, output: self._keep_references(output.sigmoid()))
+        if isinstance(getattr(detector, "proposals", None), Proposals):
+            hook(detector.proposals, lambda _, output: self._keep_references(output[1]))
+        if isinstance(detector, TransformersDetector):
+            hook(detector.model.model, lambda _, output: self._keep_their_references(output))
+
+    # While the model runs.
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See what an attention that is watched computes; every other call passes."""
+        output = func(*args, **(kwargs or {}))
+        if self.now is not None and self.now.running is not None:
+            if func is F.scaled_dot_product_attention:
+                self.now.seen.append(dense_weights(*args, **(kwargs or {})))
+            elif func in SOFTMAX:
+                self.now.seen.append(copied(output))
+        return output
+
+    def _begin(self, images: ImageBatch, *args: Any, **kwargs: Any) -> None:
+        if self.trace.filled:
+            raise UserError("a record holds one forward pass, and the model runs a second time: record each by itself")
+        original = images.sizes if images.original_sizes is None else images.original_sizes
+        frame = Frame(tuple(images.mask.shape[1:]), copied(images.sizes), copied(original))
+        self.now = _Pass(images, frame)
+
+    def _see_memory(self, *args: Any, **kwargs: Any) -> None:
+        if self.now is not None:
+            self.now.memory = next((x for x in (*args, *kwargs.values()) if isinstance(x, (Memory, Grid))), None)
+
+    def _enter(self, name: str) -> None:
+        if self.now is not None:
+            self.now.running, self.now.seen = name, []
+
+    def _leave(self, name: str) -> None:
+        if self.now is not None:
+            self.now.maps.setdefault(name, []).append((self.now.seen, self.now.memory))
+            self.now.running = None
+
+    def _weigh_levels(self, name: str, logits: Tensor) -> None:
+        if self.now is not None:
+            self.now.levels[name] = copied(logits.softmax(-1))
+
+    def _keep_sampling(
+        self, name: str, locations: Tensor, weights: Tensor, references: Tensor, shapes: Sequence[tuple[int, int]]
+    ) -> None:
+        if self.now is not None:
+            tensors = (copied(t) for t in (locations, weights, references))
+            self.now.records[name] = Sampling(*tensors, tuple((int(h), int(w)) for h, w in shapes), self.now.frame)
+
+    def _keep_references(self, references: Tensor) -> None:
+        if self.now is not None:
+            self.now.records["references"] = References(copied(references), self.now.frame)
+
+    def _keep_their_references(self, output: Any) -> None:
+        """What the base model of transformers says of them, if anything, in [0, 1] of the unpadded picture."""
+        if self.detector.model.config.model_type == "conditional_detr":
+            self._keep_references(output.reference_points.transpose(0, 1))
+        elif self.detector.model.config.model_type == "dab-detr":
+            self._keep_references(output.reference_points[0])  # of the first layer
+        elif getattr(output, "init_reference_points", None) is not None and self.now is not None:
+            references = output.init_reference_points
+            if not self.detector.family.masks_padding:  # RT-DETR: logits, and relative to the padded batch
+                padded = references.new_tensor(self.now.frame.padded) / self.now.images.sizes  # [B, 2]
+                references = references.sigmoid() * padded.flip(1).repeat(1, 2)[:, None]
+            self._keep_references(references)
+
+    def _see_glimpses(
+        self, number: int, stage: nn.Module, features: list, sizes: Tensor, hidden: Tensor, boxes: Tensor
+    ) -> None:
+        if self.now is not None:
+            strides = tuple(f.stride for f in features)
+            regions = stage.regions(boxes, sizes).float()
+            level = choose_level(regions.nan_to_num(), strides)  # as cut_glimpses chooses
+            glimpses = Glimpses(copied(regions), copied(level), strides, self.now.frame)
+            self.now.records[f"stage.{number}.glimpses"] = glimpses
+
+    def _finish(self, output: DetectorOutput) -> None:
+        """Put the trace together, of tensors that no inference mode clings to."""
+        now, self.now = self.now, None
+        with torch.inference_mode(False), torch.no_grad():
+            self._fill(output, now)
+
+    def _fill(self, output: DetectorOutput, now: _Pass) -> None:
+        records = now.records
+        for name in list(now.maps):
+            records[name] = self._map(name, now.maps.pop(name), now)
+        if isinstance(self.detector, AnchorDetr) and self.wanted("references"):
+            points = self.detector.points.repeat(self.detector.patterns.num_embeddings, 1)
+            records["references"] = References(copied(points.expand(len(now.images), -1, -1)), now.frame)
+
+        layers, proposals = list(output.layers), output.proposals
+        if proposals is not None:  # only the first column says anything: "object"
+            records["proposals"] = self._boxes(Prediction(proposals.logits[..., :1], proposals.boxes), now, "sigmoid")
+        elif len(layers) == self._decoder_layers + 1:  # RT-DETR: the encoder's choice stands before them
+            records["proposals"] = self._boxes(layers.pop(0), now)
+        for layer, prediction in enumerate(layers):
+            records[f"decoder.{layer}.boxes"] = self._boxes(prediction, now)
+        for number, stage in enumerate(output.stages, start=1):
+            for layer, prediction in enumerate(stage):
+                records[f"stage.{number}.boxes.{layer}"] = self._boxes(prediction, now)
+
+        classes = getattr(getattr(self.model, "model_config", None), "classes", ())
+        kept = {name: records[name] for name in self.names if name in records and self.wanted(name)}
+        self.trace.fill(kept, now.frame, tuple(classes))
+
+    def _boxes(self, prediction: Prediction, now: _Pass, scoring: str | None = None) -> Boxes:
+        scoring = scoring or self.model.scoring
+        return Boxes(copied(prediction.logits), copied(prediction.boxes), scoring, now.frame)
+
+    def _map(self, name: str, calls: list[tuple[list[Tensor], Memory | Grid | None]], now: _Pass) -> Record:
+        """Dense attention, from everything that its module computed."""
+        attention = self.attentions[name][1]
+        wanted = 2 if isinstance(attention, RowColumnAttention) else 1
+        if any(len(seen) != wanted for seen, _ in calls):
+            raise UserError(f"{name}: {type(attention).__name__} computes its attention in a way that can't be seen")
+        if isinstance(attention, RowColumnAttention):
+            [((columns, rows), grid)] = calls
+            shapes = (tuple(grid.mask.shape[1:]),)
+            return RowColumnMap(columns, rows, shapes, copied(grid.mask.flatten(1)), now.frame)
+
+        parts = [seen[0] for seen, _ in calls]
+        parts = [p if p.dim() == 4 else p.unflatten(0, (len(now.images), -1)) for p in parts]
+        if name.startswith("stage.") or name.endswith(".self"):  # queries look at queries
+            return AttentionMap(parts[0], (), None, now.frame)
+        if name.startswith("encoder.") and len(parts) > 1:  # SMCA: every level looks at itself
+            memories = [memory for _, memory in calls]
+            shapes = tuple(shape for memory in memories for shape in memory.shapes)
+            weights = parts[0].new_zeros(*parts[0].shape[:2], *2 * [sum(p.shape[2] for p in parts)])
+            start = 0
+            for part in parts:
+                end = start + part.shape[2]
+                weights[:, :, start:end, start:end] = part
+                start = end
+            return AttentionMap(weights, shapes, copied(torch.cat([m.mask for m in memories], 1)), now.frame)
+        if name in now.levels:  # SMCA: every query looks at each level by itself, and weighs the levels
+            shares = now.levels[name][:, None, :, None].unbind(-1)
+            parts = [torch.cat([part * share for part, share in zip(parts, shares)], -1)]
+        shapes, mask = _cells(parts[0].shape[-1], calls[0][1], now, self.detector)
+        return AttentionMap(parts[0], shapes, mask, now.frame)
+
+
+def _cells(
+    count: int, memory: Memory | Grid | None, now: _Pass, detector: nn.Module
+) -> tuple[tuple[tuple[int, int], ...], Tensor | None]:
+    """The shapes of the maps whose cells are looked at, and which of these are padding."""
+    if isinstance(memory, Memory):
+        return tuple(memory.shapes), None if memory.mask is None else copied(memory.mask)
+    # Models of transformers look at one map, and keep its shape to themselves: the stride that gives so many cells.
+    stride, (height, width) = 1, now.frame.padded
+    while (-(-height // stride)) * (-(-width // stride)) > count:
+        stride *= 2
+    shape = (-(-height // stride), -(-width // stride))
+    if shape[0] * shape[1] != count:
+        raise UserError(
+            f"{count} cells are no map of a batch of {height} x {width} pixels: what is looked at is unknown"
+        )
+    masked = isinstance(detector, TransformersDetector) and detector.family.masks_padding
+    return (shape,), copied(shrink(now.images.mask, shape).flatten(1)) if masked else None

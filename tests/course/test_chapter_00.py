@@ -1,0 +1,101 @@
+"""The checkers of notebook 00 accept right answers and name the mistake in wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+import regolite
+from regolite.course import Mistake, find
+
+IMAGES = Path(__file__).resolve().parents[2] / "data" / "coco_tiny" / "images"
+
+
+def says(number, *answer):
+    """What the checker says to an answer, right or wrong."""
+    try:
+        return find(number).checker(*answer)
+    except Mistake as mistake:
+        return str(mistake)
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """How many detections remain at 0.35, 0.5 and 0.7; some at 0.35, or the notebook's unfinished answer is right."""
+    [found] = regolite.detect(regolite.load(), IMAGES / "000000234748.jpg", threshold=0.0)
+    remain = tuple(len(found.above(threshold)) for threshold in (0.35, 0.5, 0.7))
+    assert remain[0] > 0
+    return remain
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((0, 0, 0), "guesses that nobody should believe"),
+        ((-1, 0, 0), "at a threshold of 0.35 more than {}"),
+        ((0, 1, 0), "at a threshold of 0.5 fewer than {}"),
+        ((0, 0, 1), "at a threshold of 0.7 fewer than {}"),
+    ],
+)
+def test_thresholds(counts, change, message):
+    answer = [count + more for count, more in zip(counts, change)]
+    wrong = [said for said, more in zip(answer, change) if more]
+    assert message.format(*wrong) in says("0.1", *answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.3, stages=stages)[0], "the base detector is left"),
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.3)[0], "that of all three"),
+        (lambda m, p, stages: regolite.detect(m, p, stages=stages), "one entry an image"),
+        (
+            lambda m, p, stages: regolite.detect(m, p, 0.3, stages=max(stages - 1, 0))[0],
+            "stages=3 the answer is that of 2",
+        ),
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.0, stages=stages)[0], "and there are 100"),
+        (lambda m, p, stages: None, "and is nothing"),
+    ],
+)
+def test_fewer_stages(answer, message):
+    assert message in says("0.2", answer)
+
+
+def best_stage(by_stage, box_xyxy, label, ours=lambda found, label: found.labels == label, overlap=None):
+    overlaps = []
+    for found in by_stage:
+        boxes = found.boxes_xyxy[ours(found, label)]
+        iou = box_iou(box_xyxy[None], boxes)[0] if len(boxes) else torch.zeros(1)
+        overlaps.append(float((overlap or (lambda values: values[0]))(iou)))
+    return overlaps.index(max(overlaps))
+
+
+def most_confident(by_stage, box_xyxy, label):
+    scores = [float(found.scores[0]) for found in by_stage]
+    return scores.index(max(scores))
+
+
+def unguarded(by_stage, box_xyxy, label):
+    overlaps = [box_iou(box_xyxy[None], found.boxes_xyxy[found.labels == label])[0][0] for found in by_stage]
+    return int(torch.stack(overlaps).argmax())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (best_stage, "One object proves little"),
+        (lambda *given: torch.tensor(best_stage(*given)), "One object proves little"),
+        (lambda by_stage, box, label: len(by_stage) - 1, "not always the best"),
+        (most_confident, "a score is no overlap"),
+        (lambda *given: best_stage(*given, ours=lambda found, label: found.labels > 0), "of another class"),
+        (lambda *given: best_stage(*given, overlap=lambda values: values.max()), "its most confident detection"),
+        (lambda *given: best_stage(*given) + 1, "not always the best"),
+        (unguarded, "a stage without any detection of the class raises IndexError"),
+        (lambda *given: None, "should be the number of a stage, and is None"),
+    ],
+)
+def test_best_stage(answer, message):
+    assert message in says("0.3", answer)

@@ -1,0 +1,134 @@
+"""Checkers of notebook 02: right answers pass, each well-known mistake is called by its name."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from regolite.course import Mistake, find
+
+
+def said(number, answer):
+    """What the checker holds against an answer."""
+    torch.manual_seed(0)
+    with pytest.raises(Mistake) as caught:
+        find(number).checker(answer)
+    return str(caught.value)
+
+
+def field(layers, start=1, early=False, extra=1, strides=True):
+    total, stride = start, 1
+    for kernel, step in layers:
+        stride *= step if early and strides else 1
+        total += (kernel - extra) * stride
+        stride *= step if not early and strides else 1
+    return total
+
+
+def shrink(mask, stride):
+    return F.max_pool2d((~mask).float()[:, None], stride, ceil_mode=True)[:, 0] == 0
+
+
+def interpolated(mask, stride):
+    return F.interpolate(mask[None].float(), size=[-(-side // stride) for side in mask.shape[1:]])[0].bool()
+
+
+def coordinates(mask, shift=0.0, tiny=1e-6):
+    y, x = (~mask).float().cumsum(1), (~mask).float().cumsum(2)
+    return (y - shift) / (y[:, -1:] + tiny), (x - shift) / (x[:, :, -1:] + tiny)
+
+
+def of_the_map(mask):
+    rows, columns = mask.shape[1:]
+    y, x = torch.arange(1, rows + 1)[:, None] / rows, torch.arange(1, columns + 1)[None] / columns
+    return y.expand(mask.shape), x.expand(mask.shape)
+
+
+def matrix(delta, dim, temperature=10000):
+    angles = delta * temperature ** (-2 * torch.arange(dim // 2) / dim)
+    blocks = [torch.tensor([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) for a in angles.tolist()]
+    return torch.block_diag(*blocks)
+
+
+def halves(delta, dim, temperature=10000):
+    angles = delta * temperature ** (-2 * torch.arange(dim // 2) / dim)
+    c, s = angles.cos().diag(), angles.sin().diag()
+    return torch.cat([torch.cat([c, s], 1), torch.cat([-s, c], 1)])
+
+
+def square(token, shapes, strides):
+    for (h, w), stride in zip(shapes, strides):
+        if token < h * w:
+            row, column = divmod(token, w)
+            return column * stride, row * stride, (column + 1) * stride, (row + 1) * stride
+        token -= h * w
+
+
+def first_level(token, shapes, strides):
+    row, column = divmod(token, shapes[0][1])
+    return column * 8, row * 8, column * 8 + 8, row * 8 + 8
+
+
+def by_height(token, shapes, strides):
+    return square(token, [(w, h) for h, w in shapes], strides)
+
+
+def exchanged(token, shapes, strides):
+    left, top, right, bottom = square(token, shapes, strides)
+    return top, left, bottom, right
+
+
+RIGHT = {"2.1": field, "2.2": shrink, "2.3": coordinates, "2.4": matrix, "2.5": square}
+
+
+@pytest.mark.parametrize("number", RIGHT)
+def test_right_answers_pass(number):
+    torch.manual_seed(0)
+    assert find(number).checker(RIGHT[number]).endswith(".")
+
+
+def test_other_right_answers_pass():
+    def blocks(mask, stride):
+        height, width = mask.shape[1:]
+        padded = F.pad(mask, (0, -width % stride, 0, -height % stride), value=True)
+        return padded.unflatten(1, (-1, stride)).unflatten(3, (-1, stride)).all(4).all(2)
+
+    torch.manual_seed(0)
+    find("2.2").checker(blocks)
+    find("2.3").checker(lambda mask: [c.clamp(min=0.0) for c in coordinates(mask)])
+    find("2.5").checker(lambda *given: torch.tensor(square(*given)))
+
+
+WRONG = {
+    "field: stub": ("2.1", lambda layers: 0, "sees 1"),
+    "field: from 0": ("2.1", lambda layers: field(layers, start=0) if layers else 1, "counts too"),
+    "field: adds kernels": ("2.1", lambda layers: field(layers, extra=0) - bool(layers), "do not add up"),
+    "field: no stride": ("2.1", lambda layers: field(layers, strides=False), "forgotten"),
+    "field: too early": ("2.1", lambda layers: field(layers, early=True), "too early"),
+    "shrink: stub": ("2.2", interpolated, "no multiple"),
+    "shrink: any": ("2.2", lambda m, s: F.max_pool2d(m.float()[:, None], s, ceil_mode=True)[:, 0] > 0, "a strip"),
+    "shrink: one pixel": ("2.2", lambda m, s: m[:, ::s, ::s], "first pixel"),
+    "shrink: inverted": ("2.2", lambda m, s: ~shrink(m, s), "inverted"),
+    "shrink: floats": ("2.2", lambda m, s: shrink(m, s).float(), "of type bool"),
+    "shrink: floor": ("2.2", lambda m, s: F.max_pool2d((~m).float()[:, None], s)[:, 0] == 0, "shape"),
+    "shrink: all": ("2.2", lambda m, s: torch.ones_like(shrink(m, s)), "called padding"),
+    "coordinates: stub": ("2.3", of_the_map, "padded map"),
+    "coordinates: centres": ("2.3", lambda m: coordinates(m, shift=0.5), "centres"),
+    "coordinates: NaN": ("2.3", lambda m: coordinates(m, tiny=0.0), "NaN"),
+    "coordinates: exchanged": ("2.3", lambda m: coordinates(m)[::-1], "y of the first picture"),
+    "coordinates: one": ("2.3", lambda m: coordinates(m)[0], "a pair"),
+    "matrix: stub": ("2.4", lambda delta, dim, temperature: torch.eye(dim), "where it is"),
+    "matrix: back": ("2.4", lambda *given: matrix(*given).T, "by -delta"),
+    "matrix: alike": ("2.4", lambda delta, dim, temperature: matrix(delta, dim, 1), "same angle"),
+    "matrix: halves": ("2.4", halves, "interleaved"),
+    "matrix: temperature": ("2.4", lambda delta, dim, temperature: matrix(delta, dim), "temperature 20"),
+    "square: stub": ("2.5", first_level, "coarser level"),
+    "square: exchanged": ("2.5", exchanged, "x and y"),
+    "square: by height": ("2.5", by_height, "not h"),
+}
+
+
+@pytest.mark.parametrize(("number", "answer", "message"), WRONG.values(), ids=list(WRONG))
+def test_mistakes_are_named(number, answer, message):
+    assert message in said(number, answer)
