@@ -96,7 +96,7 @@ def presets(arguments: argparse.Namespace) -> int:
     import torch
 
     rows = []
-    for name in regolite.models.presets():
+    for name in regolite.presets():
         config = regolite.configure(name, weights=None)
         with torch.device("meta"):  # shapes without numbers: nothing is allocated
             parameters = sum(p.numel() for p in regolite.build(config).parameters())

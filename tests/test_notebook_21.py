@@ -160,7 +160,7 @@ def test_papermill_refuses_a_checkpoint_of_other_categories(checkpoint: Path, tm
 
 class TestPublishedRows:
     def test_presets_exist_and_are_those_of_table_1(self):
-        assert set(PUBLISHED) == set(TABLE_1) <= set(regolite.models.presets())
+        assert set(PUBLISHED) == set(TABLE_1) <= set(regolite.presets())
 
     def test_every_row_is_plausible(self):
         for rows in PUBLISHED.values():
