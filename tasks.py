@@ -37,7 +37,7 @@ RECIPE = {
     "augment": "laptop_crop",
     "batch_size": 4,  # small batches: more steps in the same time
     "lr": 2e-4,
-    "sampling_lr": 1.0,  # a short run has no time for slow parts
+    "sampling_lr_mult": 1.0,  # a short run has no time for slow parts
     "schedule": "one_cycle",
     "warmup": 0.05,
     "evaluate_every": 0,

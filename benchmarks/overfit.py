@@ -29,8 +29,8 @@ from regolite.data import CocoFolder
 
 DATA = Path(__file__).parents[1] / "data" / "coco_tiny"
 
-# Small batches take more steps in the same time, and pictures of one shape share a batch, with little padding. The
-# pictures never change: what is asked for is memory. All parts but the backbone learn at the full rate, since there is
+# Small batches take more steps in the same time, and images of one shape share a batch, with little padding. The
+# images never change: what is asked for is memory. All parts but the backbone learn at the full rate, since there is
 # no time for the slow ones to follow.
 RECIPE = {
     "model": "rego_deformable_detr_everyday",
@@ -39,8 +39,8 @@ RECIPE = {
     "augment": "none",
     "batch_size": 4,
     "lr": 5e-4,
-    "backbone_lr": 0.1,
-    "sampling_lr": 1.0,
+    "backbone_lr_mult": 0.1,
+    "sampling_lr_mult": 1.0,
     "clip": 0.1,
     "schedule": "one_cycle",
     "warmup": 0.05,
@@ -52,8 +52,8 @@ class Reached(Exception):
     """The target is reached: nothing is left to do."""
 
 
-def copy_pictures(count: int, folder: Path) -> None:
-    """The first pictures of coco_tiny with objects, as a data folder that validates on what it trains on."""
+def copy_images(count: int, folder: Path) -> None:
+    """The first images of coco_tiny with objects, as a data folder that validates on what it trains on."""
     chosen = CocoFolder(DATA, "train", limit=count, keep_empty=False)
     (folder / "images").mkdir(parents=True)
     (folder / "annotations").mkdir()
@@ -83,7 +83,7 @@ def overfit(minutes: float, images: int, target: float, seed: int, folder: Path)
         if line["AP"] >= target:
             raise Reached
 
-    copy_pictures(images, folder / "data")
+    copy_images(images, folder / "data")
     config = RunConfig(
         **RECIPE,
         data=str(folder / "data"),
@@ -93,7 +93,7 @@ def overfit(minutes: float, images: int, target: float, seed: int, folder: Path)
         checkpoint_minutes=1e6,
         seed=seed,
     )
-    print(f"minutes    step   AP of stage 0 (the base detector), 1, 2, ... on {images} pictures", flush=True)
+    print(f"minutes    step   AP of stage 0 (the base detector), 1, 2, ... on {images} images", flush=True)
     with contextlib.suppress(Reached), contextlib.redirect_stdout(io.StringIO()):  # one table, not two
         train(config, watch)
     best = max(course, key=lambda row: row["AP"][-1])
@@ -104,7 +104,7 @@ def main() -> int:
     """Run, report, and give back the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overfit", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="time to learn in (default 10)")
-    parser.add_argument("--images", type=int, default=8, help="pictures to learn (default 8)")
+    parser.add_argument("--images", type=int, default=8, help="images to learn (default 8)")
     parser.add_argument("--target", type=float, default=95.0, help="AP to reach (default 95)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the order (default 0)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch (default: all cores)")
@@ -118,7 +118,7 @@ def main() -> int:
         args.json.write_text(json.dumps(result | machine, indent=2) + "\n", encoding="utf-8")
     verdict = "reached" if result["reached"] else "NOT reached"
     print(
-        f"AP {args.target:g} on {args.images} pictures {verdict}: {result['AP']:.1f} at {result['minutes']:.1f} minutes"
+        f"AP {args.target:g} on {args.images} images {verdict}: {result['AP']:.1f} at {result['minutes']:.1f} minutes"
     )
     return 0 if result["reached"] else 1
 

@@ -3,7 +3,7 @@
 - **not recorded**: the forward pass of a model that was never recorded, against that of its copy that was recorded
   before, in turns; the same outputs, bit for bit, and a ratio of 1 but for noise. As a measure of the noise, the same
   for two copies neither of which was ever recorded.
-- **recorded**: for a picture of 480 x 640 (the laptop sizes: of their own size), how long the forward pass takes with
+- **recorded**: for an image of 480 x 640 (the laptop sizes: of their own size), how long the forward pass takes with
   everything recorded, and with the decoders and stages alone; how large the trace is, and by how much the peak memory
   of a fresh process rises above that of the same pass without a record.
 
@@ -42,7 +42,7 @@ SMALL = ("decoder.*", "stage.*")
 
 
 def model_of(preset: str) -> tuple[nn.Module, ImageBatch]:
-    """A model with random weights, and a picture for it."""
+    """A model with random weights, and an image for it."""
     torch.manual_seed(0)
     model = regolite.build(preset, weights=None).eval()
     height, width = (480, 640) if preset.endswith("r50") else (192, 256)
@@ -125,7 +125,7 @@ def main() -> None:
     }
     print(f"{report['machine']}, {args.threads} threads, PyTorch {torch.__version__}; medians of {args.rounds} rounds")
     titles = ("nobody", "everything", "trace", "peak", "no encoder", "trace")
-    print(f"\n{'One picture, recorded:':28}" + "".join(f"{title:>14}" for title in titles))
+    print(f"\n{'One image, recorded:':28}" + "".join(f"{title:>14}" for title in titles))
     # A fresh process for each, whose peak of memory is its own; it begins at what this one holds, so they come first.
     for preset in PRESETS:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:

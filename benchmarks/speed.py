@@ -13,7 +13,7 @@ Four comparisons, both sides in the same run on the same numbers, and a table:
 - where the time of a training step of ``rego_deformable_detr_tiny`` goes.
 
 The two sides take turns, so that whatever else the machine does slows both; a ratio is the median of the ratios of
-neighbours. Before anything is timed, both sides must give the same: values and gradients within 1e-4, matchings
+neighbors. Before anything is timed, both sides must give the same: values and gradients within 1e-4, matchings
 exactly. Exit code 1 where they do not.
 """
 
@@ -40,7 +40,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 import regolite
 from regolite.boxes import generalized_box_iou, to_pixels, to_xyxy
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.losses import SetLoss
 from regolite.matching import MatchingCosts, PaddedTargets, match
 from regolite.models.backbone import Backbone, hide
@@ -49,11 +49,11 @@ from regolite.models.glimpse import cut_glimpses
 from regolite.types import FeatureMap, ImageBatch, Prediction, Target
 
 CLASSES = 80
-OBJECTS = 7  # COCO's mean, 860,001 objects in 117,266 pictures that have any
+OBJECTS = 7  # COCO's mean, 860,001 objects in 117,266 images that have any
 
 
 def compare(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, float]:
-    """Median milliseconds of both, and quartiles of the ratio (theirs to ours) of runs that are neighbours in time."""
+    """Median milliseconds of both, and quartiles of the ratio (theirs to ours) of runs that are neighbors in time."""
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(rounds + 1):
         sides = [("ours", ours), ("theirs", theirs)]
@@ -67,7 +67,7 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> 
 
 
 def some_boxes(*shape: int) -> Tensor:
-    """Boxes like those of objects: centres anywhere, sizes from 0.03 to 0.9 of the picture, most of them small."""
+    """Boxes like those of objects: centers anywhere, sizes from 0.03 to 0.9 of the image, most of them small."""
     sizes = 0.03 * 30 ** torch.rand(*shape, 2)
     return torch.cat([torch.rand(*shape, 2), sizes], -1)
 
@@ -89,7 +89,7 @@ def backbone(name: str, size: tuple[int, int], batch: int, rounds: int) -> dict[
         norm.running_var.uniform_(0.5, 2.0)
         norm.running_mean.normal_(std=0.1)
     plain.load_state_dict(net.state_dict())
-    images = batch_pictures([torch.randn(3, size[0], size[1] - 16 * (i % 3)) for i in range(batch)], 32)
+    images = batch_images([torch.randn(3, size[0], size[1] - 16 * (i % 3)) for i in range(batch)], 32)
 
     def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
         return x.masked_fill(mask[:, None], 0.0)
@@ -139,7 +139,7 @@ def reading(
 def glimpses(
     size: tuple[int, int], batch: int, queries: int, channels: int, strides: tuple[int, ...], rounds: int
 ) -> dict[str, float]:
-    """Glimpses of ``queries`` boxes in each of ``batch`` pictures, forward and backward."""
+    """Glimpses of ``queries`` boxes in each of ``batch`` images, forward and backward."""
     shapes = [tuple(-(-side // stride) for side in size) for stride in strides]
     maps = [torch.randn(batch, channels, *shape, requires_grad=True) for shape in shapes]
     features = [FeatureMap(m, torch.zeros(batch, *m.shape[2:], dtype=torch.bool), s) for m, s in zip(maps, strides)]
@@ -206,11 +206,11 @@ def matching(predictions: int, batch: int, queries: int, scoring: str, rounds: i
         return [one_matching(prediction, targets, scoring, costs) for prediction in made]
 
     found = ours()
-    pairs = set(zip(*(x.tolist() for x in (found.prediction, found.picture, found.query, found.target))))
+    pairs = set(zip(*(x.tolist() for x in (found.prediction, found.image, found.query, found.target))))
     wanted = {
         (p, b, q, t)
-        for p, pictures in enumerate(theirs())
-        for b, (query, target) in enumerate(pictures)
+        for p, images in enumerate(theirs())
+        for b, (query, target) in enumerate(images)
         for q, t in zip(query.tolist(), target.tolist())
     }
     if pairs != wanted:

@@ -1,17 +1,17 @@
 """How fast and how large a training step is: ``python -m benchmarks.training [--json FILE]``.
 
 Deformable DETR R50 and REGO on it, 480x640, batch 2, float32, on the CPU, beside Hugging Face's Deformable DETR (the
-extra ``transformers``) with the same weights, pictures and targets:
+extra ``transformers``) with the same weights, images and targets:
 
 - training: forward, loss with matching, backward, clipping and AdamW; also without what makes ours fast, one by one;
 - inference, batch 1;
 - memory: the peak of a process that does nothing but run one of them;
-- pictures: how many a second one worker prepares by DETR's whole augmentation, and which share of a real training is
+- images: how many a second one worker prepares by DETR's whole augmentation, and which share of a real training is
   spent waiting for them.
 
 Each side has a process of its own, as a training has: memory that is given back and asked for again is a part of what
 a step costs, and one process would share it between both. They take turns, step by step, so that whatever else the
-machine does slows both; a ratio is the median of the ratios of neighbours. Before anything is timed they must give the
+machine does slows both; a ratio is the median of the ratios of neighbors. Before anything is timed they must give the
 same outputs, losses and gradients. Exit code 1 where they do not.
 """
 
@@ -132,7 +132,7 @@ class Side:
 
 
 def some_batch() -> tuple[ImageBatch, list[Target]]:
-    """Pictures of noise, without padding, and their objects."""
+    """Images of noise, without padding, and their objects."""
     torch.manual_seed(2)
     mask = torch.zeros(BATCH, *SIZE, dtype=torch.bool)
     images = ImageBatch(torch.randn(BATCH, 3, *SIZE), mask, torch.tensor([SIZE] * BATCH))
@@ -217,7 +217,7 @@ def compare(row: str, rounds: int, threads: int) -> dict[str, Any]:
     if same_model:
         must_agree(f"{row}: outputs", *outputs, 1e-4)
     report["inference"] = turns("detect", 3 * rounds)
-    first = [side.ask("step")[1] for side in pair]  # makes the optimiser's state
+    first = [side.ask("step")[1] for side in pair]  # makes the optimizer's state
     if same_model:
         must_agree(f"{row}: losses and gradients", *first, 1e-4)
     report["training"] = turns("step", rounds)
@@ -228,11 +228,11 @@ def compare(row: str, rounds: int, threads: int) -> dict[str, Any]:
     return report
 
 
-# ------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------ images
 
 
 def loading(epochs: int = 3) -> float:
-    """Pictures a second that one worker prepares: reading, DETR's augmentation at full size, padding to batches."""
+    """Images a second that one worker prepares: reading, DETR's augmentation at full size, padding to batches."""
     dataset = open_data(COCO, "train", make_transform("detr"))
     sizes = torch.tensor([dataset.size(i) for i in range(len(dataset))], dtype=torch.float32)
     rates = []
@@ -240,8 +240,8 @@ def loading(epochs: int = 3) -> float:
         batches = iter(loader(dataset, 0, 1, EpochBatches(sizes[:, 0] / sizes[:, 1], BATCH, 0, epoch), False))
         next(batches)  # the worker has started
         start = time.perf_counter()
-        pictures = sum(len(images) for images, *_ in batches)
-        rates.append(pictures / (time.perf_counter() - start))
+        prepared = sum(len(images) for images, *_ in batches)
+        rates.append(prepared / (time.perf_counter() - start))
     return statistics.median(rates)
 
 
@@ -250,7 +250,7 @@ class Enough(Exception):
 
 
 def waiting(workers: int, steps: int) -> dict[str, float]:
-    """The share of the steps' time in which a real training waits for pictures, and its pictures a second."""
+    """The share of the steps' time in which a real training waits for images, and its images a second."""
     lines: list[dict[str, Any]] = []
 
     def watch(line: dict[str, Any]) -> None:
@@ -268,7 +268,7 @@ def waiting(workers: int, steps: int) -> dict[str, float]:
             regolite.train(config, watch)
     seconds = [line["step_seconds"] for line in lines[1:]]  # in the first one the workers start
     waited = sum(line["step_seconds"] * line["data_wait"] for line in lines[1:])
-    return {"waited": waited / sum(seconds), "pictures_per_second": 4 * len(seconds) / sum(seconds)}
+    return {"waited": waited / sum(seconds), "images_per_second": 4 * len(seconds) / sum(seconds)}
 
 
 # ----------------------------------------------------------------------------------------------------- the report
@@ -324,13 +324,11 @@ def main() -> None:
         print(f"{row:44} {theirs:>16} {ours:>16}")
 
     report["loading"] = loading()
-    print(f"\nOne worker prepares {report['loading']:.1f} pictures a second by DETR's augmentation (coco_tiny)")
+    print(f"\nOne worker prepares {report['loading']:.1f} images a second by DETR's augmentation (coco_tiny)")
     report["waiting"] = {workers: waiting(workers, 8) for workers in (0, 1)}
-    print("Training rego_deformable_detr_tiny on the same pictures, batch 4, waiting for data takes")
+    print("Training rego_deformable_detr_tiny on the same images, batch 4, waiting for data takes")
     for workers, row in report["waiting"].items():
-        print(
-            f"{workers} workers {100 * row['waited']:9.1f} % of the time ({row['pictures_per_second']:.1f} pictures/s)"
-        )
+        print(f"{workers} workers {100 * row['waited']:9.1f} % of the time ({row['images_per_second']:.1f} images/s)")
 
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

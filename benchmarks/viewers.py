@@ -1,7 +1,7 @@
 """How fast the viewers answer: ``python -m benchmarks.viewers [--json FILE]``.
 
 The time from a changed control to what the browser is sent, of every control of every viewer that suits the detector:
-median and longest of some rounds. The goal is 0.2 seconds on two cores once the picture is computed. What the picture
+median and longest of some rounds. The goal is 0.2 seconds on two cores once the image is computed. What the image
 itself takes, one recorded forward pass, and to come back to one that is kept, stands beside it. The everyday
 detector is trained; all other weights are random. The way to the browser is not in it.
 """
@@ -87,12 +87,12 @@ def main() -> None:
         first = 1000 * (time.perf_counter() - start)
         gallery = explorer.gallery
         gallery.chooser.value = 1
-        row["back to a picture that is kept"] = [
+        row["back to an image that is kept"] = [
             timed(lambda n=n, chooser=gallery.chooser: setattr(chooser, "value", n)) for n in (0, 1) * args.rounds
         ]
         for viewer in explorer.tabs.children:
             row |= {f"{viewer.title}: {what}": spent for what, spent in answers(viewer, args.rounds).items()}
-        print(f"\n{name}: the first picture takes {first:.0f} ms in all")
+        print(f"\n{name}: the first image takes {first:.0f} ms in all")
         for what, spent in row.items():
             print(f"  {what:40} median {statistics.median(spent):7.1f}   longest {max(spent):7.1f}")
             longest = max(longest, statistics.median(spent))

@@ -4,13 +4,13 @@ The public face::
 
     model = regolite.load()                                               # the everyday detector, or load("FILE")
     model = regolite.build("rego_deformable_detr_everyday", num_classes=80)  # a new one, to train
-    [found] = regolite.detect(model, "picture.jpg", threshold=0.5)
+    [found] = regolite.detect(model, "image.jpg", threshold=0.5)
     folder = regolite.train(regolite.RunConfig(data="data/coco_tiny", output="runs/mine"))
     figures = regolite.evaluate(model, dataset)
     model = regolite.Rego(detector, stages=3)                             # REGO on a detector of your own
     model = regolite.interop.load("detr-r50-e632da11.pth")              # weights that others have published
     with regolite.record(model) as trace:                                 # look inside: attention, glimpses, boxes
-        regolite.detect(model, "picture.jpg")
+        regolite.detect(model, "image.jpg")
 """
 
 from __future__ import annotations

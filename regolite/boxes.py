@@ -1,6 +1,6 @@
 """Boxes: formats, enlarging, overlap.
 
-Two formats exist. Models speak ``cxcywh``: centre, width, height in [0, 1] of the unpadded picture. People and RoIAlign
+Two formats exist. Models speak ``cxcywh``: center, width, height in [0, 1] of the unpadded image. People and RoIAlign
 speak ``xyxy``: two corners. IoU and GIoU are torchvision's own, re-exported so that there is one place to look.
 """
 
@@ -15,12 +15,12 @@ __all__ = ["box_iou", "enlarge", "generalized_box_iou", "inverse_sigmoid", "to_p
 
 
 def to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """Centre, width, height to the two corners; the unit stays the same."""
+    """Center, width, height to the two corners; the unit stays the same."""
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
 def enlarge(boxes: Float[Tensor, "*n 4"], alpha: float) -> Float[Tensor, "*n 4"]:
-    """Multiply width and height of ``cxcywh`` boxes by alpha and keep the centre: R of equation (7)."""
+    """Multiply width and height of ``cxcywh`` boxes by alpha and keep the center: R of equation (7)."""
     return torch.cat([boxes[..., :2], boxes[..., 2:] * alpha], dim=-1)
 
 
@@ -29,7 +29,7 @@ def to_pixels(boxes: Float[Tensor, "B Q 4"], sizes: Int[Tensor, "B 2"]) -> Float
 
     Args:
         boxes: relative boxes.
-        sizes: height and width of each picture.
+        sizes: height and width of each image.
     """
     height, width = sizes.to(boxes.dtype).unbind(1)
     return to_xyxy(boxes) * torch.stack([width, height, width, height], dim=1)[:, None]

@@ -108,7 +108,7 @@ def presets(arguments: argparse.Namespace) -> int:
         print(json.dumps([dict(zip(names, row)) for row in rows], indent=2))
     else:
         line = f"{{:{max(len(row[0]) for row in rows)}}}  {{:>12}}  {{:17}}  {{:>11}}  {{:>12}}".format
-        print(line("model", "M parameters", "backbone", "REGO stages", "picture size"))
+        print(line("model", "M parameters", "backbone", "REGO stages", "image size"))
         for name, count, backbone, stages, size in rows:
             print(line(name, f"{count / 1e6:.2f}", backbone, stages or "-", size))
     return 0
@@ -128,7 +128,7 @@ def train(arguments: argparse.Namespace) -> int:
         metrics = (json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines())
         latest = {line["split"]: line for line in metrics if line["kind"] == "evaluation"}
         for split, figures in latest.items():
-            print(f"AP on {figures['images']} pictures of {split}, in percent\n\n{table_by_stage(figures)}\n")
+            print(f"AP on {figures['images']} images of {split}, in percent\n\n{table_by_stage(figures)}\n")
         names = ("model.safetensors", "best.safetensors", "metrics.jsonl", "train.log", "figures")
         print(f"The run is in {folder}: {', '.join(name for name in names if (folder / name).exists())}")
     return 0
@@ -160,7 +160,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print("regolite: warning: the data's classes have other names than the model's", file=sys.stderr)
     how = {"backend": arguments.backend, "detections": arguments.save_detections, "draws": arguments.bootstrap}
     figures = regolite.evaluate(model, data, arguments.stages, arguments.batch_size, **how)
-    print(f"AP on {figures['images']} pictures of {arguments.split}, in percent\n\n{table_by_stage(figures)}")
+    print(f"AP on {figures['images']} images of {arguments.split}, in percent\n\n{table_by_stage(figures)}")
     if arguments.bootstrap:
         print(f"\n{as_text(figures)}")
     if arguments.json is not None:
@@ -180,7 +180,7 @@ def detect(arguments: argparse.Namespace) -> int:
 
     if not 0 <= arguments.threshold <= 1:
         raise UserError(f"--threshold {arguments.threshold} must be between 0 and 1")
-    sources, broken = _sources(arguments.pictures)
+    sources, broken = _sources(arguments.images)
     if not sources:
         raise UserError("; ".join(broken))
     count = len(sources) + len(broken)
@@ -198,7 +198,7 @@ def detect(arguments: argparse.Namespace) -> int:
                 broken.append(f"{path}: {' '.join(str(error).split()) or type(error).__name__}")
     print(f"All of them are in {output / 'detections.json'}")
     if broken:
-        raise UserError(f"{len(broken)} of {count} pictures failed, the others are done: {'; '.join(broken)}")
+        raise UserError(f"{len(broken)} of {count} images failed, the others are done: {'; '.join(broken)}")
     return 0
 
 
@@ -296,7 +296,7 @@ def relations(arguments: argparse.Namespace) -> int:
     model = _load(arguments)
     data = _open(arguments.data, arguments.split, model, arguments.limit_images)
     if arguments.removal and not isinstance(data, Scenes):
-        raise UserError(f"{arguments.data}: pictures in files cannot be drawn again; give scenes, or --no-removal")
+        raise UserError(f"{arguments.data}: images in files cannot be drawn again; give scenes, or --no-removal")
     figures, cases = relations.relation_score(model, data, arguments.stages, arguments.batch_size)
     print(relations.as_text(figures))
     if arguments.removal:
@@ -337,7 +337,7 @@ def _open(root: str, split: str, model: nn.Module, limit: int | None, size: int 
 
 
 def _records(path: Path, found: Detections, model: nn.Module) -> list[dict[str, Any]]:
-    """The detections of one picture as JSON holds them."""
+    """The detections of one image as JSON holds them."""
     config = model.model_config
     return [
         {
@@ -351,13 +351,13 @@ def _records(path: Path, found: Detections, model: nn.Module) -> list[dict[str, 
     ]
 
 
-def _file_names(pictures: Sequence[Path], output: Path) -> list[str]:
-    """A name in the output folder for each picture: its own, numbered where two are called the same."""
+def _file_names(images: Sequence[Path], output: Path) -> list[str]:
+    """A name in the output folder for each image: its own, numbered where two are called the same."""
     from regolite.data.images import VIDEO_SUFFIXES
 
     taken: set[str] = set()
     names = []
-    for path in pictures:
+    for path in images:
         if path.resolve().parent == output.resolve():
             raise UserError(f"{path} lies in the output folder and would be written over; give another --output")
         suffix = path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
@@ -379,7 +379,7 @@ def _ids(category_ids: Sequence[int]) -> str:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Make a data folder of pictures and boxes in COCO, YOLO or Pascal VOC form."""
+    """Make a data folder of images and boxes in COCO, YOLO or Pascal VOC form."""
     from regolite.data import convert as convert_data
 
     print(convert_data(arguments.source, arguments.output, arguments.val, arguments.seed))
@@ -507,7 +507,7 @@ def prepare_coco(arguments: argparse.Namespace) -> int:
     if not arguments.check:
         prepare.prepare_coco(arguments.root, arguments.splits, arguments.mirror, arguments.keep_zips)
     print(f"checking {arguments.root} ...", flush=True)
-    report = prepare.check_coco(arguments.root, arguments.splits, arguments.read_pictures)
+    report = prepare.check_coco(arguments.root, arguments.splits, arguments.read_images)
     print(report)
     if arguments.json is not None:
         write_atomic(arguments.json, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
@@ -650,10 +650,10 @@ def _evaluate_options(parser: Parser) -> None:
     parser.add_argument("--shared-classes", action="store_true", help=about)
     about = "say how sure the figures are, and AP50 of each class, by N draws of the images (200 are enough)"
     parser.add_argument("--bootstrap", type=whole_number, default=0, metavar="N", help=about)
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
-    parser.add_argument("--limit-images", type=positive, metavar="N", help="use only the first N pictures")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at a time (default: 8)")
+    parser.add_argument("--limit-images", type=positive, metavar="N", help="use only the first N images")
     parser.add_argument(
-        "--image-size", type=positive, metavar="N", help="size of the pictures; the model's own by default"
+        "--image-size", type=positive, metavar="N", help="size of the images; the model's own by default"
     )
     parser.add_argument(
         "--backend",
@@ -670,9 +670,9 @@ def _relations_options(parser: Parser) -> None:
     _model_options(parser)
     about = "scenes, as scenes:200; with --no-removal also a folder with decided_by"
     parser.add_argument("--data", required=True, metavar="DATA", help=about)
-    parser.add_argument("--split", choices=("val", "train"), default="val", help="which pictures (default: val)")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
-    about = "use only the first N pictures"
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="which images (default: val)")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at a time (default: 8)")
+    about = "use only the first N images"
     parser.add_argument("--limit-images", "--limit", type=positive, metavar="N", help=about)
     about = "take objects out of the scenes too (the default), which takes several times as long"
     parser.add_argument("--removal", action=argparse.BooleanOptionalAction, default=True, help=about)
@@ -684,16 +684,16 @@ def _detect_options(parser: Parser) -> None:
 
     _model_options(parser, EVERYDAY)
     about = "images, folders of images, patterns as 'photos/**/*.jpg', or videos"
-    parser.add_argument("pictures", nargs="+", metavar="IMAGE", help=about)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=about)
     about = "folder for the results (default: found)"
     parser.add_argument("--output", type=Path, default=Path("found"), metavar="DIR", help=about)
     parser.add_argument("--threshold", type=number, default=0.3, metavar="X", help="least score (default: 0.3)")
 
 
 def _convert_options(parser: Parser) -> None:
-    parser.add_argument("source", type=Path, metavar="FOLDER", help="pictures and boxes, COCO, YOLO or Pascal VOC")
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="images and boxes, COCO, YOLO or Pascal VOC")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="data folder to make")
-    about = "share of the pictures held out, where FOLDER has no validation split (default: 0.2)"
+    about = "share of the images held out, where FOLDER has no validation split (default: 0.2)"
     parser.add_argument("--val", type=number, default=0.2, metavar="X", help=about)
     parser.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of that choice (default: 0)")
 
@@ -723,7 +723,7 @@ def _compare_options(parser: Parser) -> None:
     metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     parser.add_argument("--metric", choices=metrics, default="AP", help="which figure (default: AP)")
     parser.add_argument("--stage", type=whole_number, metavar="N", help="which stage (default: each run's last)")
-    parser.add_argument("--split", choices=("val", "train"), default="val", help="which pictures (default: val)")
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="which images (default: val)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -759,10 +759,10 @@ def _prepare_coco_options(parser: Parser) -> None:
     from regolite.data import prepare
 
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="data folder to make, or to check")
-    about = "which pictures (default: both; val alone is 2 GB instead of 40 GB while it is unpacked)"
+    about = "which images (default: both; val alone is 2 GB instead of 40 GB while it is unpacked)"
     parser.add_argument("--splits", nargs="+", choices=prepare.SPLITS, default=prepare.SPLITS, help=about)
     parser.add_argument("--check", action="store_true", help="download nothing: check the folder as it is, COCO or not")
-    parser.add_argument("--read-pictures", action="store_true", help="open every picture too; takes long")
+    parser.add_argument("--read-images", action="store_true", help="open every image too; takes long")
     about = f"server with COCO's files under the same paths (default: {prepare.MIRROR}); sums are checked anyway"
     parser.add_argument("--mirror", default=prepare.MIRROR, metavar="URL", help=about)
     parser.add_argument("--keep-zips", action="store_true", help="keep the zip files once they are unpacked")

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from regolite.boxes import to_pixels
-from regolite.data import batch_pictures, list_images, make_transform, read_image
+from regolite.data import batch_images, list_images, make_transform, read_image
 from regolite.data.images import ImageSource, check_image
 from regolite.errors import UserError
 from regolite.models.rego import Rego
@@ -23,16 +23,16 @@ from regolite.utils.validation import of_kind, share, whole
 def to_detections(
     prediction: Prediction, sizes: Int[Tensor, "B 2"], scoring: str, top_k: int = 100
 ) -> list[Detections]:
-    """The best detections of each picture; no non-maximum suppression is needed.
+    """The best detections of each image; no non-maximum suppression is needed.
 
     With sigmoids a query may stand for several classes, and the best pairs of query and class are taken (Deformable
     DETR); with a softmax every query gives its best class other than "no object" (DETR).
 
     Args:
         prediction: logits and boxes.
-        sizes: height and width of the original pictures in pixels.
+        sizes: height and width of the original images in pixels.
         scoring: ``"softmax"`` or ``"sigmoid"``.
-        top_k: how many to keep of each picture.
+        top_k: how many to keep of each image.
     """
     logits = prediction.logits.float()
     boxes = to_pixels(prediction.boxes.float(), sizes.to(prediction.boxes.device))
@@ -69,17 +69,17 @@ def check_stages(model: nn.Module, stages: int | None) -> None:
 def detections_by_stage(
     model: nn.Module, images: ImageBatch, sizes: Int[Tensor, "B 2"], stages: int | None = None, top_k: int = 100
 ) -> list[list[Detections]]:
-    """What any detector finds in a batch: for each stage, the base detector first, the detections of each picture.
+    """What any detector finds in a batch: for each stage, the base detector first, the detections of each image.
 
     A detector with a method ``detections(images, sizes, top_k)`` answers by it, as one stage: the way for detectors
     that end in something else than a :class:`~regolite.types.DetectorOutput`, see :mod:`regolite.models.baselines`.
 
     Args:
         model: the detector.
-        images: the pictures, as the network wants them.
-        sizes: height and width of the original pictures in pixels.
+        images: the images, as the network wants them.
+        sizes: height and width of the original images in pixels.
         stages: how many REGO stages to use, where it has any; all by default.
-        top_k: how many detections to keep of each picture.
+        top_k: how many detections to keep of each image.
     """
     if hasattr(model, "detections"):
         return [model.detections(images, sizes, top_k)]
@@ -90,7 +90,7 @@ def detections_by_stage(
 @torch.inference_mode()
 def detect(
     model: nn.Module,
-    pictures: ImageSource | Iterable[ImageSource],
+    images: ImageSource | Iterable[ImageSource],
     threshold: float | int = 0.3,
     stages: int | None = None,
     top_k: int = 100,
@@ -99,7 +99,7 @@ def detect(
 
     Args:
         model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
-        pictures: one or several images: whatever :func:`regolite.data.read_image` reads, and folders and patterns as
+        images: one or several images: whatever :func:`regolite.data.read_image` reads, and folders and patterns as
             ``photos/*.jpg``, whose files :func:`regolite.data.list_images` lists. Files are turned upright as their
             EXIF orientation says.
         threshold: least score of a detection, from 0 to 1. Detectors that were trained with the focal loss score low:
@@ -115,18 +115,18 @@ def detect(
     """
     threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
     check_stages(model, stages)
-    return [by_stage[-1].above(threshold) for by_stage in _detect_each(model, list_images(pictures), stages, top_k)]
+    return [by_stage[-1].above(threshold) for by_stage in _detect_each(model, list_images(images), stages, top_k)]
 
 
 @torch.inference_mode()
 def detect_by_stage(
-    model: nn.Module, picture: ImageSource, threshold: float | int = 0.3, top_k: int = 100
+    model: nn.Module, image: ImageSource, threshold: float | int = 0.3, top_k: int = 100
 ) -> list[Detections]:
     """Detect objects in one image, and tell what every stage found.
 
     Args:
         model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
-        picture: whatever :func:`regolite.data.read_image` reads.
+        image: whatever :func:`regolite.data.read_image` reads.
         threshold: least score of a detection, from 0 to 1. Detectors that were trained with the focal loss score low:
             the everyday detector has its best F1 on unseen images at 0.3.
         top_k: most detections of a stage.
@@ -140,7 +140,7 @@ def detect_by_stage(
     """
     threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
     check_stages(model, None)
-    [by_stage] = _detect_each(model, [picture], None, top_k)
+    [by_stage] = _detect_each(model, [image], None, top_k)
     return [detections.above(threshold) for detections in by_stage]
 
 
@@ -156,7 +156,7 @@ def _detect_each(
     with evaluating(model):
         for source in checked:
             image = read_image(source)  # files one by one: a folder of them may not fit into memory
-            batch = batch_pictures([transform(image)], multiple=32).to(device)
+            batch = batch_images([transform(image)], multiple=32).to(device)
             size = (image.height, image.width)
             found = detections_by_stage(model, batch, torch.tensor([size]), stages, top_k)
             yield [replace(detections, classes=config.classes, size=size) for [detections] in found]

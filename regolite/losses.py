@@ -1,4 +1,4 @@
-"""The set loss (DETR, section 3.1; Deformable DETR, section 3): what training minimises.
+"""The set loss (DETR, section 3.1; Deformable DETR, section 3): what training minimizes.
 
 Every decoder layer of the base detector and of every REGO stage predicts a full set of objects, is matched with the
 truth by itself, and pays three terms: for classes, for boxes (L1) and for their overlap (GIoU). All layers are computed
@@ -72,7 +72,7 @@ class SetLoss:
         output: DetectorOutput,
         targets: Sequence[Target],
         num_boxes: float | None = None,
-        num_pictures: float | None = None,
+        num_images: float | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss and its weighted terms.
 
@@ -81,13 +81,13 @@ class SetLoss:
 
         Args:
             output: a detector's output.
-            targets: the objects of each picture.
+            targets: the objects of each image.
             num_boxes: the number of objects by which box and focal terms are divided; that of these targets by default.
-            num_pictures: the number of pictures for the cross-entropy, which is divided by the weight of all queries;
+            num_images: the number of images for the cross-entropy, which is divided by the weight of all queries;
                 that of these targets, whatever ``num_boxes``, by default.
 
         Returns:
-            The sum to minimise, and every term of it by name: ``base/label``, ``base.1/l1`` (layer 1 of the base),
+            The sum to minimize, and every term of it by name: ``base/label``, ``base.1/l1`` (layer 1 of the base),
             ``stage2/giou``, ``stage2.1/giou``, ``proposals/label``, ...
 
         Raises:
@@ -96,7 +96,7 @@ class SetLoss:
         padded = PaddedTargets.of(targets)
         boxes = num_boxes if num_boxes is not None else float(len(padded))
         named = self._named(output)
-        terms = self._terms(named, padded, self.scoring, boxes, num_pictures)
+        terms = self._terms(named, padded, self.scoring, boxes, num_images)
         if output.proposals is not None:  # published proposals know one class only: object
             k = self.config.proposals_per_object
             many = PaddedTargets.of(
@@ -107,7 +107,7 @@ class SetLoss:
             terms |= self._terms({"proposals": output.proposals}, many, "sigmoid", boxes * k)
         if (noised := output.denoising) is not None:
             named = {f"denoising.{name}": prediction for name, prediction in self._named(noised).items()}
-            terms |= self._terms(named, padded, self.scoring, boxes, num_pictures, noised.query_mask)
+            terms |= self._terms(named, padded, self.scoring, boxes, num_images, noised.query_mask)
         return torch.stack(list(terms.values())).sum(), terms
 
     def _named(self, output: DetectorOutput) -> dict[str, Prediction]:
@@ -126,7 +126,7 @@ class SetLoss:
         targets: PaddedTargets,
         scoring: str,
         num_boxes: float,
-        num_pictures: float | None = None,
+        num_images: float | None = None,
         query_mask: Bool[Tensor, "B Q"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """The weighted terms of several predictions with the same number of queries.
@@ -143,9 +143,9 @@ class SetLoss:
 
         if query_mask is not None:
             logits = logits.masked_fill(query_mask[..., None], -1e4)  # sure to be nothing: no loss, and no gradient
-        label = self._label_loss(logits, targets, matches, scoring, num_boxes, num_pictures)
-        matched = boxes[matches.prediction, matches.picture, matches.query]
-        wanted = targets.boxes[matches.picture, matches.target]
+        label = self._label_loss(logits, targets, matches, scoring, num_boxes, num_images)
+        matched = boxes[matches.prediction, matches.image, matches.query]
+        wanted = targets.boxes[matches.image, matches.target]
         l1 = F.l1_loss(matched, wanted, reduction="none").sum(-1)
         giou = generalized_box_iou_loss(to_xyxy(matched), to_xyxy(wanted), reduction="none")
         sums = torch.stack([l1, giou]).new_zeros(2, len(predictions))
@@ -173,11 +173,11 @@ class SetLoss:
         matches: Matches,
         scoring: str,
         num_boxes: float,
-        num_pictures: float | None,
+        num_images: float | None,
     ) -> Float[Tensor, "P"]:
         """Focal loss over all queries and classes, or the cross-entropy in which no-object weighs less."""
-        at = (matches.prediction, matches.picture, matches.query)
-        labels = targets.labels[matches.picture, matches.target]
+        at = (matches.prediction, matches.image, matches.query)
+        labels = targets.labels[matches.image, matches.target]
         if scoring == "sigmoid":
             truth = torch.zeros_like(logits)
             truth[(*at, labels)] = 1.0
@@ -188,6 +188,6 @@ class SetLoss:
         weight = torch.where(truth == nothing, self.config.no_object, 1.0)
         entropy = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view_as(truth)
         whole = weight.sum((1, 2))
-        if num_pictures is not None:  # that of all queries of the whole batch, of which every object has one
-            whole = num_boxes + self.config.no_object * (num_pictures * logits.shape[2] - num_boxes)
+        if num_images is not None:  # that of all queries of the whole batch, of which every object has one
+            whole = num_boxes + self.config.no_object * (num_images * logits.shape[2] - num_boxes)
         return (entropy * weight).sum((1, 2)) / whole

@@ -1,7 +1,7 @@
 """Hungarian matching: which query answers for which object (DETR, section 3.1).
 
 The cost of giving object t to query q is small where the query's class is right and its box is near. The assignment
-with the least total cost is found by scipy for every picture, and for every layer and stage by itself. The costs of all
+with the least total cost is found by scipy for every image, and for every layer and stage by itself. The costs of all
 of them are computed at once on the device, and cross to the CPU in one transfer.
 """
 
@@ -36,12 +36,12 @@ class MatchingCosts:
 
 @dataclass
 class PaddedTargets:
-    """The targets of a batch as tensors, padded to the largest number of objects T in a picture.
+    """The targets of a batch as tensors, padded to the largest number of objects T in an image.
 
     Attributes:
         labels: class ids, 0 on padding.
-        boxes: ``cxcywh`` in [0, 1], the whole picture on padding.
-        counts: objects in each picture.
+        boxes: ``cxcywh`` in [0, 1], the whole image on padding.
+        counts: objects in each image.
     """
 
     labels: Int[Tensor, "B T"]
@@ -70,13 +70,13 @@ class Matches:
 
     Attributes:
         prediction: which of the P predictions.
-        picture: which picture of the batch.
+        image: which image of the batch.
         query: which query.
-        target: which object of the picture.
+        target: which object of the image.
     """
 
     prediction: Int[Tensor, "M"]
-    picture: Int[Tensor, "M"]
+    image: Int[Tensor, "M"]
     query: Int[Tensor, "M"]
     target: Int[Tensor, "M"]
 
@@ -92,14 +92,14 @@ class Matches:
         more = [torch.full_like(self.prediction[of], first + n) for n in range(times)]
         return Matches(
             torch.cat([self.prediction, *more]),
-            *(torch.cat([rows, rows[of].repeat(times)]) for rows in (self.picture, self.query, self.target)),
+            *(torch.cat([rows, rows[of].repeat(times)]) for rows in (self.image, self.query, self.target)),
         )
 
 
 def matching_cost(
     prediction: Prediction, targets: PaddedTargets, scoring: str, costs: MatchingCosts
 ) -> Float[Tensor, "B Q T"]:
-    """The cost of giving object t of a picture to query q.
+    """The cost of giving object t of an image to query q.
 
     Args:
         prediction: logits and boxes; several predictions can be joined along the queries.
@@ -155,9 +155,9 @@ def match(
         for b, count in enumerate(targets.counts)
     ]
     query, target = np.concatenate(found, axis=1)
-    pairs = np.array([len(q) for q, _ in found])  # in each picture of each prediction
-    prediction, picture = np.divmod(np.repeat(np.arange(len(found)), pairs), batch)
-    rows = torch.from_numpy(np.stack([prediction, picture, query, target])).to(targets.boxes.device)
+    pairs = np.array([len(q) for q, _ in found])  # in each image of each prediction
+    prediction, image = np.divmod(np.repeat(np.arange(len(found)), pairs), batch)
+    rows = torch.from_numpy(np.stack([prediction, image, query, target])).to(targets.boxes.device)
     return Matches(*rows)
 
 

@@ -3,12 +3,12 @@
 Conventions, everywhere in the package:
 
 - a **mask** is True on padding;
-- **boxes** are ``cxcywh`` (centre, width, height) in [0, 1] of the *unpadded* picture; ``boxes_xyxy`` are corners in
-  pixels of the *original* picture, for people;
+- **boxes** are ``cxcywh`` (center, width, height) in [0, 1] of the *unpadded* image; ``boxes_xyxy`` are corners in
+  pixels of the *original* image, for people;
 - **labels** are contiguous class ids 0..K-1; COCO's own ids exist only at the border (``regolite.data``,
   ``regolite.evaluation``).
 
-In the shapes, B is the batch, Q the queries, C the width of the transformer, K the classes, N the objects of a picture.
+In the shapes, B is the batch, Q the queries, C the width of the transformer, K the classes, N the objects of an image.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from regolite.errors import UserError
 
 @dataclass
 class ImageBatch:
-    """Pictures of different sizes, padded at the right and the bottom to one tensor.
+    """Images of different sizes, padded at the right and the bottom to one tensor.
 
     Attributes:
-        pixels: normalised pixels, zero on padding.
+        pixels: normalized pixels, zero on padding.
         mask: True on padding.
-        sizes: height and width of each picture before padding.
-        original_sizes: height and width of each picture before it was resized, or None where nobody has told. No model
+        sizes: height and width of each image before padding.
+        original_sizes: height and width of each image before it was resized, or None where nobody has told. No model
             reads them: they are for people who look inside.
     """
 
@@ -139,12 +139,12 @@ class DetectorOutput:
 
 @dataclass
 class Target:
-    """The objects of one picture.
+    """The objects of one image.
 
     Attributes:
         labels: contiguous class ids.
-        boxes: ``cxcywh`` in [0, 1] of the (transformed, unpadded) picture. Crowds are left out.
-        image_id: COCO's id of the picture.
+        boxes: ``cxcywh`` in [0, 1] of the (transformed, unpadded) image. Crowds are left out.
+        image_id: COCO's id of the image.
         size: height and width of the original file in pixels, the frame of ``boxes_xyxy``.
     """
 

@@ -1,4 +1,4 @@
-"""What every test gets: one thread, fixed seeds, no window for pictures, no network."""
+"""What every test gets: one thread, fixed seeds, no window for images, no network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit it and show no pictures
+matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit it and show no images
 
 LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")
 

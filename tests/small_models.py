@@ -1,4 +1,4 @@
-"""Detectors that are small enough to test by the dozen, and a backbone in which no cell sees its neighbours."""
+"""Detectors that are small enough to test by the dozen, and a backbone in which no cell sees its neighbors."""
 
 from contextlib import contextmanager
 
@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.models.anchor_detr import AnchorDetr, AnchorDetrConfig
 from regolite.models.conditional_detr import ConditionalDetr, ConditionalDetrConfig
 from regolite.models.deformable_detr import DeformableDetr, DeformableDetrConfig
@@ -93,7 +93,7 @@ def unfold_norms(monkeypatch):
 
 
 class StubBackbone(nn.Module):
-    """Mean colours of square cells, mixed to many channels: a picture's maps are the same alone and in any batch."""
+    """Mean colors of square cells, mixed to many channels: an image's maps are the same alone and in any batch."""
 
     def __init__(self, like):
         super().__init__()
@@ -116,7 +116,7 @@ def with_stub(detector):
     return detector
 
 
-def pictures(*sizes):
+def random_images(*sizes):
     return [torch.randn(3, *size) for size in sizes]
 
 
@@ -131,5 +131,5 @@ def unchecked():
 
 
 def batch(*sizes, multiple=32):
-    """A batch of random pictures of these heights and widths."""
-    return batch_pictures(pictures(*sizes), multiple)
+    """A batch of random images of these heights and widths."""
+    return batch_images(random_images(*sizes), multiple)

@@ -6,10 +6,10 @@ import zlib
 
 import pytest
 import torch
-from small_models import CLASSES, anchor_detr, batch, pictures, shake, small_resnet, unchecked, with_stub
+from small_models import CLASSES, anchor_detr, batch, random_images, shake, small_resnet, unchecked, with_stub
 from torch import nn
 
-from regolite.data import Scenes, batch_pictures, collate
+from regolite.data import Scenes, batch_images, collate
 from regolite.errors import UserError
 from regolite.losses import LossConfig, SetLoss
 from regolite.models.anchor_detr import Grid, RowColumnAttention
@@ -30,7 +30,7 @@ DIM, HEADS = 8, 2
 
 
 def some_grid(height, width, inside):
-    """Two pictures, of which the second is as large as ``inside`` says, with something on the padding too."""
+    """Two images, of which the second is as large as ``inside`` says, with something on the padding too."""
     mask = torch.zeros(2, height, width, dtype=torch.bool)
     mask[1, inside[0] :], mask[1, :, inside[1] :] = True, True
     return Grid(torch.randn(2, height, width, DIM), torch.randn(2, width, DIM), torch.randn(2, height, DIM), mask)
@@ -38,7 +38,7 @@ def some_grid(height, width, inside):
 
 def by_loops(attention, query_x, query_y, grid):
     """RCDA one number at a time: scores of columns and rows, softmax, and the weighted sum over all cells."""
-    c, pictures = DIM // HEADS, []
+    c, images = DIM // HEADS, []
     for b, cells in enumerate(grid.cells):
         inside = (~grid.mask[b, :, 0]).sum(), (~grid.mask[b, 0]).sum()
         height, width = inside if attention.mask_padding else cells.shape[:2]
@@ -59,8 +59,8 @@ def by_loops(attention, query_x, query_y, grid):
                         mixed = mixed + weight * attention.value(cells[i, j])[part]
                 heads.append(mixed)
             outputs.append(attention.out(torch.cat(heads)))
-        pictures.append(torch.stack(outputs))
-    return torch.stack(pictures)
+        images.append(torch.stack(outputs))
+    return torch.stack(images)
 
 
 @pytest.mark.parametrize("mask_padding", [True, False])
@@ -121,11 +121,11 @@ def golden_model():
     return interop.load({"model": their_weights(model), "args": {"dilation": True}})
 
 
-def golden_pictures():
+def golden_images():
     return [2 * numbers("first", 3, 64, 150), 2 * numbers("second", 3, 101, 96)]
 
 
-# Centre, size and three logits, of queries 0, 5 and 10 of both pictures, after both decoder layers.
+# Center, size and three logits, of queries 0, 5 and 10 of both images, after both decoder layers.
 GOLDEN = [
     [
         [
@@ -155,10 +155,10 @@ GOLDEN = [
 
 
 def test_the_whole_gives_the_numbers_of_the_authors_code(monkeypatch):
-    """GOLDEN was computed by megvii-research/AnchorDETR, from these weights and pictures, with ResNet's short form."""
+    """GOLDEN was computed by megvii-research/AnchorDETR, from these weights and images, with ResNet's short form."""
     small_resnet(monkeypatch)
     with torch.no_grad():
-        layers = golden_model()(batch_pictures(golden_pictures())).layers
+        layers = golden_model()(batch_images(golden_images())).layers
     for number, layer in enumerate(layers):
         found = torch.cat([layer.boxes[:, ::5], layer.logits[:, ::5, :3]], -1)
         torch.testing.assert_close(found, torch.tensor(GOLDEN[number]), rtol=0, atol=1e-4)
@@ -172,7 +172,7 @@ def test_published_sizes(name, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("anchors", ["learnt", "grid"])
+@pytest.mark.parametrize("anchors", ["learned", "grid"])
 def test_weights_go_to_the_authors_code_and_come_back(tmp_path, anchors):
     model = build(
         "anchor_detr_scenes", 3, dim=256, heads=4, queries=18, patterns=2, anchors=anchors, mask_padding=False
@@ -213,7 +213,13 @@ def test_other_models_of_the_authors_code_are_refused():
 
 def test_shapes_and_names():
     model = anchor()
-    assert (model.columns, model.dim, model.heads, model.scoring, model.projected) == (CLASSES, 32, 4, "sigmoid", False)
+    assert (model.num_logits, model.dim, model.heads, model.scoring, model.projected) == (
+        CLASSES,
+        32,
+        4,
+        "sigmoid",
+        False,
+    )
     with torch.no_grad():
         output = model(batch((64, 96), (96, 64)))
     assert output.stages == [] and output.proposals is None
@@ -225,22 +231,22 @@ def test_shapes_and_names():
 
 
 def most_that_a_batch_moves(model, sizes):
-    images = pictures(*sizes)
+    images = random_images(*sizes)
     with torch.no_grad():
-        together = model(batch_pictures(images, 32))
+        together = model(batch_images(images, 32))
         moved = 0.0
-        for i, picture in enumerate(images):
-            alone = model(batch_pictures([picture], 32))
+        for i, image in enumerate(images):
+            alone = model(batch_images([image], 32))
             for one, many in zip(alone.layers, together.layers):
                 moved = max(
                     moved, (one.logits[0] - many.logits[i]).abs().max(), (one.boxes[0] - many.boxes[i]).abs().max()
                 )
-    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-3  # the pictures do matter
+    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-3  # the pixels do matter
     return moved
 
 
 @pytest.mark.parametrize("sizes", [[(64, 96), (128, 160)], [(50, 70), (96, 33), (128, 128)]])
-def test_padding_does_not_move_a_pictures_boxes(sizes):
+def test_padding_does_not_move_a_images_boxes(sizes):
     assert most_that_a_batch_moves(with_stub(anchor()), sizes) < 1e-4
 
 
@@ -266,7 +272,7 @@ def test_queries_are_every_point_with_every_pattern():
     assert not torch.allclose(after.boxes, before.boxes, atol=1e-3)
 
 
-@pytest.mark.parametrize("anchors", ["learnt", "grid"])
+@pytest.mark.parametrize("anchors", ["learned", "grid"])
 def test_boxes_start_at_the_anchor_points(anchors):
     model = anchor(anchors=anchors)
     nn.init.zeros_(model.box_head[-1].weight)
@@ -276,8 +282,8 @@ def test_boxes_start_at_the_anchor_points(anchors):
     if anchors == "grid":
         corners = [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
         assert model.points.tolist() == corners and "points" not in model.state_dict()
-    centres = model.points.detach().clamp(1e-5, 1 - 1e-5).repeat(PATTERNS, 1)
-    torch.testing.assert_close(boxes[0], torch.cat([centres, torch.full((12, 2), 0.5)], 1))
+    centers = model.points.detach().clamp(1e-5, 1 - 1e-5).repeat(PATTERNS, 1)
+    torch.testing.assert_close(boxes[0], torch.cat([centers, torch.full((12, 2), 0.5)], 1))
 
 
 def test_dc5_detects_at_stride_16_and_glimpses_at_32(monkeypatch):
@@ -356,7 +362,7 @@ def test_training_lowers_the_loss(name):
             "12 anchor points fill no square grid; choose queries=27 for 3 x 3 points",
         ),
         ({"heads": 7}, "7 heads do not divide 128 channels"),
-        ({"anchors": "learned"}, "anchors='learned' is not one of 'learnt', 'grid'"),
+        ({"anchors": "learned"}, "anchors='learned' is not one of 'learned', 'grid'"),
         ({"patern": 1}, "no field 'patern'; did you mean 'patterns'"),
     ],
 )
@@ -369,4 +375,4 @@ def test_mistakes_are_one_line_that_names_the_mend(changes, message):
 def test_presets_are_the_published_models():
     for tag, dilated in (("r50", False), ("dc5_r50", True)):
         d = configure(f"rego_anchor_detr_{tag}").detector
-        assert (d.queries, d.patterns, d.anchors, d.dilated, d.ffn_dim) == (900, 3, "learnt", dilated, 1024)
+        assert (d.queries, d.patterns, d.anchors, d.dilated, d.ffn_dim) == (900, 3, "learned", dilated, 1024)

@@ -150,7 +150,7 @@ def test_evaluate(model, options, said):
         ),
         (lambda model, folder: open_data("scenes:5", limit="all"), "limit='all' is not a whole number"),
         (lambda model, folder: open_data("data/coco_tiny", limit=1.5), "limit=1.5 is not a whole number"),
-        (lambda model, folder: Scenes(2.5), "number of pictures 2.5: give 1 to"),
+        (lambda model, folder: Scenes(2.5), "number of images 2.5: give 1 to"),
         (lambda model, folder: make_transform("laptop", 10**9), "image_size=1000000000 must be at most 10000"),
         (lambda model, folder: make_transform("detr", "big"), "size='big' is not a whole number"),
         (lambda model, folder: choose_device("cuda:99"), "device cuda:99: PyTorch sees no such device"),

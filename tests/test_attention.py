@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from regolite.models.attention import MultiHeadAttention
-from regolite.models.positions import box_positions, sine_positions, waves
+from regolite.models.positions import box_positions, sine_embedding, sine_positions
 from regolite.types import Memory
 
 DIM, HEADS = 24, 4
@@ -141,23 +141,23 @@ def one_cell(row, column, height, width, dim, shift):
     return torch.tensor(code)
 
 
-@pytest.mark.parametrize("centre, shift", [(False, 0.0), (True, 0.5)])
-def test_sine_positions_are_the_formula(centre, shift):
-    found = sine_positions(torch.zeros(1, 3, 5, dtype=torch.bool), 16, centre)
+@pytest.mark.parametrize("center, shift", [(False, 0.0), (True, 0.5)])
+def test_sine_positions_are_the_formula(center, shift):
+    found = sine_positions(torch.zeros(1, 3, 5, dtype=torch.bool), 16, center)
     assert found.shape == (1, 16, 3, 5)
     for row in range(3):
         for column in range(5):
             torch.testing.assert_close(found[0, :, row, column], one_cell(row, column, 3, 5, 16, shift))
 
 
-@pytest.mark.parametrize("centre", [False, True])
-def test_padding_moves_no_position(centre):
+@pytest.mark.parametrize("center", [False, True])
+def test_padding_moves_no_position(center):
     mask = torch.ones(2, 6, 8, dtype=torch.bool)
     mask[0, :3, :5] = mask[1] = False
-    padded = sine_positions(mask, 16, centre)
+    padded = sine_positions(mask, 16, center)
     assert padded.isfinite().all()
-    assert torch.equal(padded[:1, :, :3, :5], sine_positions(mask[:1, :3, :5], 16, centre))
-    assert torch.equal(padded[1:], sine_positions(mask[1:], 16, centre))
+    assert torch.equal(padded[:1, :, :3, :5], sine_positions(mask[:1, :3, :5], 16, center))
+    assert torch.equal(padded[1:], sine_positions(mask[1:], 16, center))
 
 
 def test_every_cell_has_a_position_of_its_own():
@@ -167,7 +167,7 @@ def test_every_cell_has_a_position_of_its_own():
 
 
 def test_waves_interleave_sine_and_cosine():
-    wave = waves(torch.tensor([0.0, 1.0]), 4)
+    wave = sine_embedding(torch.tensor([0.0, 1.0]), 4)
     expected = torch.tensor([[0, 1, 0, 1], [math.sin(1), math.cos(1), math.sin(0.01), math.cos(0.01)]])
     torch.testing.assert_close(wave, expected)
 
@@ -177,4 +177,6 @@ def test_box_positions_encode_the_four_numbers_one_after_another():
     code = box_positions(boxes, 8)
     assert code.shape == (2, 3, 32)
     for number in range(4):
-        torch.testing.assert_close(code[..., 8 * number : 8 * (number + 1)], waves(boxes[..., number] * 2 * math.pi, 8))
+        torch.testing.assert_close(
+            code[..., 8 * number : 8 * (number + 1)], sine_embedding(boxes[..., number] * 2 * math.pi, 8)
+        )

@@ -11,7 +11,7 @@ from small_models import small_resnet, unfold_norms
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.errors import UserError
 from regolite.models.backbone import BUNDLED, WEIGHTS, Backbone, FoldedNorm, NormalizedConv2d
 from regolite.types import ImageBatch
@@ -27,7 +27,7 @@ CHANNELS = {
 
 
 def blank(height, width, device="cpu"):
-    """One picture without padding."""
+    """One image without padding."""
     mask = torch.zeros(1, height, width, dtype=torch.bool, device=device)
     return ImageBatch(torch.randn(1, 3, height, width, device=device), mask, torch.tensor([[height, width]]).to(device))
 
@@ -124,7 +124,7 @@ def test_resnet_maps_are_those_of_torchvision(monkeypatch):
 def test_folded_norms_change_neither_maps_nor_gradients(monkeypatch, name):
     """Beside the same network with norms of its own, in float64: there, only a mistake is larger than rounding."""
     small_resnet(monkeypatch)
-    images = batch_pictures([torch.randn(3, 64, 64), torch.randn(3, 40, 64)], 32)
+    images = batch_images([torch.randn(3, 64, 64), torch.randn(3, 40, 64)], 32)
     images.pixels = images.pixels.double()
     folded = Backbone(name, frozen_stages=2).double()
     for norm in (module for module in folded.modules() if isinstance(module, FrozenBatchNorm2d)):
@@ -188,7 +188,7 @@ def test_no_gradient_reaches_frozen_stages():
 
 @pytest.mark.parametrize("multiple", [1, 32])
 def test_masks_are_true_on_cells_wholly_on_padding(multiple):
-    images = batch_pictures([torch.randn(3, 64, 97), torch.randn(3, 99, 37)], multiple)
+    images = batch_images([torch.randn(3, 64, 97), torch.randn(3, 99, 37)], multiple)
     for feature in Backbone("tiny")(images):
         s = feature.stride
         height, width = feature.mask.shape[1:]
@@ -208,11 +208,11 @@ def test_padding_changes_no_map(monkeypatch, name, dilated, multiple):
     if name == "resnet50":  # frozen statistics that change nothing would leave zeros zeros
         for norm in (m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)):
             nn.init.normal_(norm.bias)
-    pictures = [torch.randn(3, 64, 97), torch.randn(3, 99, 37), torch.randn(3, 30, 30)]
+    images = [torch.randn(3, 64, 97), torch.randn(3, 99, 37), torch.randn(3, 30, 30)]
     with torch.no_grad():
-        together = backbone(batch_pictures(pictures, multiple))
-        for b, picture in enumerate(pictures):
-            for one, many in zip(backbone(batch_pictures([picture], multiple)), together):
+        together = backbone(batch_images(images, multiple))
+        for b, image in enumerate(images):
+            for one, many in zip(backbone(batch_images([image], multiple)), together):
                 height, width = one.tensor.shape[-2:]
                 torch.testing.assert_close(many.tensor[b, :, :height, :width], one.tensor[0], rtol=1e-4, atol=1e-5)
                 assert torch.equal(many.mask[b, :height, :width], one.mask[0])
@@ -221,11 +221,11 @@ def test_padding_changes_no_map(monkeypatch, name, dilated, multiple):
 
 
 def test_published_detectors_let_padding_in(bundled):
-    pictures = [torch.randn(3, 64, 96), torch.randn(3, 96, 64)]
+    images = [torch.randn(3, 64, 96), torch.randn(3, 96, 64)]
     published = Backbone("mobilenet_v2", weights="bundled", mask_padding=False)
     with torch.no_grad():
-        alone, together = published(batch_pictures(pictures[:1])), published(batch_pictures(pictures))
-        for one, same in zip(alone, bundled(batch_pictures(pictures[:1]))):
+        alone, together = published(batch_images(images[:1])), published(batch_images(images))
+        for one, same in zip(alone, bundled(batch_images(images[:1]))):
             assert torch.equal(one.tensor, same.tensor)  # without padding there is no difference
     for one, many in zip(alone, together):
         height, width = one.tensor.shape[-2:]

@@ -16,7 +16,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 import regolite
 from regolite.checkpoint import save_model
 from regolite.cli import main
-from regolite.data import batch_pictures, make_transform, open_data
+from regolite.data import batch_images, make_transform, open_data
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from regolite.errors import UserError
 from regolite.evaluation import evaluate
@@ -31,7 +31,7 @@ COCO_TINY = "data/coco_tiny"
 
 
 def small(kind="faster_rcnn", num_classes=4, **fields):
-    """A network of 20 million weights, which finds something although it has learnt nothing."""
+    """A network of 20 million weights, which finds something although it has learned nothing."""
     model = Baseline(BaselineConfig(kind, "resnet18", None, **fields), num_classes).eval()
     return talkative(model)
 
@@ -48,7 +48,7 @@ def talkative(model):
 
 
 def torchvisions_own(model):
-    """The same weights in a network that torchvision alone has made; pictures whose shorter side is 64 keep it."""
+    """The same weights in a network that torchvision alone has made; images whose shorter side is 64 keep it."""
     kind, columns = model.config.kind, model.num_classes + 1
     options = {"backbone_name": "resnet18", "weights": None}
     if kind == "fcos":
@@ -62,9 +62,9 @@ def torchvisions_own(model):
     return net.eval()
 
 
-def normalised(picture):
+def normalized(image):
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return (picture - mean) / std
+    return (image - mean) / std
 
 
 # Parity
@@ -73,11 +73,11 @@ def normalised(picture):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_torchvision_gives_the_same(kind):
-    """Two pictures of different size in one batch, of which torchvision gets the raw pixels."""
+    """Two images of different size in one batch, of which torchvision gets the raw pixels."""
     model = small(kind)
     raw = [torch.rand(3, 64, 150), torch.rand(3, 90, 64)]
     theirs = torchvisions_own(model)(raw)
-    images = batch_pictures([normalised(picture) for picture in raw], multiple=50)  # torchvision pads to 32
+    images = batch_images([normalized(image) for image in raw], multiple=50)  # torchvision pads to 32
     for mine, wanted in zip(model.detections(images, images.sizes, top_k=20), theirs, strict=True):
         assert len(mine) == len(wanted["scores"]) == 20
         torch.testing.assert_close(mine.scores, wanted["scores"], atol=1e-5, rtol=1e-4)
@@ -88,7 +88,7 @@ def test_torchvision_gives_the_same(kind):
 
 
 @torch.inference_mode()
-def test_boxes_are_pixels_of_the_original_pictures():
+def test_boxes_are_pixels_of_the_original_images():
     model, images = small(), batch((64, 96), (80, 50))
     plain = model(images)
     sizes = torch.tensor([[128, 288], [20, 200]])  # twice as high, three times as wide; a quarter, four times
@@ -113,16 +113,16 @@ def test_masks_are_not_computed():
 
 
 class Truth(nn.Module):
-    """Stands in for torchvision's network: knows the objects of each picture, in torchvision's labels and pixels."""
+    """Stands in for torchvision's network: knows the objects of each image, in torchvision's labels and pixels."""
 
     def __init__(self, dataset):
         super().__init__()
         self.targets = iter([target for _, target in dataset])
 
-    def forward(self, pictures):
+    def forward(self, images):
         found = []
-        for picture in pictures:
-            target, (height, width) = next(self.targets), picture.shape[1:]
+        for image in images:
+            target, (height, width) = next(self.targets), image.shape[1:]
             x, y, w, h = (target.boxes * torch.tensor([width, height, width, height])).unbind(1)
             boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
             found.append({"boxes": boxes, "labels": target.labels + 1, "scores": torch.linspace(1, 0.5, len(target))})
@@ -158,13 +158,13 @@ def test_evaluate_and_detect(kind):
     figures = evaluate(model, data, batch_size=2, progress=False)
     assert figures["images"] == 3 and 0 <= figures["AP"] < 5
     assert model.training and data.transform is None
-    picture = data.image(0)
-    [found] = regolite.detect(model, picture, threshold=0.0)
+    image = data.image(0)
+    [found] = regolite.detect(model, image, threshold=0.0)
     assert len(found) > 10 and found.labels.max() < 90
-    width, height = picture.size
+    width, height = image.size
     assert found.boxes_xyxy[:, 2].max() <= width + 0.01 and found.boxes_xyxy[:, 3].max() <= height + 0.01
     assert found.boxes_xyxy[:, 2].max() > width / 2  # not in the 96 pixels of the network
-    [alone] = detect_by_stage(model, picture, threshold=0.0)
+    [alone] = detect_by_stage(model, image, threshold=0.0)
     assert torch.equal(alone.scores, found.scores)
 
 
@@ -187,8 +187,8 @@ def test_checkpoint(tmp_path, capsys):
     assert json.loads(file.read_text("utf-8"))["images"] == 2
     out = capsys.readouterr()
     assert "base" in out.out and "other names" not in out.err
-    Image.new("RGB", (80, 60)).save(tmp_path / "picture.png")
-    assert main(["detect", *words, str(tmp_path / "picture.png"), "--output", str(tmp_path / "o")]) == 0
+    Image.new("RGB", (80, 60)).save(tmp_path / "image.png")
+    assert main(["detect", *words, str(tmp_path / "image.png"), "--output", str(tmp_path / "o")]) == 0
 
 
 # Sizes and costs
@@ -282,7 +282,7 @@ def test_published_weights(monkeypatch):
     assert asked == ["FasterRCNN_ResNet18.COCO", "ResNet18_Weights.IMAGENET1K_V1"]
 
 
-def test_batch_normalisation_of_the_published_weights():
+def test_batch_normalization_of_the_published_weights():
     """torchvision takes its published R-CNNs without the usual epsilon."""
     with torch.device("meta"):
         norms = {name: build(name, weights=None).net.backbone.body.bn1 for name in ("fcos_r50", "faster_rcnn_r50")}

@@ -31,12 +31,12 @@ COLUMNS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run that has learnt something, so that figures are not all zero."""
+    """A short run that has learned something, so that figures are not all zero."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    options = "--epochs 24 --batch-size 4 --lr 3e-3 --backbone-lr 1 --sampling-lr 1 --evaluate-every 0 --evaluate-train"
+    options = "--epochs 24 --batch-size 4 --lr 3e-3 --backbone-lr-mult 1 --sampling-lr-mult 1 --evaluate-every 0"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.plots.draw_run", lambda *_: [])  # drawing takes longer than training here
-        words = f"{TRAIN} --data {DATA} {options} --schedule one_cycle --output {folder}"
+        patch.setattr("regolite.plots.run.draw_run", lambda *_: [])  # drawing takes longer than training here
+        words = f"{TRAIN} --data {DATA} {options} --evaluate-train --schedule one_cycle --output {folder}"
         assert main(shlex.split(words)) == 0
     return folder
 
@@ -47,13 +47,13 @@ def checkpoint(run: Path) -> list[str]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
-    """Two whole pictures and a broken one between them."""
-    paths = [tmp_path / "pictures" / name for name in ("wide.png", "broken.jpg", "tall.jpeg")]
+def images(tmp_path: Path) -> list[Path]:
+    """Two whole images and a broken one between them."""
+    paths = [tmp_path / "images" / name for name in ("wide.png", "broken.jpg", "tall.jpeg")]
     paths[0].parent.mkdir()
     scenes = regolite.data.open_data(DATA, "val")
     scenes.image(0).resize((96, 64)).save(paths[0])
-    paths[1].write_bytes(b"no picture")
+    paths[1].write_bytes(b"no image")
     scenes.image(1).resize((64, 100)).save(paths[2])
     return paths
 
@@ -139,7 +139,7 @@ class TestTrain:
         out = capsys.readouterr().out
         assert str(run) in out
         for split, count in (("val", 2), ("train", 4)):
-            assert f"{count} pictures of {split}" in out
+            assert f"{count} images of {split}" in out
         for stage in evaluation(run, "train")["stages"]:
             assert f"{stage['AP']:.1f}" in out
 
@@ -191,7 +191,7 @@ class TestEvaluate:
         rows = [line for line in capsys.readouterr().out.splitlines() if re.match("base|stage", line)]
         assert [row.split()[-6] for row in rows] == [f"{stage['AP']:.1f}" for stage in figures["stages"]]
         if split == "train":
-            assert figures["AP"] > 0, "the run has learnt nothing: the comparison would be empty"
+            assert figures["AP"] > 0, "the run has learned nothing: the comparison would be empty"
 
     def test_without_stages_is_the_base_detector(self, run, checkpoint, tmp_path):
         file, logged = tmp_path / "figures.json", evaluation(run, "train")
@@ -216,7 +216,7 @@ class TestEvaluate:
             figures.append(read(tmp_path / backend)["stages"])
         assert figures[0] == figures[1]
 
-    def test_size_and_number_of_pictures_can_be_chosen(self, checkpoint, tmp_path):
+    def test_size_and_number_of_images_can_be_chosen(self, checkpoint, tmp_path):
         words = ["--limit-images", "1", "--image-size", "96", "--batch-size", "1", "--json", str(tmp_path / "a.json")]
         assert main(["evaluate", *checkpoint, "--data", DATA, *words]) == 0
         figures = read(tmp_path / "a.json")
@@ -317,8 +317,8 @@ class TestDetect:
         assert main(["detect", "data/coco_tiny/images/000000555705.jpg", *words]) == 0
         assert [one["label"] for one in read(tmp_path / "found" / "detections.json")] == ["cat", "cat"]
 
-    def test_writes_pictures_and_json(self, run, checkpoint, pictures, tmp_path, capsys):
-        whole, output = [pictures[0], pictures[2]], tmp_path / "found"
+    def test_writes_images_and_json(self, run, checkpoint, images, tmp_path, capsys):
+        whole, output = [images[0], images[2]], tmp_path / "found"
         words = [*map(str, whole), "--output", str(output), "--threshold", "0.05"]
         assert main(["detect", *checkpoint, *words]) == 0
         out, records = capsys.readouterr().out, read(output / "detections.json")
@@ -336,43 +336,43 @@ class TestDetect:
             assert [r["score"] for r in own] == pytest.approx(found.scores.tolist(), abs=1e-4)
             torch.testing.assert_close(torch.tensor([r["box"] for r in own]), found.boxes_xyxy, atol=0.01, rtol=0)
 
-    def test_stages_and_threshold_are_heard(self, run, checkpoint, pictures, tmp_path):
+    def test_stages_and_threshold_are_heard(self, run, checkpoint, images, tmp_path):
         for stages in ("0", "2"):
-            words = [str(pictures[0]), "--output", str(tmp_path / stages), "--threshold", "0.05", "--stages", stages]
+            words = [str(images[0]), "--output", str(tmp_path / stages), "--threshold", "0.05", "--stages", stages]
             assert main(["detect", *checkpoint, *words]) == 0
         scores = [[r["score"] for r in read(tmp_path / stages / "detections.json")] for stages in ("0", "2")]
         assert scores[0] != scores[1] and min(scores[0]) >= 0.05
-        assert main(["detect", *checkpoint, str(pictures[0]), "--output", str(tmp_path / "1"), "--threshold", "1"]) == 0
+        assert main(["detect", *checkpoint, str(images[0]), "--output", str(tmp_path / "1"), "--threshold", "1"]) == 0
         assert read(tmp_path / "1" / "detections.json") == []
 
-    def test_a_broken_picture_does_not_stop_the_others(self, checkpoint, pictures, tmp_path, error):
-        words = [*map(str, pictures), str(tmp_path / "none.png"), "--output", str(tmp_path / "found")]
+    def test_a_broken_image_does_not_stop_the_others(self, checkpoint, images, tmp_path, error):
+        words = [*map(str, images), str(tmp_path / "none.png"), "--output", str(tmp_path / "found")]
         line = error(["detect", *checkpoint, *words, "--threshold", "0"])
         assert "2 of 4" in line and "broken.jpg" in line and "none.png" in line and "wide.png" not in line
         names = {path.name for path in (tmp_path / "found").iterdir()}
         assert names == {"wide.png", "tall.jpeg", "detections.json"}
         records = read(tmp_path / "found" / "detections.json")
-        assert {record["file"] for record in records} == {str(pictures[0]), str(pictures[2])}
+        assert {record["file"] for record in records} == {str(images[0]), str(images[2])}
 
-    def test_pictures_of_one_name_are_all_kept(self, checkpoint, pictures, tmp_path):
+    def test_images_of_one_name_are_all_kept(self, checkpoint, images, tmp_path):
         other = tmp_path / "wide.PNG"
-        other.write_bytes(pictures[0].read_bytes())
+        other.write_bytes(images[0].read_bytes())
         third = tmp_path / "wide.bmp"
-        Image.open(pictures[0]).save(third)
+        Image.open(images[0]).save(third)
         output = tmp_path / "found"
-        assert main(["detect", *checkpoint, str(pictures[0]), str(other), str(third), "--output", str(output)]) == 0
+        assert main(["detect", *checkpoint, str(images[0]), str(other), str(third), "--output", str(output)]) == 0
         assert {path.name for path in output.iterdir()} == {"wide.png", "wide_2.PNG", "wide_3.png", "detections.json"}
 
-    def test_folders_and_patterns(self, checkpoint, pictures, tmp_path, capsys):
-        pictures[1].unlink()
-        (pictures[0].parent / "notes.txt").write_text("no image")
-        for n, source in enumerate((pictures[0].parent, pictures[0].parent / "*", pictures[0].parent / "*.png")):
+    def test_folders_and_patterns(self, checkpoint, images, tmp_path, capsys):
+        images[1].unlink()
+        (images[0].parent / "notes.txt").write_text("no image")
+        for n, source in enumerate((images[0].parent, images[0].parent / "*", images[0].parent / "*.png")):
             output = tmp_path / str(n)
-            assert main(["detect", *checkpoint, str(source), str(pictures[0]), "--output", str(output)]) == 0
+            assert main(["detect", *checkpoint, str(source), str(images[0]), "--output", str(output)]) == 0
             found = {path.name for path in output.iterdir()}
             assert found == {"wide.png", "detections.json"} | ({"tall.jpeg"} if n < 2 else set()), "each once"
 
-    def test_what_was_found_is_written_after_every_image(self, checkpoint, pictures, tmp_path, monkeypatch):
+    def test_what_was_found_is_written_after_every_image(self, checkpoint, images, tmp_path, monkeypatch):
         line, huge = tmp_path / "line.png", tmp_path / "huge.png"
         Image.new("RGB", (4000, 8)).save(line)
         Image.new("1", (3000, 3000)).save(huge)
@@ -389,28 +389,28 @@ class TestDetect:
             return detect(*given)
 
         monkeypatch.setattr(regolite, "detect", watched)
-        words = [*map(str, (pictures[0], huge, line, pictures[2])), "--output", str(tmp_path / "found")]
+        words = [*map(str, (images[0], huge, line, images[2])), "--output", str(tmp_path / "found")]
         assert main(["detect", *checkpoint, *words, "--threshold", "0"]) == 130
-        assert seen == [set(), {str(pictures[0])}, {str(pictures[0])}]
+        assert seen == [set(), {str(images[0])}, {str(images[0])}]
         assert len(read(tmp_path / "found" / "detections.json")) > 1
 
-    def test_one_image_that_is_too_large_or_a_line(self, checkpoint, pictures, tmp_path, monkeypatch, error):
+    def test_one_image_that_is_too_large_or_a_line(self, checkpoint, images, tmp_path, monkeypatch, error):
         line, huge = tmp_path / "line.png", tmp_path / "huge.png"
         Image.new("RGB", (4000, 8)).save(line)
         Image.new("1", (3000, 3000)).save(huge)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
-        words = [*map(str, (huge, line, pictures[0])), "--output", str(tmp_path / "found"), "--threshold", "0"]
+        words = [*map(str, (huge, line, images[0])), "--output", str(tmp_path / "found"), "--threshold", "0"]
         said = error(["detect", *checkpoint, *words])
-        assert "1 of 3 pictures failed" in said and "huge.png is larger than Pillow's limit" in said
-        assert {one["file"] for one in read(tmp_path / "found" / "detections.json")} == {str(line), str(pictures[0])}
+        assert "1 of 3 images failed" in said and "huge.png is larger than Pillow's limit" in said
+        assert {one["file"] for one in read(tmp_path / "found" / "detections.json")} == {str(line), str(images[0])}
         with Image.open(tmp_path / "found" / "line.png") as drawn:
             assert drawn.size == (4000, 8)
 
-    def test_a_photograph_held_sideways_is_drawn_upright(self, checkpoint, pictures, tmp_path):
+    def test_a_photograph_held_sideways_is_drawn_upright(self, checkpoint, images, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = 6
-        Image.open(pictures[0]).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
-        words = [str(pictures[0]), str(tmp_path / "phone.png"), "--output", str(tmp_path / "found"), "--threshold", "0"]
+        Image.open(images[0]).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+        words = [str(images[0]), str(tmp_path / "phone.png"), "--output", str(tmp_path / "found"), "--threshold", "0"]
         assert main(["detect", *checkpoint, *words]) == 0
         records = read(tmp_path / "found" / "detections.json")
         upright, phone = (
@@ -428,13 +428,13 @@ class TestDetect:
         said = capsys.readouterr().err
         assert said == f"regolite: warning: image {tmp_path / 'a.gif'} has 2 frames: only frame 1 is used\n"
 
-    def test_a_video(self, checkpoint, pictures, tmp_path, capsys):
-        with Image.open(pictures[0]) as first:
-            images = [first.convert("RGB"), first.convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    def test_a_video(self, checkpoint, images, tmp_path, capsys):
+        with Image.open(images[0]) as first:
+            frames = [first.convert("RGB"), first.convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
         with video.VideoWriter(tmp_path / "clip.mp4") as writer:
             for n, seconds in enumerate((0.0, 0.25, 1.0)):
-                writer.add(video.Frame(images[n % 2], seconds))
-        words = [str(tmp_path / "cl?p.mp4"), str(pictures[0]), "--output", str(tmp_path / "found"), "--threshold", "0"]
+                writer.add(video.Frame(frames[n % 2], seconds))
+        words = [str(tmp_path / "cl?p.mp4"), str(images[0]), "--output", str(tmp_path / "found"), "--threshold", "0"]
         assert main(["detect", *checkpoint, *words]) == 0
         records = [one for one in read(tmp_path / "found" / "detections.json") if "frame" in one]
         assert {(one["file"], one["frame"], one["seconds"]) for one in records} == {
@@ -446,18 +446,18 @@ class TestDetect:
             ((96, 64), 0.0), ((96, 64), 0.25), ((96, 64), 1.0),
         ]  # fmt: skip
 
-    def test_a_broken_video(self, checkpoint, pictures, tmp_path, error):
+    def test_a_broken_video(self, checkpoint, images, tmp_path, error):
         (tmp_path / "clip.mp4").write_bytes(b"no video")
-        words = [str(tmp_path / "clip.mp4"), str(tmp_path / "none.mov"), str(pictures[0])]
+        words = [str(tmp_path / "clip.mp4"), str(tmp_path / "none.mov"), str(images[0])]
         said = error(["detect", *checkpoint, *words, "--output", str(tmp_path / "found")])
         assert (
             "2 of 3" in said and "clip.mp4 cannot be read (Invalid data" in said and "none.mov does not exist" in said
         )
 
-    def test_never_writes_over_a_picture(self, checkpoint, pictures, error):
-        before = pictures[0].read_bytes()
-        line = error(["detect", *checkpoint, str(pictures[0]), "--output", str(pictures[0].parent)])
-        assert "wide.png" in line and "--output" in line and pictures[0].read_bytes() == before
+    def test_never_writes_over_a_image(self, checkpoint, images, error):
+        before = images[0].read_bytes()
+        line = error(["detect", *checkpoint, str(images[0]), "--output", str(images[0].parent)])
+        assert "wide.png" in line and "--output" in line and images[0].read_bytes() == before
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -473,8 +473,8 @@ class TestDetect:
             ("--treshold 0.3", "did you mean --threshold?"),
         ],
     )
-    def test_wrong_input_is_one_line(self, words, said, checkpoint, pictures, error, tmp_path):
-        words = ["--output", str(tmp_path / "found"), str(pictures[0]), *words.split()]
+    def test_wrong_input_is_one_line(self, words, said, checkpoint, images, error, tmp_path):
+        words = ["--output", str(tmp_path / "found"), str(images[0]), *words.split()]
         assert re.search(said, error(["detect", *checkpoint, *words]))
 
 
@@ -537,7 +537,7 @@ class TestErrors:
         [
             ("convert", "required: FOLDER, --output"),
             ("convert {t}/none --output o", "none is no folder"),
-            ("convert {t}/empty --output o", "empty holds no pictures"),
+            ("convert {t}/empty --output o", "empty holds no images"),
             ("convert data/coco_tiny --output {t}/full", "full exists already"),
             ("convert data/coco_tiny --output {t}/file", "file: Not a directory"),
             ("convert data/coco_tiny --output o --val 1.5", r"val=1\.5 must lie between 0 and 1"),
@@ -596,7 +596,7 @@ class TestErrors:
         annotations = tmp_path / "annotations"
         (annotations / "instances_val.json").write_bytes((annotations / "instances_train.json").read_bytes())
         broken = tmp_path / "images" / scenes.file_name(1)
-        broken.write_bytes(b"no picture")
+        broken.write_bytes(b"no image")
         words = f"{TRAIN} --data {tmp_path} --workers 1 --batch-size 2 --epochs 1 --output {tmp_path / 'run'}"
         assert error(words).startswith(f"image {broken} cannot be read")
 

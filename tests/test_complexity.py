@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from regolite.cli import main
-from regolite.evaluation.complexity import CONVENTIONS, PICTURE, TABLE_1, Counter, as_text, count, picture, rows
+from regolite.evaluation.complexity import CONVENTIONS, IMAGE, TABLE_1, Counter, as_text, count, image, rows
 from regolite.models.attention import MultiHeadAttention
 from regolite.models.deformable_attention import sample_and_mix
 from regolite.models.detr import Detr, DetrConfig
@@ -145,9 +145,9 @@ class TestCount:
         if name not in presets():
             pytest.skip(f"there is no {name}")
         model = outline(name, 80).eval().requires_grad_(False)
-        pictures = batch((96, 128))
+        images = batch((96, 128))
         with FlopCounterMode(display=False) as theirs:
-            getattr(model, "dense", model)(pictures.to("meta"))
+            getattr(model, "dense", model)(images.to("meta"))
         assert theirs.get_total_flops() == 2 * count(model, 96, 128).multiply_adds > 0
 
     @pytest.mark.parametrize("make", DETECTORS.values(), ids=DETECTORS)
@@ -166,7 +166,7 @@ class TestCount:
 
         model = outline("rego_deformable_detr_two_stage_x101")
         with Watch():
-            cost = count(model, *PICTURE)
+            cost = count(model, *IMAGE)
         assert cost.parameters == sum(p.numel() for p in model.parameters())
 
     def test_parts_add_up(self):
@@ -224,8 +224,7 @@ class TestTable1:
             assert (giga(total - part["reading"]), giga(total), giga(2 * total)) == said
         assert giga(star["layers"] - plain["layers"]) == 6.9
         assert (
-            giga(sum(count(outline("rego_deformable_detr_r50", form="released"), *PICTURE).parts["rego"].values()))
-            == 6.1
+            giga(sum(count(outline("rego_deformable_detr_r50", form="released"), *IMAGE).parts["rego"].values())) == 6.1
         )
         maps = {8: 100 * 141, 16: 50 * 71, 32: 25 * 36, 64: 13 * 18}  # stride: cells
         ungrouped = sum(maps.values()) * 3 * (64 * 256 * (9 + 1))
@@ -246,7 +245,7 @@ class TestTable1:
         costs = {tag: counted[f"deformable_detr_two_stage_{tag}"]["multiply_adds"] for tag in ("r50", "r101", "x101")}
         assert round((costs["r101"] - costs["r50"]) / 1e9) == 67
         assert round((costs["x101"] - costs["r50"]) / 1e9) == 223
-        other = count(outline("deformable_detr_two_stage_x101", backbone="resnext101_64x4d"), *PICTURE)
+        other = count(outline("deformable_detr_two_stage_x101", backbone="resnext101_64x4d"), *IMAGE)
         assert round((other.multiply_adds - costs["r50"]) / 1e9) == 206
         assert round(other.parameters / 1e6, 1) == 98.9
         two, one = counted["deformable_detr_two_stage_r50"], counted["deformable_detr_r50"]
@@ -255,7 +254,7 @@ class TestTable1:
 
     def test_stored_figures_are_of_todays_presets(self, stored, counted):
         assert list(counted) == list(presets()), "presets came or went: run the command again"
-        assert stored["picture"] == list(PICTURE) and stored["conventions"] == CONVENTIONS
+        assert stored["image"] == list(IMAGE) and stored["conventions"] == CONVENTIONS
 
     @pytest.mark.parametrize("name", SAMPLE)
     def test_stored_figures_are_counted_anew(self, counted, name):
@@ -282,11 +281,11 @@ class TestCommand:
         file = tmp_path / "new" / "figures.json"
         assert main(["complexity", "--models", "rego_detr_scenes", "--json", str(file)]) == 0
         written = json.loads(file.read_text("utf-8"))
-        assert set(written) == {"picture", "conventions", "versions", "rows"}
+        assert set(written) == {"image", "conventions", "versions", "rows"}
         assert written["versions"]["torch"] == torch.__version__
         [row] = written["rows"]
         assert as_text([row]) in capsys.readouterr().out
-        assert row["picture"] == [96, 128] == list(picture(configure("rego_detr_scenes")))
+        assert row["image"] == [96, 128] == list(image(configure("rego_detr_scenes")))
         assert row["flops"] == 2 * row["with_reading"] == 2 * (row["layers"] + row["attention"] + row["reading"])
         assert [path.name for path in file.parent.iterdir()] == ["figures.json"]
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, batch, conditional_detr, pictures, shake, small_resnet, unfold_norms, with_stub
+from small_models import CLASSES, batch, conditional_detr, random_images, shake, small_resnet, unfold_norms, with_stub
 from torch import nn
 
 from regolite.checkpoint import save_model
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.errors import UserError
 from regolite.interop.keys import to_theirs
 from regolite.loading import load
@@ -79,7 +79,7 @@ def test_heads_divide_channels():
 
 def test_shapes_and_names():
     model = conditional_detr()
-    assert (model.columns, model.dim, model.heads, model.scoring) == (CLASSES, 32, 4, "sigmoid")
+    assert (model.num_logits, model.dim, model.heads, model.scoring) == (CLASSES, 32, 4, "sigmoid")
     with torch.no_grad():
         output = model(batch((64, 96), (96, 64)))
     assert output.stages == [] and output.proposals is None and len(output.layers) == 2
@@ -114,24 +114,24 @@ def test_dc5_detects_at_stride_16_and_glimpses_at_32(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [[(64, 96), (128, 160)], [(50, 70), (96, 33), (128, 128)]])
-def test_padding_does_not_move_a_pictures_boxes(sizes):
-    model, images = with_stub(conditional_detr()), pictures(*sizes)
+def test_padding_does_not_move_a_images_boxes(sizes):
+    model, images = with_stub(conditional_detr()), random_images(*sizes)
     with torch.no_grad():
-        together = model(batch_pictures(images, 32))
-        for i, picture in enumerate(images):
-            alone = model(batch_pictures([picture], 32))
+        together = model(batch_images(images, 32))
+        for i, image in enumerate(images):
+            alone = model(batch_images([image], 32))
             for one, many in zip(alone.layers, together.layers):
                 torch.testing.assert_close(one.logits[0], many.logits[i], rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(one.boxes[0], many.boxes[i], rtol=1e-4, atol=1e-4)
-    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-2  # the pictures do matter
+    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-2  # the pixels do matter
 
 
 @pytest.mark.parametrize("mask_padding", [True, False])
 def test_padding_with_a_real_backbone(monkeypatch, mask_padding):
     small_resnet(monkeypatch)
-    model, images = conditional_detr(backbone="resnet50", mask_padding=mask_padding), pictures((64, 70), (96, 128))
+    model, images = conditional_detr(backbone="resnet50", mask_padding=mask_padding), random_images((64, 70), (96, 128))
     with torch.no_grad():
-        alone, together = model(batch_pictures(images[:1], 32)), model(batch_pictures(images, 32))
+        alone, together = model(batch_images(images[:1], 32)), model(batch_images(images, 32))
     moved = (alone.final.boxes[0] - together.final.boxes[0]).abs().max()
     assert moved < 1e-4 if mask_padding else moved > 1e-3
 
@@ -157,18 +157,18 @@ def test_everything_is_trained():
 
 
 @pytest.mark.parametrize("stages", [0, 2])
-def test_it_learns_two_pictures(stages):
+def test_it_learns_two_images(stages):
     model = build("conditional_detr_scenes", CLASSES, **SMALL)
     if stages:
         model = Rego(model, RegoConfig(stages=stages, ffn_dim=48, dropout=0.0))
     images, targets = batch((64, 64), (64, 96)), some_targets()
-    optimiser, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
     for _ in range(30):
         loss, _ = SetLoss(model.model_config.loss, model.scoring)(model(images), targets)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item() / (2 + 2 * stages))  # a layer
     assert losses[-1] < 0.7 * losses[0] and losses[-1] == pytest.approx(min(losses), rel=0.1)
 
@@ -185,7 +185,7 @@ def test_saved_and_loaded(tmp_path):
 # The authors' names
 
 
-def test_the_authors_state_dict_is_recognised_and_goes_back(monkeypatch):
+def test_the_authors_state_dict_is_recognized_and_goes_back(monkeypatch):
     small_resnet(monkeypatch)
     sizes = SMALL | {"dim": 256, "heads": 8, "dropout": 0.1, "mask_padding": False}
     model = build("conditional_detr_r50", 91, **sizes)
@@ -233,14 +233,14 @@ def hugging(monkeypatch):
         depths = list(module.DEPTHS["resnet50"])
         backbone = transformers.ResNetConfig(depths=depths, out_features=["stage1", "stage2", "stage3", "stage4"])
         config = transformers.ConditionalDetrConfig(backbone_config=backbone, dropout=0.0, **settings)
-        model = randomised(transformers.ConditionalDetrForObjectDetection(config))
+        model = randomized(transformers.ConditionalDetrForObjectDetection(config))
         return model.eval(), module.from_transformers(model), module
 
     return make
 
 
 @torch.no_grad()
-def randomised(model):
+def randomized(model):
     """Attention is made sharp, or the queries, which differ by where they look alone, would all say the same."""
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         if "backbone" in name and weight.dim() == 1:
@@ -314,9 +314,9 @@ def test_matching_loss_and_gradients_are_transformers(hugging, monkeypatch):
 
     matcher = DeformableDetrHungarianMatcher(2, 5, 2)
     pairs = {
-        (layer, picture, query, target)
+        (layer, image, query, target)
         for layer, prediction in enumerate(theirs)
-        for picture, (queries, objects) in enumerate(matcher(prediction, labels))
+        for image, (queries, objects) in enumerate(matcher(prediction, labels))
         for query, target in zip(queries.tolist(), objects.tolist())
     }
     matches = match(output.layers, PaddedTargets.of(targets), "sigmoid", MatchingCosts())
@@ -345,7 +345,7 @@ def test_matching_loss_and_gradients_are_transformers(hugging, monkeypatch):
         assert (gradient - other[name]).norm() <= 1e-3 * other[name].norm() + 1e-6 * largest, name
 
 
-def test_a_model_that_normalises_between_its_layers_is_refused(hugging):
+def test_a_model_that_normalizes_between_its_layers_is_refused(hugging):
     with pytest.raises(UserError, match="auxiliary_loss=True and must have False"):
         hugging((1, 1, 1, 1), **TINY, auxiliary_loss=True)
 

@@ -40,8 +40,8 @@ def printed(cell: nbformat.NotebookNode) -> str:
     return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
 
 
-def pictures(cell: nbformat.NotebookNode) -> list[tuple[str, nbformat.NotebookNode]]:
-    """The pictures that a code cell shows: their kind and the output."""
+def images(cell: nbformat.NotebookNode) -> list[tuple[str, nbformat.NotebookNode]]:
+    """The images that a code cell shows: their kind and the output."""
     shown = (o for o in cell.get("outputs", []) if "data" in o)
     return [(kind, o) for o in shown for kind in o.data if kind.startswith("image/")]
 
@@ -106,7 +106,7 @@ class TestBook:
         number = 0
         listed = cells(path)
         for cell, after in zip(listed, [*listed[1:], None]):
-            shown = pictures(cell) if cell.cell_type == "code" else []
+            shown = images(cell) if cell.cell_type == "code" else []
             for kind, output in shown:
                 assert len(output.metadata.get(kind, {}).get("alt", "")) > 20, f"use show(figure, alt): {cell.source}"
             if shown and "exercise" not in tags(cell):
@@ -227,7 +227,7 @@ class TestBookSite:
     def test_has_every_notebook_with_its_figures_and_their_texts(self, book: Path, path: Path):
         page = (book / "notebooks" / path.relative_to(FOLDER).with_suffix(".html")).read_text("utf-8")
         described = re.findall(r'<img alt="([^"]*)" [^>]*src="(?:\.\./)+_images/', page)
-        assert len(described) == sum(len(pictures(cell)) for cell in cells(path, "code"))
+        assert len(described) == sum(len(images(cell)) for cell in cells(path, "code"))
         assert all(len(alt) > 20 for alt in described)
 
     def test_needs_no_network(self, book: Path):

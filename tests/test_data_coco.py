@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
-from regolite.data import CocoFolder, batch_pictures, collate, open_data, read_image
+from regolite.data import CocoFolder, batch_images, collate, open_data, read_image
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from regolite.errors import UserError
 from regolite.training import RunConfig
@@ -22,7 +22,7 @@ TINY = Path(__file__).parents[1] / "data" / "coco_tiny"
 
 
 def content():
-    """Three pictures of 40x30: two objects and a crowd; nothing; one object that juts out and one without area."""
+    """Three images of 40x30: two objects and a crowd; nothing; one object that juts out and one without area."""
     return {
         "images": [
             {"id": 70, "file_name": "a.png", "width": 40, "height": 30},
@@ -42,7 +42,7 @@ def content():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Writes a data folder from its JSON content, pictures included."""
+    """Writes a data folder from its JSON content, images included."""
 
     def write(content, names=("annotations/instances_train.json", "images")):
         (tmp_path / "annotations").mkdir(exist_ok=True)
@@ -99,14 +99,14 @@ def test_ground_truth_for_evaluation(folder, capsys):
     assert sorted(CocoFolder(folder(content()), limit=1).coco.anns) == [12, 13, 14]
 
 
-def test_limit_and_empty_pictures(folder):
+def test_limit_and_empty_images(folder):
     root = folder(content())
     assert CocoFolder(root, limit=2).image_ids == [70, 5]
     assert CocoFolder(root, limit=99).image_ids == [70, 5, 9]
     assert CocoFolder(root, keep_empty=False).image_ids == [70, 9]
     only_crowds = content()
     only_crowds["annotations"] = only_crowds["annotations"][2:3]
-    with pytest.raises(UserError, match="no picture with an object"):
+    with pytest.raises(UserError, match="no image with an object"):
         CocoFolder(folder(only_crowds), keep_empty=False)
 
 
@@ -168,10 +168,10 @@ def test_coco_tiny():
     targets = [len(data.objects(i).targets(*data.size(i))) for i in range(len(data))]
     assert sum(targets) == 1156 - 15  # all annotations but the crowds
     assert sum(n > 0 for n in targets) == 124
-    grey = data.image_ids.index(86)  # stored as greyscale
-    pixels, _ = data[grey]
-    grey_levels = pixels * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    torch.testing.assert_close(grey_levels[0], grey_levels[2], atol=1e-5, rtol=0)
+    gray = data.image_ids.index(86)  # stored as grayscale
+    pixels, _ = data[gray]
+    gray_levels = pixels * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    torch.testing.assert_close(gray_levels[0], gray_levels[2], atol=1e-5, rtol=0)
 
 
 def test_perfect_detections_reach_full_ap():
@@ -189,9 +189,9 @@ def save_grey16(path):
 
 
 def save_palette(path):
-    picture = Image.new("P", (40, 30), 1)
-    picture.putpalette([0, 0, 0, 10, 200, 30])
-    picture.save(path, transparency=b"\x00\x80")
+    image = Image.new("P", (40, 30), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(path, transparency=b"\x00\x80")
 
 
 def save_turned(path):
@@ -203,23 +203,23 @@ def save_turned(path):
 @pytest.mark.parametrize(
     "name, save, corner, end",
     [
-        ("grey.jpg", lambda path: Image.new("L", (40, 30), 99).save(path), (99, 99, 99), (99, 99, 99)),
+        ("gray.jpg", lambda path: Image.new("L", (40, 30), 99).save(path), (99, 99, 99), (99, 99, 99)),
         ("cmyk.jpg", lambda path: Image.new("CMYK", (40, 30), (0, 255, 255, 0)).save(path), (255, 0, 0), (255, 0, 0)),
         ("palette.png", save_palette, (10, 200, 30), (10, 200, 30)),
         ("alpha.png", lambda p: Image.new("RGBA", (40, 30), (9, 8, 7, 0)).save(p), (9, 8, 7), (9, 8, 7)),
-        ("grey16.png", save_grey16, (0, 0, 0), (255, 255, 255)),
+        ("gray16.png", save_grey16, (0, 0, 0), (255, 255, 255)),
         ("bit.png", lambda path: Image.new("1", (40, 30), 1).save(path), (255, 255, 255), (255, 255, 255)),
         ("turned.png", save_turned, (10, 200, 30), (10, 200, 30)),
     ],
 )
-def test_any_colour_mode(tmp_path, name, save, corner, end):
+def test_any_color_mode(tmp_path, name, save, corner, end):
     save(tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = read_image(tmp_path / name, upright=False)
-    assert (picture.mode, picture.size) == ("RGB", (40, 30))
-    np.testing.assert_allclose(picture.getpixel((0, 0)), corner, atol=3)
-    np.testing.assert_allclose(picture.getpixel((39, 29)), end, atol=3)
+        image = read_image(tmp_path / name, upright=False)
+    assert (image.mode, image.size) == ("RGB", (40, 30))
+    np.testing.assert_allclose(image.getpixel((0, 0)), corner, atol=3)
+    np.testing.assert_allclose(image.getpixel((39, 29)), end, atol=3)
 
 
 def change(key, n, **fields):
@@ -272,7 +272,7 @@ def change(key, n, **fields):
         (change("categories", 1, name=True), ["category 3 has name True"]),
         ('{"images": ' + 10**5 * "[", ["nested too deeply"]),
         (change("annotations", 1, area="big"), ["annotation 12 has area 'big'"]),
-        (change("images", 2, file_name="d.png"), ["1 of the 3 pictures", "missing", "the first is d.png"]),
+        (change("images", 2, file_name="d.png"), ["1 of the 3 images", "missing", "the first is d.png"]),
     ],
 )
 def test_wrong_content_is_named(folder, given, words):
@@ -403,7 +403,7 @@ def test_wrong_places_are_named(folder, tmp_path):
         CocoFolder(root)
 
 
-def test_wrong_pictures_are_named_when_read(folder):
+def test_wrong_images_are_named_when_read(folder):
     root = folder(content())
     (root / "images" / "a.png").write_bytes((root / "images" / "a.png").read_bytes()[:60])
     Image.new("RGB", (30, 40)).save(root / "images" / "b.png")
@@ -420,18 +420,18 @@ def test_wrong_pictures_are_named_when_read(folder):
 
 
 def test_collate_pads_right_and_bottom():
-    pictures = [torch.full((3, 4, 6), 1.0), torch.full((3, 5, 2), 2.0)]
-    batch = batch_pictures(pictures)
+    images = [torch.full((3, 4, 6), 1.0), torch.full((3, 5, 2), 2.0)]
+    batch = batch_images(images)
     assert batch.pixels.shape == (2, 3, 5, 6)
     assert batch.sizes.tolist() == [[4, 6], [5, 2]]
-    for picture, pixels, mask in zip(pictures, batch.pixels, batch.mask, strict=True):
-        height, width = picture.shape[-2:]
-        assert torch.equal(pixels[:, :height, :width], picture)
+    for image, pixels, mask in zip(images, batch.pixels, batch.mask, strict=True):
+        height, width = image.shape[-2:]
+        assert torch.equal(pixels[:, :height, :width], image)
         assert not mask[:height, :width].any()
         assert (~mask).sum() == height * width
         assert (pixels[:, mask] == 0).all()
-    assert batch_pictures(pictures, multiple=4).pixels.shape == (2, 3, 8, 8)
-    assert batch_pictures(pictures, multiple=4).mask[0, 4:].all()
+    assert batch_images(images, multiple=4).pixels.shape == (2, 3, 8, 8)
+    assert batch_images(images, multiple=4).mask[0, 4:].all()
 
 
 def test_data_loader(folder):

@@ -1,4 +1,4 @@
-"""Data of one's own: each form and layout gives the same pictures and boxes; what is wrong is named."""
+"""Data of one's own: each form and layout gives the same images and boxes; what is wrong is named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regolite.data import convert, cut_outs, open_data
 from regolite.errors import UserError
 
 # name, width, height, objects: class and x, y, width, height in pixels
-PICTURES = [
+IMAGES = [
     ("a.jpg", 100, 80, [("cat", 10, 20, 30, 40), ("dog", 50, 0, 50, 80)]),
     ("b.png", 60, 120, [("dog", 6, 12, 30, 60)]),
     ("c.jpg", 80, 80, []),
@@ -30,15 +30,15 @@ PICTURES = [
 CLASSES = ["cat", "dog", "ant"]  # in an order of their own
 
 
-def paint(folder: Path, pictures=PICTURES) -> None:
+def paint(folder: Path, images=IMAGES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for n, (name, width, height, _) in enumerate(pictures):
+    for n, (name, width, height, _) in enumerate(images):
         Image.new("RGB", (width, height), (40 * n, 90, 160)).save(folder / name)
 
 
-def coco(file: Path, pictures=PICTURES) -> None:
+def coco(file: Path, given=IMAGES) -> None:
     images, annotations = [], []
-    for i, (name, width, height, objects) in enumerate(pictures, 7):
+    for i, (name, width, height, objects) in enumerate(given, 7):
         images.append({"id": i, "file_name": name, "width": width, "height": height})
         for label, x, y, w, h in objects:
             record = {"id": len(annotations) + 1, "image_id": i, "category_id": 10 * CLASSES.index(label) + 10}
@@ -49,9 +49,9 @@ def coco(file: Path, pictures=PICTURES) -> None:
     file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
 
 
-def yolo(folder: Path, pictures=PICTURES) -> None:
+def yolo(folder: Path, images=IMAGES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, width, height, objects in pictures:
+    for name, width, height, objects in images:
         lines = [
             f"{CLASSES.index(c)} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}"
             for c, x, y, w, h in objects
@@ -59,9 +59,9 @@ def yolo(folder: Path, pictures=PICTURES) -> None:
         (folder / name).with_suffix(".txt").write_text("\n".join(lines))
 
 
-def voc(folder: Path, pictures=PICTURES) -> None:
+def voc(folder: Path, images=IMAGES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, width, height, objects in pictures:
+    for name, width, height, objects in images:
         root = ElementTree.Element("annotation")
         ElementTree.SubElement(root, "filename").text = name
         size = ElementTree.SubElement(root, "size")
@@ -82,7 +82,7 @@ def names_file(folder: Path) -> None:
 
 
 def boxes(root: Path) -> dict[str, set[tuple]]:
-    """Every picture of a data folder with its objects."""
+    """Every image of a data folder with its objects."""
     found = {}
     for split in ("train", "val"):
         dataset = open_data(root, split)
@@ -94,12 +94,12 @@ def boxes(root: Path) -> dict[str, set[tuple]]:
     return found
 
 
-WANTED = {name: {(c, *map(float, box)) for c, *box in objects} for name, _, _, objects in PICTURES}
+WANTED = {name: {(c, *map(float, box)) for c, *box in objects} for name, _, _, objects in IMAGES}
 
 
 def exported(root: Path, layout: str) -> Path:
-    """An export in one of the layouts that labelling tools write."""
-    train, val = PICTURES[:3], PICTURES[3:]
+    """An export in one of the layouts that labeling tools write."""
+    train, val = IMAGES[:3], IMAGES[3:]
     if layout == "yolo":
         paint(root / "images")
         yolo(root / "labels")
@@ -162,7 +162,7 @@ def exported(root: Path, layout: str) -> Path:
 def test_every_layout_gives_the_same_boxes(tmp_path, layout, form, splits):
     done = convert(exported(tmp_path / "export", layout), tmp_path / "data", val=0.4)
     assert (done.form, sorted(done.classes), done.problems) == (form, sorted(CLASSES), [])
-    assert done.pictures == {"train": 3, "val": 2}
+    assert done.images == {"train": 3, "val": 2}
     assert boxes(tmp_path / "data") == WANTED
     if splits:
         dataset = open_data(tmp_path / "data", "val")
@@ -171,7 +171,7 @@ def test_every_layout_gives_the_same_boxes(tmp_path, layout, form, splits):
     assert (tmp_path / "data" / "train").is_dir() and str(done).startswith(f"{form}, 3 classes")
 
 
-def test_held_out_pictures_depend_on_the_seed_alone(tmp_path):
+def test_held_out_images_depend_on_the_seed_alone(tmp_path):
     source = exported(tmp_path / "export", "yolo")
     held = []
     for n, seed in enumerate((0, 0, 1, 2, 3)):
@@ -180,12 +180,12 @@ def test_held_out_pictures_depend_on_the_seed_alone(tmp_path):
     assert held[0] == held[1] and len({frozenset(names) for names in held}) > 1
 
 
-def test_test_pictures_are_neither_trained_on_nor_held_out(tmp_path):
-    for split, part in (("train", PICTURES[:3]), ("test", PICTURES[3:])):
+def test_test_images_are_neither_trained_on_nor_held_out(tmp_path):
+    for split, part in (("train", IMAGES[:3]), ("test", IMAGES[3:])):
         paint(tmp_path / "export" / split, part)
         coco(tmp_path / "export" / split / "_annotations.coco.json", part)
     done = convert(tmp_path / "export", tmp_path / "data", val=0.34)
-    assert done.pictures == {"train": 2, "val": 1, "test": 2}
+    assert done.images == {"train": 2, "val": 1, "test": 2}
     assert {path.name for path in (tmp_path / "data" / "test").iterdir()} == {"d.jpg", "e.jpg"}
 
 
@@ -196,10 +196,10 @@ def test_names_of_classes_may_lie_in_another_folder(tmp_path):
     assert sorted(convert(source, tmp_path / "data").classes) == sorted(CLASSES)
 
 
-def test_an_export_with_validation_pictures_alone_is_divided(tmp_path):
+def test_an_export_with_validation_images_alone_is_divided(tmp_path):
     paint(tmp_path / "export" / "valid")
     voc(tmp_path / "export" / "valid")
-    assert convert(tmp_path / "export", tmp_path / "data", val=0.4).pictures == {"train": 3, "val": 2}
+    assert convert(tmp_path / "export", tmp_path / "data", val=0.4).images == {"train": 3, "val": 2}
 
 
 def test_nothing_is_written_where_nothing_can_be_learnt(tmp_path):
@@ -211,7 +211,7 @@ def test_nothing_is_written_where_nothing_can_be_learnt(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_picture_held_sideways_is_stored_upright(tmp_path):
+def test_a_image_held_sideways_is_stored_upright(tmp_path):
     source = exported(tmp_path / "export", "yolo")
     exif = Image.Exif()
     exif[0x0112] = 6  # turn right
@@ -228,16 +228,16 @@ def test_what_is_wrong_with_one_thing_is_named_and_the_rest_is_kept(tmp_path):
     (labels / "b.txt").write_text("1 0.9 0.5 0.4 0.5\n1 0.5 0.5 0 0.2\n2 1.5 1.5 0.1 0.1")
     done = convert(source, tmp_path / "data", val=0.4)
     assert done.problems == [
-        "stray.txt: left out, there is no picture of this name",
-        "c and 0 more pictures have no annotation file: taken as empty",
-        "b.png: left out 2 boxes without area in the picture",
-        "b.png: cut 1 boxes at the picture's edge",
+        "stray.txt: left out, there is no image of this name",
+        "c and 0 more images have no annotation file: taken as empty",
+        "b.png: left out 2 boxes without area in the image",
+        "b.png: cut 1 boxes at the image's edge",
     ]
     assert boxes(tmp_path / "data")["b.png"] == {("dog", 42.0, 30.0, 18.0, 60.0)}
     assert "! stray.txt" in str(done)
 
 
-def test_missing_and_broken_pictures_of_coco_are_named(tmp_path):
+def test_missing_and_broken_images_of_coco_are_named(tmp_path):
     source = exported(tmp_path / "export", "coco")
     (source / "images" / "a.jpg").unlink()
     (source / "images" / "e.jpg").write_bytes((source / "images" / "e.jpg").read_bytes()[:300])
@@ -262,13 +262,13 @@ def spoil_yolo(root):
         ("yolo", lambda root: (root / "data.yaml").unlink(), "looks like YOLO, but has no data.yaml"),
         ("yolo", spoil_yolo, "cannot be read as YOLO: .*nonsense"),
         ("coco", spoil_json, "result.json is not valid JSON"),
-        ("coco", lambda root: (root / "result.json").unlink(), "has pictures but no boxes"),
-        ("coco", lambda root: shutil.rmtree(root / "images"), "holds no pictures"),
+        ("coco", lambda root: (root / "result.json").unlink(), "has images but no boxes"),
+        ("coco", lambda root: shutil.rmtree(root / "images"), "holds no images"),
         ("voc", lambda root: (root / "Annotations" / "a.xml").write_text("<annot"), "cannot be read as Pascal VOC"),
         (
             "voc",
             lambda root: [p.rename(root / f"{p.stem}.xml") for p in (root / "Annotations").iterdir()],
-            "no picture",
+            "no image",
         ),
     ],
 )
@@ -285,8 +285,8 @@ def test_wrong_arguments(tmp_path):
         convert(tmp_path / "nothing", tmp_path / "data")
     with pytest.raises(UserError, match="val=1.5 must lie between"):
         convert(source, tmp_path / "data", val=1.5)
-    paint(tmp_path / "one", PICTURES[:1])
-    voc(tmp_path / "one", PICTURES[:1])
+    paint(tmp_path / "one", IMAGES[:1])
+    voc(tmp_path / "one", IMAGES[:1])
     with pytest.raises(UserError, match="too few to train on some"):
         convert(tmp_path / "one", tmp_path / "data")
     (tmp_path / "full").mkdir()
@@ -315,7 +315,7 @@ def test_outlines_of_a_coco_export_stay_with_their_boxes(tmp_path):
     convert(source, tmp_path / "data")
     written = [json.loads(f.read_text()) for f in sorted((tmp_path / "data" / "annotations").iterdir())]
     annotations = [one for part in written for one in part["annotations"]]
-    assert len(annotations) == sum(len(objects) for *_, objects in PICTURES)
+    assert len(annotations) == sum(len(objects) for *_, objects in IMAGES)
     for one in annotations:
         x, y, w, h = one["bbox"]
         assert one["segmentation"] == [[x, y, x + w, y, x + w, y + h, x, y + h]]
@@ -323,10 +323,10 @@ def test_outlines_of_a_coco_export_stay_with_their_boxes(tmp_path):
     assert train_file.is_file() and cut_outs(tmp_path / "data", min_size=10)
 
 
-def test_outlines_of_a_picture_that_is_turned_are_left_out(tmp_path):
+def test_outlines_of_a_image_that_is_turned_are_left_out(tmp_path):
     source = tmp_path / "source"
     paint(source / "images")
-    for name, *_ in PICTURES:
+    for name, *_ in IMAGES:
         path = source / "images" / name
         with Image.open(path) as image:
             exif = image.getexif()
@@ -416,7 +416,7 @@ def test_images_of_one_name_in_several_folders(tmp_path):
         paint(tmp_path / "in" / "images" / folder, four()[:2])
     coco(tmp_path / "in" / "result.json", images)
     done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
-    assert done.pictures == {"train": 3, "val": 1}
+    assert done.images == {"train": 3, "val": 1}
     both = [found(tmp_path / "out", split) for split in ("train", "val")]
     boxes = sorted(box for split in both for boxes in split.values() for box in boxes)
     assert boxes == [("cat", float(n), 0.0, 9.0, 9.0) for n in range(4)]
@@ -448,7 +448,7 @@ def test_a_name_that_could_be_two_files_is_refused(tmp_path):
         convert(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in" / "one").rename(tmp_path / "in" / "images")  # this is the one meant
     done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
-    assert done.problems == ["two/a.png and 3 more pictures: left out, no annotation file lists them"]
+    assert done.problems == ["two/a.png and 3 more images: left out, no annotation file lists them"]
 
 
 def test_two_files_of_the_same_images_are_refused(tmp_path):
@@ -462,7 +462,7 @@ def test_two_files_of_the_same_images_are_refused(tmp_path):
 def test_no_listed_image_is_there(tmp_path):
     paint(tmp_path / "in" / "images", [("z.png", 64, 48, [])])
     coco(tmp_path / "in" / "result.json", four())
-    with pytest.raises(UserError, match="none of the 4 pictures that result.json lists is there.*a.png"):
+    with pytest.raises(UserError, match="none of the 4 images that result.json lists is there.*a.png"):
         convert(tmp_path / "in", tmp_path / "out")
 
 
@@ -475,7 +475,7 @@ def test_a_folder_of_background(tmp_path):
     names_file(source)
     done = convert(source, tmp_path / "out", val=0.25)
     assert done.problems == [
-        "background/images/z0.png and 3 more pictures: no annotation files: taken as empty, as background",
+        "background/images/z0.png and 3 more images: no annotation files: taken as empty, as background",
         "test/images/t.png: left out, they have no annotation files",
     ]
     assert everything(tmp_path / "out") == wanted_of_four() | {f"z{n}.png": [] for n in range(4)}
@@ -489,7 +489,7 @@ def test_a_background_image_never_gets_the_boxes_of_another(tmp_path):
     paint(source / "background", [("a.png", 64, 48, [])])
     names_file(source)
     done = convert(source, tmp_path / "out", val=0.25)
-    assert done.problems == ["background/a.png: left out, their annotations are those of other pictures"]
+    assert done.problems == ["background/a.png: left out, their annotations are those of other images"]
     assert everything(tmp_path / "out") == wanted_of_four()
 
 
@@ -500,7 +500,7 @@ def test_masks_of_pascal_voc_are_no_images(tmp_path):
     voc(source / "Annotations", four())
     done = convert(source, tmp_path / "out", val=0.25)
     assert done.problems == [
-        "SegmentationClass/a.png and 2 more pictures: left out, their annotations are those of other pictures"
+        "SegmentationClass/a.png and 2 more images: left out, their annotations are those of other images"
     ]
     assert set(everything(tmp_path / "out")) == {"a.jpg", "b.jpg", "c.jpg", "d.jpg"}
 
@@ -515,7 +515,7 @@ def test_two_images_of_one_label_file(tmp_path):
     assert done.problems == [
         "images/0.jpg and images/0.png: left out, both would take labels/0.txt: give one another name"
     ]
-    assert done.pictures == {"train": 15, "val": 4}
+    assert done.images == {"train": 15, "val": 4}
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
@@ -523,8 +523,8 @@ def test_one_split_alone_is_divided(tmp_path, split):
     paint(tmp_path / "in" / "images", four())
     coco(tmp_path / "in" / f"export_{split}.json", four())
     done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
-    assert done.pictures == {"train": 3, "val": 1} and everything(tmp_path / "out") == wanted_of_four()
-    assert done.problems == [f"there are no training pictures: those of {split} are divided into train and val"]
+    assert done.images == {"train": 3, "val": 1} and everything(tmp_path / "out") == wanted_of_four()
+    assert done.problems == [f"there are no training images: those of {split} are divided into train and val"]
 
 
 def test_hidden_files_of_an_archive_are_no_images(tmp_path):
@@ -545,7 +545,7 @@ def test_boxes_are_scaled_with_the_image(tmp_path, form):
     paint(source / "images", four(32, 24))
     coco(source / "r.json", four()) if form == "coco" else voc(source / "Annotations", four())
     done = convert(source, tmp_path / "out", val=0.25)
-    assert done.problems == ["a.png and 3 more pictures: annotated at 64x48, scaled to 32x24: boxes scaled along"]
+    assert done.problems == ["a.png and 3 more images: annotated at 64x48, scaled to 32x24: boxes scaled along"]
     half = {name: [(c, *(v / 2 for v in box)) for c, *box in boxes] for name, boxes in wanted_of_four().items()}
     assert everything(tmp_path / "out") == half
     if form == "coco":
@@ -689,7 +689,7 @@ def test_records_that_belong_to_no_image_are_named(tmp_path):
         "r.json, image 21 of the list: left out, its file_name is None: give the name of its file",
         "r.json, annotation 4: left out, image_id '8' is the id of no image: add the image, or take the annotation out",
     ]
-    assert done.pictures == {"train": 16, "val": 4}
+    assert done.images == {"train": 16, "val": 4}
 
 
 @pytest.mark.parametrize(
@@ -743,7 +743,7 @@ def test_a_broken_outline_is_left_out(tmp_path):
     (tmp_path / "in" / "r.json").write_text(json.dumps(content))
     done = convert(tmp_path / "in", tmp_path / "out", val=0.25)
     assert done.problems == [
-        "a.png and 2 more pictures: left out outlines that are broken or were made for another size or turn"
+        "a.png and 2 more images: left out outlines that are broken or were made for another size or turn"
     ]
     written = [json.loads(file.read_text())["annotations"] for file in (tmp_path / "out" / "annotations").iterdir()]
     assert sorted(len(a["segmentation"]) for part in written for a in part) == [0, 0, 0, 1]
@@ -811,7 +811,7 @@ def test_deep_files_are_one_clear_error(tmp_path):
         convert(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in" / "r.json").unlink()
     (tmp_path / "in" / "data.yaml").write_text(f"names: {10**5 * '['}")
-    with pytest.raises(UserError, match="has pictures but no boxes"):
+    with pytest.raises(UserError, match="has images but no boxes"):
         convert(tmp_path / "in", tmp_path / "out")
 
 

@@ -152,7 +152,7 @@ class TestWhole:
         assert {path.name for path in (root / "images").iterdir()} == {
             "IMG_1.jpg", "IMG_2.jpg", "IMG_3.jpg", "cam_image1.jpg", "cam_image2.jpg"}  # fmt: skip
         assert {path.relative_to(source(root)).as_posix() for path in source(root).rglob("*.*")} == set(files)
-        assert not check_coco(root, fetch.SPLITS, read_pictures=True).wrong
+        assert not check_coco(root, fetch.SPLITS, read_images=True).wrong
         for split, count in (("train", 3), ("val", 1), ("test", 1)):
             data = open_data(root, split)
             assert len(data) == count and data[0][0].shape[0] == 3
@@ -224,7 +224,7 @@ class TestWhole:
         assert not server.requests and len(open_data(tmp_path / "cards", "val")) == 1
 
     def test_train_on_it_and_evaluate_on_test(self, server, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr("regolite.plots.draw_run", lambda *_: [])  # drawing takes longer than training here
+        monkeypatch.setattr("regolite.plots.run.draw_run", lambda *_: [])  # drawing takes longer than training here
         root, run = tmp_path / "cards", tmp_path / "run"
         assert main(words(root, server)) == 0
         tiny = "--set queries=20 dim=32 ffn_dim=64 encoder_layers=1 decoder_layers=2 rego_stages=1 rego_ffn_dim=64"

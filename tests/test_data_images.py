@@ -243,11 +243,11 @@ def test_annotations_say_which_pixels_they_refer_to(tmp_path, annotated):
         "categories": [{{"id": 1, "name": "dog"}}]}}"""
     )
     dataset = CocoFolder(tmp_path, "train")
-    report = check_coco(tmp_path, ["train"], read_pictures=True)
+    report = check_coco(tmp_path, ["train"], read_images=True)
     if annotated == "neither":
         with pytest.raises(UserError, match="phone.png is 10x6 pixels but its annotation says 5x3.*regolite convert"):
             dataset.image(0)
-        assert [one["kind"] for one in report.wrong] == ["picture of another size"]
+        assert [one["kind"] for one in report.wrong] == ["image of another size"]
         return
     assert not report.wrong
     wanted = COLORS if annotated == "stored" else np.rot90(COLORS, -1)

@@ -59,7 +59,7 @@ def zipped(files: dict[str, bytes] | list[tuple[Any, bytes]]) -> bytes:
 
 @pytest.fixture(scope="session")
 def files() -> dict[str, dict[str, bytes]]:
-    """What COCO's three archives hold: here 3 pictures of val and 5 of train, of coco_tiny."""
+    """What COCO's three archives hold: here 3 images of val and 5 of train, of coco_tiny."""
     held: dict[str, dict[str, bytes]] = {"annotations": {"annotations/captions_val2017.json": b"{}"}}
     for split, count in (("val", 3), ("train", 5)):
         content = json.loads((TINY / "annotations" / f"instances_{split}.json").read_bytes())
@@ -108,7 +108,7 @@ def expected(files: dict[str, dict[str, bytes]], *splits: str) -> dict[str, byte
 class TestWhole:
     def test_one_command_makes_what_training_reads(self, coco, files, tmp_path, capsys):
         root = tmp_path / "new" / "coco"
-        words = ["prepare-coco", "--root", str(root), "--mirror", coco.url + "/", "--read-pictures"]
+        words = ["prepare-coco", "--root", str(root), "--mirror", coco.url + "/", "--read-images"]
         assert main(words) == 0
         assert on_disk(root) == expected(files, "val", "train")  # no zip files, no captions
         assert coco.requests == [(PATHS[name], None) for name in ("annotations", "val", "train")]
@@ -116,8 +116,8 @@ class TestWhole:
             data = open_data(root, split)
             assert len(data) == count and data[0][0].shape[0] == 3
         out = capsys.readouterr().out
-        assert "val: not all of COCO 2017, which has 5000 pictures here" in out
-        assert "val: 3 pictures" in out and "nothing is wrong" in out and f"train --data {root}" in out
+        assert "val: not all of COCO 2017, which has 5000 images here" in out
+        assert "val: 3 images" in out and "nothing is wrong" in out and f"train --data {root}" in out
         assert main(words) == 0
         assert len(coco.requests) == 3, "it is all there: nothing to ask for"
 
@@ -141,7 +141,7 @@ class TestWhole:
         assert coco.requests == [(PATHS["annotations"], None)]
         assert on_disk(tmp_path) == expected(files, "val") | {own.name: own.read_bytes()}
 
-    def test_a_missing_or_empty_picture_is_fetched_again(self, coco, files, tmp_path):
+    def test_a_missing_or_empty_image_is_fetched_again(self, coco, files, tmp_path):
         prepare_coco(tmp_path, ["val"], coco.url)
         first, second, third = sorted((tmp_path / "val2017").iterdir())
         first.unlink()
@@ -151,7 +151,7 @@ class TestWhole:
         assert on_disk(tmp_path) == expected(files, "val") and third.stat().st_ino == kept
         assert coco.requests[2:] == [(PATHS["val"], None)]
 
-    def test_a_picture_that_no_archive_has_ends_in_the_report(self, coco, files, tmp_path, capsys):
+    def test_a_image_that_no_archive_has_ends_in_the_report(self, coco, files, tmp_path, capsys):
         content = json.loads(files["annotations"]["annotations/instances_val2017.json"])
         content["images"].append({"id": 9, "file_name": "000000000009.jpg", "width": 9, "height": 9})
         (tmp_path / "annotations").mkdir()
@@ -159,7 +159,7 @@ class TestWhole:
         words = ["prepare-coco", "--root", str(tmp_path), "--mirror", coco.url, "--splits", "val"]
         assert main(words) == 1
         assert coco.requests == [(PATHS["val"], None)]
-        assert "! val: missing picture (1): 000000000009.jpg" in capsys.readouterr().out
+        assert "! val: missing image (1): 000000000009.jpg" in capsys.readouterr().out
 
     def test_ctrl_c_says_how_to_go_on(self, coco, tmp_path, monkeypatch, capsys):
         def interrupted(*_: Any) -> None:
@@ -463,7 +463,7 @@ class TestUnpack:
         assert re.search(r"val2017\.zip\.part cannot be unpacked .*delete it", capsys.readouterr().err)
         assert not (tmp_path / "val2017").exists()
 
-    def test_a_damaged_picture_in_a_zip(self, coco, files, tmp_path):
+    def test_a_damaged_image_in_a_zip(self, coco, files, tmp_path):
         whole = coco.files[PATHS["val"]]
         *_, last = files["val"].items()
         at = whole.index(last[1]) + 100
@@ -543,23 +543,23 @@ def twice(records: str):
 
 class TestCheck:
     def test_a_whole_folder_has_nothing_wrong(self, folder):
-        report = check_coco(folder, read_pictures=True)
+        report = check_coco(folder, read_images=True)
         assert not report.wrong and not report.notes
-        assert report.counts["val"] == {"pictures": 3, "objects": report.counts["val"]["objects"], "categories": 80}
+        assert report.counts["val"] == {"images": 3, "objects": report.counts["val"]["objects"], "categories": 80}
 
     @pytest.mark.parametrize(
         ("damage", "kinds"),
         [
-            (of(0, "images", file_name="none.jpg"), ["missing picture"]),
-            (of(0, "images", width="640"), ["picture without a size"]),
-            (without(0, "images", "file_name"), ["picture without a file name", "annotation of an unknown picture"]),
-            (without(0, "images", "id"), ["image without an id", "annotation of an unknown picture"]),
-            (twice("images"), ["image id given twice", "picture listed twice"]),
+            (of(0, "images", file_name="none.jpg"), ["missing image"]),
+            (of(0, "images", width="640"), ["image without a size"]),
+            (without(0, "images", "file_name"), ["image without a file name", "annotation of an unknown image"]),
+            (without(0, "images", "id"), ["image without an id", "annotation of an unknown image"]),
+            (twice("images"), ["image id given twice", "image listed twice"]),
             (twice("categories"), ["category id given twice"]),
             (without(0, "categories", "name"), ["category without a name"]),
             (twice("annotations"), ["annotation id given twice"]),
             (of(0, "annotations", id="7"), ["annotation without an id"]),
-            (of(0, "annotations", image_id=4), ["annotation of an unknown picture"]),
+            (of(0, "annotations", image_id=4), ["annotation of an unknown image"]),
             (of(0, "annotations", category_id=12), ["unknown category"]),
             (of(0, "annotations", category_id=[1]), ["unknown category"]),
             (of(0, "annotations", area="big"), ["area is no number"]),
@@ -578,14 +578,14 @@ class TestCheck:
             (of(0, "annotations", iscrowd=7), ["iscrowd is no number"]),
             (of(0, "annotations", iscrowd=True), ["iscrowd is no number"]),
             (of(0, "annotations", id=2**64), ["annotation without an id"]),
-            (of(0, "images", id=True), ["image without an id", "annotation of an unknown picture"]),
-            (of(0, "images", id=1.0), ["image without an id", "annotation of an unknown picture"]),
-            (of(0, "images", height=0), ["picture without a size"]),
-            (of(0, "images", file_name=5), ["picture without a file name", "annotation of an unknown picture"]),
+            (of(0, "images", id=True), ["image without an id", "annotation of an unknown image"]),
+            (of(0, "images", id=1.0), ["image without an id", "annotation of an unknown image"]),
+            (of(0, "images", height=0), ["image without a size"]),
+            (of(0, "images", file_name=5), ["image without a file name", "annotation of an unknown image"]),
             (of(0, "categories", name=True), ["category without a name"]),
             (of(0, "categories", name="car"), ["category name given twice"]),
-            (of(0, "annotations", bbox=[9999, 2, 3, 4]), ["box outside its picture"]),
-            (of(0, "annotations", bbox=[-9, 2, 9, 4]), ["box outside its picture"]),
+            (of(0, "annotations", bbox=[9999, 2, 3, 4]), ["box outside its image"]),
+            (of(0, "annotations", bbox=[-9, 2, 9, 4]), ["box outside its image"]),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else "",
     )
@@ -618,7 +618,7 @@ class TestCheck:
 
     def test_images_are_looked_for_where_training_does(self, folder):
         change(folder, lambda content: [i.update(file_name="val2017\\" + i["file_name"]) for i in content["images"]])
-        report = check_coco(folder, read_pictures=True)
+        report = check_coco(folder, read_images=True)
         assert not report.wrong and not report.notes
         open_data(folder, "val")[0]
 
@@ -628,8 +628,8 @@ class TestCheck:
             (of(0, "annotations", bbox=[10, 20, 0, 30]), "box without area"),
             (of(0, "annotations", bbox=[0, 0, 9999, 20]), "box over the edge"),
             (of(0, "annotations", area=0), "object with an area of 0"),
-            (lambda content: content["images"].pop(), "picture not listed"),
-            (lambda content: content["annotations"].__delitem__(slice(1, None)), "picture without objects"),
+            (lambda content: content["images"].pop(), "image not listed"),
+            (lambda content: content["annotations"].__delitem__(slice(1, None)), "image without objects"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -657,18 +657,18 @@ class TestCheck:
         change(folder, of(0, "annotations", bbox=[size - 10, 5, 10.9, 5]))
         assert not check_coco(folder).notes
 
-    def test_pictures_are_opened_on_demand(self, folder):
+    def test_images_are_opened_on_demand(self, folder):
         cut, other, empty = sorted((folder / "val2017").iterdir())
         cut.write_bytes(cut.read_bytes()[:3000])
         Image.new("RGB", (32, 16)).save(other)
         empty.write_bytes(b"")
-        assert [(f["kind"], f["file"]) for f in check_coco(folder).wrong] == [("empty picture", empty.name)]
-        found = {(f["kind"], f["file"]) for f in check_coco(folder, read_pictures=True, workers=2).wrong}
+        assert [(f["kind"], f["file"]) for f in check_coco(folder).wrong] == [("empty image", empty.name)]
+        found = {(f["kind"], f["file"]) for f in check_coco(folder, read_images=True, workers=2).wrong}
         assert found == {
-            ("unreadable picture", cut.name),
-            ("picture of another size", other.name),
-            ("empty picture", empty.name),
-            ("unreadable picture", empty.name),
+            ("unreadable image", cut.name),
+            ("image of another size", other.name),
+            ("empty image", empty.name),
+            ("unreadable image", empty.name),
         }
 
     def test_short_on_the_terminal_and_whole_in_json(self, folder, tmp_path, capsys):
@@ -682,16 +682,16 @@ class TestCheck:
         listed = [i["file_name"] for i in json.loads(
             (folder / "annotations" / "instances_train2017.json").read_bytes())["images"]]  # fmt: skip
         missing = [name for name in listed if name != names[0]]
-        assert f"! train: missing picture (4): {', '.join(missing[:3])}, ..." in out
+        assert f"! train: missing image (4): {', '.join(missing[:3])}, ..." in out
         assert "bbox [9999, 2, 3, 4] in " in out and missing[3] not in out
         assert err == f"regolite: 5 things are wrong in {folder}; all are in {file}\n"
         report = json.loads(file.read_text())
-        assert [f["file"] for f in report["wrong"] if f["kind"] == "missing picture"] == missing
-        assert report["counts"]["train"]["pictures"] == 5 and report["root"] == str(folder)
+        assert [f["file"] for f in report["wrong"] if f["kind"] == "missing image"] == missing
+        assert report["counts"]["train"]["images"] == 5 and report["root"] == str(folder)
 
     def test_other_folders_can_be_checked_too(self, capsys):
         assert main(["prepare-coco", "--check", "--root", str(TINY)]) == 0
-        assert "train: 126 pictures" in capsys.readouterr().out
+        assert "train: 126 images" in capsys.readouterr().out
 
     def test_nothing_is_downloaded_to_check(self, coco, tmp_path, capsys):
         assert main(["prepare-coco", "--check", "--root", str(tmp_path), "--mirror", coco.url]) == 2

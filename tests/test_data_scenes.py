@@ -53,22 +53,22 @@ def test_items(scenes):
         assert pixels.shape == (3, 128, 128)
         assert target.size == (128, 128)
         assert 1 <= len(target) <= 8
-        centres, sides = target.boxes.split(2, dim=1)
-        assert (centres - sides / 2 >= 0).all()
-        assert (centres + sides / 2 <= 1).all()
+        centers, sides = target.boxes.split(2, dim=1)
+        assert (centers - sides / 2 >= 0).all()
+        assert (centers + sides / 2 <= 1).all()
         assert (sides * 128 >= 4).all()
         labels |= set(target.labels.tolist())
     assert labels == set(range(len(CLASSES)))
 
 
 def test_boxes_hold_what_is_seen(scenes):
-    """Painting one thing in another colour changes pixels inside its box alone, up to the box's edges."""
+    """Painting one thing in another color changes pixels inside its box alone, up to the box's edges."""
     for i in range(12):
         scene, objects = scenes.scene(i), scenes.objects(i)
         before = np.asarray(scene.draw()).astype(int)
         for k, thing in enumerate(scene.things):
             things = list(scene.things)
-            things[k] = replace(thing, colours=tuple(tuple(255 - c for c in colour) for colour in thing.colours))
+            things[k] = replace(thing, colors=tuple(tuple(255 - c for c in color) for color in thing.colors))
             after = np.asarray(Scene(scene.size, scene.noise, things).draw()).astype(int)
             rows, columns = np.nonzero(np.abs(after - before).max(2) > 50)
             x, y, w, h = objects.boxes[k]
@@ -92,12 +92,12 @@ def test_occlusion(scenes):
     assert hidden > COUNT / 4
 
 
-def test_only_the_neighbour_tells_a_balls_class(scenes):
+def test_only_the_neighbor_tells_a_balls_class(scenes):
     """Swap square and star: the pixels in the ball's box stay, its class changes."""
     swapped = 0
     for i in range(COUNT):
         scene, objects = scenes.scene(i), scenes.objects(i)
-        picture = np.asarray(scene.draw())
+        image = np.asarray(scene.draw())
         for k, ball in enumerate(scene.things):
             if ball.decider is None:
                 continue
@@ -108,9 +108,9 @@ def test_only_the_neighbour_tells_a_balls_class(scenes):
             other = Scene(scene.size, scene.noise, things)
             x, y, w, h = objects.boxes[k].astype(int)
             inside = slice(y, y + h), slice(x, x + w)
-            other_picture = np.asarray(other.draw())
-            assert np.array_equal(picture[inside], other_picture[inside])
-            assert not np.array_equal(picture, other_picture)
+            other_image = np.asarray(other.draw())
+            assert np.array_equal(image[inside], other_image[inside])
+            assert not np.array_equal(image, other_image)
             assert CLASSES[scene.label(k)] == f"ball of {decider.shape}"
             assert CLASSES[other.label(k)] == f"ball of {other_shape}"
             swapped += 1
@@ -221,7 +221,7 @@ def test_open_data():
         ("scenes:30:seeds=3", "'seeds=3' is not understood.*seed="),
         ("scenes:30:40", "'40' is not understood"),
         ("scenes:30:seed=x", "'seed=x' is not understood"),
-        ("scenes:0", "number of pictures 0"),
+        ("scenes:0", "number of images 0"),
         ("scenes:30:size=8", "size 8: give 64"),
         ("scenes:30:context=2", "context 2.0: give 0 to 1"),
         ("scenes:30:seed=-1", "seed -1"),

@@ -25,19 +25,19 @@ WIDTH, HEIGHT = 320, 220
 BOXES = torch.tensor([[8.0, 10, 58, 60], [180, 60, 300, 200], [140, 5, 170, 215]])
 
 
-def picture():
-    """A black picture with a red, a green and a blue rectangle: the channel of the colour is the label."""
+def rectangles():
+    """A black image with a red, a green and a blue rectangle: the channel of the color is the label."""
     image = Image.new("RGB", (WIDTH, HEIGHT))
     for channel, (x0, y0, x1, y1) in enumerate(BOXES.int().tolist()):
-        colour = tuple(255 * (channel == k) for k in range(3))
-        ImageDraw.Draw(image).rectangle([x0, y0, x1 - 1, y1 - 1], fill=colour)
+        color = tuple(255 * (channel == k) for k in range(3))
+        ImageDraw.Draw(image).rectangle([x0, y0, x1 - 1, y1 - 1], fill=color)
     return image
 
 
 def apply(transform, seed):
     torch.manual_seed(seed)
     boxes = tv_tensors.BoundingBoxes(BOXES, format="XYXY", canvas_size=(HEIGHT, WIDTH))
-    pixels, moved = transform(picture(), {"boxes": boxes, "labels": torch.arange(3)})
+    pixels, moved = transform(rectangles(), {"boxes": boxes, "labels": torch.arange(3)})
     levels = pixels * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
     return levels, moved["boxes"], moved["labels"]
 
@@ -66,9 +66,9 @@ def test_every_step_occurs():
         levels, boxes, labels = apply(make_transform("laptop_crop", 160), seed)
         sizes.add(tuple(boxes[0, 2:] - boxes[0, :2]) if len(boxes) else ())
         dropped += len(labels) < 3
-        centres = {label: box[[0, 2]].mean() for label, box in zip(labels.tolist(), boxes, strict=True)}
-        if 0 in centres and 1 in centres:
-            flipped += bool(centres[0] > centres[1])
+        centers = {label: box[[0, 2]].mean() for label, box in zip(labels.tolist(), boxes, strict=True)}
+        if 0 in centers and 1 in centers:
+            flipped += bool(centers[0] > centers[1])
     assert len(sizes) > 15  # half of the windows are the whole image
     assert flipped in range(8, 32)
     assert dropped > 1
@@ -93,7 +93,7 @@ def test_sizes():
 def test_crop_window():
     torch.manual_seed(0)
     crop = RandomSizeCrop(100, 400)
-    windows = [crop(picture()).size for _ in range(50)]
+    windows = [crop(rectangles()).size for _ in range(50)]
     assert min(min(window) for window in windows) >= 100
     assert max(width for width, _ in windows) <= WIDTH
     assert len(set(windows)) > 40
@@ -104,7 +104,7 @@ def test_crop_window():
 def test_zoomed_images_keep_their_shape():
     """So batches of images of one shape need no padding."""
     torch.manual_seed(0)
-    windows = [RandomZoom(0.5)(picture()).size for _ in range(50)]
+    windows = [RandomZoom(0.5)(rectangles()).size for _ in range(50)]
     shares = [width / WIDTH for width, _ in windows]
     assert 0.5 <= min(shares) < 0.6 and 0.9 < max(shares) <= 1
     assert all(abs(height / HEIGHT - share) <= 1 / HEIGHT for (_, height), share in zip(windows, shares))
@@ -124,15 +124,15 @@ def test_randomness_is_torchs(name):
     assert any(other.shape != first.shape or not torch.equal(other, first) for other in others)
 
 
-def test_picture_alone_and_no_objects():
-    pixels = make_transform("laptop", 160, train=False)(picture())
+def test_image_alone_and_no_objects():
+    pixels = make_transform("laptop", 160, train=False)(rectangles())
     assert type(pixels) is torch.Tensor
     for name in TRANSFORMS:
         empty = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(HEIGHT, WIDTH))
         for seed in range(4):
             torch.manual_seed(seed)
             _, moved = make_transform(name, 96)(
-                picture(), {"boxes": empty, "labels": torch.zeros(0, dtype=torch.int64)}
+                rectangles(), {"boxes": empty, "labels": torch.zeros(0, dtype=torch.int64)}
             )
             assert moved["boxes"].shape == (0, 4)
 

@@ -13,15 +13,15 @@ CELLS = 26
 B, Q, M, L, K, C = 2, 3, 2, 2, 3, 4  # batch, queries, heads, levels, points, channels of a head
 
 
-def read(picture, x, y):
-    """Bilinear interpolation at x, y in [0, 1]; whatever lies outside the picture is zero."""
-    height, width = picture.shape[:2]
-    column, row = x * width - 0.5, y * height - 0.5  # the centre of the first cell is 0
+def read(image, x, y):
+    """Bilinear interpolation at x, y in [0, 1]; whatever lies outside the image is zero."""
+    height, width = image.shape[:2]
+    column, row = x * width - 0.5, y * height - 0.5  # the center of the first cell is 0
     total = 0
     for i in (math.floor(row), math.floor(row) + 1):
         for j in (math.floor(column), math.floor(column) + 1):
             if 0 <= i < height and 0 <= j < width:
-                total = total + (1 - abs(row - i)) * (1 - abs(column - j)) * picture[i, j]
+                total = total + (1 - abs(row - i)) * (1 - abs(column - j)) * image[i, j]
     return total
 
 
@@ -33,11 +33,11 @@ def loop(values, shapes, locations, weights):
             for m in range(M):
                 start = 0
                 for level, (height, width) in enumerate(shapes):
-                    picture = values[b, start : start + height * width, m].view(height, width, -1)
+                    image = values[b, start : start + height * width, m].view(height, width, -1)
                     start += height * width
                     for k in range(K):
                         x, y = locations[b, q, m, level, k].tolist()
-                        out[b, q, m] += weights[b, q, m, level, k] * read(picture, x, y)
+                        out[b, q, m] += weights[b, q, m, level, k] * read(image, x, y)
     return out.flatten(2)
 
 
@@ -67,7 +67,7 @@ def test_gradients_are_right():
     assert torch.autograd.gradcheck(lambda v, x, w: sample_and_mix(v, SHAPES, x, w), inputs)
 
 
-def test_the_centre_of_a_cell_reads_that_cell_and_a_place_far_outside_nothing():
+def test_the_center_of_a_cell_reads_that_cell_and_a_place_far_outside_nothing():
     values = torch.arange(float(CELLS)).view(1, CELLS, 1, 1)
     weights = torch.ones(1, 1, 1, 1, 1)
     for row in range(5):
@@ -96,7 +96,7 @@ def some_memory(mask=None):
 
 
 def test_at_the_start_each_head_looks_in_its_own_direction():
-    """Eight heads: the eight neighbours of the reference point, then the same directions two cells away, ..."""
+    """Eight heads: the eight neighbors of the reference point, then the same directions two cells away, ..."""
     attention = DeformableAttention(DIM, 8, 2, 4)
     reference = torch.full((1, 1, 2, 2), 0.5)
     places, weights = attention.sampling(torch.randn(1, 1, DIM), SHAPES, reference)

@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, SIZES, batch, deformable, pictures, refined, two_stage, with_stub
+from small_models import CLASSES, SIZES, batch, deformable, random_images, refined, two_stage, with_stub
 from torch import nn
 
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.models.deformable_detr import (
     DeformableDetr,
     DeformableDetrConfig,
-    PictureNorm,
+    ImageNorm,
     Proposals,
     Pyramid,
-    cell_centres,
+    cell_centers,
     valid_ratio,
 )
 from regolite.models.positions import sine_positions
@@ -25,13 +25,13 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 KINDS = [deformable, refined, two_stage]
 
 
-# A second implementation, of one picture without padding
+# A second implementation, of one image without padding
 
 
-def read(picture, x, y):
+def read(image, x, y):
     """Bilinear interpolation of a [h, w, c] map at x, y in cells, zero outside, by way of a border of zeros."""
-    height, width = picture.shape[:2]
-    bordered = F.pad(picture, (0, 0, 1, 1, 1, 1))
+    height, width = image.shape[:2]
+    bordered = F.pad(image, (0, 0, 1, 1, 1, 1))
     total = 0
     for i, vertical in ((y.floor(), 1 - y % 1), (y.floor() + 1, y % 1)):
         for j, horizontal in ((x.floor(), 1 - x % 1), (x.floor() + 1, x % 1)):
@@ -41,7 +41,7 @@ def read(picture, x, y):
 
 
 def look(attention, queries, tokens, shapes, reference):
-    """Deformable attention of one picture; the reference is [Q, 2] or [Q, 4], the same on all levels."""
+    """Deformable attention of one image; the reference is [Q, 2] or [Q, 4], the same on all levels."""
     m, levels, k = attention.heads, attention.levels, attention.points
     offsets = attention.sampling_offsets(queries).view(-1, m, levels, k, 2)
     weights = attention.attention_weights(queries).view(-1, m, levels * k).softmax(-1).view(-1, m, levels, k)
@@ -50,7 +50,7 @@ def look(attention, queries, tokens, shapes, reference):
     for head in range(m):
         mixed = 0
         for level, (height, width) in enumerate(shapes):
-            picture = values[level].view(height, width, m, -1)[:, :, head]
+            image = values[level].view(height, width, m, -1)[:, :, head]
             for point in range(k):
                 dx, dy = offsets[:, head, level, point].unbind(-1)
                 if reference.shape[1] == 2:
@@ -58,7 +58,7 @@ def look(attention, queries, tokens, shapes, reference):
                 else:
                     x = (reference[:, 0] + dx / k * reference[:, 2] / 2) * width
                     y = (reference[:, 1] + dy / k * reference[:, 3] / 2) * height
-                mixed = mixed + weights[:, head, level, point, None] * read(picture, x - 0.5, y - 0.5)
+                mixed = mixed + weights[:, head, level, point, None] * read(image, x - 0.5, y - 0.5)
         heads.append(mixed)
     return attention.out(torch.cat(heads, -1))
 
@@ -84,7 +84,7 @@ def second_pyramid(model, maps):
 
 
 def second_proposals(model, x, shapes):
-    """Proposals of one picture, cell by cell."""
+    """Proposals of one image, cell by cell."""
     part = model.proposals
     anchors = []
     for level, (height, width) in enumerate(shapes):
@@ -114,13 +114,13 @@ def second(model, images):
     shapes = [tuple(x.shape[-2:]) for x in levels]
     x = torch.cat([x[0].flatten(1).T for x in levels])
     where = [
-        sine_positions(torch.zeros(1, *shape, dtype=torch.bool), model.dim, centre=True)[0].flatten(1).T
+        sine_positions(torch.zeros(1, *shape, dtype=torch.bool), model.dim, center=True)[0].flatten(1).T
         for shape in shapes
     ]
     where = torch.cat([w + level for w, level in zip(where, model.level_positions)])
-    centres = [[(j + 0.5) / w, (i + 0.5) / h] for h, w in shapes for i in range(h) for j in range(w)]
+    centers = [[(j + 0.5) / w, (i + 0.5) / h] for h, w in shapes for i in range(h) for j in range(w)]
     for layer in model.encoder.layers:
-        x = layer.attention_norm(x + look(layer.attention, x + where, x, shapes, torch.tensor(centres)))
+        x = layer.attention_norm(x + look(layer.attention, x + where, x, shapes, torch.tensor(centers)))
         x = ffn(layer, x)
 
     proposals = None
@@ -169,7 +169,7 @@ def test_shapes_and_names(make):
     model = make()
     with torch.no_grad():
         output = model(batch((64, 96), (96, 64)))
-    assert (model.scoring, model.columns, model.dim, model.heads) == ("sigmoid", CLASSES, 32, 4)
+    assert (model.scoring, model.num_logits, model.dim, model.heads) == ("sigmoid", CLASSES, 32, 4)
     assert output.queries.shape == (2, 7, 32)
     for layer in output.layers:
         assert (layer.logits.shape, layer.boxes.shape) == ((2, 7, CLASSES), (2, 7, 4))
@@ -189,23 +189,23 @@ def test_shapes_and_names(make):
 @pytest.mark.parametrize(
     "sizes", [[(64, 64), (160, 96)], [(96, 128), (128, 64)], [(50, 70), (33, 96), (100, 100)]], ids=str
 )
-def test_padding_does_not_move_a_pictures_boxes(make, levels, sizes):
+def test_padding_does_not_move_a_images_boxes(make, levels, sizes):
     """A batch whose sides are odd multiples of 32 has coarse cells that belong half to the padding."""
-    model, images = with_stub(make(levels=levels)), pictures(*sizes)
+    model, images = with_stub(make(levels=levels)), random_images(*sizes)
     with torch.no_grad():
-        together = model(batch_pictures(images, 32))
-        for i, picture in enumerate(images):
-            alone = model(batch_pictures([picture], 32))
+        together = model(batch_images(images, 32))
+        for i, image in enumerate(images):
+            alone = model(batch_images([image], 32))
             for one, many in zip(alone.layers, together.layers):
                 torch.testing.assert_close(one.boxes[0], many.boxes[i], **CLOSE)
                 torch.testing.assert_close(one.logits[0], many.logits[i], **CLOSE)
-    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-2  # the pictures do matter
+    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-2  # the pixels do matter
 
 
 def test_published_models_let_padding_in():
-    model, images = with_stub(deformable(mask_padding=False)), pictures((64, 64), (160, 96))
+    model, images = with_stub(deformable(mask_padding=False)), random_images((64, 64), (160, 96))
     with torch.no_grad():
-        together, alone = model(batch_pictures(images, 32)), model(batch_pictures(images[:1], 32))
+        together, alone = model(batch_images(images, 32)), model(batch_images(images[:1], 32))
     assert (together.final.boxes[0] - alone.final.boxes[0]).abs().max() > 1e-3
 
 
@@ -247,10 +247,10 @@ def test_at_the_start_every_layer_gives_the_reference_points_and_small_sizes(ref
     model = fresh(refine=refine)
     with torch.no_grad():
         output = model(batch((64, 64)))
-        centres = model.reference_points(model.query_positions.weight).sigmoid()
+        centers = model.reference_points(model.query_positions.weight).sigmoid()
     size = 1 / (1 + math.exp(2))
     for layer in output.layers:
-        torch.testing.assert_close(layer.boxes[0, :, :2], centres)
+        torch.testing.assert_close(layer.boxes[0, :, :2], centers)
         torch.testing.assert_close(layer.boxes[0, :, 2:], torch.full((7, 2), size))
         assert layer.logits.sigmoid().mean() < 0.05  # the prior of the focal loss is 0.01
 
@@ -293,12 +293,12 @@ def test_plain_layers_keep_the_reference_point_and_share_their_heads():
         layer.register_forward_hook(lambda module, inputs, output: asked.append((inputs[3], output)))
     with torch.no_grad():
         output = model(batch((64, 64)))
-        centres = model.reference_points(model.query_positions.weight).sigmoid()
+        centers = model.reference_points(model.query_positions.weight).sigmoid()
         for (reference, state), layer in zip(asked, output.layers):
-            torch.testing.assert_close(reference, centres[None, :, None].expand(1, -1, 3, -1))
+            torch.testing.assert_close(reference, centers[None, :, None].expand(1, -1, 3, -1))
             torch.testing.assert_close(layer.logits, model.class_heads[0](state))
             change = model.box_heads[0](state)
-            torch.testing.assert_close(layer.boxes[..., :2], (logit(centres) + change[..., :2]).sigmoid(), **CLOSE)
+            torch.testing.assert_close(layer.boxes[..., :2], (logit(centers) + change[..., :2]).sigmoid(), **CLOSE)
             torch.testing.assert_close(layer.boxes[..., 2:], change[..., 2:].sigmoid(), **CLOSE)
 
 
@@ -367,19 +367,19 @@ def test_levels_beyond_the_backbone_halve_its_last_map():
 
 
 def some_norm(mask_padding=True):
-    norm = PictureNorm(4, 12, mask_padding)
+    norm = ImageNorm(4, 12, mask_padding)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     return norm
 
 
-def test_picture_norm_is_group_norm_where_there_is_no_padding():
+def test_image_norm_is_group_norm_where_there_is_no_padding():
     norm, x = some_norm(), torch.randn(2, 12, 5, 6) * 3 + 1
     expected = F.group_norm(x, 4, norm.weight, norm.bias, norm.eps)
     torch.testing.assert_close(norm(x, torch.zeros(2, 5, 6, dtype=torch.bool)), expected)
 
 
-def test_picture_norm_ignores_padding_and_leaves_zeros_there():
+def test_image_norm_ignores_padding_and_leaves_zeros_there():
     norm, x = some_norm(), torch.randn(2, 12, 5, 6)
     mask = torch.ones(2, 5, 6, dtype=torch.bool)
     mask[0, :3, :4] = mask[1] = False
@@ -392,7 +392,7 @@ def test_picture_norm_ignores_padding_and_leaves_zeros_there():
     torch.testing.assert_close(published(x, mask), F.group_norm(x, 4, published.weight, published.bias))
 
 
-def test_picture_norms_gradients_are_right():
+def test_image_norms_gradients_are_right():
     norm = some_norm().double()
     mask = torch.zeros(1, 3, 3, dtype=torch.bool)
     mask[:, 2] = True
@@ -400,18 +400,18 @@ def test_picture_norms_gradients_are_right():
     assert torch.autograd.gradcheck(lambda x: norm(x, mask), (x,))
 
 
-def test_valid_ratio_and_cell_centres():
+def test_valid_ratio_and_cell_centers():
     mask = torch.ones(2, 4, 8, dtype=torch.bool)
     mask[0, :3, :6] = mask[1] = False
     valid = valid_ratio(mask)
     assert valid.tolist() == [[0.75, 0.75], [1, 1]]
-    centres = cell_centres([(4, 8), (2, 4)], torch.stack([valid, torch.tensor([[0.5, 1.0], [1, 1]])], 1))
-    assert centres.shape == (2, 32 + 8, 2, 2)
-    # Cell (row 2, column 4) of level 0 in the first picture: 4.5 of its 6 columns, 2.5 of its 3 rows.
-    of_picture = torch.tensor([4.5 / 6, 2.5 / 3])
-    torch.testing.assert_close(centres[0, 2 * 8 + 4, 0], of_picture * 0.75)
-    torch.testing.assert_close(centres[0, 2 * 8 + 4, 1], of_picture * torch.tensor([0.5, 1.0]))
-    torch.testing.assert_close(centres[1, 32 + 4, 0], torch.tensor([0.5 / 4, 1.5 / 2]))
+    centers = cell_centers([(4, 8), (2, 4)], torch.stack([valid, torch.tensor([[0.5, 1.0], [1, 1]])], 1))
+    assert centers.shape == (2, 32 + 8, 2, 2)
+    # Cell (row 2, column 4) of level 0 in the first image: 4.5 of its 6 columns, 2.5 of its 3 rows.
+    of_image = torch.tensor([4.5 / 6, 2.5 / 3])
+    torch.testing.assert_close(centers[0, 2 * 8 + 4, 0], of_image * 0.75)
+    torch.testing.assert_close(centers[0, 2 * 8 + 4, 1], of_image * torch.tensor([0.5, 1.0]))
+    torch.testing.assert_close(centers[1, 32 + 4, 0], torch.tensor([0.5 / 4, 1.5 / 2]))
 
 
 # Mistakes

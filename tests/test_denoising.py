@@ -65,7 +65,7 @@ def test_boxes_at_the_border_stay_inside_and_keep_an_area():
 
 def test_known_matches_pair_each_positive_with_its_object():
     matches = known_matches(PaddedTargets.of(targets()), 2)
-    pairs = zip(*(t.tolist() for t in (matches.prediction, matches.picture, matches.query, matches.target)))
+    pairs = zip(*(t.tolist() for t in (matches.prediction, matches.image, matches.query, matches.target)))
     one = [(0, 0, 0), (0, 1, 1), (0, 2, 2), (2, 0, 0)]
     assert list(pairs) == [(p, *pair) for p in range(2) for pair in one]
 

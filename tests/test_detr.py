@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, batch, detr, detr_star, pictures, small_resnet, with_stub
+from small_models import CLASSES, batch, detr, detr_star, random_images, small_resnet, with_stub
 from torch import nn
 
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.models.attention import MultiHeadAttention
 from regolite.models.positions import sine_positions
 from regolite.models.transformer import Decoder, DecoderLayer, EncoderLayer, box_head, class_head
@@ -73,7 +73,7 @@ def some_decoder_layer(**options):
     return shaken(DecoderLayer(DIM, HEADS, MultiHeadAttention(DIM, HEADS), FFN, 0.0, **options))
 
 
-def test_decoder_layers_are_torchs_and_every_one_is_kept_and_normalised():
+def test_decoder_layers_are_torchs_and_every_one_is_kept_and_normalized():
     layers, norm = [some_decoder_layer() for _ in range(2)], shaken(nn.LayerNorm(DIM))
     tokens = torch.randn(2, 6, DIM)
     mask = torch.zeros(2, 6, dtype=torch.bool)
@@ -180,7 +180,7 @@ def test_the_whole_is_a_second_implementation(make):
 @pytest.mark.parametrize("make, columns", [(detr, CLASSES + 1), (detr_star, CLASSES)])
 def test_shapes_and_names(make, columns):
     model = make()
-    assert (model.columns, model.dim, model.heads) == (columns, 32, 4)
+    assert (model.num_logits, model.dim, model.heads) == (columns, 32, 4)
     assert model.scoring == ("softmax" if make is detr else "sigmoid")
     with torch.no_grad():
         output = model(batch((64, 96), (96, 64)))
@@ -196,16 +196,16 @@ def test_shapes_and_names(make, columns):
 
 @pytest.mark.parametrize("make", [detr, detr_star])
 @pytest.mark.parametrize("sizes", [[(64, 96), (128, 160)], [(50, 70), (96, 33), (128, 128)]])
-def test_padding_does_not_move_a_pictures_boxes(make, sizes):
-    model, images = with_stub(make()), pictures(*sizes)
+def test_padding_does_not_move_a_images_boxes(make, sizes):
+    model, images = with_stub(make()), random_images(*sizes)
     with torch.no_grad():
-        together = model(batch_pictures(images, 32))
-        for i, picture in enumerate(images):
-            alone = model(batch_pictures([picture], 32))
+        together = model(batch_images(images, 32))
+        for i, image in enumerate(images):
+            alone = model(batch_images([image], 32))
             for one, many in zip(alone.layers, together.layers):
                 torch.testing.assert_close(one.logits[0], many.logits[i], rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(one.boxes[0], many.boxes[i], rtol=1e-4, atol=1e-4)
-    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-2  # the pictures do matter
+    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-2  # the pixels do matter
 
 
 @pytest.mark.parametrize("make", [detr, detr_star])
@@ -226,8 +226,8 @@ def test_the_boxes_of_detr_star_start_at_the_reference_points():
     nn.init.zeros_(model.box_head[-1].bias)
     with torch.no_grad():
         boxes = model(batch((64, 64))).final.boxes
-        centres = model.reference_points(model.query_positions.weight).sigmoid()
-    torch.testing.assert_close(boxes, torch.cat([centres, torch.full((7, 2), 0.5)], 1)[None])
+        centers = model.reference_points(model.query_positions.weight).sigmoid()
+    torch.testing.assert_close(boxes, torch.cat([centers, torch.full((7, 2), 0.5)], 1)[None])
 
 
 def test_dc5_detects_at_stride_16_and_glimpses_at_32(monkeypatch):

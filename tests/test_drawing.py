@@ -19,8 +19,8 @@ from PIL import Image
 
 from regolite.course import diagrams, notebook, show
 from regolite.data import make_transform
-from regolite.plots import draw_heat, draw_matrix, draw_points, panels, to_picture
-from regolite.plots.drawing import BLUE, VERMILLION, draw_picture
+from regolite.plots import draw_heat, draw_matrix, draw_points, panels, to_image
+from regolite.plots.drawing import BLUE, VERMILLION, draw_image
 
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAMS = ["course", "deformable_attention", "detr", "rego", "stage"]
@@ -32,35 +32,35 @@ def drawn(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
 
 
-def picture_axes(width: int, height: int):
-    """Axes on which a picture's pixels are the figure's."""
+def image_axes(width: int, height: int):
+    """Axes on which an image's pixels are the figure's."""
     figure = Figure((width / 50, height / 50), dpi=50)
     return figure, figure.add_axes((0, 0, 1, 1))
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (2, 3), (1, 4)])
 def test_heat_is_where_its_cell_is(row, column):
-    figure, ax = picture_axes(250, 150)
+    figure, ax = image_axes(250, 150)
     heat = torch.zeros(3, 5)
     heat[row, column] = 0.7
     draw_heat(ax, Image.new("RGB", (250, 150), (128, 128, 128)), heat)
-    coloured = np.ptp(drawn(figure), axis=-1) > 60
-    y, x = coloured.nonzero()
+    colored = np.ptp(drawn(figure), axis=-1) > 60
+    y, x = colored.nonzero()
     assert (y.min() // 50, y.max() // 50, x.min() // 50, x.max() // 50) == (row, row, column, column)
-    assert coloured.mean() == pytest.approx(1 / 15, rel=0.1)
+    assert colored.mean() == pytest.approx(1 / 15, rel=0.1)
 
 
 def test_heat_keeps_to_the_cells_size_where_cells_reach_over_the_edge():
-    figure, ax = picture_axes(250, 150)
-    heat = torch.zeros(2, 4)  # cells of 80 pixels: 320 x 160, more than the picture
+    figure, ax = image_axes(250, 150)
+    heat = torch.zeros(2, 4)  # cells of 80 pixels: 320 x 160, more than the image
     heat[1, 3] = 1
     draw_heat(ax, Image.new("RGB", (250, 150)), heat, cell=80.0)
     y, x = (np.ptp(drawn(figure), axis=-1) > 60).nonzero()
     assert (y.min(), x.min()) == pytest.approx((80, 240), abs=1) and (y.max(), x.max()) == (149, 249)
 
 
-def test_heat_has_its_full_colour_at_the_peak_given():
-    weak, strong = (picture_axes(50, 50) for _ in range(2))
+def test_heat_has_its_full_color_at_the_peak_given():
+    weak, strong = (image_axes(50, 50) for _ in range(2))
     for (_, ax), peak in ((weak, 2.0), (strong, 1.0)):
         draw_heat(ax, Image.new("RGB", (50, 50)), torch.ones(1, 1), peak=peak)
     wanted = 255 * np.array(to_rgb(VERMILLION))
@@ -84,10 +84,10 @@ def test_matrix_says_its_numbers_and_frames_the_chosen():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
 
 
-def test_normalised_pixels_become_the_picture_again():
-    picture = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14)
-    pixels = make_transform("none", None, train=False)(picture)
-    assert np.array_equal(np.asarray(to_picture(pixels)), np.asarray(picture))
+def test_normalized_pixels_become_the_image_again():
+    image = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14)
+    pixels = make_transform("none", None, train=False)(image)
+    assert np.array_equal(np.asarray(to_image(pixels)), np.asarray(image))
 
 
 def test_shown_figures_say_what_they_show_and_are_stored_small(monkeypatch):
@@ -138,7 +138,7 @@ def test_every_diagram_is_tested():
 def test_a_line_of_pixels_is_drawn_in_a_panel_of_a_page(size):
     image = Image.new("RGB", size, "white")
     figure, (ax,) = panels(size[1] / size[0], 1)
-    draw_picture(ax, image)
+    draw_image(ax, image)
     assert 0.3 < figure.get_figheight() < 30
     box = ax.get_window_extent()
     assert box.width / box.height == pytest.approx(size[0] / size[1], rel=0.05), "not stretched"

@@ -1,6 +1,6 @@
 """The whole of it in small: a COCO folder, a training in two processes that is killed and goes on, its evaluation.
 
-As somebody with eight GPUs will do it, by papermill and with nothing replaced, on twelve pictures.
+As somebody with eight GPUs will do it, by papermill and with nothing replaced, on twelve images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS = {
     "batch_size": 4,
     "processes": 2,
     "lr": 1e-4,
-    "sampling_lr": 0.5,
+    "sampling_lr_mult": 0.5,
     "schedule": "one_cycle",
     "warmup": 0.1,
     "augment": "laptop",
@@ -86,13 +86,13 @@ def printed(notebook: Path) -> str:
     return "".join(output.text for output in outputs(notebook) if output.output_type == "stream")
 
 
-def assert_whole(notebook: Path, pictures: int) -> None:
+def assert_whole(notebook: Path, images: int) -> None:
     """Every cell was run, none failed, and what is to be seen is there."""
     cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     assert all(cell.metadata.papermill.status == "completed" for cell in cells)
     found = outputs(notebook)
     assert not [output for output in found if output.output_type == "error"]
-    assert sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in found) == pictures
+    assert sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in found) == images
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def coco(place: Path) -> Path:
-    """Twelve pictures, as COCO's own archives lay them out."""
+    """Twelve images, as COCO's own archives lay them out."""
     root = place / "coco"
     (root / "annotations").mkdir(parents=True)
     for split, count in (("train", 8), ("val", 4)):
@@ -188,8 +188,8 @@ def evaluation(place: Path, coco: Path, mended: Path) -> Path:
 
 
 def test_the_folder_is_checked_as_coco_is(place: Path, coco: Path):
-    said = finish(start(place, "regolite", "prepare-coco", "--root", str(coco), "--check", "--read-pictures"))
-    assert "train: 8 pictures, " in said and "val: 4 pictures, " in said and said.count(" 80 categories") == 2
+    said = finish(start(place, "regolite", "prepare-coco", "--root", str(coco), "--check", "--read-images"))
+    assert "train: 8 images, " in said and "val: 4 images, " in said and said.count(" 80 categories") == 2
     assert "\nnothing is wrong\n" in said
 
 
@@ -227,11 +227,11 @@ def test_it_ends_as_the_run_that_nothing_stopped(place: Path, whole: Path, mende
     assert metrics(mended) == metrics(whole)
     for name in ("model.safetensors", "best.safetensors"):
         assert (mended / name).read_bytes() == (whole / name).read_bytes(), name
-    assert_whole(place / "20.ipynb", pictures=5)
+    assert_whole(place / "20.ipynb", images=5)
 
 
 def test_the_evaluation_has_the_figures_of_the_run(place: Path, mended: Path, evaluation: Path):
-    assert_whole(place / "21.ipynb", pictures=7)
+    assert_whole(place / "21.ipynb", images=7)
     measured = json.loads((evaluation / "figures.json").read_text("utf-8"))["splits"]
     last = {line["split"]: line for line in metrics(mended) if line["kind"] == "evaluation"}
     assert measured.keys() == last.keys() == {"train", "val"}
@@ -244,7 +244,7 @@ def test_the_evaluation_has_the_figures_of_the_run(place: Path, mended: Path, ev
 def test_the_runs_are_compared(place: Path, whole: Path, mended: Path):
     parameters = {"runs": [str(whole), str(mended)], "labels": []}
     finish(papermill(place, "22_compare_runs.ipynb", "22.ipynb", parameters))
-    assert_whole(place / "22.ipynb", pictures=4)
+    assert_whole(place / "22.ipynb", images=4)
     best = max(line["AP"] for line in metrics(whole) if line["kind"] == "evaluation" and line["split"] == "val")
     said = printed(place / "22.ipynb")
     assert "the runs have the same settings" in said

@@ -1,4 +1,4 @@
-"""Where errors come from: hand-made pictures in which every kind of error is known."""
+"""Where errors come from: hand-made images in which every kind of error is known."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ CAT, DOG = 17, 18
 
 
 def truth(*objects, crowds=(), images=(1, 2)):
-    """Ground truth of (picture, category, box)."""
+    """Ground truth of (image, category, box)."""
     listed = [(*one, 0) for one in objects] + [(*one, 1) for one in crowds]
     coco = COCO()
     coco.dataset = {
@@ -32,7 +32,7 @@ def truth(*objects, crowds=(), images=(1, 2)):
 
 
 def found(*detections):
-    """Results of (picture, category, box, score)."""
+    """Results of (image, category, box, score)."""
     return [{"image_id": i, "category_id": c, "bbox": box, "score": s} for i, c, box, s in detections]
 
 
@@ -56,7 +56,7 @@ class TestKinds:
             ((1, DOG, box(0, 201)), "both", 100 / 201),
             ((1, DOG, box(0, 1001)), "background", 0.0),
             ((1, CAT, box(300)), "background", 0.0),
-            ((2, CAT, box(0)), "background", 0.0),  # a picture without objects
+            ((2, CAT, box(0)), "background", 0.0),  # an image without objects
         ],
     )
     def test_one_detection_of_one_cat(self, detection, kind, overlap):
@@ -152,7 +152,7 @@ class TestCosts:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ap50_is_pycocotools_own(seed):
-    """Random pictures: crowds, ties, duplicates and both classes."""
+    """Random images: crowds, ties, duplicates and both classes."""
     random = np.random.default_rng(seed)
 
     def boxes(count):

@@ -96,7 +96,7 @@ def test_unknown_backend(tiny):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures of three sizes and category ids with gaps, not in order; no object is small; one picture is empty."""
+    """Images of three sizes and category ids with gaps, not in order; no object is small; one image is empty."""
     sizes = {7: (200, 160), 3: (120, 180), 12: (150, 150)}
     content = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in sizes.items()],
@@ -237,7 +237,7 @@ def test_categories_that_the_model_does_not_know(folder, category_ids):
     assert not model.seen
 
 
-def test_pictures_are_prepared_as_the_model_says(folder):
+def test_images_are_prepared_as_the_model_says(folder):
     """Where the data have a transform it is theirs; where they have none it is the model's, and not full size."""
     sizes = []
 
@@ -285,7 +285,7 @@ def test_precision_by_category_and_recall(tiny, backend):
 def test_top_k(folder):
     dataset = CocoFolder(folder, "val", limit=1)
     full = evaluate(Oracle(dataset), dataset, progress=False)
-    assert full["AP"] == full["AR1"] == 100.0  # one object a class in this picture
+    assert full["AP"] == full["AR1"] == 100.0  # one object a class in this image
     assert evaluate(Oracle(dataset), dataset, top_k=1, progress=False)["AP"] == pytest.approx(50)
 
 

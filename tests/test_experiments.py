@@ -37,11 +37,11 @@ ONE = {"lr": 1e-3, "epochs": 1, "drop_epochs": (1,), "evaluate_every": 1, "data"
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arms that train for two steps on small pictures, in this process."""
+    """Arms that train for two steps on small images, in this process."""
     for name in ("base", "rego"):
         arm = replace(ARMS[name], recipe={**ONE, "image_size": 64})
         monkeypatch.setitem(ARMS, name, arm)
-    monkeypatch.setattr("regolite.plots.draw_run", lambda *_: [])
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *_: [])
 
 
 def model_of(arm: str) -> torch.nn.Module:

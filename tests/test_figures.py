@@ -1,4 +1,4 @@
-"""The figures: what is planted must be drawn where it is, in its colour, and nothing may stay behind."""
+"""The figures: what is planted must be drawn where it is, in its color, and nothing may stay behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from regolite.data import Scenes
 from regolite.evaluation import table_by_stage
 from regolite.inference import detect_by_stage
 from regolite.plots import text
-from regolite.plots.detections import CLASS_COLOURS, TRUTH_COLOUR
+from regolite.plots.detections import CLASS_COLORS, TRUTH_COLOR
 from regolite.plots.text import as_is
 from regolite.types import Detections
 
@@ -40,9 +40,9 @@ def nothing() -> Detections:
     )
 
 
-def is_colour(pixels: np.ndarray, colour: str, tolerance: int = 40) -> np.ndarray:
-    """Where pixels have a colour."""
-    return (np.abs(pixels.astype(int) - 255 * np.array(to_rgb(colour))) < tolerance).all(-1)
+def is_color(pixels: np.ndarray, color: str, tolerance: int = 40) -> np.ndarray:
+    """Where pixels have a color."""
+    return (np.abs(pixels.astype(int) - 255 * np.array(to_rgb(color))) < tolerance).all(-1)
 
 
 def evaluation(split: str, step: int, *aps: float | None) -> dict:
@@ -66,54 +66,54 @@ METRICS = [
 ]
 
 
-# ----------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("size", [(200, 100), (29, 31), (641, 427), (1, 1)])
-def test_the_drawn_picture_has_the_size_of_the_picture(size: tuple[int, int]):
+def test_the_drawn_image_has_the_size_of_the_image(size: tuple[int, int]):
     drawn = plots.draw_detections(Image.new("L", size, 30), nothing(), CLASSES)
     assert drawn.size == size and drawn.mode == "RGB"
-    assert (np.asarray(drawn) == 30).all(), "without detections the pixels are the picture's own"
+    assert (np.asarray(drawn) == 30).all(), "without detections the pixels are the image's own"
 
 
-def test_a_box_is_drawn_where_it_is_in_the_colour_of_its_class():
-    picture = Image.new("RGB", (400, 300))
-    drawn = np.asarray(plots.draw_detections(picture, found((0.9, 1, (100, 120, 300, 220), 0)), CLASSES))
-    colour = is_colour(drawn, CLASS_COLOURS[1])
+def test_a_box_is_drawn_where_it_is_in_the_color_of_its_class():
+    image = Image.new("RGB", (400, 300))
+    drawn = np.asarray(plots.draw_detections(image, found((0.9, 1, (100, 120, 300, 220), 0)), CLASSES))
+    color = is_color(drawn, CLASS_COLORS[1])
     for x, y in ((100, 170), (300, 170), (200, 220), (290, 120)):  # the middles of the sides, off the label
-        assert colour[y - 2 : y + 3, x - 2 : x + 3].any()
+        assert color[y - 2 : y + 3, x - 2 : x + 3].any()
     assert (drawn[140:210, 120:290] == 0).all(), "the inside stays as it was"
     assert (drawn[240:] == 0).all() and (drawn[:, 320:] == 0).all(), "and so does the outside"
-    assert (np.asarray(picture) == 0).all(), "the picture itself is not touched"
+    assert (np.asarray(image) == 0).all(), "the image itself is not touched"
 
 
-def label_area(drawn: Image.Image, colour: str) -> int:
-    return int(is_colour(np.asarray(drawn), colour).sum())
+def label_area(drawn: Image.Image, color: str) -> int:
+    return int(is_color(np.asarray(drawn), color).sum())
 
 
 @pytest.mark.parametrize("box", [(0, 0, 400, 300), (350, 5, 399, 40), (-50, 250, 20, 340), (390, 290, 400, 300)])
-def test_a_label_stays_inside_the_picture(box: tuple[float, ...]):
-    picture = Image.new("RGB", (400, 300))
-    drawn = plots.draw_detections(picture, found((0.9, 1, box, 0)), CLASSES)
-    reference = plots.draw_detections(picture, found((0.9, 1, (100, 100, 300, 250), 0)), CLASSES)
-    without = plots.draw_detections(picture, found((0.9, 1, (100, 100, 300, 250), 0)), ("", "", ""), scores=False)
-    whole = label_area(reference, CLASS_COLOURS[1]) - label_area(without, CLASS_COLOURS[1])
+def test_a_label_stays_inside_the_image(box: tuple[float, ...]):
+    image = Image.new("RGB", (400, 300))
+    drawn = plots.draw_detections(image, found((0.9, 1, box, 0)), CLASSES)
+    reference = plots.draw_detections(image, found((0.9, 1, (100, 100, 300, 250), 0)), CLASSES)
+    without = plots.draw_detections(image, found((0.9, 1, (100, 100, 300, 250), 0)), ("", "", ""), scores=False)
+    whole = label_area(reference, CLASS_COLORS[1]) - label_area(without, CLASS_COLORS[1])
     assert whole > 500
-    assert label_area(drawn, CLASS_COLOURS[1]) > 0.9 * whole
+    assert label_area(drawn, CLASS_COLORS[1]) > 0.9 * whole
 
 
 def test_labels_of_one_corner_do_not_hide_each_other():
-    picture, box = Image.new("RGB", (400, 300)), (100, 100, 300, 250)
-    both = plots.draw_detections(picture, found((0.9, 0, box, 0), (0.8, 1, box, 1)), CLASSES)
-    for k, colour in enumerate(CLASS_COLOURS[:2]):
-        alone = label_area(plots.draw_detections(picture, found((0.9, k, box, k)), CLASSES), colour)
-        lines = label_area(plots.draw_detections(picture, found((0.9, k, box, k)), ("", "", ""), scores=False), colour)
+    image, box = Image.new("RGB", (400, 300)), (100, 100, 300, 250)
+    both = plots.draw_detections(image, found((0.9, 0, box, 0), (0.8, 1, box, 1)), CLASSES)
+    for k, color in enumerate(CLASS_COLORS[:2]):
+        alone = label_area(plots.draw_detections(image, found((0.9, k, box, k)), CLASSES), color)
+        lines = label_area(plots.draw_detections(image, found((0.9, k, box, k)), ("", "", ""), scores=False), color)
         # A label may lie over a bit of the other box's line, and the second box lies wholly under the first.
-        assert label_area(both, colour) > 0.8 * (alone - lines) + (0.7 * lines if k == 0 else 0)
+        assert label_area(both, color) > 0.8 * (alone - lines) + (0.7 * lines if k == 0 else 0)
 
 
 def boxes_of(ax: matplotlib.axes.Axes) -> list[tuple[str, str, tuple[float, ...]]]:
-    """Colour, line style and corners of the boxes on some axes."""
+    """Color, line style and corners of the boxes on some axes."""
     patches = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
     return [
         (to_hex(p.get_edgecolor()).upper(), p.get_linestyle(), tuple(round(float(v), 3) for v in p.get_bbox().extents))
@@ -122,24 +122,24 @@ def boxes_of(ax: matplotlib.axes.Axes) -> list[tuple[str, str, tuple[float, ...]
 
 
 def test_stages_stand_side_by_side_with_their_glimpses():
-    picture = Image.new("RGB", (400, 300))
+    image = Image.new("RGB", (400, 300))
     by_stage = [
         found((0.6, 0, (10, 10, 60, 60), 3), (0.2, 1, (100, 120, 140, 160), 7)),
         found((0.4, 1, (110, 120, 150, 170), 7)),
         found((0.9, 1, (112, 121, 151, 171), 7), (0.31, 2, (200, 10, 220, 30), 1), (0.29, 0, (0, 0, 9, 9), 2)),
     ]
     truth = found((1.0, 1, (113, 122, 150, 170), -1))
-    figure = plots.draw_stages(picture, by_stage, CLASSES, truth, alphas=(2.0, 1.0), threshold=0.3)
+    figure = plots.draw_stages(image, by_stage, CLASSES, truth, alphas=(2.0, 1.0), threshold=0.3)
     base, first, second, true = figure.axes
     assert [ax.texts[0].get_text() for ax in figure.axes] == ["Base detector", "Stage 1", "Stage 2", "Ground truth"]
-    assert boxes_of(base) == [(plots.stage_colour(0), "solid", (10, 10, 60, 60))]
+    assert boxes_of(base) == [(plots.stage_color(0), "solid", (10, 10, 60, 60))]
     # Stage 1 looked at query 7's box of the base detector, twice as large; a score of 0.2 hides a box, not a glimpse.
-    (colour, style, region), *solid = boxes_of(first)
-    assert (colour, region) == (plots.stage_colour(1), (80, 100, 160, 180)) and style != "solid"
-    assert solid == [(plots.stage_colour(1), "solid", (110, 120, 150, 170))]
+    (color, style, region), *solid = boxes_of(first)
+    assert (color, region) == (plots.stage_color(1), (80, 100, 160, 180)) and style != "solid"
+    assert solid == [(plots.stage_color(1), "solid", (110, 120, 150, 170))]
     assert boxes_of(second)[0][2] == (110, 120, 150, 170)
     assert sorted(box for _, _, box in boxes_of(second)[1:]) == [(112, 121, 151, 171), (200, 10, 220, 30)]
-    assert boxes_of(true) == [(TRUTH_COLOUR, "solid", (113, 122, 150, 170))]
+    assert boxes_of(true) == [(TRUTH_COLOR, "solid", (113, 122, 150, 170))]
     labels = [text.get_text() for text in second.texts]
     assert "traffic light 0.90" in labels and "kite 0.31" in labels and not any("0.29" in label for label in labels)
 
@@ -166,7 +166,7 @@ def test_truth_is_that_of_the_annotations():
     corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
     torch.testing.assert_close(truth.boxes_xyxy, torch.tensor(corners).float())
     assert [scenes.category_ids[k] for k in truth.labels.tolist()] == [a["category_id"] for a in annotations]
-    figure = plots.draw_truth(scenes, [0, 1, 2], columns=2)
+    figure = plots.draw_ground_truth(scenes, [0, 1, 2], columns=2)
     assert [len(boxes_of(ax)) for ax in figure.axes] == [len(plots.ground_truth(scenes, i)) for i in range(3)]
 
 
@@ -174,7 +174,7 @@ def test_truth_is_that_of_the_annotations():
 
 
 def lines_of(ax: matplotlib.axes.Axes) -> dict[str, list[list[float]]]:
-    """The curves on some axes by colour."""
+    """The curves on some axes by color."""
     return {to_hex(line.get_color()).upper(): line.get_xydata().tolist() for line in ax.lines if len(line.get_xdata())}
 
 
@@ -184,11 +184,11 @@ def test_curves_hold_the_metrics():
     assert list(lines_of(rate).values()) == [[[1, 1e-4], [2, 2e-4]]]
     # Auxiliary layers and proposals are no stage's answer.
     assert lines_of(by_decoder) == {
-        plots.stage_colour(0): [[1, 3.0], [2, 1.5]],
-        plots.stage_colour(1): [[1, 0.5], [2, 0.25]],
+        plots.stage_color(0): [[1, 3.0], [2, 1.5]],
+        plots.stage_color(1): [[1, 0.5], [2, 0.25]],
     }
     drawn = [line for line in precision.lines if len(line.get_xdata())]
-    assert [to_hex(line.get_color()).upper() for line in drawn] == [plots.stage_colour(s) for s in (0, 1, 0, 1)]
+    assert [to_hex(line.get_color()).upper() for line in drawn] == [plots.stage_color(s) for s in (0, 1, 0, 1)]
     assert drawn[0].get_xydata().tolist() == [[1, 1.0], [2, 3.0]]
     assert drawn[1].get_ydata()[0] == 2.0 and math.isnan(drawn[1].get_ydata()[1])
     assert [line.get_ydata()[0] for line in drawn[2:]] == [30.0, 40.0]
@@ -206,9 +206,7 @@ def test_bars_hold_the_figures_of_each_stage():
     heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
     assert [row[:2] for row in heights] == [[20.0, 50.0], [30.0, 51.0]]
     assert all(math.isnan(row[2]) for row in heights), "what could not be measured is no zero"
-    assert [to_hex(bars[0].get_facecolor()).upper() for bars in ax.containers] == [
-        plots.stage_colour(s) for s in (0, 1)
-    ]
+    assert [to_hex(bars[0].get_facecolor()).upper() for bars in ax.containers] == [plots.stage_color(s) for s in (0, 1)]
 
 
 def test_the_table_says_what_could_not_be_measured():
@@ -218,8 +216,8 @@ def test_the_table_says_what_could_not_be_measured():
     assert stage.split() == ["stage", "1", "-", "51.0", "-", "1.0", "2.0", "3.0"]
 
 
-def test_stages_have_colours_of_their_own():
-    assert len({plots.stage_colour(stage) for stage in range(6)} | {TRUTH_COLOUR}) == 7
+def test_stages_have_colors_of_their_own():
+    assert len({plots.stage_color(stage) for stage in range(6)} | {TRUTH_COLOR}) == 7
 
 
 # -------------------------------------------------------------------------------------------- files and models
@@ -255,11 +253,11 @@ def model() -> torch.nn.Module:
 
 
 def test_each_stage_is_what_detection_with_so_many_stages_gives(model: torch.nn.Module):
-    picture = Scenes(1).image(0)
-    by_stage = detect_by_stage(model, picture, threshold=0.01)
+    image = Scenes(1).image(0)
+    by_stage = detect_by_stage(model, image, threshold=0.01)
     assert len(by_stage) == 3
     for stages, detections in enumerate(by_stage):
-        [alone] = regolite.detect(model, picture, threshold=0.01, stages=stages)
+        [alone] = regolite.detect(model, image, threshold=0.01, stages=stages)
         assert len(detections) and (detections.scores >= 0.01).all()
         assert (detections.classes, detections.size) == (alone.classes, alone.size)
         for name in ("scores", "labels", "boxes_xyxy", "queries"):
@@ -269,12 +267,12 @@ def test_each_stage_is_what_detection_with_so_many_stages_gives(model: torch.nn.
 def test_a_run_is_drawn_into_its_folder(model: torch.nn.Module, tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS[:4]))
     datasets = {"val": Scenes(3, split="val"), "train": Scenes(2)}
-    files = plots.draw_run(tmp_path, model, datasets, pictures=2)
+    files = plots.draw_run(tmp_path, model, datasets, images=2)
     names = ["curves", "ap_val", "stages_val_1", "stages_val_2", "stages_train_1", "stages_train_2"]
     assert [file.relative_to(tmp_path).as_posix() for file in files] == [f"figures/{name}.png" for name in names]
     for file in files:
-        with Image.open(file) as picture:
-            assert np.asarray(picture.convert("RGB")).std() > 1
+        with Image.open(file) as image:
+            assert np.asarray(image.convert("RGB")).std() > 1
 
 
 # ------------------------------------------------------------------------------------------------- words of others
@@ -295,9 +293,9 @@ def test_names_are_drawn_as_they_are(name: str) -> None:
     assert as_is()["fontfamily"][:1] == matplotlib.rcParams["font.family"][:1]
 
 
-def test_a_name_of_two_lines_stays_in_the_picture() -> None:
+def test_a_name_of_two_lines_stays_in_the_image() -> None:
     black, whole = Image.new("RGB", (200, 120)), found((0.5, 0, (0, 0, 200, 120), 0))
-    one, two = (label_area(plots.draw_detections(black, whole, (name,)), CLASS_COLOURS[0]) for name in ("ab", "ab\nab"))
+    one, two = (label_area(plots.draw_detections(black, whole, (name,)), CLASS_COLORS[0]) for name in ("ab", "ab\nab"))
     assert two > 1.3 * one, "both lines are seen"
 
 

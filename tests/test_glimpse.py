@@ -17,7 +17,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def pyramid(height, width, batch=2, channels=3, strides=STRIDES, extents=None):
-    """Random maps; ``extents`` are the pictures' own heights and widths in pixels."""
+    """Random maps; ``extents`` are the images' own heights and widths in pixels."""
     features = []
     for stride in strides:
         h, w = -(-height // stride), -(-width // stride)
@@ -30,15 +30,15 @@ def pyramid(height, width, batch=2, channels=3, strides=STRIDES, extents=None):
 
 
 def random_boxes(batch, queries, height, width, overhang=0.5):
-    """Corners of boxes of all sizes, many of which reach or lie beyond the picture."""
-    centre = torch.rand(batch, queries, 2) * (1 + overhang) - overhang / 2
+    """Corners of boxes of all sizes, many of which reach or lie beyond the image."""
+    center = torch.rand(batch, queries, 2) * (1 + overhang) - overhang / 2
     side = torch.exp(torch.empty(batch, queries, 2).uniform_(-5, 0.7))
-    boxes = torch.cat([centre - side / 2, centre + side / 2], -1)
+    boxes = torch.cat([center - side / 2, center + side / 2], -1)
     return boxes * torch.tensor([width, height, width, height])
 
 
 def torchvisions(features, boxes):
-    """The same glimpses by MultiScaleRoIAlign, whose levels are told the strides by the size of the picture."""
+    """The same glimpses by MultiScaleRoIAlign, whose levels are told the strides by the size of the image."""
     pool = MultiScaleRoIAlign([str(f.stride) for f in features], output_size=7, sampling_ratio=2)
     pool.scales = [1 / f.stride for f in features]
     low, high = (f.stride.bit_length() - 1 for f in (features[0], features[-1]))
@@ -104,7 +104,7 @@ def test_strange_boxes_are_torchvisions_too():
             [10.0, 10, 10, 10],  # empty
             [10.0, 10, 10.3, 10.1],  # far smaller than a cell
             [-500.0, -500, -400, -400],  # far outside
-            [-30.0, -30, 94, 94],  # larger than the picture
+            [-30.0, -30, 94, 94],  # larger than the image
             [60.0, 60, 80, 200],  # mostly outside
             [64.0, 0, 70, 64],  # just outside
             [-3.9, 10, -1, 20],  # less than a cell outside
@@ -119,7 +119,7 @@ def test_strange_boxes_are_torchvisions_too():
 
 @pytest.mark.parametrize("alone", [0, 1])
 def test_padding_changes_no_glimpse(alone):
-    """The same boxes on the same maps, alone and in a batch with a larger picture; padding holds rubbish."""
+    """The same boxes on the same maps, alone and in a batch with a larger image; padding holds rubbish."""
     extents = [(96, 128), (160, 64)]
     batch = pyramid(160, 128, extents=extents)
     height, width = extents[alone]
@@ -153,7 +153,7 @@ def test_no_gradient_reaches_the_boxes():
     assert boxes.grad is None
 
 
-def test_queries_keep_their_order_and_pictures_their_own_maps():
+def test_queries_keep_their_order_and_images_their_own_maps():
     features = pyramid(64, 64)
     boxes = random_boxes(2, 6, 64, 64, overhang=0)
     glimpses = cut_glimpses(features, boxes).unflatten(0, (2, 6))
@@ -165,7 +165,7 @@ def test_queries_keep_their_order_and_pictures_their_own_maps():
     assert torch.equal(changed[0], glimpses[0]) and (changed[1] == 0).all() and (glimpses[1] != 0).any()
 
 
-def test_a_glimpse_of_a_constant_map_is_constant_and_of_a_ramp_its_bins_centres():
+def test_a_glimpse_of_a_constant_map_is_constant_and_of_a_ramp_its_bins_centers():
     features = pyramid(64, 64, batch=1, channels=2, strides=(4,))
     features[0].tensor[0, 0] = 3.0
     features[0].tensor[0, 1] = torch.arange(16.0)  # x in cells
@@ -203,7 +203,7 @@ def test_context_looks_around_but_trains_nothing_below_it():
             nn.init.normal_(conv.bias)
     x = torch.randn(1, 32, 24, 24, requires_grad=True)
     out = context(x)
-    # The context is a constant to the map: its gradient is that of the sum and the normalisation alone.
+    # The context is a constant to the map: its gradient is that of the sum and the normalization alone.
     added = (x.detach() + 0).requires_grad_()
     y = added
     for inward, outward in zip(context.inward, context.outward):

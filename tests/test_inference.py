@@ -1,4 +1,4 @@
-"""Detections: which scores, which classes, and boxes in pixels of the picture that was given."""
+"""Detections: which scores, which classes, and boxes in pixels of the image that was given."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from regolite.types import Detections, DetectorOutput, FeatureMap, Prediction
 
 
 class Finder(nn.Module):
-    """A detector that sees: one query, its box around all bright pixels of the picture, class 1."""
+    """A detector that sees: one query, its box around all bright pixels of the image, class 1."""
 
     scoring = "sigmoid"
 
@@ -38,7 +38,7 @@ class Finder(nn.Module):
         return DetectorOutput([prediction], torch.zeros(len(images), 1, 1), [feature])
 
 
-def picture(width, height, box, mode="RGB"):
+def image(width, height, box, mode="RGB"):
     pixels = np.zeros((height, width), dtype=np.uint8)
     left, top, right, bottom = box
     pixels[top:bottom, left:right] = 255
@@ -55,10 +55,10 @@ def picture(width, height, box, mode="RGB"):
         ((40, 30), (5, 6, 30, 24)),  # small: enlarged
     ],
 )
-def test_boxes_are_pixels_of_the_original_picture(augment, size, box):
+def test_boxes_are_pixels_of_the_original_image(augment, size, box):
     model = Finder(augment)
-    [found] = detect(model, picture(*size, box))
-    pixel = 1.5 * max(max(size) / 96, 1)  # one and a half pixels of the coarser of the two pictures
+    [found] = detect(model, image(*size, box))
+    pixel = 1.5 * max(max(size) / 96, 1)  # one and a half pixels of the coarser of the two images
     assert found.boxes_xyxy[0].tolist() == pytest.approx(box, abs=pixel)
     assert found.labels.tolist() == [1] and found.queries.tolist() == [0]
     assert found.scores.tolist() == pytest.approx([torch.tensor(2.0).sigmoid().item()])
@@ -67,9 +67,9 @@ def test_boxes_are_pixels_of_the_original_picture(augment, size, box):
     assert unpadded[0] / unpadded[1] == pytest.approx(size[1] / size[0], rel=0.05)  # never stretched
 
 
-def test_several_pictures_each_in_its_own_pixels():
+def test_several_images_each_in_its_own_pixels():
     boxes = [(10, 5, 60, 45), (100, 20, 180, 60)]
-    found = detect(Finder(), [picture(80, 60, boxes[0]), picture(200, 70, boxes[1])])
+    found = detect(Finder(), [image(80, 60, boxes[0]), image(200, 70, boxes[1])])
     assert len(found) == 2
     for detections, box in zip(found, boxes):
         assert detections.boxes_xyxy[0].tolist() == pytest.approx(box, abs=3)
@@ -80,11 +80,11 @@ def test_several_pictures_each_in_its_own_pixels():
     ("mode", "suffix"), [("RGB", "jpg"), ("L", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png")]
 )
 @pytest.mark.parametrize("as_path", [True, False])
-def test_any_colour_mode(tmp_path, mode, suffix, as_path):
+def test_any_color_mode(tmp_path, mode, suffix, as_path):
     box = (20, 10, 70, 40)
-    given = picture(90, 60, box, mode)
-    given.save(tmp_path / f"picture.{suffix}")
-    name = tmp_path / f"picture.{suffix}"
+    given = image(90, 60, box, mode)
+    given.save(tmp_path / f"image.{suffix}")
+    name = tmp_path / f"image.{suffix}"
     for source in [name, str(name)] if as_path else [given]:
         [found] = detect(Finder(), source)
         assert found.boxes_xyxy[0].tolist() == pytest.approx(box, abs=2)
@@ -92,7 +92,7 @@ def test_any_colour_mode(tmp_path, mode, suffix, as_path):
 
 def test_threshold():
     score = torch.tensor(2.0).sigmoid().item()  # 0.88
-    given = picture(90, 60, (20, 10, 70, 40))
+    given = image(90, 60, (20, 10, 70, 40))
     assert len(detect(Finder(), given, threshold=score + 0.01)[0]) == 0
     assert len(detect(Finder(), given, threshold=score - 0.01)[0]) == 1
     [every] = detect(Finder(), given, threshold=0.0)
@@ -103,18 +103,18 @@ def test_threshold():
 def test_wrong_files(tmp_path):
     with pytest.raises(UserError, match=r"image .*nowhere\.jpg does not exist"):
         detect(Finder(), tmp_path / "nowhere.jpg")
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
     model = Finder()
     with pytest.raises(UserError, match=r"image .*broken\.jpg cannot be read"):
-        detect(model, [picture(90, 60, (20, 10, 70, 40)), str(tmp_path / "broken.jpg")])
+        detect(model, [image(90, 60, (20, 10, 70, 40)), str(tmp_path / "broken.jpg")])
     assert not model.seen  # before the work, not after it
 
 
 def test_images_of_every_kind_and_folders_and_patterns(tmp_path):
     box = (20, 10, 70, 40)
-    given = picture(90, 60, box)
+    given = image(90, 60, box)
     given.save(tmp_path / "b.png")
-    picture(60, 90, (5, 30, 50, 80)).save(tmp_path / "a.png")
+    image(60, 90, (5, 30, 50, 80)).save(tmp_path / "a.png")
     array = np.asarray(given)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     one = (given, array, array / 255, tensor, tensor / 255, (tmp_path / "b.png").read_bytes(), tmp_path / "b.png")
@@ -130,7 +130,7 @@ def test_images_of_every_kind_and_folders_and_patterns(tmp_path):
 def test_a_photograph_that_was_held_sideways_is_seen_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = picture(60, 90, (5, 30, 50, 80))
+    upright = image(60, 90, (5, 30, 50, 80))
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
     with Image.open(tmp_path / "phone.png") as opened:
         for source in (tmp_path / "phone.png", opened):
@@ -146,7 +146,7 @@ def test_images_of_extreme_shape(size, augment):
 
 
 def test_wrong_values(tmp_path):
-    given, model = picture(90, 60, (20, 10, 70, 40)), Finder()
+    given, model = image(90, 60, (20, 10, 70, 40)), Finder()
     for options, said in (
         ({"threshold": 50}, "threshold=50 must be a number from 0 to 1"),
         ({"threshold": float("nan")}, "threshold=nan"),
@@ -180,13 +180,13 @@ def test_model_without_a_configuration():
     model = Finder()
     del model.model_config
     with pytest.raises(UserError, match="set its model_config"):
-        detect(model, picture(90, 60, (20, 10, 70, 40)))
+        detect(model, image(90, 60, (20, 10, 70, 40)))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_leaves_the_model_as_it_was(training):
     model = Finder().train(training)
-    detect(model, picture(90, 60, (20, 10, 70, 40)))
+    detect(model, image(90, 60, (20, 10, 70, 40)))
     assert model.training == training
 
 
@@ -215,7 +215,7 @@ def test_softmax_takes_the_best_class_of_each_query():
     assert best.queries.tolist() == [2, 0]
 
 
-def test_each_picture_of_a_batch_has_its_own_size():
+def test_each_image_of_a_batch_has_its_own_size():
     logits = torch.tensor([[[2.0]], [[1.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]).repeat(2, 1, 1)
     found = to_detections(Prediction(logits, boxes), torch.tensor([[100, 200], [30, 20]]), "sigmoid")
@@ -240,14 +240,14 @@ class Finished(nn.Module):
 
 
 def test_a_detector_may_give_detections_itself():
-    given = picture(300, 150, (0, 0, 10, 10))
+    given = image(300, 150, (0, 0, 10, 10))
     alone = (
         detect(Finished(), given, 0.5),
         detect_by_stage(Finished(), given, 0.5),
         detect(Finished(), given, top_k=1),
     )
     for found in alone:
-        [found] = found  # of one picture; of one stage
+        [found] = found  # of one image; of one stage
         assert found.boxes_xyxy.tolist() == [[0, 0, 300, 150]] and found.labels.tolist() == [4]
     assert len(detect(Finished(), given, threshold=0.2, top_k=2)[0]) == 2
 
@@ -255,7 +255,7 @@ def test_a_detector_may_give_detections_itself():
 def test_stages():
     small = {"dim": 32, "heads": 2, "ffn_dim": 16, "queries": 6, "encoder_layers": 1, "decoder_layers": 1}
     model = build("rego_deformable_detr_scenes", 14, **small, rego_ffn_dim=16, rego_stages=2, image_size=64)
-    given = picture(90, 60, (20, 10, 70, 40))
+    given = image(90, 60, (20, 10, 70, 40))
     by_stage = detect_by_stage(model, given, threshold=0.0)
     assert len(by_stage) == 3
     for stages, wanted in enumerate(by_stage):

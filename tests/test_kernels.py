@@ -45,7 +45,7 @@ def test_a_cpu_that_would_round_to_16_bits_keeps_its_kernels(monkeypatch):
         assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_a_product_in_16_bits_is_recognised(monkeypatch):
+def test_a_product_in_16_bits_is_recognized(monkeypatch):
     true_product = torch.Tensor.__matmul__
 
     def rounded(a, b):

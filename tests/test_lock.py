@@ -142,7 +142,7 @@ CONFIG = replace(SMALL_RUN, data="scenes:4:val=1:size=64", epochs=2)
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
     monkeypatch.setattr(loop, "_evaluate", lambda *args: None)
     return replace(CONFIG, output=str(tmp_path / "run"))
 

@@ -1,4 +1,4 @@
-"""The set loss, against a plain computation of it: layer by layer, picture by picture, with torchvision's losses."""
+"""The set loss, against a plain computation of it: layer by layer, image by image, with torchvision's losses."""
 
 import pytest
 import torch

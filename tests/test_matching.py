@@ -56,7 +56,7 @@ def cost_matrix(prediction, target, b, scoring):
 
 
 def as_set(matches: Matches):
-    rows = torch.stack([matches.prediction, matches.picture, matches.query, matches.target], 1).tolist()
+    rows = torch.stack([matches.prediction, matches.image, matches.query, matches.target], 1).tolist()
     assert len({tuple(row) for row in rows}) == len(rows)
     return {tuple(row) for row in rows}
 
@@ -162,7 +162,7 @@ def test_one_transfer(monkeypatch):
         monkeypatch.setattr(Tensor, name, recorded(name))
     targets = PaddedTargets.of(make_targets(3, 5))
     match(make_predictions(9, 2, 10, "sigmoid"), targets, "sigmoid", COSTS)
-    assert transfers == [("cpu", (2, 90, 5))]  # all predictions of all pictures with all objects
+    assert transfers == [("cpu", (2, 90, 5))]  # all predictions of all images with all objects
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)

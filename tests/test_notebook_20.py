@@ -29,7 +29,7 @@ PARAMETERS = CELLS["parameters"].source
 
 # Where the notebook as it stands is a rehearsal of half a minute, and RunConfig has the paper's recipe.
 REHEARSAL = {
-    "data", "output", "checkpoint", "epochs", "batch_size", "lr", "sampling_lr", "schedule", "warmup", "augment",
+    "data", "output", "checkpoint", "epochs", "batch_size", "lr", "sampling_lr_mult", "schedule", "warmup", "augment",
     "limit_images", "evaluate_every", "evaluate_start", "log_every",
 }  # fmt: skip
 

@@ -96,7 +96,7 @@ def test_a_backend_that_is_not_there_is_said_at_once(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small REGO of two stages that has learnt nothing."""
+    """A small REGO of two stages that has learned nothing."""
     file = tmp_path_factory.mktemp("model") / "model.safetensors"
     small = {"dim": 32, "heads": 2, "ffn_dim": 16, "queries": 12, "encoder_layers": 1, "decoder_layers": 1}
     scenes = regolite.data.open_data(DATA)
@@ -122,12 +122,12 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.slow
 def test_papermill_runs_it_with_other_parameters(checkpoint: Path, tmp_path: Path):
     words = ["-p", "checkpoint", str(checkpoint), "-p", "data", DATA, "-y", "splits: [val]", "-p", "output", "results"]
-    words += ["-p", "save_detections", "True", "-p", "threshold", "0.0", "-p", "pictures", "1", "-p", "batch_size", "2"]
+    words += ["-p", "save_detections", "True", "-p", "threshold", "0.0", "-p", "images", "1", "-p", "batch_size", "2"]
     done = run(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     written = {path.name for path in (tmp_path / "results").iterdir()}
-    pictures = {"columns.png", "categories.png", "precision.png", "overlaps.png", "errors.png", "false_positives.png"}
-    assert pictures | {"figures.json", "detections_val.json"} <= written
+    images = {"columns.png", "categories.png", "precision.png", "overlaps.png", "errors.png", "false_positives.png"}
+    assert images | {"figures.json", "detections_val.json"} <= written
     figures = json.loads((tmp_path / "results" / "figures.json").read_text("utf-8"))
     dataset = regolite.data.open_data(DATA, "val")
     measured = regolite.evaluate(regolite.load(checkpoint), dataset, batch_size=2, progress=False)

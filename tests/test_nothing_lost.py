@@ -41,8 +41,8 @@ CONFIG = replace(SMALL_RUN, epochs=STEPS // 3, lr=1e-3, schedule="one_cycle", ev
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+def without_images(monkeypatch):
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def config(tmp_path):
 def whole(tmp_path_factory):
     """A run that nothing has interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+        patch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
         return train(replace(CONFIG, output=str(tmp_path_factory.mktemp("whole"))))
 
 
@@ -512,14 +512,14 @@ def test_full_disk_when_a_signal_comes(config, whole, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    """The pictures of the runs above, as files."""
+    """The images of the runs above, as files."""
     root = tmp_path / "data"
     Scenes(6, size=64).write(root)
     Scenes(1, size=64, split="val").write(root)
     return root
 
 
-def break_picture(data, number=4):
+def break_image(data, number=4):
     """Half a JPEG, as a download that was cut off leaves it."""
     path, buffer = data / "images" / f"train_{number:06d}.png", io.BytesIO()
     Scenes(6, size=64).image(number - 1).save(buffer, "JPEG")
@@ -527,12 +527,12 @@ def break_picture(data, number=4):
     return path
 
 
-def test_a_broken_picture_stops_the_run_and_nothing_is_lost(config, data, whole):
+def test_a_broken_image_stops_the_run_and_nothing_is_lost(config, data, whole):
     path = data / "images" / "train_000004.png"
     sound = path.read_bytes()
     run = config(data=str(data))
     with pytest.raises(UserError, match="train_000004.png cannot be read .*: replace the file"):
-        train(run, at(4, lambda: break_picture(data)))
+        train(run, at(4, lambda: break_image(data)))
     last = lines(run.output)[-1]["step"]
     assert newest(run.output) == last > 4, "saved when it broke, not when an hour is over"
     path.write_bytes(sound)
@@ -542,11 +542,11 @@ def test_a_broken_picture_stops_the_run_and_nothing_is_lost(config, data, whole)
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("how", ["broken", "missing"])
-def test_a_broken_picture_is_skipped_and_counted(config, data, how, workers):
-    path = break_picture(data)
+def test_a_broken_image_is_skipped_and_counted(config, data, how, workers):
+    path = break_image(data)
     if how == "missing":
         path.unlink()
-        with pytest.raises(UserError, match="1 of the 6 pictures of .* are missing .*, the first is train_000004.png"):
+        with pytest.raises(UserError, match="1 of the 6 images of .* are missing .*, the first is train_000004.png"):
             train(config("strict", data=str(data)))
     run = config(data=str(data), on_broken="skip", workers=workers, epochs=2)
     seen = []
@@ -556,31 +556,31 @@ def test_a_broken_picture_is_skipped_and_counted(config, data, how, workers):
     log = (Path(run.output) / "train.log").read_text()
     what = "does not exist" if how == "missing" else "cannot be read"
     assert f"{path} {what}" in log and "Another takes its place" in log
-    assert [line for line in lines(run.output) if line["kind"] == "train"][-1]["broken_pictures"] == 2, "once an epoch"
+    assert [line for line in lines(run.output) if line["kind"] == "train"][-1]["broken_images"] == 2, "once an epoch"
 
 
 def test_skipping_changes_nothing_where_all_is_sound(config, data, whole):
     assert_same(train(config(data=str(data), on_broken="skip")), whole)
 
 
-def test_the_next_picture_takes_the_place_of_a_broken_one(data):
+def test_the_next_image_takes_the_place_of_a_broken_one(data):
     from regolite.data import open_data
 
-    break_picture(data, 4)
-    break_picture(data, 6)
-    pictures = open_data(data, "train", make_transform("laptop", 64, train=True))
-    items = SeededItems(pictures, 0, "skip")
+    break_image(data, 4)
+    break_image(data, 6)
+    images = open_data(data, "train", make_transform("laptop", 64, train=True))
+    items = SeededItems(images, 0, "skip")
     assert [items[0, i][1].image_id for i in range(6)] == [1, 2, 3, 5, 5, 1]
     assert [len(items[0, i][2]) for i in range(6)] == [0, 0, 0, 1, 0, 1]
     with pytest.raises(UserError, match="train_000004.png cannot be read"):
-        SeededItems(pictures, 0)[0, 3]
+        SeededItems(images, 0)[0, 3]
     shutil.rmtree(data / "images")
-    with pytest.raises(UserError, match=f"{TRIES} pictures in a row .* is the disk there.*train_000003.png does not"):
+    with pytest.raises(UserError, match=f"{TRIES} images in a row .* is the disk there.*train_000003.png does not"):
         items[0, 2]
 
 
 def test_skipping_leaves_no_whole_set_to_evaluate(config):
-    with pytest.raises(UserError, match="on_broken='skip' leaves no whole set of training pictures"):
+    with pytest.raises(UserError, match="on_broken='skip' leaves no whole set of training images"):
         config(on_broken="skip", evaluate_train=True)
 
 
@@ -648,10 +648,10 @@ def test_nan_in_the_weights(config, whole, monkeypatch):
 def test_whatever_one_image_causes_is_skipped_or_named(data, error):
     from regolite.data import open_data
 
-    def transform(picture, moved):
-        if picture.getpixel((0, 0)) == (1, 2, 3):
+    def transform(image, moved):
+        if image.getpixel((0, 0)) == (1, 2, 3):
             raise error
-        return recipe(picture, moved)
+        return recipe(image, moved)
 
     recipe = make_transform("laptop", 64, train=True)
     Image.new("RGB", (64, 64), (1, 2, 3)).save(data / "images" / "train_000004.png")
@@ -685,8 +685,8 @@ def test_figures_of_a_run_leave_broken_images_out(data, tmp_path):
     from regolite.data import open_data
     from regolite.plots.run import draw_run
 
-    break_picture(data, 1)
+    break_image(data, 1)
     (tmp_path / "metrics.jsonl").touch()
     model = build("deformable_detr_scenes", 14, dim=32, heads=2, ffn_dim=16, encoder_layers=1, decoder_layers=1)
-    files = draw_run(tmp_path, model, {"train": open_data(data, "train")}, pictures=2)
+    files = draw_run(tmp_path, model, {"train": open_data(data, "train")}, images=2)
     assert [file.name for file in files] == ["curves.png", "stages_train_4.png"]

@@ -163,7 +163,7 @@ def launch_module():
 
 
 def test_a_parent_that_ends_is_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setattr("regolite.utils.interrupts.POLL", 0.01)
     real, steps = os.getppid(), []

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from regolite.paper.experiments import Claim, Side
 from regolite.paper.plots import _points, plot_arms, plot_claims, plot_learning, plot_overlaps, plot_relations
 from regolite.paper.statistics import Estimate, judge
-from regolite.plots.drawing import GREEN, GREY, VERMILLION, stage_colour
+from regolite.plots.drawing import GRAY, GREEN, VERMILLION, stage_color
 
 
 def run(*aps, seed=0, drop=3, relations=None):
@@ -128,19 +128,19 @@ class TestClaims:
         return verdict, plot_claims({"stages": [verdict]}).axes[0]
 
     @pytest.mark.parametrize(
-        ("differences", "word", "colour"),
+        ("differences", "word", "color"),
         [
             ((3.0, 3.1, 2.9), "reproduced (3)", GREEN),
             ((-3.0, -3.1, -2.9), "not reproduced (3)", VERMILLION),
-            ((3.0, -3.0, 1.0), "undecided (3)", GREY),
-            ((3.0,), "undecided (1)", GREY),
-            ((), "no runs yet (0)", GREY),
+            ((3.0, -3.0, 1.0), "undecided (3)", GRAY),
+            ((3.0,), "undecided (1)", GRAY),
+            ((), "no runs yet (0)", GRAY),
         ],
     )
-    def test_word_and_colour(self, differences, word, colour):
+    def test_word_and_color(self, differences, word, color):
         _, ax = self.drawn(*differences)
         [said] = [text for text in ax.texts if text.get_text() == word]
-        assert to_hex(said.get_color()).upper() == colour.upper()
+        assert to_hex(said.get_color()).upper() == color.upper()
         assert [text.get_text() for text in ax.texts][:2] == ["stages", "It is better."]
 
     def test_mean_interval_and_the_papers_figure(self):
@@ -176,8 +176,8 @@ def test_overlaps_per_hundred_objects(results):
     ax = plot_overlaps(results, rows).axes[0]
     bars = [[bar.get_height() for bar in group] for group in ax.containers]
     assert bars == [[0, 0, 0, 25.0, 50.0], [0, 0, 0, 25.0, 50.0], [0, 0, 0, 24.5, 50.5]]
-    colours = [to_hex(group[0].get_facecolor()).upper() for group in ax.containers]
-    assert colours == [GREY.upper(), stage_colour(0).upper(), stage_colour(1).upper()]
+    colors = [to_hex(group[0].get_facecolor()).upper() for group in ax.containers]
+    assert colors == [GRAY.upper(), stage_color(0).upper(), stage_color(1).upper()]
 
 
 class TestRelations:

@@ -7,18 +7,18 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from PIL import Image
-from test_recorder import planted, spot_picture, with_rego
+from test_recorder import planted, spot_image, with_rego
 
 import regolite
 from regolite import Trace, UserError, record
-from regolite.data import Scenes, batch_pictures
+from regolite.data import Scenes, batch_images
 from regolite.data.dataset import Objects
 from regolite.evaluation.error_types import judge
 from regolite.inference import to_detections
 from regolite.models.deformable_attention import sample_and_mix
 from regolite.models.presets import configure
 from regolite.plots.attention import as_attention, attention_figure, sampling_figure
-from regolite.plots.drawing import BLUE, TRUTH_COLOUR, VERMILLION, stage_colour
+from regolite.plots.drawing import BLUE, TRUTH_COLOR, VERMILLION, stage_color
 from regolite.plots.entropy import EntropyByEpoch, entropies, entropy_by_layer, entropy_figure
 from regolite.plots.error_analysis import errors_figure, verdicts
 from regolite.plots.stages import related, relations_figure, stages_figure
@@ -39,13 +39,13 @@ def frame_of(padded, size, original):
     return Frame(padded, torch.tensor([size]), torch.tensor([original]))
 
 
-def picture_of(frame, index=0):
+def image_of(frame, index=0):
     height, width = frame.original[index].tolist()
     return Image.new("RGB", (width, height), (90, 120, 100))
 
 
 def brightest(figure, ax):
-    """The middle of the most coloured place on some axes, in the axes' own coordinates."""
+    """The middle of the most colored place on some axes, in the axes' own coordinates."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba()).astype(int)
@@ -60,7 +60,7 @@ def brightest(figure, ax):
 
 
 def boxes_at(frame, *boxes, scores=None, labels=None, classes=3):
-    """Boxes, given ``xyxy`` in pixels of the original picture."""
+    """Boxes, given ``xyxy`` in pixels of the original image."""
     corners = torch.tensor(boxes, dtype=torch.float32).view(1, -1, 4)
     height, width = frame.original[0].tolist()
     corners = corners / torch.tensor([width, height, width, height])
@@ -91,17 +91,17 @@ def written(ax):
 )
 def test_attention_is_drawn_at_the_spot_that_a_detector_looks_at(width, height, x, y):
     model, scale = planted(256), 256 / max(width, height)
-    picture = spot_picture(width, height, x, y, max(2, round(8 / scale)))
+    image = spot_image(width, height, x, y, max(2, round(8 / scale)))
     with record(model) as trace:
-        regolite.detect(model, picture)
+        regolite.detect(model, image)
     for choice in ({}, {"head": 2}, {"layer": 0, "query": 5}):
-        figure = attention_figure(picture, trace, **choice)
+        figure = attention_figure(image, trace, **choice)
         at = brightest(figure, figure.axes[0])
         assert np.abs(at - (x, y)).max() <= 16 / scale + 1
 
 
 def test_figures_read_an_image_as_the_detector_did(tmp_path):
-    upright = spot_picture(200, 120, 150, 30, 12)
+    upright = spot_image(200, 120, 150, 30, 12)
     exif = Image.Exif()
     exif[0x0112] = 6
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
@@ -109,24 +109,24 @@ def test_figures_read_an_image_as_the_detector_did(tmp_path):
     with record(model := planted(256)) as trace:
         regolite.detect(model, tmp_path / "phone.png")
     with Image.open(tmp_path / "phone.png") as opened:
-        for picture in (tmp_path / "phone.png", opened, np.asarray(upright)):
-            figure = attention_figure(picture, trace)
+        for image in (tmp_path / "phone.png", opened, np.asarray(upright)):
+            figure = attention_figure(image, trace)
             assert np.abs(brightest(figure, figure.axes[0]) - (150, 30)).max() <= 14
-            assert regolite.plots.draw_detections(picture, found, ["a"] * 99).size == (200, 120)
+            assert regolite.plots.draw_detections(image, found, ["a"] * 99).size == (200, 120)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_in_a_padded_batch_every_picture_has_its_own_attention(index):
+def test_in_a_padded_batch_every_image_has_its_own_attention(index):
     model = planted(256)
     spots = [(110, 50, (64, 160)), (50, 110, (160, 64)), (20, 20, (50, 40))]
-    pictures = []
+    images = []
     for x, y, size in spots:
         pixels = torch.zeros(3, *size)
         pixels[0, y - 4 : y + 4, x - 4 : x + 4] = 2.0
-        pictures.append(pixels)
+        images.append(pixels)
     with record(model) as trace, torch.no_grad():
-        model(batch_pictures(pictures, 32))
-    figure = attention_figure(picture_of(trace.frame, index), trace, query=1, index=index)
+        model(batch_images(images, 32))
+    figure = attention_figure(image_of(trace.frame, index), trace, query=1, index=index)
     assert np.abs(brightest(figure, figure.axes[0]) - spots[index][:2]).max() <= 17
 
 
@@ -134,23 +134,23 @@ def test_in_a_padded_batch_every_picture_has_its_own_attention(index):
 def test_attention_of_the_cell_under_a_point_is_drawn_where_it_goes(frame):
     frame = frame_of(*frame)
     shape = tuple(side // 16 for side in frame.padded)
-    picture = picture_of(frame)
+    image = image_of(frame)
     weights = torch.zeros(1, 2, shape[0] * shape[1], shape[0] * shape[1])
     found = AttentionMap(weights, (shape,), None, frame)
-    asks = (0.2 * picture.width, 0.9 * picture.height)
-    target = found.cell_at(0.7 * picture.width, 0.3 * picture.height)
+    asks = (0.2 * image.width, 0.9 * image.height)
+    target = found.cell_at(0.7 * image.width, 0.3 * image.height)
     weights[:, 1, found.cell_at(*asks), target] = 1.0  # the second head
     trace = Trace({"encoder.0": found}, frame)
     cell = 16 * max(frame.original[0] / frame.sizes[0])
     for head in (None, 1):
-        figure = attention_figure(picture, trace, point=asks, head=head)
-        assert np.abs(brightest(figure, figure.axes[0]) - found.centres()[target].numpy()).max() <= cell / 4 + 1
-    figure = attention_figure(picture, trace, point=asks, head=[0, 1])
+        figure = attention_figure(image, trace, point=asks, head=head)
+        assert np.abs(brightest(figure, figure.axes[0]) - found.centers()[target].numpy()).max() <= cell / 4 + 1
+    figure = attention_figure(image, trace, point=asks, head=[0, 1])
     assert np.asarray(figure.axes[0].images[1].get_array()).max() == 0 and len(figure.axes) == 2
 
 
 def sampling_at(frame, *points, weights=None, levels=2):
-    """Deformable attention of one query that reads these points, pixels of the picture, by one head on each level."""
+    """Deformable attention of one query that reads these points, pixels of the image, by one head on each level."""
     shapes = tuple((-(-frame.padded[0] // s), -(-frame.padded[1] // s)) for s in (8, 16)[:levels])
     at = frame.to_network(torch.tensor(points, dtype=torch.float32))
     spans = torch.tensor([[s * w, s * h] for (h, w), s in zip(shapes, (8.0, 16.0))])
@@ -163,19 +163,19 @@ def sampling_at(frame, *points, weights=None, levels=2):
 @every_frame
 def test_sampling_points_and_their_heat_are_drawn_where_they_are(frame):
     frame = frame_of(*frame)
-    picture = picture_of(frame)
-    points = [(0.7 * picture.width, 0.3 * picture.height), (0.71 * picture.width, 0.31 * picture.height)]
+    image = image_of(frame)
+    points = [(0.7 * image.width, 0.3 * image.height), (0.71 * image.width, 0.31 * image.height)]
     found = sampling_at(frame, *points)
-    box = [0.6 * picture.width, 0.2 * picture.height, 0.9 * picture.width, 0.5 * picture.height]
+    box = [0.6 * image.width, 0.2 * image.height, 0.9 * image.width, 0.5 * image.height]
     trace = Trace({"decoder.0.cross": found, "decoder.0.boxes": boxes_at(frame, box)}, frame)
-    figure = sampling_figure(picture, trace)
+    figure = sampling_figure(image, trace)
     [markers] = figure.axes[0].collections
     np.testing.assert_allclose(np.sort(markers.get_offsets(), 0), np.sort(points * 2, 0), rtol=0, atol=0.01)
     cross = [line for line in figure.axes[0].lines if line.get_marker() == "+"][-1]
     np.testing.assert_allclose(np.concatenate(cross.get_data()), np.mean(points, 0), rtol=0, atol=0.01)
     assert (BLUE, "solid", [round(side, 1) for side in box]) in rectangles(figure.axes[0])
 
-    figure = attention_figure(picture, trace, level=0)
+    figure = attention_figure(image, trace, level=0)
     cell = 8 * float((frame.original[0] / frame.sizes[0]).max())
     middle = figure.axes[0]
     heat = np.asarray(middle.images[1].get_array())
@@ -187,12 +187,12 @@ def test_sampling_points_and_their_heat_are_drawn_where_they_are(frame):
 def test_markers_have_the_weights_and_places_of_the_trace():
     model = small_models.deformable(levels=3)
     model.model_config = configure("deformable_detr_tiny", image_size=96)
-    picture = Image.new("RGB", (333, 100))
+    image = Image.new("RGB", (333, 100))
     with record(model) as trace:
-        regolite.detect(model, picture)
+        regolite.detect(model, image)
     found = trace["decoder.1.cross"]
     for head, level in ((None, None), (2, None), (None, 1), (3, 0)):
-        figure = sampling_figure(picture, trace, query=4, head=head, level=level)
+        figure = sampling_figure(image, trace, query=4, head=head, level=level)
         [markers] = figure.axes[0].collections
         heads = range(4) if head is None else [head]
         levels = range(3) if level is None else [level]
@@ -203,7 +203,7 @@ def test_markers_have_the_weights_and_places_of_the_trace():
         drawn = zip(markers.get_offsets().tolist(), markers.get_array().tolist())
         assert {tuple(round(v, 2) for v in (*place, weight)) for place, weight in drawn} == wanted
         assert markers.norm.vmax == pytest.approx(markers.get_array().max())
-    figure = sampling_figure(picture, trace, query=[1, 2], layer=[0, 1])
+    figure = sampling_figure(image, trace, query=[1, 2], layer=[0, 1])
     assert sum(len(ax.collections) for ax in figure.axes) == 4
 
 
@@ -229,15 +229,15 @@ def test_weights_of_cells_mix_the_values_to_what_deformable_attention_reads():
 def test_the_path_shows_boxes_scores_and_what_every_stage_saw():
     model = with_rego("refined")
     model.model_config = configure("deformable_detr_tiny", image_size=96)
-    picture = Image.new("RGB", (333, 100))
+    image = Image.new("RGB", (333, 100))
     with record(model) as trace:
-        regolite.detect(model, picture)
-    figure = stages_figure(picture, trace, query=3)
+        regolite.detect(model, image)
+    figure = stages_figure(image, trace, query=3)
     above, below = figure.axes[:3], figure.axes[3:]
     for stage in range(3):
         x0, y0, x1, y1 = trace.by_stage[stage].boxes_xyxy()[3].tolist()
-        colour, line, box = rectangles(above[stage])[-1]
-        assert colour == stage_colour(stage) and line == "solid"
+        color, line, box = rectangles(above[stage])[-1]
+        assert color == stage_color(stage) and line == "solid"
         assert box == pytest.approx([max(x0, 0), max(y0, 0), min(x1, 333), min(y1, 100)], abs=0.06)
         score, label = (values[3].item() for values in trace.by_stage[stage].best())
         assert f"class {label} {score:.2f}" in written(above[stage])
@@ -290,7 +290,7 @@ def test_relations_join_the_right_boxes_with_the_right_weights(frame):
     assert related(trace, query=0, head=1).itself == 1.0
     assert related(trace, query=0).weights.tolist() == pytest.approx([0.225, 0.15])
 
-    figure = relations_figure(picture_of(frame), trace, query=0, head=0)
+    figure = relations_figure(image_of(frame), trace, query=0, head=0)
     [ax] = figure.axes
     lines = [line for line in ax.lines if line.get_transform() == ax.transData]
     middles = [np.add(box[:2], box[2:]) / 2 for box in (a, b, c)]
@@ -299,9 +299,9 @@ def test_relations_join_the_right_boxes_with_the_right_weights(frame):
     widths = [line.get_linewidth() - 0.8 for line in lines]
     assert widths[0] / widths[1] == pytest.approx(0.45 / 0.3)
     assert {"cat", "dog 45 %", "cat 30 %", "itself 15 %, no object 10 % (evenly 17 %)"} <= set(written(ax))
-    assert [box for colour, _, box in rectangles(ax) if colour == stage_colour(1)] == [a]
+    assert [box for color, _, box in rectangles(ax) if color == stage_color(1)] == [a]
 
-    only = relations_figure(picture_of(frame), trace, query=0, head=0, top=1)
+    only = relations_figure(image_of(frame), trace, query=0, head=0, top=1)
     assert "cat 30 %" not in written(only.axes[0])
     high = related(trace, query=4, threshold=0.85)
     assert high.queries.tolist() == [0]  # who asks is an object whatever its score; dog and kite are none
@@ -310,12 +310,12 @@ def test_relations_join_the_right_boxes_with_the_right_weights(frame):
 def test_the_self_attention_of_a_detector_without_rego_can_be_shown():
     model = small_models.deformable()
     model.model_config = configure("deformable_detr_tiny", image_size=96)
-    picture = Image.new("RGB", (120, 100))
+    image = Image.new("RGB", (120, 100))
     with record(model) as trace:
-        regolite.detect(model, picture)
+        regolite.detect(model, image)
     with pytest.raises(UserError, match="stage=0 shows the self-attention"):
-        relations_figure(picture, trace)
-    relations_figure(picture, trace, stage=0)
+        relations_figure(image, trace)
+    relations_figure(image, trace, stage=0)
     found = related(trace, query=2, stage=0, layer=0)
     assert float(found.weights.sum()) + found.itself + found.nothing == pytest.approx(1, abs=1e-5)
 
@@ -360,7 +360,7 @@ def test_right_wrong_missed_and_crowds_have_their_own_look():
         scores=[0.9, 0.8, 0.7, 0.6], labels=[0, 0, 0, 2],
     )  # fmt: skip
     trace = Trace({"decoder.0.boxes": found}, frame, ("cat", "dog", "kite"))
-    figure = errors_figure(picture_of(frame), trace, truth)
+    figure = errors_figure(image_of(frame), trace, truth)
     [ax] = figure.axes
     assert {"cat 0.90", "cat 0.80: class", "cat 0.70: in a crowd", "kite 0.60: background", "kite: missed"} <= set(
         written(ax)
@@ -368,10 +368,10 @@ def test_right_wrong_missed_and_crowds_have_their_own_look():
     assert "1 right, 2 wrong, 1 missed" in written(ax)
     looks = rectangles(ax)
     assert (BLUE, "solid", [10, 10, 60, 60]) in looks and (VERMILLION, "solid", [100, 10, 160, 70]) in looks
-    [(_, line, box)] = [look for look in looks if look[0] == TRUTH_COLOUR]
+    [(_, line, box)] = [look for look in looks if look[0] == TRUTH_COLOR]
     assert line != "solid" and box == [180, 100, 220, 140]
 
-    other = errors_figure(picture_of(frame), trace, truth, base=trace, threshold=0.85)
+    other = errors_figure(image_of(frame), trace, truth, base=trace, threshold=0.85)
     assert len(other.axes) == 2 and "1 right, 0 wrong, 2 missed" in written(other.axes[0])
     with pytest.raises(UserError, match="class 2, and the detector knows 0 to 1"):
         verdicts(Trace({"decoder.0.boxes": boxes_at(frame, [0, 0, 9, 9], classes=2)}, frame), truth)
@@ -380,7 +380,7 @@ def test_right_wrong_missed_and_crowds_have_their_own_look():
 # Entropy.
 
 
-def test_entropy_is_that_of_the_cells_on_the_picture():
+def test_entropy_is_that_of_the_cells_on_the_image():
     frame = Frame((32, 64), torch.tensor([[32, 64], [32, 32]]), torch.tensor([[64, 128], [64, 64]]))
     weights = torch.zeros(2, 1, 2, 2)
     weights[0, 0] = 0.5  # log 2 twice
@@ -410,7 +410,7 @@ def test_entropies_by_epoch_are_watched_and_drawn():
     figure = entropy_figure(entropy.by_epoch)
     titles = {ax.get_title(loc="left"): ax for ax in figure.axes if ax.get_title(loc="left")}
     assert len(titles) == 5
-    [first, second] = titles["Decoder: queries look at the picture"].lines
+    [first, second] = titles["Decoder: queries look at the image"].lines
     assert first.get_label() == "layer 0" and list(second.get_xdata()) == [0, 3]
     assert list(second.get_ydata()) == [entropy.by_epoch[epoch]["decoder.1.cross"] for epoch in (0, 3)]
     assert len(titles["REGO: glimpses ask the stage before"].lines) == 4
@@ -420,7 +420,7 @@ def test_entropies_by_epoch_are_watched_and_drawn():
     for wrong in ({}, [only, {}]):
         with pytest.raises(UserError, match="entropies by epoch"):
             entropy_figure(wrong)
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         entropies(model, scenes, [])
 
 
@@ -430,44 +430,44 @@ def test_entropies_by_epoch_are_watched_and_drawn():
 def test_wrong_choices_get_a_clear_word():
     model = small_models.detr()
     model.model_config = configure("detr_tiny", image_size=64)
-    picture = Image.new("RGB", (120, 100))
+    image = Image.new("RGB", (120, 100))
     with record(model) as trace:
-        regolite.detect(model, picture)
+        regolite.detect(model, image)
     wrong = {
-        "the picture is 100 x 120, and picture 0 of the trace 120 x 100": lambda: attention_figure(
+        "the image is 100 x 120, and image 0 of the trace 120 x 100": lambda: attention_figure(
             Image.new("RGB", (100, 120)), trace
         ),
-        "index is 1, and there are 1": lambda: attention_figure(picture, trace, index=1),
-        "query is 7, and there are 7": lambda: attention_figure(picture, trace, query=7),
-        "head is 4, and there are 4": lambda: attention_figure(picture, trace, head=4),
-        "level is 1, and there are 1": lambda: attention_figure(picture, trace, level=1),
-        "no 'decoder.9.cross'": lambda: attention_figure(picture, trace, layer=9),
-        "outside the picture": lambda: attention_figure(picture, trace, point=(130, 5)),
-        "give a query.* or a point": lambda: attention_figure(picture, trace, query=1, point=(5, 5)),
-        "dense and samples no points: attention_figure": lambda: sampling_figure(picture, trace),
-        "only a detector with REGO": lambda: stages_figure(picture, trace),
-        "no boxes of stage 2": lambda: errors_figure(picture, trace, Scenes(1, split="val").objects(0), stage=2),
+        "index is 1, and there are 1": lambda: attention_figure(image, trace, index=1),
+        "query is 7, and there are 7": lambda: attention_figure(image, trace, query=7),
+        "head is 4, and there are 4": lambda: attention_figure(image, trace, head=4),
+        "level is 1, and there are 1": lambda: attention_figure(image, trace, level=1),
+        "no 'decoder.9.cross'": lambda: attention_figure(image, trace, layer=9),
+        "outside the image": lambda: attention_figure(image, trace, point=(130, 5)),
+        "give a query.* or a point": lambda: attention_figure(image, trace, query=1, point=(5, 5)),
+        "dense and samples no points: attention_figure": lambda: sampling_figure(image, trace),
+        "only a detector with REGO": lambda: stages_figure(image, trace),
+        "no boxes of stage 2": lambda: errors_figure(image, trace, Scenes(1, split="val").objects(0), stage=2),
     }
     for message, call in wrong.items():
         with pytest.raises(UserError, match=message):
             call()
     with record(model, "*.self") as trace:
-        regolite.detect(model, picture)
+        regolite.detect(model, image)
     with pytest.raises(UserError, match=r"no decoder.\*.cross: record it too"):
-        attention_figure(picture, trace, query=0)
+        attention_figure(image, trace, query=0)
 
 
 @pytest.mark.parametrize("name", small_models.DETECTORS)
 def test_every_family_can_be_looked_at(name):
     model = with_rego(name)
     model.model_config = configure("detr_tiny", image_size=64)
-    picture = Image.new("RGB", (60, 140), (200, 30, 30))
+    image = Image.new("RGB", (60, 140), (200, 30, 30))
     with record(model) as trace:
-        regolite.detect(model, picture)
+        regolite.detect(model, image)
     for figure in (
-        attention_figure(picture, trace, query=[0, 3], head=[0, 1]),
-        attention_figure(picture, trace, point=(30, 100), layer=0),
-        stages_figure(picture, trace),
-        relations_figure(picture, trace),
+        attention_figure(image, trace, query=[0, 3], head=[0, 1]),
+        attention_figure(image, trace, point=(30, 100), layer=0),
+        stages_figure(image, trace),
+        relations_figure(image, trace),
     ):
         FigureCanvasAgg(figure).draw()

@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from regolite.data import Scenes
 from regolite.evaluation import KINDS, judge, measure
 from regolite.plots import precision
-from regolite.plots.drawing import TRUTH_COLOUR, VERMILLION
+from regolite.plots.drawing import TRUTH_COLOR, VERMILLION
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def dataset():
 
 
 def found(dataset, shift=0.0, score=0.9, leave_out=()):
-    """The truth, moved by a part of the width; without the objects of some pictures."""
+    """The truth, moved by a part of the width; without the objects of some images."""
     results = []
     for one in dataset.coco.dataset["annotations"]:
         x, y, w, h = one["bbox"]
@@ -30,8 +30,8 @@ def titles(figure):
     return [text.get_text() for ax in figure.axes for text in ax.texts if text.get_text()]
 
 
-def frames(figure, colour):
-    return [p.get_bbox() for ax in figure.axes for p in ax.patches if to_hex(p.get_edgecolor()) == colour.lower()]
+def frames(figure, color):
+    return [p.get_bbox() for ax in figure.axes for p in ax.patches if to_hex(p.get_edgecolor()) == color.lower()]
 
 
 class TestCategories:
@@ -81,8 +81,8 @@ def test_errors_by_kind(dataset):
     assert points.patches[KINDS.index("box")].get_height() == costs[0]["box"] > 0
 
 
-class TestPictures:
-    def test_the_surest_wrong_one_of_each_picture_beside_its_object(self, dataset):
+class TestImages:
+    def test_the_highest_scoring_wrong_one_of_each_image_beside_its_object(self, dataset):
         judged = judge(dataset.coco, found(dataset, 0.5, 0.7) + found(dataset, 0.5, 0.9)[:1])
         figure = precision.draw_errors(dataset, judged, count=3)
         assert len(figure.axes) == 3
@@ -93,12 +93,12 @@ class TestPictures:
     def test_the_box_lies_in_the_part_that_is_cut_out(self, dataset):
         [wrong] = [one for one in found(dataset, 0.5)[:1]]
         figure = precision.draw_errors(dataset, judge(dataset.coco, [wrong]))
-        [red], [green] = frames(figure, VERMILLION), frames(figure, TRUTH_COLOUR)
+        [red], [green] = frames(figure, VERMILLION), frames(figure, TRUTH_COLOR)
         width, height = wrong["bbox"][2:]
         assert green.width == pytest.approx(width) and green.height == pytest.approx(height)
         assert red.x0 - green.x0 == pytest.approx(width / 2) and red.y0 == pytest.approx(green.y0)
-        picture = figure.axes[0].images[0].get_array()
-        assert 64 / 4 <= picture.shape[1] <= 64 and red.x1 <= picture.shape[1] and red.y1 <= picture.shape[0]
+        image = figure.axes[0].images[0].get_array()
+        assert 64 / 4 <= image.shape[1] <= 64 and red.x1 <= image.shape[1] and red.y1 <= image.shape[0]
 
     def test_what_was_missed_and_what_came_near(self, dataset):
         first, second, *_ = dataset.image_ids
@@ -108,7 +108,7 @@ class TestPictures:
         said = titles(figure)
         assert len(figure.axes) == 2 and all(text.startswith("missed: ") for text in said[::2])
         assert sorted(said[1::2]) == ["by nothing", "correct with 0.30"]
-        assert len(frames(figure, TRUTH_COLOUR)) == 2
+        assert len(frames(figure, TRUTH_COLOR)) == 2
 
     def test_nothing_wrong_and_nothing_missed(self, dataset):
         judged = judge(dataset.coco, found(dataset))

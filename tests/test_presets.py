@@ -98,7 +98,7 @@ def test_every_preset_builds():
         base = model.detector if isinstance(model, Rego) else model
         assert type(base) is family(name)[0]
         assert base.backbone.body[0] is not None
-        assert base.columns == 80 + (base.scoring == "softmax")
+        assert base.num_logits == 80 + (base.scoring == "softmax")
         assert f"rego_{name}" in presets() or name.removeprefix("rego_") in presets()
 
 
@@ -196,7 +196,7 @@ def test_the_released_form_brings_what_belongs_to_it():
 
 def test_number_and_names_of_classes():
     model = build("detr_scenes", 3)
-    assert model.columns == 4
+    assert model.num_logits == 4
     assert (model.model_config.classes, model.model_config.category_ids) == (("0", "1", "2"), (0, 1, 2))
     named = build("detr_scenes", classes=("cat", "dog"), category_ids=(17, 18))
     assert named.columns == 3

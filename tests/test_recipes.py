@@ -25,7 +25,7 @@ from regolite.errors import UserError
 from regolite.evaluation.complexity import TABLE_1
 from regolite.models.config import ModelConfig
 from regolite.models.presets import configure, presets
-from regolite.paper.estimates import LARGEST_PICTURE, MEAN_PICTURE, PICTURES, TFLOPS, V100_HOURS, estimate, kept_bytes
+from regolite.paper.estimates import IMAGES, LARGEST_IMAGE, MEAN_IMAGE, TFLOPS, V100_HOURS, estimate, kept_bytes
 from regolite.paper.recipes import RECIPES, as_text, assumptions, recipe, rows
 from regolite.training import RunConfig
 from regolite.training.schedule import lr_factor, parameter_groups
@@ -84,7 +84,17 @@ class TestRecipes:
         assert sum(p.numel() for p in outline(config.model).parameters()) > 30e6
 
     def test_decide_all_that_changes_the_result(self):
-        machine = {"data", "output", "workers", "device", "precision", "processes", "accumulate", "recompute", "resume"}
+        machine = {
+            "data",
+            "output",
+            "workers",
+            "device",
+            "precision",
+            "processes",
+            "accumulate",
+            "activation_checkpointing",
+            "resume",
+        }
         machine |= {"checkpoint_minutes", "keep_checkpoints", "on_broken"}
         watching = {"evaluate_every", "evaluate_start", "evaluate_train", "log_every", "tensorboard", "seed"}
         decided = set(recipe("deformable_detr_r50_50ep").settings())
@@ -122,7 +132,7 @@ class TestRecipes:
             assert rates(name).pop("sampling", 1e-4) == 1e-4 and rates(name)["backbone"] == 1e-5
 
     @every_recipe
-    def test_pictures_are_the_presets_own(self, name: str):
+    def test_images_are_the_presets_own(self, name: str):
         one, model = recipe(name), configure(recipe(name).model)
         assert isinstance(model, ModelConfig)
         assert (one.augment, one.image_size) == (model.augment, model.image_size) == ("detr", 800)
@@ -170,7 +180,7 @@ class TestCommands:
             ("recipes rego_deformable_r50_50ep", "did you mean 'rego_deformable_detr_r50_50ep'?"),
             ("recipes deformable_detr_r50_50ep --tflops 0", "tflops=0.0 must be greater than 0"),
             ("recipes deformable_detr_r50_50ep --processes 0", "'0' is not a whole number greater than 0"),
-            ("recipes deformable_detr_r50_50ep --processes 17", "has 16 pictures a step"),
+            ("recipes deformable_detr_r50_50ep --processes 17", "has 16 images a step"),
         ],
     )
     def test_wrong_input_is_one_line(self, words: str, said: str, capsys: pytest.CaptureFixture[str]):
@@ -256,9 +266,9 @@ class TestTable:
     def test_numbers_in_the_notes_are_those_of_the_code(self):
         """Sentences that hold numbers, beside what they are about."""
         said = " ".join(assumptions()) + " ".join(r for one in RECIPES.values() for r in one.remarks)
-        for text in (f"{PICTURES:,} pictures", f"{MEAN_PICTURE[0]} x {MEAN_PICTURE[1]}", f"{V100_HOURS} GPU hours"):
+        for text in (f"{IMAGES:,} images", f"{MEAN_IMAGE[0]} x {MEAN_IMAGE[1]}", f"{V100_HOURS} GPU hours"):
             assert text in said
-        assert f"{LARGEST_PICTURE[0]} x {LARGEST_PICTURE[1]} pixels, the largest" in said
+        assert f"{LARGEST_IMAGE[0]} x {LARGEST_IMAGE[1]} pixels, the largest" in said
         hours = {name: estimate(name, 1, 2).gpu_hours for name in ("detr_r50", "detr_dc5_r50")}
         assert f"DETR-R50 takes {hours['detr_r50']:.1f} GPU hours an epoch" in said
         assert f"DETR-DC5 takes {hours['detr_dc5_r50']:.1f} GPU hours an epoch" in said
@@ -290,11 +300,11 @@ class TestEstimates:
         chain = ["detr_r50", "deformable_detr_r50", two_stage, f"rego_{two_stage}"]
         hours = [estimate(name, 36, 2).gpu_hours for name in chain]
         assert hours == sorted(hours) and len(set(hours)) == len(chain)
-        assert base.picture_tflop * PICTURES * 36 / TFLOPS / 3600 == pytest.approx(base.gpu_hours)
+        assert base.image_tflop * IMAGES * 36 / TFLOPS / 3600 == pytest.approx(base.gpu_hours)
 
     def test_memory_grows_with_what_it_must(self):
-        def gigabytes(name: str, pictures: int) -> float:
-            return estimate(name, 50, pictures).gigabytes
+        def gigabytes(name: str, images: int) -> float:
+            return estimate(name, 50, images).gigabytes
 
         rego = "rego_deformable_detr_two_stage_r50"
         one, two, four = (gigabytes(rego, n) for n in (1, 2, 4))
@@ -339,9 +349,9 @@ class TestEstimates:
         small, large = (kept_bytes(outline("detr_tiny", dropout=0.1).train(), n, n) for n in (512, 1024))
         assert large < 4.5 * small
 
-    def test_the_mean_picture_is_what_the_recipe_makes(self):
+    def test_the_mean_image_is_what_the_recipe_makes(self):
         whole = make_transform("detr", 800, train=True)
-        geometry = v2.Compose(whole.transforms[:-1])  # without the step from a picture to pixels
+        geometry = v2.Compose(whole.transforms[:-1])  # without the step from an image to pixels
         data, areas = open_data(ROOT / "data" / "coco_tiny", "train"), []
         torch.manual_seed(0)
         for i in [*range(len(data))] * 2:
@@ -349,8 +359,8 @@ class TestEstimates:
             box = tv_tensors.BoundingBoxes([[0.0, 0.0, width, height]], format="XYXY", canvas_size=(height, width))
             made, _ = geometry(Image.new("L", (width, height)), {"boxes": box, "labels": torch.zeros(1).long()})
             areas.append(made.height * made.width)
-        assert sum(areas) / len(areas) == pytest.approx(MEAN_PICTURE[0] * MEAN_PICTURE[1], rel=0.05)
-        assert max(areas) <= LARGEST_PICTURE[0] * LARGEST_PICTURE[1]
+        assert sum(areas) / len(areas) == pytest.approx(MEAN_IMAGE[0] * MEAN_IMAGE[1], rel=0.05)
+        assert max(areas) <= LARGEST_IMAGE[0] * LARGEST_IMAGE[1]
 
 
 def test_make_prints_the_same_command():

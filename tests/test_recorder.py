@@ -22,7 +22,7 @@ from regolite.models.glimpse import choose_level, cut_glimpses
 from regolite.models.presets import configure
 from regolite.tracing.trace import Frame
 
-MEAN_COLOUR = (124, 116, 104)  # nearly zero once normalised, as padding is
+MEAN_COLOR = (124, 116, 104)  # nearly zero once normalized, as padding is
 
 
 def with_rego(name, **config):
@@ -304,10 +304,10 @@ def planted(image_size, **changes):
     return model
 
 
-def spot_picture(width, height, x, y, side):
-    picture = Image.new("RGB", (width, height), MEAN_COLOUR)
-    picture.paste((255, 116, 104), (x - side // 2, y - side // 2, x + side // 2, y + side // 2))
-    return picture
+def spot_image(width, height, x, y, side):
+    image = Image.new("RGB", (width, height), MEAN_COLOR)
+    image.paste((255, 116, 104), (x - side // 2, y - side // 2, x + side // 2, y + side // 2))
+    return image
 
 
 @pytest.mark.parametrize(
@@ -318,49 +318,49 @@ def spot_picture(width, height, x, y, side):
     ],
 )  # fmt: skip
 def test_an_attention_to_a_spot_is_drawn_at_that_spot(width, height, x, y):
-    """Pictures that are not square, made smaller or larger, and padded: at most half a cell beside it."""
+    """Images that are not square, made smaller or larger, and padded: at most half a cell beside it."""
     model = planted(256)
     scale = 256 / max(width, height)
     with record(model) as trace:
-        regolite.detect(model, spot_picture(width, height, x, y, max(2, round(8 / scale))))
+        regolite.detect(model, spot_image(width, height, x, y, max(2, round(8 / scale))))
     found = trace["decoder.0.cross"]
     assert found.frame.original.tolist() == [[height, width]]
     cell = 32 / scale
     for head in (None, 0, 3):
-        heat = found.over_picture(query=3, head=head)
+        heat = found.over_image(query=3, head=head)
         assert heat.shape == (height, width) and heat.max() > 0.999
         rows, columns = (heat == heat.max()).nonzero().float().add(0.5).unbind(1)
         assert abs(rows.mean() - y) <= cell / 2 + 1 and abs(columns.mean() - x) <= cell / 2 + 1
     number = int(found.of(3).argmax())
     assert number == found.cell_at(x, y)
-    centre_x, centre_y = found.centres()[number].tolist()
-    assert abs(centre_x - x) <= cell / 2 + 1 and abs(centre_y - y) <= cell / 2 + 1
+    center_x, center_y = found.centers()[number].tolist()
+    assert abs(center_x - x) <= cell / 2 + 1 and abs(center_y - y) <= cell / 2 + 1
 
     small = found.heat(3)  # drawn by imshow, between the corners that `extent` says
     row, column = divmod(int(small.argmax()), small.shape[1])
     left, right, bottom, top = found.extent()
-    assert (column + 0.5) * (right - left) / small.shape[1] == pytest.approx(centre_x, abs=0.01)
-    assert (row + 0.5) * (bottom - top) / small.shape[0] == pytest.approx(centre_y, abs=0.01)
+    assert (column + 0.5) * (right - left) / small.shape[1] == pytest.approx(center_x, abs=0.01)
+    assert (row + 0.5) * (bottom - top) / small.shape[0] == pytest.approx(center_y, abs=0.01)
 
 
-def test_in_a_padded_batch_every_picture_has_its_own_frame():
+def test_in_a_padded_batch_every_image_has_its_own_frame():
     model = planted(256)
     spots = [(110, 50, (64, 160)), (50, 110, (160, 64)), (20, 20, (50, 40))]
-    pictures = []
+    pixels = []
     for x, y, size in spots:
         pixels = torch.zeros(3, *size)
         pixels[0, y - 4 : y + 4, x - 4 : x + 4] = 2.0
-        pictures.append(pixels)
-    images = regolite.data.batch_pictures(pictures, 32)
+        pixels.append(pixels)
+    images = regolite.data.batch_images(pixels, 32)
     with record(model) as trace, torch.no_grad():
         model(images)
     found = trace["decoder.0.cross"]
-    for picture, (x, y, (height, width)) in enumerate(spots):
-        heat = found.over_picture(0, picture=picture)
+    for image, (x, y, (height, width)) in enumerate(spots):
+        heat = found.over_image(0, image=image)
         assert heat.shape == (height, width)
         rows, columns = (heat == heat.max()).nonzero().float().add(0.5).unbind(1)
         assert abs(rows.mean() - y) <= 16 and abs(columns.mean() - x) <= 16
-        assert found.cell_at(x, y, picture=picture) == found.of(0, picture=picture).argmax()
+        assert found.cell_at(x, y, image=image) == found.of(0, image=image).argmax()
 
 
 @pytest.mark.parametrize("size", [(128, 128), (64, 160), (100, 70), (33, 97)])
@@ -374,7 +374,7 @@ def test_cells_of_an_encoder_are_where_their_reference_points_are(size):
     own = found.reference_points(0)  # of every cell, on every level
     first = 0
     for level, end in enumerate(starts):
-        torch.testing.assert_close(own[first:end, level], found.centres(0)[first:end])
+        torch.testing.assert_close(own[first:end, level], found.centers(0)[first:end])
         first = end
 
 
@@ -401,7 +401,7 @@ def test_a_sampling_point_at_a_spot_is_drawn_there():
     torch.testing.assert_close(trace["references"].points(), spot.expand(7, 2))
 
 
-def test_boxes_and_glimpses_are_in_pixels_of_the_original_picture():
+def test_boxes_and_glimpses_are_in_pixels_of_the_original_image():
     model = with_rego("refined")
     model.model_config = configure("deformable_detr_tiny", image_size=96)
     with record(model) as trace:
@@ -437,22 +437,22 @@ def test_all_levels_together_keep_the_whole_weight(images):
     with record(model) as trace, torch.no_grad():
         model(batch((128, 192)))
     found = trace["decoder.0.cross"]
-    finest = found.over_picture(2).sum() / found.strides[0] ** 2
+    finest = found.over_image(2).sum() / found.strides[0] ** 2
     assert finest == pytest.approx(1.0, abs=1e-4)
-    one = found.over_picture(2, level=1)
+    one = found.over_image(2, level=1)
     assert one.max() == found.heat(2, level=1).max()
 
 
-def test_strides_of_maps_that_do_not_end_with_the_picture():
+def test_strides_of_maps_that_do_not_end_with_the_image():
     frame = Frame((96, 70), torch.tensor([[96, 70]]), torch.tensor([[96, 70]]))
     assert frame.strides([(12, 9), (6, 5), (3, 3), (2, 2), (1, 1)]) == (8, 16, 32, 64, 128)
 
 
-def test_a_point_outside_the_picture_is_refused():
+def test_a_point_outside_the_image_is_refused():
     model = planted(256)
     with record(model) as trace:
         regolite.detect(model, Image.new("RGB", (200, 100)))
-    with pytest.raises(UserError, match="outside the picture of 200 x 100"):
+    with pytest.raises(UserError, match="outside the image of 200 x 100"):
         trace["decoder.0.cross"].cell_at(200.0, 50.0)
     with pytest.raises(UserError, match="queries look at queries"):
         trace["decoder.0.self"].heat(0)

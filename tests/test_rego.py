@@ -12,7 +12,7 @@ from small_models import (
     deformable,
     detr,
     detr_star,
-    pictures,
+    random_images,
     refined,
     shake,
     small_resnet,
@@ -25,7 +25,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import regolite.models.rego
 from regolite.boxes import to_pixels
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.errors import UserError
 from regolite.losses import LossConfig, SetLoss
 from regolite.models.backbone import Backbone
@@ -49,7 +49,7 @@ def same(one, other):
     return torch.equal(one.logits, other.logits) and torch.equal(one.boxes, other.boxes)
 
 
-# A second implementation, of one picture without padding
+# A second implementation, of one image without padding
 
 
 def attend(module, query, key_value):
@@ -79,7 +79,7 @@ def logit(x):
 
 
 def second_stages(model, output, height, width):
-    """Algorithm 1 for the only picture of a batch, by torchvision's pooler and PyTorch's attention."""
+    """Algorithm 1 for the only image of a batch, by torchvision's pooler and PyTorch's attention."""
     released = model.config.form == "released"
     maps = OrderedDict()
     for number, (feature, project) in enumerate(zip(output.features, model.projections)):
@@ -160,7 +160,7 @@ def test_a_self_attention_over_the_hidden_states_can_come_first():
 @pytest.mark.parametrize("make", DETECTORS.values(), ids=DETECTORS)
 def test_rego_on_every_detector(make, form):
     model = rego(make(), form=form)
-    assert (model.scoring, model.columns, model.dim) == (model.detector.scoring, model.detector.columns, 32)
+    assert (model.scoring, model.num_logits, model.dim) == (model.detector.scoring, model.detector.num_logits, 32)
     images = batch((64, 96), (96, 64))
     with torch.no_grad():
         output, base = model(images), model.detector(images)
@@ -168,7 +168,7 @@ def test_rego_on_every_detector(make, form):
     assert len(output.stages) == 3 and len(output.by_stage) == 4
     for layers in output.stages:
         for prediction in layers:
-            assert prediction.logits.shape == (2, 7, model.columns)
+            assert prediction.logits.shape == (2, 7, model.num_logits)
             assert prediction.boxes.shape == (2, 7, 4)
             assert (prediction.boxes > 0).all() and (prediction.boxes < 1).all()
     assert not same(output.final, output.by_stage[0])
@@ -333,7 +333,7 @@ def test_released_regions_are_of_the_padded_batch_and_never_wider_than_it(monkey
         larger = torch.cat([before.boxes[..., :2], (before.boxes[..., 2:] * alpha).clamp(max=1)], -1)
         padded = torch.tensor([[96, 96], [96, 96]])
         torch.testing.assert_close(corners, to_pixels(larger, padded), **CLOSE)
-        assert not any(m.any() for m in masks)  # padding counts as picture
+        assert not any(m.any() for m in masks)  # padding counts as image
     first = regions[0][0]
     assert (first[..., 2:] - first[..., :2]).max() <= 96 + 1e-3
     assert first.min() < 0 and first.max() > 96  # corners are not clipped
@@ -476,11 +476,11 @@ def test_the_base_loss_does_not_reach_the_stages():
 @pytest.mark.parametrize("sizes", [[(64, 64), (160, 96)], [(50, 70), (33, 96), (100, 100)]], ids=str)
 def test_padding_does_not_move_the_boxes_of_any_stage(make, sizes):
     levels = {"levels": 4} if make in (deformable, refined, two_stage) else {}
-    model, images = rego(with_stub(make(**levels))), pictures(*sizes)
+    model, images = rego(with_stub(make(**levels))), random_images(*sizes)
     with torch.no_grad():
-        together = model(batch_pictures(images, 32))
-        for i, picture in enumerate(images):
-            alone = model(batch_pictures([picture], 32))
+        together = model(batch_images(images, 32))
+        for i, image in enumerate(images):
+            alone = model(batch_images([image], 32))
             for one, many in zip(alone.by_stage, together.by_stage):
                 torch.testing.assert_close(one.boxes[0], many.boxes[i], rtol=1e-3, atol=2e-4)
                 torch.testing.assert_close(one.logits[0], many.logits[i], rtol=1e-3, atol=2e-3)
@@ -488,9 +488,9 @@ def test_padding_does_not_move_the_boxes_of_any_stage(make, sizes):
 
 
 def test_the_released_form_lets_padding_in():
-    model, images = rego(with_stub(deformable()), form="released"), pictures((64, 64), (160, 96))
+    model, images = rego(with_stub(deformable()), form="released"), random_images((64, 64), (160, 96))
     with torch.no_grad():
-        together, alone = model(batch_pictures(images, 32)), model(batch_pictures(images[:1], 32))
+        together, alone = model(batch_images(images, 32)), model(batch_images(images[:1], 32))
     torch.testing.assert_close(alone.by_stage[0].boxes[0], together.by_stage[0].boxes[0], **CLOSE)
     assert (alone.final.boxes[0] - together.final.boxes[0]).abs().max() > 1e-3
 
@@ -500,11 +500,11 @@ def test_padding_does_not_move_boxes_with_a_real_backbone(make):
     model = rego(make(backbone="mobilenet_v2", weights="bundled"))
     bundled = Backbone("mobilenet_v2", weights="bundled")
     model.detector.backbone.load_state_dict(bundled.state_dict())  # as they were before they were shaken
-    images = pictures((128, 90), (100, 160))
+    images = random_images((128, 90), (100, 160))
     with torch.no_grad():
-        together = model(batch_pictures(images, 32))
-        for i, picture in enumerate(images):
-            alone = model(batch_pictures([picture], 32))
+        together = model(batch_images(images, 32))
+        for i, image in enumerate(images):
+            alone = model(batch_images([image], 32))
             for one, many in zip(alone.by_stage, together.by_stage):
                 torch.testing.assert_close(one.boxes[0], many.boxes[i], rtol=1e-3, atol=2e-4)
                 torch.testing.assert_close(one.logits[0], many.logits[i], rtol=1e-3, atol=2e-3)

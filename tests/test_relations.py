@@ -32,11 +32,11 @@ def target(objects=OBJECTS, image_id=1):
     return Target(torch.zeros(len(objects), dtype=torch.long), objects, image_id, (100, 100))
 
 
-def planted(owners, maps, surest=()):
-    """A trace of one picture: each query lies on an object, or on none (-1)."""
+def planted(owners, maps, best=()):
+    """A trace of one image: each query lies on an object, or on none (-1)."""
     boxes = torch.stack([OBJECTS[k] if k >= 0 else torch.tensor(EMPTY) for k in owners])[None]
     logits = torch.zeros(1, len(owners), 3)
-    logits[0, list(surest), 1] = 2.0
+    logits[0, list(best), 1] = 2.0
     records = {name: AttentionMap(w[None], (), None, FRAME) for name, w in maps.items()}
     stages = [name for name in maps if name.startswith("stage")]
     last = "stage.1.boxes.0" if stages else "decoder.0.boxes"
@@ -112,24 +112,24 @@ def test_weights_of_all_queries_of_an_object_count_together():
 
 def test_the_ball_and_empty_places_are_never_the_most_related():
     weights = [0.4, 0.05, 0.02, 0.01, 0.12, 0.4]
-    trace = planted([0, 1, 2, 3, 0, -1], {"decoder.0.self": looking_at(6, 0, weights)}, surest=[0])
+    trace = planted([0, 1, 2, 3, 0, -1], {"decoder.0.self": looking_at(6, 0, weights)}, best=[0])
     assert score_of(trace) == 1.0
 
 
-def test_the_surest_query_speaks():
+def test_the_highest_scoring_query_speaks():
     attention = looking_at(5, 0, [0.1, 0.7, 0.1, 0.1, 0.0])
     attention[:, 4] = torch.tensor([0.1, 0.1, 0.7, 0.1, 0.0])
-    for surest, wanted in ((0, 1.0), (4, 0.0)):
-        assert score_of(planted([0, 1, 2, 3, 0], {"decoder.0.self": attention}, surest=[surest])) == wanted
+    for best, wanted in ((0, 1.0), (4, 0.0)):
+        assert score_of(planted([0, 1, 2, 3, 0], {"decoder.0.self": attention}, best=[best])) == wanted
 
 
 def test_the_order_of_queries_does_not_matter():
     owners, names = [0, 1, 2, 3, 0, -1, 2, -1], ("decoder.0.self", "decoder.1.self", "stage.1.relations.0")
     maps = {name: torch.rand(HEADS, 8, 8).softmax(-1) for name in names}
-    one = planted(owners, maps, surest=[4])
+    one = planted(owners, maps, best=[4])
     order = torch.randperm(8)
     moved = {name: w[:, order][:, :, order] for name, w in maps.items()}
-    other = planted([owners[k] for k in order], moved, surest=[order.tolist().index(4)])
+    other = planted([owners[k] for k in order], moved, best=[order.tolist().index(4)])
     found, again = (summary(relation_cases(trace, target(), RELATIONS)) for trace in (one, other))
     for row, same in zip(found["maps"], again["maps"], strict=True):
         assert row["score"] == same["score"] and row["heads"] == same["heads"]
@@ -153,8 +153,8 @@ def test_a_query_lies_on_the_object_that_it_overlaps_most_and_by_half():
     assert stand_for(boxes[2:3], scores[2:3], objects)[1].tolist() == [-1, -1]
 
 
-def test_heads_are_averaged_and_the_best_one_is_chosen_on_other_pictures():
-    """Head 1 always knows; in even pictures head 0 does too, by luck, and spoils the mean elsewhere."""
+def test_heads_are_averaged_and_the_best_one_is_chosen_on_other_images():
+    """Head 1 always knows; in even images head 0 does too, by luck, and spoils the mean elsewhere."""
     cases = []
     for image_id in range(8):
         lucky = [0.0, 1.0, 0.0, 0.0] if image_id % 2 == 0 else [0.0, 0.0, 1.0, 0.0]
@@ -165,7 +165,7 @@ def test_heads_are_averaged_and_the_best_one_is_chosen_on_other_pictures():
     [row] = [row for row in summary(cases)["maps"] if row["name"] == "decoder.0.self"]
     assert row["heads"] == [0.5, 1.0]
     assert row["score"]["mean"] == 0.5
-    # Chosen among even pictures, where both are perfect, head 0 comes first and is wrong in the odd ones.
+    # Chosen among even images, where both are perfect, head 0 comes first and is wrong in the odd ones.
     assert row["best_head"]["mean"] == 0.5
     assert summary(cases[:1])["maps"][0]["best_head"] is None
 
@@ -183,7 +183,7 @@ def test_a_stage_is_compared_with_the_base_ball_by_ball():
     assert [rows[name]["stage"] for name in rows] == [0, 0, 1, 1]
 
 
-def test_intervals_draw_pictures_and_not_balls():
+def test_intervals_draw_images_and_not_balls():
     values = np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     alone = interval(values, np.arange(8))
     together = interval(values, np.array([5, 5, 5, 5, 9, 9, 9, 9]))
@@ -236,13 +236,13 @@ SPOT = (40.0 + 0.6 * 18 * math.cos(math.pi / 5), 64.0 + 0.6 * 18 * math.sin(math
 
 
 class World(Scenes):
-    """Pictures 0, 2, ... show a ball of square, the others a ball of star."""
+    """Images 0, 2, ... show a ball of square, the others a ball of star."""
 
     def scene(self, i):
         i = range(len(self))[i]
         shapes = {"decider": ("square", "star")[i % 2], "ball": "ball", "rival": "triangle", "far": "triangle"}
-        things = [Thing(shape, "dotted", *PLACES[name], RADII[name], colours=RED) for name, shape in shapes.items()]
-        things[1] = replace(things[1], colours=Thing.colours, decider=0)
+        things = [Thing(shape, "dotted", *PLACES[name], RADII[name], colors=RED) for name, shape in shapes.items()]
+        things[1] = replace(things[1], colors=Thing.colors, decider=0)
         return Scene(128, (i,), things)
 
 
@@ -286,8 +286,8 @@ class Knower(nn.Module):
 
     def forward(self, images):
         def is_red(x, y):
-            colour = images.pixels[:, :, round(y), round(x)]
-            return colour[:, 0] > colour[:, 1:].amax(1) + 1.5
+            color = images.pixels[:, :, round(y), round(x)]
+            return color[:, 0] > color[:, 1:].amax(1) + 1.5
 
         there = is_red(*PLACES[self.cause])
         square, star = CLASSES.index("ball of square"), CLASSES.index("ball of star")
@@ -314,10 +314,10 @@ def both(model, world):
     return figures, removal(model, world, cases, progress=False)["stages"]
 
 
-def test_a_class_that_hangs_on_the_neighbour_alone_changes_with_it(world):
+def test_a_class_that_hangs_on_the_neighbor_alone_changes_with_it(world):
     """Sigmoid of log 3 is 3/4, and of -log 3 it is 1/4: every change is known."""
     figures, [stage] = both(Knower(), world)
-    assert (figures["pictures"], figures["balls"], figures["cases"]) == (6, 6, 6)
+    assert (figures["images"], figures["balls"], figures["cases"]) == (6, 6, 6)
     assert [row["score"]["mean"] for row in figures["maps"]] == [1.0, 1.0]
     assert figures["nearest"]["mean"] == 1.0
     means = {measure: {k: f and f["mean"] for k, f in stage[measure].items()} for measure in ("score", "preference")}
@@ -354,7 +354,7 @@ def test_a_ball_that_is_no_longer_seen_scores_nothing_and_prefers_nothing(world)
     assert stage["score"]["decider_swapped"]["mean"] == pytest.approx(-0.5)
 
 
-def test_pictures_in_files_cannot_be_drawn_again(world, tmp_path):
+def test_images_in_files_cannot_be_drawn_again(world, tmp_path):
     model = Knower()
     world.write(tmp_path)
     folder = open_data(tmp_path, "train")
@@ -421,7 +421,7 @@ def test_command(monkeypatch, tmp_path, capsys, world):
         assert words_ in printed
     assert max(map(len, printed.splitlines())) <= 120
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["pictures"] == 4 and len(found["removal"]["stages"]) == 3 and found["data"] == "scenes:9"
+    assert found["images"] == 4 and len(found["removal"]["stages"]) == 3 and found["data"] == "scenes:9"
 
     assert main([*words, str(tmp_path / "less.json"), "--no-removal", "--stages", "0"]) == 0
     assert "removed" not in capsys.readouterr().out

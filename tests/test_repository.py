@@ -126,7 +126,7 @@ class TestNotebook:
         assert not errors
 
     def test_is_light(self, path: Path):
-        assert path.stat().st_size < 1_500_000, "over 1.5 MB: fewer pictures, lower dpi"
+        assert path.stat().st_size < 1_500_000, "over 1.5 MB: fewer images, lower dpi"
         assert "widgets" not in json.loads(path.read_text("utf-8"))["metadata"], "drop the stored widget state"
 
 

@@ -34,7 +34,7 @@ CONFIG = RunConfig(
 @pytest.fixture(autouse=True)
 def without_images(monkeypatch):
     """Neither figures nor AP matter here."""
-    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
     monkeypatch.setattr(loop, "_evaluate", lambda *args: None)
 
 
@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
     Scenes(4, size=64).write(place / "data")
     Scenes(2, size=64, split="val").write(place / "data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+        patch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
         patch.setattr(loop, "_evaluate", lambda *args: None)
         train(replace(CONFIG, data=str(place / "data"), output=str(place / "run")))
     return place
@@ -105,8 +105,8 @@ def override(old, new):
         ({"epochs": 1}, "(epochs=2, now 1)"),
         ({"ema": 0.9}, "(ema=0.0, now 0.9)"),
         ({"weight_decay": 0.0}, "(weight_decay=0.0001, now 0.0)"),
-        ({"backbone_lr": 1.0}, "(backbone_lr=0.1, now 1.0)"),
-        ({"sampling_lr": 1.0}, "(sampling_lr=0.1, now 1.0)"),
+        ({"backbone_lr_mult": 1.0}, "(backbone_lr_mult=0.1, now 1.0)"),
+        ({"sampling_lr_mult": 1.0}, "(sampling_lr_mult=0.1, now 1.0)"),
         ({"clip": 0.0}, "(clip=0.1, now 0.0)"),
         ({"schedule": "one_cycle"}, "(schedule='constant', now 'one_cycle')"),
         ({"drop_epochs": (1, 2)}, "(drop_epochs=[40], now [1, 2])"),
@@ -129,7 +129,9 @@ def test_another_configuration_is_refused_by_name(config, monkeypatch, changes, 
 
 
 def test_what_to_do_instead_is_said(config):
-    assert "for less memory keep the batch size, and use accumulate or recompute" in refused(config(batch_size=1))
+    assert "for less memory keep the batch size, and use accumulate or activation_checkpointing" in refused(
+        config(batch_size=1)
+    )
     assert "epochs may grow, but not shrink" in refused(config(epochs=1))
     weights = Path(config().output) / "model.safetensors"
     message = refused(config(seed=3))
@@ -155,7 +157,17 @@ def test_the_average_is_neither_added_nor_dropped(config, tmp_path):
 def test_fields_that_may_change_are_few():
     watching = {"log_every", "evaluate_every", "evaluate_start", "evaluate_train", "tensorboard"}
     watching |= {"checkpoint_minutes", "keep_checkpoints"}
-    machine = {"device", "precision", "processes", "accumulate", "recompute", "workers", "data", "output", "resume"}
+    machine = {
+        "device",
+        "precision",
+        "processes",
+        "accumulate",
+        "activation_checkpointing",
+        "workers",
+        "data",
+        "output",
+        "resume",
+    }
     assert set(MAY_CHANGE) == watching | machine | {
         "on_broken",
         "patience",
@@ -170,7 +182,8 @@ def test_fields_that_may_change_are_few():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"accumulate": 2, "recompute": True, "workers": 1, "precision": "bf16", "device": "auto", "on_broken": "skip"},
+        {"accumulate": 2, "activation_checkpointing": True, "workers": 1, "precision": "bf16", "device": "auto",
+            "on_broken": "skip"},
         {
             "log_every": 7, "evaluate_every": 2, "evaluate_start": True, "evaluate_train": True, "tensorboard": True,
             "checkpoint_minutes": 3.0, "keep_checkpoints": 5,

@@ -82,7 +82,7 @@ class TestRead:
         model = regolite.load(run.folder / "model.safetensors")
         assert (run.label, run.preset, run.stages()) == ("real", "rego_deformable_detr_scenes", 1)
         assert run.parameters == sum(p.numel() for p in model.parameters())
-        assert [(p.step, p.epochs, p.pictures) for p in run.points()] == [(3, 1, 6), (6, 2, 12)]
+        assert [(p.step, p.epochs, p.images) for p in run.points()] == [(3, 1, 6), (6, 2, 12)]
         assert 0 < run.points()[0].hours < run.hours and run.notes == ()
         assert run.losses("stage1", "giou")[0] == pytest.approx([2 / 3, 4 / 3, 2])
         assert rows([run])[0]["reaches"]["epochs_ratio"] == 1
@@ -92,7 +92,7 @@ class TestRead:
         assert run.label == "mine" and run.hours == 4
         assert run.curve("epochs") == ([1, 2, 3, 4], [10, 30, 40, 38])
         assert run.curve("hours", "AP50")[0] == [1, 2, 3, 4] and run.curve("hours", "AP50")[1][0] == 20
-        assert run.curve("pictures")[0] == [32, 64, 96, 128]
+        assert run.curve("images")[0] == [32, 64, 96, 128]
         assert (run.best().value, run.best().epochs) == (40, 3)
         assert run.reaches(30.0).epochs == 2 and run.reaches(41.0) is None
 
@@ -161,7 +161,7 @@ class TestRead:
             Run.read(base)
 
     def test_no_evaluation(self, base: Path):
-        with pytest.raises(UserError, match="'base' .* has no evaluation on the training pictures; let it train on"):
+        with pytest.raises(UserError, match="'base' .* has no evaluation on the training images; let it train on"):
             Run.read(base).points(split="train")
 
     def test_a_model_of_another_version_has_no_number_of_parameters(self, base: Path):
@@ -205,12 +205,12 @@ class TestComparison:
 class TestTables:
     def test_rows(self, runs: list[Run]):
         one, two = rows(runs)
-        assert one["best"] == {"value": 40, "step": 12, "epochs": 3, "hours": 3, "pictures": 96}
+        assert one["best"] == {"value": 40, "step": 12, "epochs": 3, "hours": 3, "images": 96}
         assert two["best"]["value"] == 45 and two["by_stage"] == [35, 45] and one["by_stage"] == [40]
         # REGO is at 41 after 2 epochs, which took 3 hours; the base detector was at its 40 after 3 epochs and 3 hours.
         assert two["reaches"]["epochs_ratio"] == pytest.approx(2 / 3)
         assert two["reaches"]["hours_ratio"] == pytest.approx(1)
-        assert two["reaches"]["pictures_ratio"] == pytest.approx(2 / 3)
+        assert two["reaches"]["images_ratio"] == pytest.approx(2 / 3)
         assert rows(runs[::-1])[1]["reaches"] is None, "the base detector never is at 45"
 
     def test_text(self, runs: list[Run]):
@@ -259,14 +259,14 @@ class TestTables:
 
 class TestFigures:
     def test_convergence(self, runs: list[Run]):
-        by_epoch, by_hour, by_picture = plot_convergence(runs).axes
+        by_epoch, by_hour, by_image = plot_convergence(runs).axes
         lines = {line.get_label(): line for line in by_hour.lines}
         assert lines["rego"].get_xydata().tolist() == [[1.5, 20], [3, 41], [4.5, 45]]
         assert list(lines["best of base: 40.0"].get_ydata()) == [40, 40]
         # Where the learning rate dropped: after epoch 3 of one run, after epoch 2 of the other.
         drops = [line.get_xydata().tolist() for line in by_epoch.lines if line.get_marker() == "v"]
         assert [point for point in drops if point] == [[[3, 40]], [[2, 41]]]
-        assert by_picture.get_xlim()[1] > 128 and by_epoch.get_ylim()[0] == 0
+        assert by_image.get_xlim()[1] > 128 and by_epoch.get_ylim()[0] == 0
 
     def test_minutes_for_short_runs(self, tmp_path: Path):
         run = Run.read(write_run(tmp_path / "short", BASE, 0.5, "detr_scenes", schedule="constant"))
@@ -287,7 +287,7 @@ class TestFigures:
         assert len(l1.lines[1].get_xdata()) == 0, "a run without that term has no line"
         assert plot_losses(runs, stage=0).axes[0].lines[1].get_ydata()[0] == 4
 
-    def test_runs_can_be_told_apart_without_colour(self):
+    def test_runs_can_be_told_apart_without_color(self):
         looks = [run_style(number) for number in range(140)]
         assert len({look["linestyle"] for look in looks[:4]}) == 4 and len({look["marker"] for look in looks[:5]}) == 5
         assert len({(look["linestyle"], look["marker"], to_hex(look["color"])) for look in looks}) == 140

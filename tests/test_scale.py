@@ -20,10 +20,10 @@ from regolite.data import open_data
 from regolite.evaluation import detect_all
 from regolite.losses import LossConfig, SetLoss
 from regolite.training import launch, loop
-from regolite.training.activation_checkpointing import keep, recompute
+from regolite.training.activation_checkpointing import checkpoint_activations, keep_all_activations
 from regolite.training.batches import EpochBatches, loader, steps
 from regolite.training.environment import from_slurm
-from regolite.training.metrics import MEASURED, Window, peak_memory, timed
+from regolite.training.metrics import MEASURED, Meter, peak_memory, timed
 from regolite.types import DetectorOutput, Prediction, Target
 from regolite.utils import distributed
 
@@ -32,8 +32,8 @@ SMALL = (
     "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
     "rego_ffn_dim=32", "rego_stages=1", "dropout=0.0", "rego_dropout=0.0",
 )  # fmt: skip
-# 13 pictures in batches of four: four steps an epoch, the last of one picture, too few for two processes or two parts.
-# Three batches of validation pictures, the last one not full.
+# 13 images in batches of four: four steps an epoch, the last of one image, too few for two processes or two parts.
+# Three batches of validation images, the last one not full.
 CONFIG = RunConfig(
     data="scenes:13:val=19:size=64",
     model="rego_deformable_detr_scenes",
@@ -49,8 +49,8 @@ CONFIG = RunConfig(
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+def without_images(monkeypatch):
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def config(tmp_path):
 def alone(tmp_path_factory):
     """The run of 20 steps in one process, each batch in one part."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+        patch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
         return train(replace(CONFIG, output=str(tmp_path_factory.mktemp("alone"))))
 
 
@@ -96,7 +96,7 @@ def little_rego():
 
 
 class Numbers(torch.utils.data.Dataset):
-    """41 pictures of a pixel, whose targets hold nothing but their number."""
+    """41 images of a pixel, whose targets hold nothing but their number."""
 
     def __len__(self):
         return 41
@@ -106,7 +106,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(("count", "parts"), [(1, 1), (2, 1), (1, 3), (2, 2), (3, 2)])
-def test_every_picture_counts_once(count, parts):
+def test_every_image_counts_once(count, parts):
     shapes = torch.rand(41)
     whole = EpochBatches(shapes, 12, 0, 0).whole()
     seen = [[] for _ in whole]
@@ -120,15 +120,15 @@ def test_every_picture_counts_once(count, parts):
             assert len(own) == parts and all(part.targets for part in own)  # nobody is idle, or all would wait for ever
             seen[step] += [target.image_id for part in own if part.counts for target in part.targets]
             if len(whole[step]) == 12:  # full batches are shared evenly
-                assert [part.pictures for part in own] == [12 // count // parts] * parts
+                assert [part.num_images for part in own] == [12 // count // parts] * parts
     assert [sorted(indices) for indices in seen] == [sorted(indices) for indices in whole]
 
 
-def output_of(scoring, pictures):
+def output_of(scoring, images):
     torch.manual_seed(1)
-    logits = torch.randn(pictures, 6, CLASSES + (scoring == "softmax"), requires_grad=True)
-    boxes = (torch.rand(pictures, 6, 4) * 0.5 + 0.2).requires_grad_()
-    return DetectorOutput([Prediction(logits, boxes)], torch.zeros(pictures, 6, 1), [])
+    logits = torch.randn(images, 6, CLASSES + (scoring == "softmax"), requires_grad=True)
+    boxes = (torch.rand(images, 6, 4) * 0.5 + 0.2).requires_grad_()
+    return DetectorOutput([Prediction(logits, boxes)], torch.zeros(images, 6, 1), [])
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
@@ -179,7 +179,7 @@ def test_accumulated_parts_are_the_larger_batch(config, alone):
     folder = train(config(accumulate=4))
     same(folder, alone)
     assert lines(folder, "evaluation") == lines(alone, "evaluation")
-    assert "each with 4 parts of 1 pictures" in (folder / "train.log").read_text()
+    assert "each with 4 parts of 1 images" in (folder / "train.log").read_text()
 
 
 def test_accumulated_parts_are_the_larger_batch_for_a_softmax_too(config):
@@ -196,10 +196,10 @@ def test_accumulated_parts_are_the_larger_batch_for_a_softmax_too(config):
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("pictures", [1, 8, 19])
+@pytest.mark.parametrize("images", [1, 8, 19])
 @pytest.mark.parametrize("count", [2, 3])
-def test_shared_evaluation_loses_and_doubles_nothing(monkeypatch, pictures, count):
-    data = open_data(f"scenes:1:val={pictures}:size=64", "val")
+def test_shared_evaluation_loses_and_doubles_nothing(monkeypatch, images, count):
+    data = open_data(f"scenes:1:val={images}:size=64", "val")
     model = little_rego()
     wanted = detect_all(model, data, progress=False)
     assert {line["image_id"] for line in wanted[0]} == set(data.image_ids)
@@ -237,7 +237,7 @@ def test_a_given_model_is_given_back_as_it_was(config):
     model = little_rego()
     model.model_config = replace(model.model_config, classes=open_data("scenes:1").classes)
     layer = model.detector.encoder.layers[0]
-    train(config(overrides=(), epochs=1, precision="bf16", recompute=True), model=model)
+    train(config(overrides=(), epochs=1, precision="bf16", activation_checkpointing=True), model=model)
     assert "forward" not in vars(layer)
     with torch.no_grad():
         assert model(batch((64, 64))).queries.dtype == torch.float32
@@ -265,7 +265,7 @@ def test_the_scaler_of_float16_goes_on_where_it_was(config, monkeypatch):
 
 
 def test_steps_that_float16_skips_have_no_gradient():
-    window = Window()
+    window = Meter()
     for norm, skipped in ((float("inf"), True), (2.0, False), (4.0, False)):
         window.add({"loss": 1.0}, torch.tensor(norm), skipped, 4.0, 0.25, 0.75)
     line = window.line(3, 0, 1.0, 1e-4, torch.device("cpu"))
@@ -301,18 +301,18 @@ def test_recomputed_gradients_are_the_same(name):
     model = Rego(DETECTORS[name](dropout=0.2), stages=1, ffn_dim=32, dropout=0.2).train()
     images = batch((64, 96), (96, 64))
     wanted, memory = gradients(model, images)
-    recompute(model)
+    checkpoint_activations(model)
     ours, less = gradients(model, images)
     assert len(ours) == len(wanted) and all(torch.equal(a, b) for a, b in zip(ours, wanted))
     assert less < 0.95 * memory  # the backbone of these keeps far more than their few layers
-    keep(model)
+    keep_all_activations(model)
     again, same_memory = gradients(model, images)
     assert torch.equal(again[0], wanted[0]) and same_memory > less
 
 
 def test_recomputing_changes_no_bit_of_a_run(config):
     changes = {"overrides": (*SMALL[:-2], "dropout=0.1", "rego_dropout=0.1"), "epochs": 1, "ema": 0.5}
-    plain, recomputed = train(config("a", **changes)), train(config("b", recompute=True, **changes))
+    plain, recomputed = train(config("a", **changes)), train(config("b", activation_checkpointing=True, **changes))
     assert (plain / "model.safetensors").read_bytes() == (recomputed / "model.safetensors").read_bytes()
 
 
@@ -323,15 +323,15 @@ def test_lines_say_what_a_step_costs(alone):
     for line in map(json.loads, (alone / "metrics.jsonl").read_text().splitlines()):
         if line["kind"] == "train":
             assert 0 < line["data_wait"] < 1 and line["step_seconds"] > 0 and 0.1 < line["memory_gb"] < 100
-            pictures = 1 if line["step"] % 4 not in range(4) else line["images_per_second"] * line["step_seconds"]
-            assert pictures == pytest.approx(4, rel=0.02) or pictures == pytest.approx(1, rel=0.02)
+            images = 1 if line["step"] % 4 not in range(4) else line["images_per_second"] * line["step_seconds"]
+            assert images == pytest.approx(4, rel=0.02) or images == pytest.approx(1, rel=0.02)
 
 
 def test_waiting_is_told_from_working():
     assert [item for _, item in timed("abc")] == list("abc") and all(seconds >= 0 for seconds, _ in timed("abc"))
-    window = Window()
+    window = Meter()
     window.add({"loss": 2.0}, None, False, 6.0, waited=1.0, worked=3.0)
-    restored = Window(**window.state())
+    restored = Meter(**window.state())
     restored.add({"loss": 4.0}, None, False, 6.0, waited=1.0, worked=3.0)
     line = restored.line(2, 0, 8.0, 1e-4, torch.device("cpu"))
     assert (line["loss"], line["images_per_second"], line["step_seconds"], line["data_wait"]) == (3.0, 1.5, 4.0, 0.25)
@@ -400,7 +400,7 @@ def test_what_slurm_says(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(config, alone, capfd, monkeypatch, tmp_path):
-    """20 steps, some of them of one picture, and the twelve figures of every stage on three batches of pictures."""
+    """20 steps, some of them of one image, and the twelve figures of every stage on three batches of images."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -412,7 +412,7 @@ def test_two_processes_train_as_one(config, alone, capfd, monkeypatch, tmp_path)
     same(folder, alone)
     assert lines(folder, "evaluation") == lines(alone, "evaluation")
     log = (folder / "train.log").read_text()
-    assert "2 processes on cpu, each with 1 parts of 2 pictures" in log and log.count("4 pictures a step") == 1
+    assert "2 processes on cpu, each with 1 parts of 2 images" in log and log.count("4 images a step") == 1
     assert "AP on val by stage" in capfd.readouterr().out
     # And go on, now in one process: the weights are everybody's.
     train(config(epochs=6, resume=True))
@@ -455,7 +455,7 @@ def test_processes_say_what_is_wrong(config):
 
 
 def test_evaluation_outside_of_a_run_is_that_of_one_process():
-    assert (distributed.count(), distributed.rank()) == (1, 0)
+    assert (distributed.world_size(), distributed.rank()) == (1, 0)
     assert (
         distributed.total(1, 2.5) == [1.0, 2.5] and distributed.gather("a") == ["a"] and distributed.from_first(3) == 3
     )

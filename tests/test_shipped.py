@@ -22,20 +22,20 @@ def model():
     return regolite.load(CHECKPOINT)
 
 
-def test_knows_its_training_pictures_and_refines_them(model):
+def test_knows_its_training_images_and_refines_them(model):
     config = model.model_config
     transform = make_transform(config.augment, config.image_size, train=False)
-    pictures = CocoFolder(ROOT / "data" / "coco_tiny", "train", transform, limit=16)
-    assert pictures.classes == config.classes and pictures.category_ids == config.category_ids
-    figures = regolite.evaluate(model, pictures, progress=False)
+    images = CocoFolder(ROOT / "data" / "coco_tiny", "train", transform, limit=16)
+    assert images.classes == config.classes and images.category_ids == config.category_ids
+    figures = regolite.evaluate(model, images, progress=False)
     assert len(figures["stages"]) == 4
     assert figures["AP50"] >= 90
     assert figures["AP"] > figures["stages"][0]["AP"]
 
 
 def test_finds_the_teddy_bears_of_the_readme(model):
-    picture = ROOT / "data" / "coco_tiny" / "images" / "000000000491.jpg"
-    [found] = regolite.detect(model, picture, threshold=0.5)
+    image = ROOT / "data" / "coco_tiny" / "images" / "000000000491.jpg"
+    [found] = regolite.detect(model, image, threshold=0.5)
     assert [model.model_config.classes[label] for label in found.labels] == ["teddy bear"] * 4
 
 

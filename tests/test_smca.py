@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, batch, pictures, shake, small_resnet, smca, unchecked, with_stub
+from small_models import CLASSES, batch, random_images, shake, small_resnet, smca, unchecked, with_stub
 from torch import nn
 
-from regolite.data import Scenes, batch_pictures, collate
+from regolite.data import Scenes, batch_images, collate
 from regolite.errors import UserError
 from regolite.interop import smca as table
 from regolite.interop.keys import from_theirs, to_theirs
@@ -66,16 +66,16 @@ def test_a_query_looks_where_its_points_are():
     with torch.no_grad():
         layer.offsets.weight.zero_(), layer.offsets.bias.zero_()
         layer.scales.weight.zero_(), layer.scales.bias.fill_(100.0)
-        centres = torch.tensor([[1.0, 2.0], [3.0, 0.0]])[None, :, None]
-        layer(torch.randn(1, 2, 16), torch.randn(1, 2, 16), memory, centres)
+        centers = torch.tensor([[1.0, 2.0], [3.0, 0.0]])[None, :, None]
+        layer(torch.randn(1, 2, 16), torch.randn(1, 2, 16), memory, centers)
         torch.testing.assert_close(seen["mixed"], layer.cross_attention.value(tokens[:, [2 * 4 + 1, 3]]), **CLOSE)
 
 
-# A second implementation: one picture, one head and one level at a time
+# A second implementation: one image, one head and one level at a time
 
 
 def slow_attention(module, query, key, value, mask, bias=None):
-    """Attention of one picture, head by head; mask and bias by cell."""
+    """Attention of one image, head by head; mask and bias by cell."""
     q, k, v = module.query(query), module.key(key), module.value(value)
     heads = []
     for m, part in enumerate(torch.arange(q.shape[-1]).chunk(module.heads)):
@@ -89,8 +89,8 @@ def feed_forward(layer, x):
     return layer.ffn_norm(x + layer.ffn[3](F.relu(layer.ffn[0](x))))
 
 
-def slow_picture(model, images, number):
-    """Logits and boxes of each layer for one picture of a batch, from the figures of the paper."""
+def slow_image(model, images, number):
+    """Logits and boxes of each layer for one image of a batch, from the figures of the paper."""
     c, maps, sd = model.config, model.backbone(images), model.state_dict()
     height, width = images.sizes[number].tolist()
     levels, masks, strides = [], [], []
@@ -130,8 +130,8 @@ def slow_picture(model, images, number):
     for n, layer in enumerate(model.decoder.layers):
         asked = layer.prior_norm(x + positions)
         if n == 0:
-            head = model.centre_head
-            centre = head[4](F.relu(head[2](F.relu(head[0](asked)))))
+            head = model.center_head
+            center = head[4](F.relu(head[2](F.relu(head[0](asked)))))
         offsets = layer.offsets(asked).view(len(x), len(levels), c.heads, 2)
         scales = layer.scales(asked).view(len(x), len(levels), c.heads, 2)
         nobody = torch.zeros(len(x), dtype=torch.bool)
@@ -142,8 +142,8 @@ def slow_picture(model, images, number):
             log_g = torch.zeros(c.heads, len(x), h, w)
             for row in range(h):
                 for column in range(w):
-                    dx = column - centre[:, 0].sigmoid() * width / stride - offsets[:, i, :, 0].T
-                    dy = row - centre[:, 1].sigmoid() * height / stride - offsets[:, i, :, 1].T
+                    dx = column - center[:, 0].sigmoid() * width / stride - offsets[:, i, :, 0].T
+                    dy = row - center[:, 1].sigmoid() * height / stride - offsets[:, i, :, 1].T
                     distance = (scales[:, i, :, 0].T * dx) ** 2 + (scales[:, i, :, 1].T * dy) ** 2 + 0 * dx
                     log_g[:, :, row, column] = -distance / beta
             keys = tokens[i] + wheres[i]
@@ -153,7 +153,7 @@ def slow_picture(model, images, number):
         x = feed_forward(layer, layer.cross_norm(x + seen))
         hidden = model.decoder.norm(x)
         box = model.box_head(hidden)
-        found.append((model.class_head(hidden), torch.cat([box[:, :2] + centre, box[:, 2:]], 1).sigmoid()))
+        found.append((model.class_head(hidden), torch.cat([box[:, :2] + center, box[:, 2:]], 1).sigmoid()))
     return found
 
 
@@ -164,7 +164,7 @@ def test_the_whole_is_a_second_implementation(make):
     output = model(images)
     assert len(output.layers) == 2
     for number in range(2):
-        for layer, (logits, boxes) in zip(output.layers, slow_picture(model, images, number)):
+        for layer, (logits, boxes) in zip(output.layers, slow_image(model, images, number)):
             torch.testing.assert_close(layer.logits[number], logits, **CLOSE)
             torch.testing.assert_close(layer.boxes[number], boxes, **CLOSE)
 
@@ -201,9 +201,9 @@ def number_weights(shapes):
     return weights
 
 
-# Channels 0, 100 and 200 of queries 0 and 2 after each of two decoder layers: two pictures by the authors' single-scale
-# code, one by their multi-scale code, which weighs the levels of all pictures of a batch as those of the first.
-CENTRES = [[0.52919, -0.59204], [0.05758, -0.72459], [0.23726, -1.0796], [0.6299, 0.51614]]
+# Channels 0, 100 and 200 of queries 0 and 2 after each of two decoder layers: two images by the authors' single-scale
+# code, one by their multi-scale code, which weighs the levels of all images of a batch as those of the first.
+CENTERS = [[0.52919, -0.59204], [0.05758, -0.72459], [0.23726, -1.0796], [0.6299, 0.51614]]
 GOLDEN = {
     "single scale": [
         [
@@ -232,7 +232,7 @@ GOLDEN = {
 @torch.no_grad()
 def test_the_decoder_gives_the_numbers_of_the_authors_code(form, strides, shapes):
     decoder = Decoder([SmcaDecoderLayer(SmcaConfig(), strides) for _ in range(2)], nn.LayerNorm(256)).eval()
-    model = nn.ModuleDict({"decoder": decoder, "centre_head": MLP(256, 256, 2, 3)})
+    model = nn.ModuleDict({"decoder": decoder, "center_head": MLP(256, 256, 2, 3)})
     pairs = table.pairs(configure("smca_single_scale_r50", decoder_layers=2))
     names = {name: tensor.shape for name, tensor in to_theirs(model.state_dict(), pairs).items()}
     model.load_state_dict(from_theirs(number_weights(names), pairs, model.state_dict(), "numbers"))
@@ -242,9 +242,9 @@ def test_the_decoder_gives_the_numbers_of_the_authors_code(form, strides, shapes
     mask[1:, 3:] = mask[0, -1] = True
     memory = Memory(numbers("tokens", count, cells, 256), numbers("places", count, cells, 256), mask, shapes)
     queries = numbers("queries", 4, 256).expand(count, -1, -1)
-    centres = model["centre_head"](decoder.layers[0].prior_norm(queries))
-    torch.testing.assert_close(centres[0], torch.tensor(CENTRES), rtol=0, atol=2e-5)
-    pixels = centres.sigmoid() * torch.tensor([[70, 64], [96, 40]])[:count, None]
+    centers = model["center_head"](decoder.layers[0].prior_norm(queries))
+    torch.testing.assert_close(centers[0], torch.tensor(CENTERS), rtol=0, atol=2e-5)
+    pixels = centers.sigmoid() * torch.tensor([[70, 64], [96, 40]])[:count, None]
     cells, x, hidden = pixels[:, :, None] / torch.tensor(strides)[:, None], torch.zeros_like(queries), []
     for layer in decoder.layers:
         x = layer(x, queries, memory, cells)
@@ -330,30 +330,30 @@ def test_sizes():
     assert count("smca_r101", 91, trained=True) == 58_469_555
 
 
-# Behaviour
+# Behavior
 
 
 @FORMS
 @pytest.mark.parametrize("sizes", [[(64, 96), (128, 160)], [(50, 70), (96, 33), (128, 128)]])
 @torch.no_grad()
-def test_padding_does_not_move_a_pictures_boxes(make, sizes):
-    model, images = with_stub(make()), pictures(*sizes)
-    together = model(batch_pictures(images, 32))
-    for i, picture in enumerate(images):
-        alone = model(batch_pictures([picture], 32))
+def test_padding_does_not_move_a_images_boxes(make, sizes):
+    model, images = with_stub(make()), random_images(*sizes)
+    together = model(batch_images(images, 32))
+    for i, image in enumerate(images):
+        alone = model(batch_images([image], 32))
         for one, many in zip(alone.layers, together.layers):
             torch.testing.assert_close(one.logits[0], many.logits[i], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(one.boxes[0], many.boxes[i], rtol=1e-4, atol=1e-4)
-    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-3  # the pictures do matter
+    assert (together.final.boxes[0] - together.final.boxes[1]).abs().max() > 1e-3  # the pixels do matter
 
 
 @torch.no_grad()
 def test_the_backbone_hides_padding_too(monkeypatch):
     small_resnet(monkeypatch)
-    images = pictures((64, 96), (128, 160))
+    images = random_images((64, 96), (128, 160))
     for mask_padding in (True, False):
         model = smca(backbone="resnet50", mask_padding=mask_padding)
-        alone, together = model(batch_pictures(images[:1], 32)), model(batch_pictures(images, 32))
+        alone, together = model(batch_images(images[:1], 32)), model(batch_images(images, 32))
         assert torch.allclose(alone.final.boxes[0], together.final.boxes[0], atol=1e-4) == mask_padding
 
 
@@ -370,13 +370,13 @@ def test_queries_in_another_order_give_the_same_objects(make):
 
 
 @torch.no_grad()
-def test_boxes_start_at_the_centres():
+def test_boxes_start_at_the_centers():
     model = smca()
     nn.init.zeros_(model.box_head[-1].weight)
     nn.init.zeros_(model.box_head[-1].bias)
-    centres = model.centre_head(model.decoder.layers[0].prior_norm(model.query_positions.weight)).sigmoid()
+    centers = model.center_head(model.decoder.layers[0].prior_norm(model.query_positions.weight)).sigmoid()
     for layer in model(batch((64, 64), (64, 96))).layers:
-        torch.testing.assert_close(layer.boxes, torch.cat([centres, torch.full((7, 2), 0.5)], 1).expand(2, -1, -1))
+        torch.testing.assert_close(layer.boxes, torch.cat([centers, torch.full((7, 2), 0.5)], 1).expand(2, -1, -1))
 
 
 @torch.no_grad()
@@ -424,7 +424,7 @@ def test_rego_stands_on_it(make):
     assert [f.stride for f in output.features] == [4, 8, 16, 32]
     assert [f.tensor.shape[1] for f in output.features] == detector.feature_channels
     model(images).final.logits.sum().backward()
-    assert model.projections[0].weight.grad.any()  # small pictures have small boxes: glimpses from the finest map
+    assert model.projections[0].weight.grad.any()  # small images have small boxes: glimpses from the finest map
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ SMALL = (
     "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
     "rego_ffn_dim=32", "rego_stages=2", "dropout=0.1", "rego_dropout=0.1",
 )  # fmt: skip
-# Five pictures in batches of two: three steps an epoch, the last of one picture. Dropout and augmentation draw lots.
+# Five images in batches of two: three steps an epoch, the last of one image. Dropout and augmentation draw lots.
 CONFIG = RunConfig(
     data="scenes:5:val=2:size=64",
     model="rego_deformable_detr_scenes",
@@ -41,9 +41,9 @@ CONFIG = RunConfig(
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
+def without_images(monkeypatch):
     """The figures of a run have tests of their own, and take longer than these runs."""
-    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_mixed_precision_may_change_from_run_to_run(config, precision):
 def whole(tmp_path_factory):
     """A run of three epochs, nine steps, that nothing interrupts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+        patch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
         return train(replace(CONFIG, output=str(tmp_path_factory.mktemp("whole")), evaluate_every=1, log_every=2))
 
 
@@ -316,7 +316,7 @@ def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch, cause):
     assert all(v.isfinite().all() for v in state["model"].values())
     assert all(v.isfinite().all() for v in load_file(folder.path / "model.safetensors").values())
     monkeypatch.undo()
-    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
     assert len(losses(train(config(resume=True)))) == 9
 
 
@@ -365,7 +365,7 @@ def test_figures_that_cannot_be_drawn_are_no_failure(config, monkeypatch, capsys
     def fail(*args, **kwargs):
         raise ValueError("Expected \\frac, found '$'\nmore of it")
 
-    monkeypatch.setattr("regolite.plots.draw_run", fail)
+    monkeypatch.setattr("regolite.plots.run.draw_run", fail)
     folder = train(config(epochs=1))
     said = "warning: the run is done, and its figures cannot be drawn (Expected \\frac, found '$')"
     assert said in capsys.readouterr().out
@@ -520,7 +520,7 @@ def test_cpu_time_of_earlier_sessions_counts(config, cpu):
 def test_parameter_groups():
     overrides = {"weights": None, "dim": 32, "heads": 4, "ffn_dim": 32, "rego_ffn_dim": 32}
     model = build("rego_deformable_detr_tiny", 3, **overrides)
-    plan = RunConfig(lr=1e-3, backbone_lr=0.2, sampling_lr=0.5)
+    plan = RunConfig(lr=1e-3, backbone_lr_mult=0.2, sampling_lr_mult=0.5)
     groups = {group["name"]: group for group in parameter_groups(model, plan)}
     assert {name: group["lr"] for name, group in groups.items()} == {"backbone": 2e-4, "sampling": 5e-4, "rest": 1e-3}
     assert all(group["base_lr"] == group["lr"] for group in groups.values())
@@ -591,7 +591,7 @@ class TestCopyPaste:
     ("values", "message"),
     [
         ({"epohcs": 3}, "unknown parameter 'epohcs'; did you mean 'epochs'?"),
-        ({"zzz": 3}, "unknown parameter 'zzz'; choose from accumulate, augment, backbone_lr"),
+        ({"zzz": 3}, "unknown parameter 'zzz'; choose from accumulate, augment, backbone_lr_mult"),
         ({"epochs": "3"}, "epochs='3' is not a whole number"),
         ({"epochs": 2.5}, "epochs=2.5 is not a whole number"),
         ({"epochs": True}, "epochs=True is not a whole number"),
@@ -647,10 +647,10 @@ def test_what_cannot_be_had_is_said_before_the_run_begins(config, tmp_path, chan
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-# ----------------------------------------------------------------------------------------- the order of the pictures
+# ----------------------------------------------------------------------------------------- the order of the images
 
 
-def test_every_picture_once_an_epoch():
+def test_every_image_once_an_epoch():
     shapes = torch.rand(23)
     epochs = [[key for batch in EpochBatches(shapes, 4, 0, epoch) for key in batch] for epoch in (0, 1)]
     for epoch, keys in enumerate(epochs):
@@ -680,7 +680,7 @@ def test_processes_share_every_batch(processes):
         assert set(sum(parts, [])) == set(batch)
 
 
-def test_a_picture_looks_the_same_whoever_prepares_it():
+def test_a_image_looks_the_same_whoever_prepares_it():
     dataset = Scenes(4, size=64, transform=make_transform("laptop", 64, train=True))
     items = SeededItems(dataset, seed=3)
     batches = EpochBatches(torch.ones(4), 2, 3, 0)

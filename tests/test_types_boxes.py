@@ -14,7 +14,7 @@ from jaxtyping import TypeCheckError
 from torchvision.ops import box_convert
 
 from regolite.boxes import enlarge, inverse_sigmoid, to_pixels, to_xyxy
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.errors import UserError
 from regolite.types import Detections, DetectorOutput, ImageBatch, Prediction, Target
 
@@ -52,7 +52,7 @@ def test_detections_above_a_threshold_keep_the_order_and_the_threshold_itself():
 
 
 def test_moving_keeps_everything():
-    images = batch_pictures([torch.randn(3, 4, 6), torch.randn(3, 5, 5)])
+    images = batch_images([torch.randn(3, 4, 6), torch.randn(3, 5, 5)])
     moved = images.to("meta")
     assert {t.device.type for t in (moved.pixels, moved.mask, moved.sizes)} == {"meta"}
     assert len(moved) == len(images) == 2
@@ -85,14 +85,14 @@ def test_to_xyxy():
 
 @settings(derandomize=True, deadline=None)
 @given(st.floats(0.1, 8))
-def test_enlarging_keeps_the_centre_and_multiplies_the_sides(alpha):
+def test_enlarging_keeps_the_center_and_multiplies_the_sides(alpha):
     boxes = torch.tensor([[0.3, 0.7, 0.2, 0.1], [0.5, 0.5, 1.0, 0.0]])
     larger = enlarge(boxes, alpha)
     assert torch.equal(larger[:, :2], boxes[:, :2])
     torch.testing.assert_close(larger[:, 2:], boxes[:, 2:] * alpha)
 
 
-def test_to_pixels_of_pictures_of_different_sizes():
+def test_to_pixels_of_images_of_different_sizes():
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.5, 0.5, 0.2]]]).expand(2, -1, -1)
     pixels = to_pixels(boxes, torch.tensor([[10, 20], [30, 40]]))
     assert pixels[0].tolist() == [[0, 0, 20, 10], pytest.approx([0, 4, 10, 6])]

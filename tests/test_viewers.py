@@ -11,7 +11,7 @@ import pytest
 import small_models
 import torch
 from PIL import Image
-from test_recorder import planted, spot_picture, with_rego
+from test_recorder import planted, spot_image, with_rego
 
 import regolite
 from regolite import Trace, UserError, record
@@ -30,12 +30,12 @@ VIEWERS = (AttentionViewer, SamplingViewer, StageViewer, RelationViewer)
 
 
 def prepared(model):
-    """A model that says how to prepare pictures, as `detect` asks."""
+    """A model that says how to prepare images, as `detect` asks."""
     model.model_config = configure("detr_tiny", image_size=96, classes=("cat", "dog", "cup", "car", "kite"))
     return model
 
 
-def picture_of(width=90, height=70, seed=0):
+def image_of(width=90, height=70, seed=0):
     shades = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(shades)
 
@@ -74,7 +74,7 @@ def file_of(name, content):
 
 
 def test_boxes_lie_where_the_last_stage_puts_them(deformable):
-    viewer = AttentionViewer(deformable, [picture_of()])
+    viewer = AttentionViewer(deformable, [image_of()])
     trace = viewer.gallery.scene.trace
     found = predictions(trace, 2)
     scores, labels = found.best()
@@ -88,7 +88,7 @@ def test_boxes_lie_where_the_last_stage_puts_them(deformable):
 
 
 def test_a_threshold_above_all_leaves_the_best_and_says_so(deformable):
-    viewer = StageViewer(deformable, [picture_of()])
+    viewer = StageViewer(deformable, [image_of()])
     viewer.threshold.value = 1.0
     assert len(viewer.object.options) == 1
     assert viewer.message.text.startswith("Nothing has a score of 1.00 or more: this is the best")
@@ -98,10 +98,10 @@ def test_a_threshold_above_all_leaves_the_best_and_says_so(deformable):
 
 @pytest.mark.parametrize("size", [(320, 240), (150, 290), (200, 200)])
 def test_planted_attention_is_hot_at_its_spot(size):
-    """A decoder that looks at the one red spot, in a picture that is resized and padded: the hottest cell is there."""
+    """A decoder that looks at the one red spot, in an image that is resized and padded: the hottest cell is there."""
     width, height = size
     x, y = int(0.7 * width), int(0.3 * height)
-    viewer = AttentionViewer(planted(160), [spot_picture(width, height, x, y, 24)])
+    viewer = AttentionViewer(planted(160), [spot_image(width, height, x, y, 24)])
     shades = canvas.shades_of(viewer.canvas)
     row, column = np.unravel_index(shades.argmax(), shades.shape)
     wide, high = (n / cells for n, cells in zip(viewer.canvas.heat_size, shades.shape[::-1]))
@@ -113,9 +113,9 @@ def test_planted_attention_is_hot_at_its_spot(size):
 
 @pytest.mark.parametrize("model", ["dense", "deformable"])
 @pytest.mark.parametrize("level", [ALL, 0, 1])
-def test_heat_is_the_attention_over_the_picture(model, level, request):
+def test_heat_is_the_attention_over_the_image(model, level, request):
     """Cell by cell the same as the trace's own, which is pixel by pixel."""
-    viewer = AttentionViewer(request.getfixturevalue(model), [picture_of()])
+    viewer = AttentionViewer(request.getfixturevalue(model), [image_of()])
     values = [value for _, value in viewer.level.options]
     if level not in values:
         assert model == "dense" and values == [0] and viewer.level.disabled
@@ -125,7 +125,7 @@ def test_heat_is_the_attention_over_the_picture(model, level, request):
     query = viewer.object.value
     if isinstance(record_, Sampling):
         record_, query = as_attention(record_, query), 0
-    wanted = record_.over_picture(query, 2, None if level == ALL else level)
+    wanted = record_.over_image(query, 2, None if level == ALL else level)
     shades = torch.from_numpy(canvas.shades_of(viewer.canvas).copy()).float()
     width, height = viewer.canvas.heat_size
     rows = ((torch.arange(70) + 0.5) / height * shades.shape[0]).long().clamp(max=shades.shape[0] - 1)
@@ -135,7 +135,7 @@ def test_heat_is_the_attention_over_the_picture(model, level, request):
 
 
 def test_a_click_asks_the_cell_under_it(dense):
-    viewer = AttentionViewer(dense, [picture_of()])
+    viewer = AttentionViewer(dense, [image_of()])
     asked = viewer.gallery.scene.trace["encoder.1"]
     viewer.canvas.clicked = [61.2, 33.9]
     assert viewer.settings["point"] == (61.5, 33.5) and viewer.settings["query"] is None
@@ -151,7 +151,7 @@ def test_a_click_asks_the_cell_under_it(dense):
 
 
 def test_picking_a_box_is_choosing_its_object(deformable):
-    viewer = RelationViewer(deformable, [picture_of()])
+    viewer = RelationViewer(deformable, [image_of()])
     viewer.threshold.value = 0.0
     for index in (2, 0, 5):
         viewer.canvas.picked = index
@@ -162,7 +162,7 @@ def test_picking_a_box_is_choosing_its_object(deformable):
 
 @pytest.mark.parametrize("point", [None, (20, 10)])
 def test_sampling_points_are_those_of_the_trace(deformable, point):
-    viewer = SamplingViewer(deformable, [picture_of()])
+    viewer = SamplingViewer(deformable, [image_of()])
     trace, query = viewer.gallery.scene.trace, viewer.object.value
     viewer.layer.value = 0
     if point:
@@ -182,19 +182,19 @@ def test_sampling_points_are_those_of_the_trace(deformable, point):
     weights = np.array([row[2] for row in wanted])
     areas = np.array([p["r"] for p in dots]) ** 2
     np.testing.assert_allclose(areas / areas[-1], np.maximum(weights / weights[-1], 0.02), atol=0.05)
-    assert len({p["colour"] for p in dots}) == 1
+    assert len({p["color"] for p in dots}) == 1
 
 
-def test_points_are_coloured_by_level_or_by_head(deformable):
-    viewer = SamplingViewer(deformable, [picture_of()])
+def test_points_are_colored_by_level_or_by_head(deformable):
+    viewer = SamplingViewer(deformable, [image_of()])
     assert len(viewer.canvas.legend) == 3
-    viewer.colour.value = "head"
+    viewer.color.value = "head"
     assert [words for _, words in viewer.canvas.legend] == ["head 0", "head 1", "head 2", "head 3"]
-    assert {p["colour"] for p in viewer.canvas.points if p["shape"] == "dot"} == {c for c, _ in viewer.canvas.legend}
+    assert {p["color"] for p in viewer.canvas.points if p["shape"] == "dot"} == {c for c, _ in viewer.canvas.legend}
 
 
 def test_stages_show_the_box_of_each_stage_and_its_glimpse(deformable):
-    viewer = StageViewer(deformable, [picture_of()])
+    viewer = StageViewer(deformable, [image_of()])
     viewer.threshold.value = 0.0
     trace, query = viewer.gallery.scene.trace, viewer.object.value
     for stage in (2, 1, 0):
@@ -216,7 +216,7 @@ def test_stages_show_the_box_of_each_stage_and_its_glimpse(deformable):
 
 
 def test_an_object_that_a_stage_loses_stays_chosen(deformable):
-    viewer = StageViewer(deformable, [picture_of()])
+    viewer = StageViewer(deformable, [image_of()])
     viewer.threshold.value = 1.0
     query = viewer.object.value
     weakest = predictions(viewer.gallery.scene.trace, 0).best()[0]
@@ -227,7 +227,7 @@ def test_an_object_that_a_stage_loses_stays_chosen(deformable):
 
 @pytest.mark.parametrize(("stage", "layer", "head"), [(2, 1, None), (1, 0, 3), (0, 1, 0)])
 def test_lines_go_to_the_most_related(deformable, stage, layer, head):
-    viewer = RelationViewer(deformable, [picture_of()])
+    viewer = RelationViewer(deformable, [image_of()])
     viewer.threshold.value, viewer.top.value = 0.0, 2
     viewer.stage.value, viewer.layer.value = stage, layer
     viewer.head.value = ALL if head is None else head
@@ -247,7 +247,7 @@ def test_lines_go_to_the_most_related(deformable, stage, layer, head):
 
 @pytest.mark.parametrize("kind", VIEWERS, ids=lambda kind: kind.title)
 def test_every_control_has_a_label_and_changes_what_is_shown(kind, deformable):
-    viewer = kind(deformable, [picture_of()])
+    viewer = kind(deformable, [image_of()])
     viewer.threshold.value = 0.0
     for name, control in viewer.choices.items():
         for part in getattr(control, "children", [control]):
@@ -271,55 +271,55 @@ def test_every_control_has_a_label_and_changes_what_is_shown(kind, deformable):
 
 
 def test_a_changed_control_computes_nothing(deformable, monkeypatch):
-    viewer = AttentionViewer(deformable, [picture_of()])
+    viewer = AttentionViewer(deformable, [image_of()])
     monkeypatch.setattr("regolite.viewers.gallery.detect", lambda *_: pytest.fail("the model ran again"))
     viewer.layer.value, viewer.head.value, viewer.canvas.clicked = 0, 1, [3.0, 4.0]
     assert viewer.settings["head"] == 1
 
 
 def test_choices_follow_the_detector(dense, plain):
-    viewer = RelationViewer(plain, [picture_of()])
+    viewer = RelationViewer(plain, [image_of()])
     assert viewer.stage.disabled and viewer.stage.value == 0 and viewer.layer.max == 1
-    assert RelationViewer(dense, [picture_of()]).stage.max == 2
+    assert RelationViewer(dense, [image_of()]).stage.max == 2
 
 
-# Pictures.
+# Images.
 
 
 def test_folders_photographs_held_sideways_and_files_that_are_not_there(plain, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture_of().save(tmp_path / "b.png", exif=exif)
-    picture_of(50, 60).save(tmp_path / "a.png")
+    image_of().save(tmp_path / "b.png", exif=exif)
+    image_of(50, 60).save(tmp_path / "a.png")
     with Image.open(tmp_path / "b.png") as opened:
         gallery = Gallery(plain, [tmp_path, opened, tmp_path / "none.png"])
         assert [source.name for source in gallery.sources.values()] == ["a.png", "b.png", "b.png", "none.png"]
         sizes = []
         for number in range(3):
             gallery.chooser.value = number
-            sizes.append(gallery.scene.picture.size)
+            sizes.append(gallery.scene.image.size)
             assert gallery.scene.trace.frame.original.tolist() == [list(sizes[-1][::-1])]
     assert sizes == [(50, 60), (70, 90), (70, 90)], "upright"
     gallery.chooser.value = 3
     assert "none.png does not exist" in gallery.message.text
 
 
-def test_pictures_of_every_kind(plain, tmp_path):
-    picture_of().save(tmp_path / "file.png")
+def test_images_of_every_kind(plain, tmp_path):
+    image_of().save(tmp_path / "file.png")
     scenes = Scenes(2, size=96)
-    gallery = Gallery(plain, [tmp_path / "file.png", picture_of(50, 60), scenes])
+    gallery = Gallery(plain, [tmp_path / "file.png", image_of(50, 60), scenes])
     assert len(gallery.sources) == 4
     sizes = []
     for number in gallery.sources:
         gallery.chooser.value = number
-        sizes.append(gallery.scene.picture.size)
+        sizes.append(gallery.scene.image.size)
     assert sizes == [(90, 70), (50, 60), (96, 96), (96, 96)]
-    assert Gallery(plain, picture_of()).scene.picture.size == (90, 70)
+    assert Gallery(plain, image_of()).scene.image.size == (90, 70)
     assert len(Gallery(plain, scenes).sources) == 2
 
 
-def test_traces_of_few_pictures_are_kept(plain):
-    gallery = Gallery(plain, [picture_of(seed=seed) for seed in range(KEPT + 2)])
+def test_traces_of_few_images_are_kept(plain):
+    gallery = Gallery(plain, [image_of(seed=seed) for seed in range(KEPT + 2)])
     first = gallery.scene
     for number in range(KEPT):
         gallery.chooser.value = number
@@ -332,27 +332,27 @@ def test_traces_of_few_pictures_are_kept(plain):
     assert gallery.scene is not first and len(gallery.kept) == KEPT
 
 
-def test_own_pictures(plain, tmp_path):
-    explorer = Explorer(plain, [picture_of()])
+def test_own_images(plain, tmp_path):
+    explorer = Explorer(plain, [image_of()])
     gallery = explorer.gallery
     buffer = io.BytesIO()
-    picture_of(40, 30).save(buffer, "png")
+    image_of(40, 30).save(buffer, "png")
     for number in range(KEPT + 2):
         gallery.upload.value = (file_of(f"own{number}.png", buffer.getvalue()),)
-        assert gallery.scene.name == f"own{number}.png" and gallery.scene.picture.size == (40, 30)
+        assert gallery.scene.name == f"own{number}.png" and gallery.scene.image.size == (40, 30)
         assert gallery.upload.value == (), "the file is kept twice"
     assert [label for label, _ in gallery.chooser.options][1:] == [f"own{n}.png" for n in range(2, KEPT + 2)]
-    picture_of(20, 20).save(tmp_path / "named.png")
+    image_of(20, 20).save(tmp_path / "named.png")
     gallery.path.value = str(tmp_path / "named.png")
-    assert gallery.scene.picture.size == (20, 20)
+    assert gallery.scene.image.size == (20, 20)
     assert all(viewer.canvas.width == 20 for viewer in explorer.viewers.values())
 
 
-def test_what_is_no_picture_gets_one_line(plain, tmp_path, capfd):
-    gallery = Gallery(plain, [picture_of()])
+def test_what_is_no_image_gets_one_line(plain, tmp_path, capfd):
+    gallery = Gallery(plain, [image_of()])
     before = gallery.scene
-    gallery.upload.value = (file_of("<b>.png", b"no picture"),)
-    assert gallery.message.text == "<b>.png is no picture that can be read: choose a JPEG or PNG file"
+    gallery.upload.value = (file_of("<b>.png", b"no image"),)
+    assert gallery.message.text == "<b>.png is no image that can be read: choose a JPEG or PNG file"
     assert "<b>" not in gallery.message.value and 'role="alert"' in gallery.message.value
     (tmp_path / "words.jpg").write_text("words")
     for path in (tmp_path / "words.jpg", tmp_path / "missing.jpg"):
@@ -363,54 +363,54 @@ def test_what_is_no_picture_gets_one_line(plain, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_broken_picture_of_the_list_gets_one_line(plain, tmp_path):
-    viewer = AttentionViewer(plain, [tmp_path / "gone.jpg", picture_of()])
+def test_a_broken_image_of_the_list_gets_one_line(plain, tmp_path):
+    viewer = AttentionViewer(plain, [tmp_path / "gone.jpg", image_of()])
     assert "gone.jpg does not exist" in viewer.gallery.message.text
-    with pytest.raises(UserError, match="no picture yet"):
+    with pytest.raises(UserError, match="no image yet"):
         viewer.figure()
     viewer.gallery.chooser.value = 1
     assert viewer.gallery.message.text == "" and viewer.canvas.boxes
 
 
-def test_no_picture_yet(plain):
+def test_no_image_yet(plain):
     explorer = Explorer(plain)
     assert "file of your own" in explorer.gallery.message.text
     viewer = explorer.viewers["Attention"]
-    assert viewer.button.disabled and viewer.canvas.label == "no picture yet"
-    viewer.gallery.upload.value = (file_of("a.png", _png(picture_of())),)
+    assert viewer.button.disabled and viewer.canvas.label == "no image yet"
+    viewer.gallery.upload.value = (file_of("a.png", _png(image_of())),)
     assert not viewer.button.disabled and viewer.canvas.boxes
 
 
-def _png(picture):
+def _png(image):
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    image.save(buffer, "png")
     return buffer.getvalue()
 
 
-def test_progress_is_said_while_a_picture_is_computed(plain, monkeypatch):
-    gallery = Gallery(plain, [picture_of(), picture_of(seed=1)])
+def test_progress_is_said_while_a_image_is_computed(plain, monkeypatch):
+    gallery = Gallery(plain, [image_of(), image_of(seed=1)])
     said = []
     monkeypatch.setattr(
         "regolite.viewers.gallery.detect", lambda *given: said.append(gallery.message.text) or regolite.detect(*given)
     )
     gallery.chooser.value = 1
-    assert said == ["computing picture 2 ..."] and gallery.message.text == ""
+    assert said == ["computing image 2 ..."] and gallery.message.text == ""
 
 
 def test_a_trace_alone_is_enough(deformable, tmp_path):
-    picture = picture_of()
+    image = image_of()
     with record(deformable) as trace:
-        regolite.detect(deformable, picture)
+        regolite.detect(deformable, image)
     trace.save(tmp_path / "trace.npz")
-    alone = Explorer(None, [picture, picture_of(seed=1)], Trace.load(tmp_path / "trace.npz"))
-    live = Explorer(deformable, [picture])
+    alone = Explorer(None, [image, image_of(seed=1)], Trace.load(tmp_path / "trace.npz"))
+    live = Explorer(deformable, [image])
     for title in live.viewers:
         assert shown(alone.viewers[title]) == shown(live.viewers[title])
     alone.gallery.chooser.value = 1
     assert "without a model it can't be computed" in alone.gallery.message.text
     with pytest.raises(UserError, match="give that too"):
         Explorer(None, trace=trace)
-    assert "the picture is 10 x 10" in Explorer(None, [picture_of(10, 10)], trace).gallery.message.text
+    assert "the image is 10 x 10" in Explorer(None, [image_of(10, 10)], trace).gallery.message.text
 
 
 # What does not suit.
@@ -418,7 +418,7 @@ def test_a_trace_alone_is_enough(deformable, tmp_path):
 
 def test_tabs_are_those_that_suit(deformable, dense, plain):
     def titles(model):
-        return list(Explorer(model, [picture_of()]).tabs.titles)
+        return list(Explorer(model, [image_of()]).tabs.titles)
 
     assert titles(deformable) == ["Attention", "Sampling", "Stages", "Relations"]
     assert titles(dense) == ["Attention", "Stages", "Relations"]
@@ -427,7 +427,7 @@ def test_tabs_are_those_that_suit(deformable, dense, plain):
 
 @pytest.mark.parametrize(("kind", "words"), [(StageViewer, "no stages"), (SamplingViewer, "samples no points")])
 def test_a_model_that_lacks_it_gets_one_line(kind, words, plain, capfd):
-    viewer = kind(plain, [picture_of()])
+    viewer = kind(plain, [image_of()])
     assert words in viewer.message.text and "\n" not in viewer.message.text
     assert viewer.button.disabled and viewer.object.disabled
     with pytest.raises(UserError, match=words):
@@ -439,26 +439,26 @@ def test_a_model_that_lacks_it_gets_one_line(kind, words, plain, capfd):
 
 def test_a_model_that_can_not_be_recorded_gets_one_line():
     model = torch.nn.Linear(2, 2)
-    assert "no attention that could be recorded" in Gallery(model, [picture_of()]).message.text
+    assert "no attention that could be recorded" in Gallery(model, [image_of()]).message.text
 
 
-# Saved pictures.
+# Saved images.
 
 
 @pytest.mark.parametrize("kind", VIEWERS, ids=lambda kind: kind.title)
 def test_saved_png_holds_its_settings(kind, deformable, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    viewer = kind(deformable, [picture_of()])
+    viewer = kind(deformable, [image_of()])
     viewer.button.click()
     file = tmp_path / f"{kind.title.lower()}.png"
     assert viewer.saved.text == f"Saved {file}"
-    with Image.open(file) as picture:
-        settings = json.loads(picture.text["regolite"])
+    with Image.open(file) as image:
+        settings = json.loads(image.text["regolite"])
     assert settings == json.loads(json.dumps(viewer.settings))
     assert settings["viewer"] == kind.title.lower() and settings["query"] == viewer.object.value
 
-    # The settings are enough to come back to the same picture.
-    other = kind(deformable, [picture_of()])
+    # The settings are enough to come back to the same image.
+    other = kind(deformable, [image_of()])
     other.threshold.value = 1.0
     for name, control in other.choices.items():
         name = "query" if name == "object" else name
@@ -472,14 +472,14 @@ def test_saved_png_holds_its_settings(kind, deformable, tmp_path, monkeypatch):
 
 
 def test_a_figure_of_a_point(dense, tmp_path):
-    viewer = AttentionViewer(dense, [picture_of()])
+    viewer = AttentionViewer(dense, [image_of()])
     viewer.canvas.clicked = [20.0, 30.0]
-    with Image.open(viewer.save(tmp_path / "point.png")) as picture:
-        assert json.loads(picture.text["regolite"])["point"] == [20.5, 30.5]
+    with Image.open(viewer.save(tmp_path / "point.png")) as image:
+        assert json.loads(image.text["regolite"])["point"] == [20.5, 30.5]
 
 
 def test_a_place_that_can_not_be_written_gets_one_line(plain, tmp_path):
-    viewer = AttentionViewer(plain, [picture_of()])
+    viewer = AttentionViewer(plain, [image_of()])
     viewer.file.value = str(tmp_path / "no" / "folder.png")
     viewer.button.click()
     assert "can't be written" in viewer.saved.text
@@ -489,7 +489,7 @@ def test_a_place_that_can_not_be_written_gets_one_line(plain, tmp_path):
 
 
 def test_the_canvas_can_be_used_by_keyboard_and_heard():
-    code, look = canvas.PictureCanvas._esm, canvas.PictureCanvas._css
+    code, look = canvas.ImageCanvas._esm, canvas.ImageCanvas._css
     for word in ('role: "img"', "aria-label", "aria-pressed", "tabindex", '"Enter"', "ArrowLeft", 'role: "status"',
                  'role: thing.fixed ? "img" : "button"', "data-lm-suppress-shortcuts"):  # fmt: skip
         assert word in code, word
@@ -497,25 +497,25 @@ def test_the_canvas_can_be_used_by_keyboard_and_heard():
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", code + look), "nothing is fetched"
 
 
-def test_heat_is_coloured_as_in_the_figures():
+def test_heat_is_colored_as_in_the_figures():
     from matplotlib.colors import to_rgba
 
     from regolite.plots.drawing import HEAT
 
-    stops = re.search(r"const HEAT = (\[\[.*?\]\]);", canvas.PictureCanvas._esm).group(1)
+    stops = re.search(r"const HEAT = (\[\[.*?\]\]);", canvas.ImageCanvas._esm).group(1)
     for place, stop in zip((0.0, 0.5, 1.0), json.loads(stops), strict=True):
         np.testing.assert_allclose(np.array(stop) / 255, to_rgba(HEAT(place)), atol=0.01)
 
 
-def test_large_pictures_are_sent_small():
+def test_large_images_are_sent_small():
     jpeg = canvas.jpeg_of(Image.new("RGB", (4000, 1000)))
-    with Image.open(io.BytesIO(jpeg)) as picture:
-        assert picture.size == (canvas.SIDE, canvas.SIDE // 4)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        assert image.size == (canvas.SIDE, canvas.SIDE // 4)
 
 
 def test_words_of_others_are_text_in_the_browser():
     """Names of classes and files may hold what HTML and MathJax would read."""
-    assert "innerHTML" not in canvas.PictureCanvas._esm and "insertAdjacentHTML" not in canvas.PictureCanvas._esm
+    assert "innerHTML" not in canvas.ImageCanvas._esm and "insertAdjacentHTML" not in canvas.ImageCanvas._esm
     message = Message()
     message.say('<img src=x onerror="alert(1)"> & $5')
     assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt; &amp; $5" in message.value and "<img" not in message.value

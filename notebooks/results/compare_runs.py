@@ -35,7 +35,7 @@ RECIPE: dict[str, Any] = {
     "epochs": 20,
     "batch_size": 8,
     "lr": 5e-4,
-    "sampling_lr": 1.0,
+    "sampling_lr_mult": 1.0,
     "drop_epochs": [16],
     "augment": "laptop",
     "image_size": 128,

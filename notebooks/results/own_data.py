@@ -22,7 +22,7 @@ PER_CLASS = 4  # labeled training photographs of a class
 BACKGROUND = {"train": 40, "val": 20}  # photographs with none of the classes
 MINUTES, SEEDS = 3.0, (0,)
 RECIPE = {
-    "epochs": 10_000, "batch_size": 4, "image_size": 256, "lr": 5e-4, "sampling_lr": 1.0,
+    "epochs": 10_000, "batch_size": 4, "image_size": 256, "lr": 5e-4, "sampling_lr_mult": 1.0,
     "schedule": "one_cycle", "warmup": 0.05, "augment": "laptop_crop", "evaluate_every": 0, "device": "cpu",
 }  # fmt: skip
 

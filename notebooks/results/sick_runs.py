@@ -29,9 +29,9 @@ PHOTOGRAPHS = (5, 14, 17, 21)  # of the validation images, as in the notebook
 STEPS = 30
 MISTAKES = {
     "healthy": "",
-    "A": "only the stages were handed to the optimiser",
+    "A": "only the stages were handed to the optimizer",
     "B": "learning rate 40 times too high",
-    "C": "boxes as corners, where centre and size belong",
+    "C": "boxes as corners, where center and size belong",
     "D": "learning rate 50 times too low",
     "no clipping": "",
     "zero_grad forgotten": "",
@@ -40,7 +40,7 @@ RATES = {"B": 40, "D": 1 / 50}
 
 
 def measure(model, images, targets, dataset):
-    """AP of every stage on the images that are learnt."""
+    """AP of every stage on the images that are learned."""
     keep, truth = {target.image_id for target in targets}, COCO()
     truth.dataset = dict(dataset.coco.dataset)
     truth.dataset["images"] = [entry for entry in truth.dataset["images"] if entry["id"] in keep]
@@ -68,7 +68,7 @@ def train(name):
     images, targets = collate([dataset[i] for i in PHOTOGRAPHS], multiple=32)
     shown = targets
     config = regolite.RunConfig(
-        lr=1e-3 * RATES.get(name, 1), sampling_lr=1.0, schedule="one_cycle", warmup=0.1, clip=0.1
+        lr=1e-3 * RATES.get(name, 1), sampling_lr_mult=1.0, schedule="one_cycle", warmup=0.1, clip=0.1
     )
     if name == "C":
         targets = [type(t)(t.labels, to_xyxy(t.boxes), t.image_id, t.size) for t in targets]

@@ -1,7 +1,7 @@
 """The trainings behind notebook 08: ``python notebooks/results/why_detr_is_slow.py``.
 
 Five detectors learn the same 256 drawn scenes, in the same order, for the same number of epochs, with the same
-optimiser and learning rate. All of them read the same feature maps, those of the bundled ImageNet MobileNetV2, computed
+optimizer and learning rate. All of them read the same feature maps, those of the bundled ImageNet MobileNetV2, computed
 once and frozen: whatever differs is the transformer's doing. After every epoch the first 64 training scenes are looked
 at: which query is matched with which object, how far the attention is spread, how well boxes and classes fit.
 
@@ -47,7 +47,14 @@ SAVED = 20  # epochs whose predictions for the first scene are kept,
 SAVED_OF = ("DETR",)  # of these
 EPOCHS = 60
 RECIPE = RunConfig(
-    batch_size=8, lr=2.5e-4, sampling_lr=1.0, clip=0.1, schedule="step", drop_epochs=(48,), warmup=0.02, epochs=EPOCHS
+    batch_size=8,
+    lr=2.5e-4,
+    sampling_lr_mult=1.0,
+    clip=0.1,
+    schedule="step",
+    drop_epochs=(48,),
+    warmup=0.02,
+    epochs=EPOCHS,
 )
 SINGLE = {"levels": 1, "backbone_stages": (5,)}
 DOUBLE = {"levels": 2, "backbone_stages": (4, 5)}
@@ -69,12 +76,12 @@ class Known(nn.Module):
         self.maps: list[FeatureMap] = []
 
     def forward(self, images: ImageBatch) -> list[FeatureMap]:
-        """The maps that were put here last, whatever the pictures."""
+        """The maps that were put here last, whatever the images."""
         return self.maps
 
 
 def known_features(backbone: nn.Module, images: ImageBatch) -> list[FeatureMap]:
-    """The last two maps (stride 16 and 32) of some pictures, computed a few pictures at a time."""
+    """The last two maps (stride 16 and 32) of some images, computed a few images at a time."""
     parts = []
     with torch.no_grad():
         for few in torch.arange(len(images)).split(16):
@@ -85,8 +92,8 @@ def known_features(backbone: nn.Module, images: ImageBatch) -> list[FeatureMap]:
     ]
 
 
-class Pictures:
-    """Pictures whose feature maps are known."""
+class Images:
+    """Images whose feature maps are known."""
 
     def __init__(self, dataset: DetectionDataset, backbone: nn.Module) -> None:
         self.dataset = dataset
@@ -97,7 +104,7 @@ class Pictures:
         return len(self.targets)
 
     def run(self, model: nn.Module, chosen: Tensor) -> tuple[DetectorOutput, list[Target]]:
-        """A model's output for the chosen pictures, and their targets."""
+        """A model's output for the chosen images, and their targets."""
         detector = model.detector if isinstance(model, Rego) else model
         levels = min(len(detector.feature_channels), len(self.maps))
         detector.backbone.maps = [FeatureMap(f.tensor[chosen], f.mask[chosen], f.stride) for f in self.maps[-levels:]]
@@ -117,7 +124,7 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
 
 @contextlib.contextmanager
 def entropies(model: nn.Module) -> Iterator[list[list[float]]]:
-    """Collect the entropy in nats of every dense cross-attention, by layer and head, mean over pictures and queries."""
+    """Collect the entropy in nats of every dense cross-attention, by layer and head, mean over images and queries."""
     found: list[list[float]] = []
 
     def note(module: MultiHeadAttention, arguments: tuple[Tensor, ...]) -> None:
@@ -136,26 +143,26 @@ def entropies(model: nn.Module) -> Iterator[list[list[float]]]:
 
 
 def matched(prediction: Prediction, targets: list[Target], loss: SetLoss) -> Matches:
-    """The matched pairs of one prediction, in the order of pictures and of their objects."""
+    """The matched pairs of one prediction, in the order of images and of their objects."""
     pairs = match([prediction], PaddedTargets.of(targets), loss.scoring, loss.costs)
-    order = (pairs.picture * 1000 + pairs.target).argsort()
-    return Matches(*(column[order] for column in (pairs.prediction, pairs.picture, pairs.query, pairs.target)))
+    order = (pairs.image * 1000 + pairs.target).argsort()
+    return Matches(*(column[order] for column in (pairs.prediction, pairs.image, pairs.query, pairs.target)))
 
 
 @torch.inference_mode()
-def look(model: nn.Module, pictures: Pictures, loss: SetLoss) -> dict[str, Any]:
-    """What the watched pictures say of a model: matched queries (base detector and last stage), fit, entropy."""
+def look(model: nn.Module, images: Images, loss: SetLoss) -> dict[str, Any]:
+    """What the watched images say of a model: matched queries (base detector and last stage), fit, entropy."""
     model.eval()
     with entropies(model) as entropy:
-        output, targets = pictures.run(model, torch.arange(min(WATCHED, len(pictures))))
+        output, targets = images.run(model, torch.arange(min(WATCHED, len(images))))
     line: dict[str, Any] = {"queries": []}
     for prediction in output.by_stage if len(output.by_stage) == 1 else (output.by_stage[0], output.final):
         pairs = matched(prediction, targets, loss)
         line["queries"].append("".join(LETTERS[q] for q in pairs.query.tolist()))
     truth = torch.cat([t.boxes for t in targets])
-    boxes = output.final.boxes[pairs.picture, pairs.query]
+    boxes = output.final.boxes[pairs.image, pairs.query]
     iou = box_iou(to_xyxy(boxes), to_xyxy(truth)).diagonal()
-    answers = output.final.logits[pairs.picture, pairs.query, : len(pictures.dataset.classes)].argmax(-1)
+    answers = output.final.logits[pairs.image, pairs.query, : len(images.dataset.classes)].argmax(-1)
     named = answers == torch.cat([t.labels for t in targets])
     line |= {"iou": round(iou.mean().item(), 4), "named": round(named.float().mean().item(), 4)}
     if entropy:
@@ -164,15 +171,15 @@ def look(model: nn.Module, pictures: Pictures, loss: SetLoss) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def precision(model: nn.Module, pictures: Pictures, count: int) -> list[dict[str, float]]:
-    """AP and AP50 by stage on the first pictures."""
+def precision(model: nn.Module, images: Images, count: int) -> list[dict[str, float]]:
+    """AP and AP50 by stage on the first images."""
     model.eval()
-    chosen = torch.arange(min(count, len(pictures)))
-    output, targets = pictures.run(model, chosen)
+    chosen = torch.arange(min(count, len(images)))
+    output, targets = images.run(model, chosen)
     sizes = torch.tensor([t.size for t in targets])
-    ids = set(pictures.dataset.image_ids[:count])
-    truth = type(pictures.dataset.coco)()
-    whole = pictures.dataset.coco.dataset
+    ids = set(images.dataset.image_ids[:count])
+    truth = type(images.dataset.coco)()
+    whole = images.dataset.coco.dataset
     truth.dataset = whole | {
         "images": [i for i in whole["images"] if i["id"] in ids],
         "annotations": [a for a in whole["annotations"] if a["image_id"] in ids],
@@ -182,23 +189,21 @@ def precision(model: nn.Module, pictures: Pictures, count: int) -> list[dict[str
     figures = []
     for prediction in output.by_stage:
         found = to_detections(prediction, sizes, model.scoring)
-        results = [
-            line for d, t in zip(found, targets) for line in d.to_coco(t.image_id, pictures.dataset.category_ids)
-        ]
+        results = [line for d, t in zip(found, targets) for line in d.to_coco(t.image_id, images.dataset.category_ids)]
         measured = average_precision(truth, results)
         figures.append({name: round(measured[name] or 0.0, 2) for name in ("AP", "AP50")})
     return figures
 
 
 @torch.inference_mode()
-def saved_prediction(model: nn.Module, pictures: Pictures, i: int) -> dict[str, Any]:
-    """A prediction for picture ``i``, as small as matching allows: boxes, and logits of the classes that are there.
+def saved_prediction(model: nn.Module, images: Images, i: int) -> dict[str, Any]:
+    """A prediction for image ``i``, as small as matching allows: boxes, and logits of the classes that are there.
 
     With a softmax one more column stands for all other classes together; the probabilities of the classes that are
     there are then the same as those of the whole.
     """
     model.eval()
-    output, [target] = pictures.run(model, torch.tensor([i]))
+    output, [target] = images.run(model, torch.tensor([i]))
     there = target.labels.unique()
     logits = output.final.logits[0]
     if model.scoring == "softmax":
@@ -213,7 +218,7 @@ def saved_prediction(model: nn.Module, pictures: Pictures, i: int) -> dict[str, 
 
 
 def train(
-    name: str, train_set: Pictures, val_set: Pictures, epochs: int, seed: int, state_file: Path | None = None
+    name: str, train_set: Images, val_set: Images, epochs: int, seed: int, state_file: Path | None = None
 ) -> dict[str, Any]:
     """Train one of ``RUNS`` and watch it; goes on from ``state_file`` where there is one."""
     torch.manual_seed(seed)
@@ -274,10 +279,10 @@ def train(
     return run
 
 
-def open_pictures(split: str, limit: int | None = None) -> Pictures:
+def open_images(split: str, limit: int | None = None) -> Images:
     """The scenes of a split with their feature maps."""
     backbone = regolite.build("detr_tiny", num_classes=1).backbone.eval()
-    return Pictures(open_data(SCENES, split, make_transform("none"), limit), backbone)
+    return Images(open_data(SCENES, split, make_transform("none"), limit), backbone)
 
 
 def main() -> None:
@@ -289,7 +294,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train_set, val_set = open_pictures("train"), open_pictures("val")
+    train_set, val_set = open_images("train"), open_images("val")
     results: dict[str, Any] = {
         "scenes": SCENES, "watched": WATCHED, "seed": args.seed, "epochs": args.epochs, "torch": torch.__version__,
         "recipe": RECIPE.to_dict(), "targets": [len(t) for t in train_set.targets[:WATCHED]], "runs": {},

@@ -168,7 +168,7 @@ def close(name: str, found: Any, wanted: Tensor | float, tolerance: float = 1e-4
 
 
 def alike(found: Any, wanted: Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether ``found`` has the shape and, within a tolerance, the values of ``wanted``; so a mistake is recognised."""
+    """Whether ``found`` has the shape and, within a tolerance, the values of ``wanted``; so a mistake is recognized."""
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return False
     pair = (tensor.detach().double().cpu() for tensor in (found, wanted))

@@ -79,7 +79,7 @@ def fewer_stages(answer: Callable[[nn.Module, Image.Image, int], Detections]) ->
             )
         raise Mistake(f"with stages={stages} these are other detections than the model's.")
     return (
-        "With stages=0 the base detector is left, which has learnt from the stages in training (the paper's Table 4)."
+        "With stages=0 the base detector is left, which has learned from the stages in training (the paper's Table 4)."
     )
 
 

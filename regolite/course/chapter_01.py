@@ -76,7 +76,7 @@ def splitting(answer: Callable[..., Any]) -> str:
     mistakes = {
         "head 0 holds the first tokens with all of their channels, cut into pieces, and never sees the other tokens: "
         "a plain reshape takes the tokens apart, not the channels.": x.reshape(3, 5, 4),
-        "head i has every third channel, beginning at i. Heads are blocks of neighbouring channels; "
+        "head i has every third channel, beginning at i. Heads are blocks of neighboring channels; "
         "with these, weights of other models would mean something else.": x.unflatten(1, (4, 3)).permute(2, 0, 1),
     }
     not_known(found, mistakes)
@@ -111,7 +111,7 @@ def effective_cells(answer: Callable[..., Any]) -> str:
     if found.isnan().any():
         raise Mistake("a weight of exactly 0 makes NaN: 0 times the logarithm of 0. It should add nothing.")
     close("the number for rows with weights of 0", found, torch.tensor([1.0, 2.0, 4.0]), tolerance=1e-3)
-    return "A number of patches is easier to picture than an entropy in nats, and says the same."
+    return "A number of patches is easier to image than an entropy in nats, and says the same."
 
 
 @exercise(
@@ -158,13 +158,13 @@ def surviving_softmax(answer: Callable[..., Any]) -> str:
     with torch.no_grad():
         if not answer(1000 * scores, mask).isfinite().all():
             raise Mistake("large scores overflow: let torch.softmax do the exponentials.")
-    return "Value and gradient are finite even where there is nothing to see, so an empty picture cannot spoil a model."
+    return "Value and gradient are finite even where there is nothing to see, so an empty image cannot spoil a model."
 
 
 @exercise(
     "1.5",
     "Count the cells as the table above does, rounding up.",
-    "Every cell has a weight for every cell: the square of their number. Then for every head, picture and byte.",
+    "Every cell has a weight for every cell: the square of their number. Then for every head, image and byte.",
     "`cells = -(-height // stride) * -(-width // stride)`; the rest are factors.",
 )
 def bytes_of_weights(answer: Callable[..., Any]) -> str:
@@ -196,4 +196,4 @@ def bytes_of_weights(answer: Callable[..., Any]) -> str:
         if found != wanted:
             asked = f"{height} x {width} at stride {stride}, {heads} heads, batch of {batch}, {bytes_each} bytes each"
             raise Mistake(f"for {asked} it should be {wanted:,} and is {found:,}.")
-    return "Stride 8 at 800 x 1066 takes 5.4 GiB a picture and layer, before any gradient: dense attention stops there."
+    return "Stride 8 at 800 x 1066 takes 5.4 GiB an image and layer, before any gradient: dense attention stops there."

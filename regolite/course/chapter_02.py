@@ -1,4 +1,4 @@
-"""Exercises of notebook 02, from pictures to tokens."""
+"""Exercises of notebook 02, from images to tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regolite.course import Mistake, close, exercise, same_shape
-from regolite.models.positions import waves
+from regolite.models.positions import sine_embedding
 
 
 def _field(layers: list[tuple[int, int]]) -> int:
@@ -24,7 +24,7 @@ def _field(layers: list[tuple[int, int]]) -> int:
 
 @exercise(
     "2.1",
-    "Keep two numbers: the field so far, and the stride so far: how many pixels lie between neighbouring cells.",
+    "Keep two numbers: the field so far, and the stride so far: how many pixels lie between neighboring cells.",
     "A kernel of 3 reaches one cell further on both sides, and cells of its input lie the stride so far apart.",
     "For each layer: `field += (kernel - 1) * stride`, and only then `stride *= step`.",
 )
@@ -57,7 +57,7 @@ def field_of_convolutions(answer: Callable[..., Any]) -> str:
 
 @exercise(
     "2.2",
-    "Ask the other way around: does a cell's square hold any pixel of the picture?",
+    "Ask the other way around: does a cell's square hold any pixel of the image?",
     "Whether any pixel of a square is 1 is what F.max_pool2d says, applied to ~mask as floats.",
     "`F.max_pool2d((~mask).float()[:, None], stride, ceil_mode=True)[:, 0] == 0`; ceil_mode keeps partial cells.",
 )
@@ -75,7 +75,7 @@ def shrunken_mask(answer: Callable[..., Any]) -> str:
             if found.dtype != torch.bool:
                 raise Mistake(f"a mask is of type bool, and this is {found.dtype}.".replace("torch.", ""))
             _compare(found, wanted, inside, mask, stride)
-    return "No strip of a picture is hidden by the rounding, and no cell of pure padding is seen."
+    return "No strip of an image is hidden by the rounding, and no cell of pure padding is seen."
 
 
 def _compare(found: Tensor, wanted: Tensor, inside: Tensor, mask: Tensor, stride: int) -> None:
@@ -87,7 +87,7 @@ def _compare(found: Tensor, wanted: Tensor, inside: Tensor, mask: Tensor, stride
     any_padding = F.max_pool2d(1 - inside, stride, ceil_mode=True)[:, 0] > 0
     if torch.equal(found, any_padding):
         raise Mistake(
-            "cells that hold a strip of the picture are called padding: a cell is padding only where all of it is."
+            "cells that hold a strip of the image are called padding: a cell is padding only where all of it is."
         )
     size = list(wanted.shape[1:])
     if torch.equal(found, F.interpolate(mask[None].float(), size=size)[0].bool()):
@@ -101,19 +101,19 @@ def _compare(found: Tensor, wanted: Tensor, inside: Tensor, mask: Tensor, stride
         )
     lost, gained = int((found & ~wanted).sum()), int((~found & wanted).sum())
     raise Mistake(
-        f"at stride {stride}, {lost} cells with a part of the picture are called padding, and {gained} of pure padding "
+        f"at stride {stride}, {lost} cells with a part of the image are called padding, and {gained} of pure padding "
         "are not."
     )
 
 
 @exercise(
     "2.3",
-    "The mask knows how large each picture is; the shape of the map does not.",
+    "The mask knows how large each image is; the shape of the map does not.",
     "Count the cells that are not padding along each axis: cumsum(1) over ~mask gives 1, 2, 3, ... down each column.",
     "`y = (~mask).float().cumsum(1)`, divided by its last row `y[:, -1:]`; x the same way with cumsum(2).",
 )
 def own_coordinates(answer: Callable[..., Any]) -> str:
-    """Coordinates relative to the unpadded picture."""
+    """Coordinates relative to the unpadded image."""
     alone, batch = torch.zeros(1, 13, 20, dtype=torch.bool), torch.ones(2, 20, 20, dtype=torch.bool)
     batch[0, :13], batch[1, :, :14] = False, False
     for mask in (alone, batch):
@@ -131,13 +131,13 @@ def own_coordinates(answer: Callable[..., Any]) -> str:
             "giraffes and at 1 alone."
         )
     for name, found, wanted in (
-        ("y of the first picture", y[0, :13], (down[:13] / 13).expand(13, 20)),
-        ("x of the first picture", x[0, :13], (across / 20).expand(13, 20)),
-        ("y of the second picture", y[1, :, :14], (down / 20).expand(20, 14)),
-        ("x of the second picture", x[1, :, :14], (across[:, :14] / 14).expand(20, 14)),
+        ("y of the first image", y[0, :13], (down[:13] / 13).expand(13, 20)),
+        ("x of the first image", x[0, :13], (across / 20).expand(13, 20)),
+        ("y of the second image", y[1, :, :14], (down / 20).expand(20, 14)),
+        ("x of the second image", x[1, :, :14], (across[:, :14] / 14).expand(20, 14)),
     ):
         if torch.allclose(found, wanted - 0.5 / wanted.shape[0 if name[0] == "y" else 1], atol=1e-4):
-            raise Mistake("these are the cells' centres; here the last cell of a picture is to be at 1.")
+            raise Mistake("these are the cells' centers; here the last cell of an image is to be at 1.")
         close(name, found, wanted, tolerance=1e-4)
     for values in (y, x):
         if not values.isfinite().all():
@@ -159,11 +159,11 @@ def moving_matrix(answer: Callable[..., Any]) -> str:
     for delta, dim, temperature in ((0.7, 8, 10000.0), (-1.3, 12, 10000.0), (0.4, 8, 20.0)):
         found = answer(delta, dim, temperature)
         same_shape(f"the matrix for {dim} channels", found, (dim, dim))
-        before, after = waves(places, dim, temperature), waves(places + delta, dim, temperature)
+        before, after = sine_embedding(places, dim, temperature), sine_embedding(places + delta, dim, temperature)
         moved = before @ found.to(before.dtype).T
         if torch.allclose(moved, before, atol=1e-4):
             raise Mistake("the matrix leaves every place where it is.")
-        if torch.allclose(moved, waves(places - delta, dim, temperature), atol=1e-4):
+        if torch.allclose(moved, sine_embedding(places - delta, dim, temperature), atol=1e-4):
             raise Mistake(
                 "the matrix moves by -delta: the signs of the sines are exchanged (or the matrix is transposed)."
             )
@@ -200,7 +200,7 @@ def _turning_halves(delta: float, dim: int, temperature: float) -> Tensor:
     "Loop over shapes and strides; if token < h * w, return the square of divmod(token, w), else token -= h * w.",
 )
 def place_of_token(answer: Callable[..., Any]) -> str:
-    """From the number of a token to its square in the picture."""
+    """From the number of a token to its square in the image."""
     shapes, strides = [(80, 60), (40, 30), (20, 15)], [8, 16, 32]
     for token in (0, 61, 4799, 4800, 5999, 6000, 6163, 6299):
         number, wanted = token, ()
@@ -224,7 +224,7 @@ def place_of_token(answer: Callable[..., Any]) -> str:
             raise Mistake("a row has w tokens, not h: the row is the number divided by the width of the level.")
         if found[3] > 640:
             raise Mistake(
-                f"token {token} would end at pixel {found[3]}, below the picture's 640: it belongs to a coarser level, "
+                f"token {token} would end at pixel {found[3]}, below the image's 640: it belongs to a coarser level, "
                 "whose numbers begin anew after all tokens of the levels before."
             )
         raise Mistake(f"token {token} stands for the square {wanted}, not {found}.")

@@ -23,7 +23,7 @@ from regolite.types import Memory
     "The attention is called as layer.attention(n + positions, n + positions, n). No norm comes after a sum.",
 )
 def pre_norm(answer: Callable[..., Tensor]) -> str:
-    """An encoder layer that normalises what its branches read."""
+    """An encoder layer that normalizes what its branches read."""
     layer = EncoderLayer(16, MultiHeadAttention(16, 2), 32, 0.0)
     for norm in (layer.attention_norm, layer.ffn_norm):  # two norms that nobody can mistake for each other
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -57,15 +57,15 @@ def pre_norm(answer: Callable[..., Tensor]) -> str:
             "the two norms are exchanged: attention_norm belongs to the first branch, ffn_norm to the second.": run(
                 swapped=True
             ),
-            "the sum starts from the normalised tokens. The way past a branch stays free: add to the tokens "
+            "the sum starts from the normalized tokens. The way past a branch stays free: add to the tokens "
             "themselves.": wrong + layer.ffn(second(wrong)),
-            "the feed-forward network reads tokens that are not normalised.": (
+            "the feed-forward network reads tokens that are not normalized.": (
                 (x := tokens + layer.attention(n + positions, n + positions, n)) + layer.ffn(x)
             ),
-            "the attention reads tokens that are not normalised.": (
+            "the attention reads tokens that are not normalized.": (
                 (x := tokens + layer.attention(tokens + positions, tokens + positions, tokens)) + layer.ffn(second(x))
             ),
-            "the positions were added before the norm: normalise the tokens first, then add the positions.": (
+            "the positions were added before the norm: normalize the tokens first, then add the positions.": (
                 (x := tokens + layer.attention(before, before, n)) + layer.ffn(second(x))
             ),
         }
@@ -79,7 +79,7 @@ def pre_norm(answer: Callable[..., Tensor]) -> str:
 @exercise(
     "3.2",
     "Count the linear layers first: four in each attention, two in the feed-forward network.",
-    "There are two attentions (among queries, and to the picture), one feed-forward network and three norms.",
+    "There are two attentions (among queries, and to the image), one feed-forward network and three norms.",
     "A linear layer from a to b has a * b weights and b biases, and a LayerNorm of width C has 2 * C numbers.",
 )
 def parameters(answer: Callable[[int, int], int]) -> str:
@@ -141,13 +141,13 @@ def boxes_at(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
             raise Mistake(said)
     if (found < 0).any() or (found > 1).any():
         raise Mistake(
-            "some numbers still lie outside of 0 to 1. Whatever is added after a sigmoid can leave the picture; add "
+            "some numbers still lie outside of 0 to 1. Whatever is added after a sigmoid can leave the image; add "
             "before it."
         )
     close("boxes_at(raw, reference)", found, (raw + F.pad(inverse_sigmoid(reference), (0, 2))).sigmoid())
     at_rest = answer(torch.zeros(1, 9, 4), reference[:1])
-    close("the centre where the head gives 0", at_rest[..., :2], reference[:1])
-    return "No sum of logits leaves the picture, and a head that says 0 answers with its reference point."
+    close("the center where the head gives 0", at_rest[..., :2], reference[:1])
+    return "No sum of logits leaves the image, and a head that says 0 answers with its reference point."
 
 
 @exercise(

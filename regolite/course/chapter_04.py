@@ -12,23 +12,23 @@ from regolite.boxes import box_iou, generalized_box_iou, to_xyxy
 from regolite.course import Mistake, alike, close, exercise, has_gradient, same_shape
 
 COUCH = (0.4841, 0.4970, 0.9682, 0.9850)
-"""The couch of COCO picture 599, ``cxcywh``."""
+"""The couch of COCO image 599, ``cxcywh``."""
 
 
 def _boxes(count: int) -> Tensor:
-    """Boxes inside the picture, ``cxcywh``."""
+    """Boxes inside the image, ``cxcywh``."""
     size = 0.1 + 0.3 * torch.rand(count, 2)
     return torch.cat([size / 2 + torch.rand(count, 2) * (1 - size), size], 1)
 
 
 @exercise(
     "4.1",
-    "Which of the four numbers does a mirror change? Think of the centre first, then of the size.",
+    "Which of the four numbers does a mirror change? Think of the center first, then of the size.",
     "What was 0.1 from the left border is 0.1 from the right border afterwards, so its x is 0.9.",
     "Clone the boxes (or build new ones by torch.cat) and replace column 0 by 1 minus itself.",
 )
 def mirror(answer: Callable[[Tensor], Tensor]) -> str:
-    """Boxes of a picture that is mirrored left to right."""
+    """Boxes of an image that is mirrored left to right."""
     boxes = _boxes(6)
     given = boxes.clone()
     found = answer(given)
@@ -37,9 +37,9 @@ def mirror(answer: Callable[[Tensor], Tensor]) -> str:
     if not torch.equal(given, boxes):
         raise Mistake("the boxes that were given have changed: the caller still needs them. Work on a copy (clone).")
     known = {
-        "the boxes came back as they were: the centre's x has to change.": boxes,
+        "the boxes came back as they were: the center's x has to change.": boxes,
         "this mirrors top to bottom: y changed where x should have.": torch.stack([cx, 1 - cy, w, h], 1),
-        "the centres left the picture: x became -x. The mirror stands in the middle of the picture, not at 0.": (
+        "the centers left the image: x became -x. The mirror stands in the middle of the image, not at 0.": (
             torch.stack([-cx, cy, w, h], 1)
         ),
         "this mirrors corners, and the boxes are cxcywh: there is no second x to swap with.": torch.stack(
@@ -160,7 +160,7 @@ def paired_giou_loss(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
     "4.5",
     "The union is |A| + |B| minus the intersection. So only the intersection and the hull can change as a box moves.",
     "When is the hull simply the larger of the two boxes? What is the intersection then?",
-    "Put a small box anywhere inside the couch's, not at its centre and not touching its border.",
+    "Put a small box anywhere inside the couch's, not at its center and not touching its border.",
 )
 def stuck(answer: Any) -> str:
     """A box that GIoU does not pull."""
@@ -172,14 +172,14 @@ def stuck(answer: Any) -> str:
     away = float((box[:2] - couch[:2]).detach().norm())
     if away < 0.1:
         raise Mistake(
-            f"the centre is only {away:.2f} from the couch's: there the place is right and no pull is needed."
+            f"the center is only {away:.2f} from the couch's: there the place is right and no pull is needed."
         )
     giou = _giou(to_xyxy(box)[None], to_xyxy(couch)[None])[0]
     (gradient,) = torch.autograd.grad(1 - giou, box)
     for axis, pull in zip("xy", gradient[:2].tolist()):
         if abs(pull) > 1e-6:
             raise Mistake(
-                f"the centre's {axis} is still pulled, its gradient is {pull:.2f}: moving the box along {axis} "
+                f"the center's {axis} is still pulled, its gradient is {pull:.2f}: moving the box along {axis} "
                 "changes the intersection or the hull."
             )
     return (

@@ -84,7 +84,7 @@ def cheapest_queries(answer: Callable[[Tensor], Sequence[int]]) -> str:
     """The cheapest queries of all objects, by trial."""
     for queries, objects in ((3, 3), (5, 3), (6, 2), (4, 1)):
         cost = torch.rand(queries, objects)
-        cost[0] *= 0.1  # everybody's favourite
+        cost[0] *= 0.1  # everybody's favorite
         where = f"for {queries} queries and {objects} objects"
         found = answer(cost.clone())
         if found is None:
@@ -121,15 +121,15 @@ def match_batch(answer: Callable[[Tensor, Sequence[int]], Any]) -> str:
         costs[b, :, count:] -= 1.0  # padding that suits every query
     found = answer(costs.clone(), list(counts))
     if not isinstance(found, (list, tuple)) or len(found) != len(counts):
-        raise Mistake("a list with one entry a picture is wanted.")
+        raise Mistake("a list with one entry an image is wanted.")
     for b, (pairs, count) in enumerate(zip(found, counts)):
         pairs = sorted((int(q), int(t)) for q, t in pairs)
         if any(t >= count for _, t in pairs):
             t = next(t for _, t in pairs if t >= count)
-            raise Mistake(f"picture {b} has {count} objects, and a query was given to object {t}: that is padding.")
+            raise Mistake(f"image {b} has {count} objects, and a query was given to object {t}: that is padding.")
         if len(pairs) < count:
             raise Mistake(
-                f"picture {b} has {count} objects, and {len(pairs)} are matched: the queries that padding took are "
+                f"image {b} has {count} objects, and {len(pairs)} are matched: the queries that padding took are "
                 "missing. Leave padding out before the matching, not after it."
             )
         wanted = costs[b, :, :count]
@@ -137,10 +137,10 @@ def match_batch(answer: Callable[[Tensor, Sequence[int]], Any]) -> str:
         paid = sum(float(wanted[q, t]) for q, t in pairs)
         if paid > best + 1e-5:
             raise Mistake(
-                f"the pairs of picture {b} cost {paid:.3f}, and {best:.3f} is possible: padding took queries that "
+                f"the pairs of image {b} cost {paid:.3f}, and {best:.3f} is possible: padding took queries that "
                 "objects needed."
             )
-    return "Padding is cut off before the matching, and a picture without objects has no pairs."
+    return "Padding is cut off before the matching, and an image without objects has no pairs."
 
 
 @exercise(

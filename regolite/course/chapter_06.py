@@ -139,10 +139,10 @@ def focal(answer: Callable[..., Any]) -> str:
     "6.4",
     "What is the true class of a query that has no object? Column 0 is a class like any other.",
     "`F.l1_loss` takes the mean, over pairs and over the four numbers. What should the sum be divided by?",
-    "`generalized_box_iou_loss` wants corners; the boxes here are centre, width and height.",
+    "`generalized_box_iou_loss` wants corners; the boxes here are center, width and height.",
 )
-def picture_loss(answer: Callable[..., Any]) -> str:
-    """The three terms of one picture's loss, whose usual mistakes are known."""
+def image_loss(answer: Callable[..., Any]) -> str:
+    """The three terms of one image's loss, whose usual mistakes are known."""
     logits, boxes = torch.randn(7, 5), torch.rand(7, 4) * 0.3 + 0.3
     boxes.requires_grad_()
     labels, query, objects = torch.tensor([2, 0, 3]), torch.tensor([4, 1, 6]), 8
@@ -162,7 +162,7 @@ def picture_loss(answer: Callable[..., Any]) -> str:
     if alike(giou, generalized_box_iou_loss(pairs, wanted).sum() / objects, 1e-5):
         but = "the GIoU term takes cxcywh boxes for corners: it measures the overlap of boxes that are not there."
     elif alike(giou, overlap.mean(), 1e-5):
-        but = "the GIoU term is the mean over the picture's pairs; divide the sum by `objects`, those of the batch."
+        but = "the GIoU term is the mean over the image's pairs; divide the sum by `objects`, those of the batch."
     close("the GIoU term", giou, overlap.sum() / objects, but=but)
     (l1 + giou).backward()
     has_gradient("the boxes", boxes)
@@ -198,7 +198,7 @@ def _l1_mistake(apart: Float[Tensor, "T 4"], found: Tensor, objects: int) -> str
             apart.mean(),
             "the L1 term is a mean over pairs and numbers; sum, and divide by the batch's `objects`.",
         ),
-        (apart.sum(-1).mean(), "the L1 term is divided by this picture's objects, not by those of the batch."),
+        (apart.sum(-1).mean(), "the L1 term is divided by this image's objects, not by those of the batch."),
         (apart.mean() / objects, "the L1 term is a mean, divided by `objects` once more; sum before you divide."),
         (apart.sum(), "the L1 term is not divided by `objects`."),
     ):

@@ -95,12 +95,12 @@ def moved_boxes(prediction: Mapping[str, float | int]) -> str:
 
 @exercise(
     "7.3",
-    "A picture without objects never enters the mean, whatever is said about it.",
-    "Join the scores of all pictures, sort once, and make one curve; N is the sum over the pictures.",
+    "An image without objects never enters the mean, whatever is said about it.",
+    "Join the scores of all images, sort once, and make one curve; N is the sum over the images.",
     "order = torch.cat(scores).argsort(descending=True); right = torch.cat(right)[order]; then as for the ten boxes.",
 )
 def pooled(answer: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]], Tensor]) -> str:
-    """One ranking for all pictures, instead of a mean over pictures."""
+    """One ranking for all images, instead of a mean over images."""
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         lengths, objects = (4, 3, 6, 2), (3, 0, 5, 2)
@@ -116,15 +116,15 @@ def pooled(answer: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]],
         for value, known in (
             (
                 sum(means) / len(means),
-                "that is still a mean of one AP a picture: false boxes in empty pictures cost nothing",
+                "that is still a mean of one AP an image: false boxes in empty images cost nothing",
             ),
             (
                 sum(means) / len(lengths),
-                "that is a mean of one AP a picture with 0 for empty ones, which are punished even unsaid",
+                "that is a mean of one AP an image with 0 for empty ones, which are punished even unsaid",
             ),
             (
                 _at_101(torch.cat(right), sum(objects)),
-                "the pictures are joined but not sorted: the ranking is by score",
+                "the images are joined but not sorted: the ranking is by score",
             ),
             (
                 _at_101(torch.cat(right)[order.flip(0)], sum(objects)),
@@ -134,7 +134,7 @@ def pooled(answer: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]],
             if abs(float(found) - value) < 1e-9 and abs(value - wanted) > 1e-9:
                 raise Mistake(f"{known}.")
         close("AP", found, wanted, 1e-6)
-    return "All pictures share one ranking: a sure mistake in an empty picture pushes every less sure hit down."
+    return "All images share one ranking: a sure mistake in an empty image pushes every less sure hit down."
 
 
 @exercise(
@@ -201,7 +201,7 @@ def relabel(answer: Callable[[Int[Tensor, "D"], Float[Tensor, "D G"], Int[Tensor
     if not torch.equal(found, wanted):
         raise Mistake(f"of the labels {labels.tolist()} should come {wanted.tolist()}, and {found.tolist()} come.")
     alone = answer(labels.clone(), torch.zeros(5, 0), torch.zeros(0, dtype=torch.long))
-    same_shape("the labels in a picture without objects", alone, (5,))
+    same_shape("the labels in an image without objects", alone, (5,))
     if not torch.equal(alone, labels):
-        raise Mistake("in a picture without objects the labels should stay as they are.")
+        raise Mistake("in an image without objects the labels should stay as they are.")
     return "Now measure both oracles: the gain of each is the price of one kind of mistake."

@@ -89,22 +89,22 @@ def gap(answer: Callable[[float, int, int], float]) -> str:
 
 
 def _matches(queries: Tensor, order: Tensor) -> Matches:
-    """Pairs of 3 pictures with 2, 4 and 1 objects, in a given order."""
-    picture = torch.tensor([0, 0, 1, 1, 1, 1, 2])
+    """Pairs of 3 images with 2, 4 and 1 objects, in a given order."""
+    image = torch.tensor([0, 0, 1, 1, 1, 1, 2])
     target = torch.tensor([0, 1, 0, 1, 2, 3, 0])
-    return Matches(torch.zeros(7, dtype=torch.long), picture[order], queries[order], target[order])
+    return Matches(torch.zeros(7, dtype=torch.long), image[order], queries[order], target[order])
 
 
 @exercise(
     "8.3",
-    "Bring both into the same order first: by picture, and within a picture by target.",
-    "matches.picture * 1000 + matches.target is one number for each object; argsort of it gives the order.",
+    "Bring both into the same order first: by image, and within an image by target.",
+    "matches.image * 1000 + matches.target is one number for each object; argsort of it gives the order.",
     "(before.query[order_before] != after.query[order_after]).float().mean().item()",
 )
 def share_changed(answer: Callable[[Matches, Matches], float]) -> str:
     """The share of objects whose query changed."""
     first = torch.tensor([3, 7, 3, 7, 1, 0, 5])
-    second = torch.tensor([7, 3, 3, 2, 1, 0, 5])  # picture 0: exchanged; picture 1: target 1 went from 7 to 2
+    second = torch.tensor([7, 3, 3, 2, 1, 0, 5])  # image 0: exchanged; image 1: target 1 went from 7 to 2
     straight = torch.arange(7)
     mixed = torch.tensor([6, 2, 0, 5, 1, 4, 3])
     for before, after in ((straight, straight), (straight, mixed), (mixed, straight)):
@@ -121,13 +121,13 @@ def share_changed(answer: Callable[[Matches, Matches], float]) -> str:
             raise Mistake("this is the share of objects that kept their query.")
         if math.isclose(found, 1 / 7, abs_tol=1e-4):
             raise Mistake(
-                "two objects of a picture that exchange their queries have both changed: compare object by object, not "
+                "two objects of an image that exchange their queries have both changed: compare object by object, not "
                 "the sets of matched queries."
             )
         if not torch.equal(before, after):
             raise Mistake(
                 "right while both come in the same order, and wrong where they don't: bring the pairs into one order, "
-                "by picture and target, before you compare."
+                "by image and target, before you compare."
             )
         raise Mistake(f"three of seven objects changed their query, 0.43, and this says {found:.2f}.")
     same = answer(_matches(first, straight), _matches(first, mixed))
@@ -138,11 +138,11 @@ def share_changed(answer: Callable[[Matches, Matches], float]) -> str:
 @exercise(
     "8.4",
     "Four questions, one after another; `(boxes < 0) | (boxes > 1)` answers the first.",
-    "For corners: centre minus half the size must not be below -0.01, and centre plus half the size not above 1.01.",
-    "Ask for corners only where no number left [0, 1]; .any() of an empty tensor is False, so no picture is special.",
+    "For corners: center minus half the size must not be below -0.01, and center plus half the size not above 1.01.",
+    "Ask for corners only where no number left [0, 1]; .any() of an empty tensor is False, so no image is special.",
 )
 def suspicious(answer: Callable[[Target, int], set[str]]) -> str:
-    """What is wrong with the targets of a picture."""
+    """What is wrong with the targets of an image."""
 
     def target(boxes: list[list[float]], labels: list[int]) -> Target:
         return Target(torch.tensor(labels, dtype=torch.long), torch.tensor(boxes).reshape(-1, 4), 1, (480, 640))
@@ -150,11 +150,11 @@ def suspicious(answer: Callable[[Target, int], set[str]]) -> str:
     right = [0.5, 0.4, 0.3, 0.2]
     cases = [
         ("boxes and labels that are in order", target([right, [0.1, 0.1, 0.2, 0.2]], [0, 79]), set()),
-        ("a picture without objects", target([], []), set()),
-        ("a box that fills the picture", target([[0.5, 0.5, 1.0, 1.0]], [3]), set()),
+        ("an image without objects", target([], []), set()),
+        ("a box that fills the image", target([[0.5, 0.5, 1.0, 1.0]], [3]), set()),
         ("a box that touches the border, a rounding error outside", target([[0.1, 0.5, 0.203, 0.2]], [3]), set()),
         ("boxes in pixels", target([right, [320.0, 200.0, 90.0, 60.0]], [0, 1]), {"pixels"}),
-        ("a negative centre", target([[-0.2, 0.5, 0.1, 0.1]], [0]), {"pixels"}),
+        ("a negative center", target([[-0.2, 0.5, 0.1, 0.1]], [0]), {"pixels"}),
         ("corners of a box at the lower right", target([right, [0.6, 0.5, 0.9, 0.8]], [0, 1]), {"corners"}),
         ("corners of a box at the upper left", target([[0.1, 0.2, 0.4, 0.5]], [0]), {"corners"}),
         ("labels that begin at 1", target([right, right], [1, 80]), {"labels"}),

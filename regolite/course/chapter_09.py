@@ -40,8 +40,8 @@ def coverage(answer: Callable[[Tensor, int, int], Tensor]) -> str:
         raise Mistake("every point is fully covered in your answer, but on the edge of the map one side is zeros.")
     if not _differs(found, _read(ones, points, align_corners=True)):
         raise Mistake(
-            "0 and 1 are the outer edges of the map, not the centres of the outermost cells (align_corners=False): "
-            "at a corner three of the four neighbours are missing."
+            "0 and 1 are the outer edges of the map, not the centers of the outermost cells (align_corners=False): "
+            "at a corner three of the four neighbors are missing."
         )
     if not _differs(found, _read(torch.ones(width, height), points)):
         raise Mistake("height and width have changed places.")
@@ -115,7 +115,7 @@ def weigh(answer: Callable[[Tensor], Tensor]) -> str:
 @exercise(
     "9.4",
     "Locations count the padded map: times (width, height) of the batch they are pixels of what the network read.",
-    "Then a pixel of the resized picture is original / resized pixels of the file, in x and in y by itself.",
+    "Then a pixel of the resized image is original / resized pixels of the file, in x and in y by itself.",
 )
 def to_photograph(answer: Callable[..., Tensor]) -> str:
     """``to_photograph(locations, padded, resized, original)``: sampling locations in pixels of the file."""
@@ -132,11 +132,11 @@ def to_photograph(answer: Callable[..., Tensor]) -> str:
     found = found.detach()
     if not _differs(found, locations * torch.tensor([original[1], original[0]]), 0.05):
         raise Mistake(
-            "the padding is forgotten: 1 is the edge of the padded batch, not of the picture, so your points are "
+            "the padding is forgotten: 1 is the edge of the padded batch, not of the image, so your points are "
             "squeezed towards the upper left corner."
         )
     if not _differs(found, locations * torch.tensor([padded[1], padded[0]]), 0.05):
-        raise Mistake("these are pixels of the padded batch: scale them from the resized picture to the original.")
+        raise Mistake("these are pixels of the padded batch: scale them from the resized image to the original.")
     if not _differs(found, locations * torch.tensor([padded[1] * 2.5, padded[0] * 2.5]), 0.05):
         raise Mistake("2.5 was the scale of the cat's photograph; take it from the sizes.")
     swapped = right(padded, resized, original) / torch.tensor([padded[1], padded[0]]) * torch.tensor(padded)
@@ -145,7 +145,7 @@ def to_photograph(answer: Callable[..., Tensor]) -> str:
         raise Mistake("x goes with the width and y with the height; sizes are (height, width), locations (x, y).")
     close("the points", found, wanted, 0.05)
     again = ((192, 256), (162, 256), (407, 640))
-    close("the points of another picture", answer(locations.clone(), *again), right(*again), 0.05)
+    close("the points of another image", answer(locations.clone(), *again), right(*again), 0.05)
     return "Now the points of any batch can be drawn on the files."
 
 
@@ -207,7 +207,7 @@ def fits(answer: Callable[[int, int, int], tuple[int, int]]) -> str:
             "every head has points of its own": room // (12 * points),
         }
         _affordable("deformable", int(sparse), room, lambda s, m=heads, p=points: 12 * m * p * s, slips)
-    return "A gigabyte holds 5,590 tokens densely and 651,041 deformably; a picture of 800 by 1066 has 17,821."
+    return "A gigabyte holds 5,590 tokens densely and 651,041 deformably; an image of 800 by 1066 has 17,821."
 
 
 def _dense_slips(room: int, heads: int) -> dict[str, int]:

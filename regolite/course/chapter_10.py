@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, roi_align
 
 from regolite.boxes import enlarge, to_pixels, to_xyxy
 from regolite.course import Mistake, alike, close, exercise, same_shape
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.models.glimpse import _taps
 
 
@@ -33,10 +33,10 @@ def _compare(name: str, found: Tensor, wanted: Tensor, *mistakes: tuple[Tensor, 
 
 @exercise(
     "10.1",
-    "Multiplying all four numbers by alpha moves the box away from the corner of the picture. What has to stay?",
-    "The centre stays: (x0 + x1) / 2. Half the new width is alpha times half the old one.",
-    "With the mean of the two corners as `centre` and half their difference as `half`, the corners are "
-    "torch.cat([centre - alpha * half, centre + alpha * half], -1).",
+    "Multiplying all four numbers by alpha moves the box away from the corner of the image. What has to stay?",
+    "The center stays: (x0 + x1) / 2. Half the new width is alpha times half the old one.",
+    "With the mean of the two corners as `center` and half their difference as `half`, the corners are "
+    "torch.cat([center - alpha * half, center + alpha * half], -1).",
 )
 def enlarge_corners(answer: Callable[..., Any]) -> str:
     """``answer(boxes_xyxy, alpha)``."""
@@ -59,7 +59,7 @@ def enlarge_corners(answer: Callable[..., Any]) -> str:
             (boxes, "the boxes come back as they were."),
             (
                 alpha * boxes,
-                "corners were multiplied by alpha, which moves a box away from the origin: its centre must stay.",
+                "corners were multiplied by alpha, which moves a box away from the origin: its center must stay.",
             ),
             (
                 wider(boxes, alpha**0.5),
@@ -67,21 +67,21 @@ def enlarge_corners(answer: Callable[..., Any]) -> str:
             ),
             (
                 wider(boxes, 2 * alpha),
-                "the box grew by alpha on each side of the centre, twice too much: half the width goes to each side.",
+                "the box grew by alpha on each side of the center, twice too much: half the width goes to each side.",
             ),
             (
                 box_convert(wanted, "xyxy", "cxcywh"),
-                "the boxes come back as centre, width, height: convert them to corners.",
+                "the boxes come back as center, width, height: convert them to corners.",
             ),
-            (wanted.clamp(min=0), "the result is clipped at 0: regions may reach beyond the picture."),
+            (wanted.clamp(min=0), "the result is clipped at 0: regions may reach beyond the image."),
         )
-    return "A region keeps the centre of its box, whatever the format."
+    return "A region keeps the center of its box, whatever the format."
 
 
 @exercise(
     "10.2",
     "Where is column 0.0 of `read`, in pixels, and where does `region / stride` think it is?",
-    "The centre of cell 0 lies half a cell from the edge: a pixel x is at column x / stride - 0.5.",
+    "The center of cell 0 lies half a cell from the edge: a pixel x is at column x / stride - 0.5.",
     "Half a cell is stride / 2 pixels: align(level, region - stride / 2, stride).",
 )
 def align_exactly(answer: Callable[..., Any]) -> str:
@@ -111,7 +111,7 @@ def align_exactly(answer: Callable[..., Any]) -> str:
                 ),
                 (
                     theirs(boxes=[region[None] - stride])[0],
-                    "you took away a whole cell: the centre of a cell is half a cell from its edge.",
+                    "you took away a whole cell: the center of a cell is half a cell from its edge.",
                 ),
             )
     return "It equals roi_align with aligned=True: every point is read where it is."
@@ -119,13 +119,13 @@ def align_exactly(answer: Callable[..., Any]) -> str:
 
 @exercise(
     "10.3",
-    "A box of (0.5, 0.5, 1, 1) covers its whole picture. Which corners should it have, for each picture of the batch?",
-    "The padded size is the same for all pictures; `images.sizes` has each one's own height and width.",
-    "Each picture has a row of images.sizes: to_pixels(enlarge(boxes, alpha), images.sizes).",
+    "A box of (0.5, 0.5, 1, 1) covers its whole image. Which corners should it have, for each image of the batch?",
+    "The padded size is the same for all images; `images.sizes` has each one's own height and width.",
+    "Each image has a row of images.sizes: to_pixels(enlarge(boxes, alpha), images.sizes).",
 )
 def regions_of(answer: Callable[..., Any]) -> str:
-    """``answer(boxes, alpha, images)``: enlarged corners in pixels, in each picture's own frame."""
-    images = batch_pictures([torch.zeros(3, 96, 160), torch.zeros(3, 128, 64), torch.zeros(3, 50, 70)], multiple=32)
+    """``answer(boxes, alpha, images)``: enlarged corners in pixels, in each image's own frame."""
+    images = batch_images([torch.zeros(3, 96, 160), torch.zeros(3, 128, 64), torch.zeros(3, 50, 70)], multiple=32)
     boxes, alpha, sizes = _boxes(3, 4), 2.0, images.sizes
     found = answer(boxes, alpha, images)
     same_shape("the regions", found, (3, 4, 4))
@@ -137,15 +137,15 @@ def regions_of(answer: Callable[..., Any]) -> str:
         to_pixels(larger, sizes),
         (
             to_pixels(larger, padded),
-            "the regions are still scaled by the padded size of the batch, 128 x 160: in every picture that is smaller "
+            "the regions are still scaled by the padded size of the batch, 128 x 160: in every image that is smaller "
             "they come out too large, and too far to the right and the bottom.",
         ),
         (to_pixels(larger, sizes.flip(1)), "height and width have changed places."),
         (to_pixels(boxes, sizes), "the boxes are in the right frame, but not enlarged by alpha."),
-        (to_pixels(larger, sizes[:1].expand(3, 2)), "all pictures were scaled by the size of the first one."),
-        (to_xyxy(larger), "the corners are still in [0, 1]: multiply them by the pictures' sizes."),
+        (to_pixels(larger, sizes[:1].expand(3, 2)), "all images were scaled by the size of the first one."),
+        (to_xyxy(larger), "the corners are still in [0, 1]: multiply them by the images' sizes."),
     )
-    return "A picture's regions no longer depend on the pictures that share its batch."
+    return "An image's regions no longer depend on the images that share its batch."
 
 
 @exercise(
@@ -183,12 +183,12 @@ def reading_matrix(answer: Callable[..., Any]) -> str:
 
 @exercise(
     "10.5",
-    "The neighbour's centre is inside when it is no farther from the ball's than half the region's side, in x and y.",
+    "The neighbor's center is inside when it is no farther from the ball's than half the region's side, in x and y.",
     "In x that needs alpha >= 2 |dx| / w, in y alpha >= 2 |dy| / h. Both must hold.",
     "2 * (deciders[:, :2] - balls[:, :2]).abs() / balls[:, 2:], then the larger of the two: .amax(1).",
 )
 def smallest_alpha(answer: Callable[..., Any]) -> str:
-    """``answer(balls, deciders)``: the alpha at which the decider's centre enters the ball's region."""
+    """``answer(balls, deciders)``: the alpha at which the decider's center enters the ball's region."""
     balls, deciders = 128 * _boxes(50), 128 * _boxes(50)
     found = answer(balls, deciders)
     same_shape("alpha", found, (50,))
@@ -198,14 +198,14 @@ def smallest_alpha(answer: Callable[..., Any]) -> str:
         "alpha",
         found,
         ratio.amax(1),
-        (torch.ones(50), "every alpha is 1: the function does not look at the neighbours yet."),
+        (torch.ones(50), "every alpha is 1: the function does not look at the neighbors yet."),
         (ratio.amax(1) / 2, "these are half of what is needed: a region reaches only half its width to each side."),
-        (ratio.amin(1), "one axis is not enough: the centre must be inside in x and in y, so the larger alpha counts."),
-        ((2 * away.abs() / deciders[:, 2:]).amax(1), "you divided by the neighbour's size; the ball's is enlarged."),
-        ((2 * away / balls[:, 2:]).amax(1), "take the absolute value of dx and dy: the neighbour may lie on any side."),
+        (ratio.amin(1), "one axis is not enough: the center must be inside in x and in y, so the larger alpha counts."),
+        ((2 * away.abs() / deciders[:, 2:]).amax(1), "you divided by the neighbor's size; the ball's is enlarged."),
+        ((2 * away / balls[:, 2:]).amax(1), "take the absolute value of dx and dy: the neighbor may lie on any side."),
         (
             2 * away.norm(dim=1) / balls[:, 2],
             "a region is a rectangle, not a circle: compare in x and in y, not the distance.",
         ),
     )
-    return "The paper's largest alpha, 3, shows the centre of the neighbour for about three balls in ten."
+    return "The paper's largest alpha, 3, shows the center of the neighbor for about three balls in ten."

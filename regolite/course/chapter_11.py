@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regolite.boxes import inverse_sigmoid
 from regolite.course import Mistake, alike, close, exercise, same_shape
-from regolite.data import batch_pictures
+from regolite.data import batch_images
 from regolite.models.presets import build
 from regolite.types import Prediction
 
@@ -31,7 +31,7 @@ def correct(answer: Callable[..., Any]) -> str:
         (boxes, "the boxes come back as they were: the change is not used."),
         (
             boxes + change,
-            "boxes and change were added as they are, so boxes leave the picture: add before the sigmoid.",
+            "boxes and change were added as they are, so boxes leave the image: add before the sigmoid.",
         ),
         (
             (boxes + change).clamp(0, 1),
@@ -109,7 +109,7 @@ def run_stages(answer: Callable[..., Any]) -> str:
                 f"the boxes that stage {stage.number} gets are not detached: its loss would move the boxes before it."
             )
     if not found[-1][-1].boxes.requires_grad:
-        raise Mistake("the predictions that you return are detached: nothing could be learnt from them.")
+        raise Mistake("the predictions that you return are detached: nothing could be learned from them.")
     return "Each stage starts from the last word of the one before, and leaves its boxes alone."
 
 
@@ -195,7 +195,7 @@ def with_alphas(answer: Callable[..., Any]) -> str:
     """``answer(model, images, alphas)``: the output with other ratios, the model as before."""
     small = {"dim": 32, "heads": 4, "encoder_layers": 1, "decoder_layers": 1, "ffn_dim": 32, "queries": 6}
     model = build("rego_deformable_detr_scenes", num_classes=4, rego_ffn_dim=32, **small).eval()
-    images = batch_pictures([torch.randn(3, 64, 96)], multiple=32)
+    images = batch_images([torch.randn(3, 64, 96)], multiple=32)
 
     def run(alphas: tuple[float, ...]) -> Tensor:
         for stage, alpha in zip(model.stages, alphas):

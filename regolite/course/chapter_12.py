@@ -101,7 +101,7 @@ def clip(answer: Callable[[list[nn.Parameter], float], Tensor]) -> str:
 
 
 class LittleRun:
-    """A training in small, for exercise 12.3: a network with dropout, AdamW, pictures in random order.
+    """A training in small, for exercise 12.3: a network with dropout, AdamW, images in random order.
 
     Everything that is random is drawn from PyTorch's global generator, as in most training scripts.
 
@@ -144,7 +144,7 @@ def _flat(value: Any) -> list[Tensor]:
 
 @exercise(
     "12.3",
-    "What does a step read? The weights, the optimiser's moments, the number of the step, and random numbers.",
+    "What does a step read? The weights, the optimizer's moments, the number of the step, and random numbers.",
     "state_dict() hands out the very tensors that training goes on changing: copy.deepcopy keeps them as they are now.",
     "torch.get_rng_state() and torch.set_rng_state(state) keep the generator. Set it last, after all that draws.",
 )
@@ -183,7 +183,7 @@ def go_on(state_of: Callable[[LittleRun], dict], restore: Callable[[LittleRun, d
         raise Mistake("the weights of the restored run are not those that were saved.")
     if not other.optimizer.state_dict()["state"]:
         raise Mistake(
-            "the optimiser starts anew: AdamW's moments are lost, and its next steps are as large as the first ones."
+            "the optimizer starts anew: AdamW's moments are lost, and its next steps are as large as the first ones."
         )
     if any(
         not torch.equal(a, b) for a, b in zip(_flat(moments["state"]), _flat(other.optimizer.state_dict()["state"]))
@@ -193,7 +193,7 @@ def go_on(state_of: Callable[[LittleRun], dict], restore: Callable[[LittleRun, d
         raise Mistake(f"the restored run believes to be at step {other.step}, not 3: its learning rate is another one.")
     if not torch.equal(generator, found):
         raise Mistake(
-            "the random generator is not where it was: other pictures are drawn, and dropout drops other units."
+            "the random generator is not where it was: other images are drawn, and dropout drops other units."
         )
     if other.train(3) != wanted:
         raise Mistake("the restored run takes other steps than the one that went on.")
@@ -201,7 +201,7 @@ def go_on(state_of: Callable[[LittleRun], dict], restore: Callable[[LittleRun, d
 
 
 CAUSES = {
-    "A": "part of the model not handed to the optimiser",
+    "A": "part of the model not handed to the optimizer",
     "B": "learning rate too high",
     "C": "boxes in the wrong format",
     "D": "learning rate too low",
@@ -210,7 +210,7 @@ STRANGERS = ("frozen backbone", "dropout left on in the evaluation")
 CLUES = {
     "A": "compare the curves of its decoders: do all of them fall?",
     "B": "look at the first ten steps of its loss.",
-    "C": "its loss falls, but look at the AP on the very pictures that it learns.",
+    "C": "its loss falls, but look at the AP on the very images that it learns.",
     "D": "everything in it goes in the right direction; how far?",
 }
 
@@ -283,13 +283,13 @@ def accumulate(answer: Callable[[nn.Module, SetLoss, list[Part]], Any]) -> str:
         "every part was divided by its own number of objects and the parts were summed: divide by the number of all.": (
             gradient(*alone)
         ),
-        "the mean of the parts' losses gives a picture with few objects as much weight as one with many: divide by the "
+        "the mean of the parts' losses gives an image with few objects as much weight as one with many: divide by the "
         "number of objects of all parts.": gradient(*alone) / len(parts),
         "only the last part is in the gradient: zero_grad belongs before the first part alone.": gradient(alone[-1]),
     }
     number = float(len(targets))
     counts = [float(sum(len(target) for target in part)) for _, part in parts]
-    known["the number of pictures is not the number of objects: the set loss divides by objects."] = gradient(
+    known["the number of images is not the number of objects: the set loss divides by objects."] = gradient(
         *[lambda part=part: set_loss(model(part[0]), part[1], number)[0] for part in parts]
     )
     for parameter in model.parameters():  # whatever was left there is no part of the answer

@@ -83,8 +83,8 @@ def cell_number(answer: Callable[..., Any]) -> str:
             at = f"at ({x:g}, {y:g}) on level {level}"
             for wrong, said in (
                 (wanted - start, "the number is that within its own level: add the cells of all finer levels."),
-                (stretched, "the map is stretched over the photograph, as if padding were picture."),
-                (start + stretched, "the map is stretched over the photograph, as if padding were picture."),
+                (stretched, "the map is stretched over the photograph, as if padding were image."),
+                (start + stretched, "the map is stretched over the photograph, as if padding were image."),
                 (start + int(u) * columns + int(v), "x and y have changed places: x counts columns."),
                 (start + int(u) * rows + int(v), "the tokens lie row by row: row * columns + column."),
                 (start + round(v) * columns + round(u), "round down, not to the nearest: a cell begins at its corner."),
@@ -253,7 +253,7 @@ def even(answer: Callable[..., AbstractContextManager]) -> str:
             raise Mistake("your context swallows exceptions: use `finally`, and not `except`.")
         if not torch.equal(attention(query, key, value, mask), before):
             raise Mistake("after an exception inside, the module stays changed: put it back in `finally`.")
-    return "Same picture, another model: the second kind of intervention."
+    return "Same image, another model: the second kind of intervention."
 
 
 def _check_even(
@@ -285,4 +285,4 @@ def _check_restored(
     if not torch.equal(after, before):
         raise Mistake("afterwards the module answers otherwise than before.")
     if {name: id(parameter) for name, parameter in attention.named_parameters()} != parameters:
-        raise Mistake("afterwards its parameters are other objects, unknown to an optimiser: copy the values back.")
+        raise Mistake("afterwards its parameters are other objects, unknown to an optimizer: copy the values back.")

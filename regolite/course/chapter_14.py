@@ -61,7 +61,7 @@ STUDIES: tuple[dict[str, Any], ...] = (
 """Studies as a reader of their papers would note them down."""
 
 FLAWS = {
-    "leak": "what was chosen was chosen on the pictures that the figure is reported on",
+    "leak": "what was chosen was chosen on the images that the figure is reported on",
     "best": "the best seed is reported",
     "budget": "the two arms were trained for different numbers of epochs",
     "tuning": "more learning rates were tried for one arm than for the other",
@@ -111,7 +111,7 @@ def two_intervals(answer: Callable[[Runs, Runs], Any]) -> str:
         _check_paired(paired, ours, theirs)
         _check_unpaired(unpaired, ours, theirs)
     return (
-        "What is common to both runs of a seed, the order of the pictures and the first weights, drops out of the "
+        "What is common to both runs of a seed, the order of the images and the first weights, drops out of the "
         "difference; unpaired, it counts as noise, twice."
     )
 

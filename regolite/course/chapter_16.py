@@ -13,9 +13,9 @@ from regolite.course import Mistake, close, exercise, same_shape
 
 @exercise(
     "16.1",
-    "The first number of a line is the class; the other four are centre and size, as parts of the picture.",
-    "x and width are multiplied by the picture's width, y and height by its height.",
-    "The corners lie half the size from the centre: x - w / 2, y - h / 2, x + w / 2, y + h / 2.",
+    "The first number of a line is the class; the other four are center and size, as parts of the image.",
+    "x and width are multiplied by the image's width, y and height by its height.",
+    "The corners lie half the size from the center: x - w / 2, y - h / 2, x + w / 2, y + h / 2.",
 )
 def read_line(answer: Callable[[str, int, int], tuple[int, Tensor]]) -> str:
     """A line of a YOLO file as class and corners in pixels."""
@@ -32,12 +32,12 @@ def read_line(answer: Callable[[str, int, int], tuple[int, Tensor]]) -> str:
         same_shape("the box", found[1], (4,))
         x0, y0, x1, y1 = box
         for wrong, said in (
-            (torch.tensor([float(n) for n in line.split()[1:]]), "is still the line's own, in parts of the picture"),
-            (torch.tensor([x0 / width, y0 / height, x1 / width, y1 / height]), "is still in parts of the picture"),
-            (torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]), "is still centre and size"),
+            (torch.tensor([float(n) for n in line.split()[1:]]), "is still the line's own, in parts of the image"),
+            (torch.tensor([x0 / width, y0 / height, x1 / width, y1 / height]), "is still in parts of the image"),
+            (torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]), "is still center and size"),
             (torch.tensor([x0, y0, x1 - x0, y1 - y0]), "is COCO's corner and size"),
             (torch.tensor([x0 / width * height, y0 / height * width, x1 / width * height, y1 / height * width]),
-             "has width and height of the picture exchanged"),
+             "has width and height of the image exchanged"),
         ):  # fmt: skip
             if torch.allclose(found[1].float(), wrong, atol=1e-2):
                 raise Mistake(f"the box {said}; wanted are two corners in pixels.")
@@ -47,8 +47,8 @@ def read_line(answer: Callable[[str, int, int], tuple[int, Tensor]]) -> str:
 
 @exercise(
     "16.2",
-    "Three things can be wrong: no width or height, corners in the wrong order, no overlap with the picture.",
-    "Cut the box at the picture's edges first (clamp). What is wrong then has no width or no height left.",
+    "Three things can be wrong: no width or height, corners in the wrong order, no overlap with the image.",
+    "Cut the box at the image's edges first (clamp). What is wrong then has no width or no height left.",
     "wide = x1.clamp(0, width) - x0.clamp(0, width), the same for y; unusable is (wide <= 0) | (high <= 0).",
 )
 def unusable(answer: Callable[[Float[Tensor, "N 4"], int, int], Tensor]) -> str:
@@ -59,52 +59,52 @@ def unusable(answer: Callable[[Float[Tensor, "N 4"], int, int], Tensor]) -> str:
             [-20.0, 5.0, 30.0, 60.0],  # reaches over the left edge: fine once cut
             [60.0, 20.0, 60.0, 50.0],  # no width
             [40.0, 30.0, 20.0, 60.0],  # corners in the wrong order
-            [120.0, 10.0, 150.0, 30.0],  # right of the picture
-            [10.0, 85.0, 30.0, 95.0],  # below the picture
-            [0.0, 0.0, 100.0, 80.0],  # the whole picture
+            [120.0, 10.0, 150.0, 30.0],  # right of the image
+            [10.0, 85.0, 30.0, 95.0],  # below the image
+            [0.0, 0.0, 100.0, 80.0],  # the whole image
         ]
     )
     wanted = torch.tensor([False, False, True, True, True, True, False])
     why = {
         0: "is a good one", 1: "reaches over the edge, and is good once it is cut", 2: "has no width",
-        3: "has its corners in the wrong order", 4: "lies right of the picture", 5: "lies below the picture",
-        6: "fills the picture, which is allowed",
+        3: "has its corners in the wrong order", 4: "lies right of the image", 5: "lies below the image",
+        6: "fills the image, which is allowed",
     }  # fmt: skip
     found = answer(boxes, 100, 80)
     same_shape("the answer", found, (7,))
     for n in range(7):
         if bool(found[n]) != bool(wanted[n]):
-            raise Mistake(f"box {boxes[n].int().tolist()} in a picture of 100 x 80 {why[n]}.")
+            raise Mistake(f"box {boxes[n].int().tolist()} in an image of 100 x 80 {why[n]}.")
     empty = answer(torch.zeros(0, 4), 100, 80)
-    same_shape("the answer for a picture without boxes", empty, (0,))
+    same_shape("the answer for an image without boxes", empty, (0,))
     return "Such boxes are left out with a message: one of them in a batch can make GIoU divide nothing by nothing."
 
 
 @exercise(
     "16.3",
-    "Draw lots among the groups, not among the pictures.",
+    "Draw lots among the groups, not among the images.",
     "groups = sorted({name.split('_')[0] for name in names}); shuffle them with random.Random(seed).",
-    "Take groups one by one until at least the share of the pictures is held out; a picture follows its group.",
+    "Take groups one by one until at least the share of the images is held out; an image follows its group.",
 )
 def split_groups(answer: Callable[[Sequence[str], float, int], tuple[list[str], list[str]]]) -> str:
-    """Hold out whole groups of pictures that belong together."""
+    """Hold out whole groups of images that belong together."""
     sizes = {"yard": 9, "barn": 4, "gate": 5, "road": 2}
     names = [f"{place}_{n:02}.jpg" for place, count in sizes.items() for n in range(count)]
     seen = set()
     for seed in range(6):
         train, held = answer(names, 0.25, seed)
         if sorted([*train, *held]) != sorted(names):
-            raise Mistake("every picture belongs to one of the two lists, and to one only.")
+            raise Mistake("every image belongs to one of the two lists, and to one only.")
         both = {n.split("_")[0] for n in train} & {n.split("_")[0] for n in held}
         if both:
             raise Mistake(
-                f"pictures of the group {min(both)!r} are in both lists: nearly the same picture is trained on and "
+                f"images of the group {min(both)!r} are in both lists: nearly the same image is trained on and "
                 "measured."
             )
         if not train or not held:
             raise Mistake("one of the lists is empty.")
         if len(held) < 0.25 * len(names):
-            raise Mistake(f"{len(held)} of {len(names)} pictures are held out; at least a quarter was asked for.")
+            raise Mistake(f"{len(held)} of {len(names)} images are held out; at least a quarter was asked for.")
         if (sorted(train), sorted(held)) != tuple(map(sorted, answer(names, 0.25, seed))):
             raise Mistake("the same seed gives another choice the second time: draw from random.Random(seed).")
         seen.add(tuple(sorted(held)))

@@ -1,7 +1,7 @@
 """Diagrams of what the course builds: the course itself, DETR, deformable attention, REGO and one of its stages.
 
-They are drawn by code so that names and colours are the same in all of them and in every other figure: what comes from
-the picture is sky blue, the transformer blue, queries and hidden states orange, glimpses purple, predictions
+They are drawn by code so that names and colors are the same in all of them and in every other figure: what comes from
+the image is sky blue, the transformer blue, queries and hidden states orange, glimpses purple, predictions
 vermillion, the truth green.
 """
 
@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from regolite.plots.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, stage_colour
+from regolite.plots.drawing import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, stage_color
 
 
 @dataclass
@@ -58,14 +58,14 @@ class Canvas:
         width: float,
         height: float,
         text: str,
-        colour: str,
+        color: str,
         size: float = 9.0,
         bold: bool = True,
     ) -> Block:
         """A rounded box with text; (x, y) is its lower left corner."""
         shape = "round,pad=0,rounding_size=0.07"
-        tint = tuple(1 - 0.2 * (1 - channel) for channel in to_rgb(colour))
-        style = {"facecolor": tint, "edgecolor": colour, "linewidth": 1.6, "zorder": 2}
+        tint = tuple(1 - 0.2 * (1 - channel) for channel in to_rgb(color))
+        style = {"facecolor": tint, "edgecolor": color, "linewidth": 1.6, "zorder": 2}
         self.ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, **style))
         first, _, rest = text.partition("\n")
         middle = y + height / 2
@@ -73,19 +73,19 @@ class Canvas:
         lines = 1 + (rest.count("\n") + 1 if rest else 0)
         top = middle + (lines - 1) * line / 2
         weight = "bold" if bold else "normal"
-        centred = {"ha": "center", "va": "center", "color": INK, "zorder": 3}
-        self.ax.text(x + width / 2, top, first, fontsize=size, fontweight=weight, **centred)
+        centered = {"ha": "center", "va": "center", "color": INK, "zorder": 3}
+        self.ax.text(x + width / 2, top, first, fontsize=size, fontweight=weight, **centered)
         for n, below in enumerate(rest.split("\n") if rest else [], 1):
-            self.ax.text(x + width / 2, top - n * line, below, fontsize=size - 1, **centred)
+            self.ax.text(x + width / 2, top - n * line, below, fontsize=size - 1, **centered)
         return Block(x, y, width, height)
 
-    def text(self, x: float, y: float, text: str, colour: str = INK, size: float = 8.0, **style: object) -> None:
-        """Text centred at a place; ``style`` changes matplotlib's."""
-        self.ax.text(x, y, text, **{"fontsize": size, "color": colour, "ha": "center", "va": "center", **style})
+    def text(self, x: float, y: float, text: str, color: str = INK, size: float = 8.0, **style: object) -> None:
+        """Text centered at a place; ``style`` changes matplotlib's."""
+        self.ax.text(x, y, text, **{"fontsize": size, "color": color, "ha": "center", "va": "center", **style})
 
-    def arrow(self, *points: tuple[float, float], colour: str = GREY, dashed: bool = False) -> None:
+    def arrow(self, *points: tuple[float, float], color: str = GRAY, dashed: bool = False) -> None:
         """A line through points that ends in an arrow head."""
-        style = {"color": colour, "linewidth": 1.4, "zorder": 1.5, "linestyle": (0, (3, 2)) if dashed else "-"}
+        style = {"color": color, "linewidth": 1.4, "zorder": 1.5, "linestyle": (0, (3, 2)) if dashed else "-"}
         if len(points) > 2:
             self.ax.plot(*zip(*points[:-1]), solid_capstyle="butt", **style)
         head = FancyArrowPatch(
@@ -93,27 +93,27 @@ class Canvas:
         )
         self.ax.add_patch(head)
 
-    def line(self, *points: tuple[float, float], colour: str = GREY, width: float = 1.4) -> None:
+    def line(self, *points: tuple[float, float], color: str = GRAY, width: float = 1.4) -> None:
         """A line through points."""
-        self.ax.plot(*zip(*points), color=colour, linewidth=width, zorder=3)
+        self.ax.plot(*zip(*points), color=color, linewidth=width, zorder=3)
 
-    def dot(self, x: float, y: float, colour: str, radius: float = 0.05) -> None:
+    def dot(self, x: float, y: float, color: str, radius: float = 0.05) -> None:
         """A filled circle with a light seam."""
-        self.ax.add_patch(Circle((x, y), radius, facecolor=colour, edgecolor="white", linewidth=0.8, zorder=4))
+        self.ax.add_patch(Circle((x, y), radius, facecolor=color, edgecolor="white", linewidth=0.8, zorder=4))
 
     def sign(self, x: float, y: float, text: str) -> Block:
         """An operation: a circle with a sign in it."""
-        self.ax.add_patch(Circle((x, y), 0.15, facecolor="white", edgecolor=GREY, linewidth=1.4, zorder=3))
+        self.ax.add_patch(Circle((x, y), 0.15, facecolor="white", edgecolor=GRAY, linewidth=1.4, zorder=3))
         self.text(x, y, text, size=11.0, zorder=4)
         return Block(x - 0.15, y - 0.15, 0.3, 0.3)
 
-    def grid(self, x: float, y: float, width: float, rows: int, columns: int, colour: str) -> Block:
+    def grid(self, x: float, y: float, width: float, rows: int, columns: int, color: str) -> Block:
         """A feature map: a grid of square cells, its width given."""
         cell = width / columns
         height = rows * cell
-        tint = tuple(1 - 0.2 * (1 - channel) for channel in to_rgb(colour))
-        self.ax.add_patch(Rectangle((x, y), width, height, facecolor=tint, edgecolor=colour, linewidth=1.4, zorder=2))
-        lines = {"color": colour, "linewidth": 0.5, "zorder": 2.5}
+        tint = tuple(1 - 0.2 * (1 - channel) for channel in to_rgb(color))
+        self.ax.add_patch(Rectangle((x, y), width, height, facecolor=tint, edgecolor=color, linewidth=1.4, zorder=2))
+        lines = {"color": color, "linewidth": 0.5, "zorder": 2.5}
         for n in range(1, columns):
             self.ax.plot([x + n * cell] * 2, [y, y + height], **lines)
         for n in range(1, rows):
@@ -125,18 +125,18 @@ def diagram_course() -> Figure:
     """The chapters and the order in which they build on each other."""
     canvas = Canvas(10.0, 4.5)
     rows = [
-        ("The parts", SKY, ["00 start here", "01 attention", "02 pictures to tokens", "03 encoder, decoder"]),
+        ("The parts", SKY, ["00 start here", "01 attention", "02 images to tokens", "03 encoder, decoder"]),
         ("What is right?", GREEN, ["04 boxes, overlap", "05 matching", "06 DETR, whole", "07 measuring"]),
         ("Faster learning", BLUE, ["08 why DETR is slow", "09 deformable", "10 glimpses", "11 recurrent decoder"]),
         ("REGO at work", VERMILLION, ["12 train REGO", "13 look inside", "14 in miniature", "15 what it costs"]),
         ("Yours", PURPLE, ["16 your own data", "20 train on COCO", "21 evaluate", "22 compare runs"]),
     ]
     height, gap, wide, left = 0.66, 0.24, 1.75, 1.75
-    for n, (name, colour, chapters) in enumerate(rows):
+    for n, (name, color, chapters) in enumerate(rows):
         y = 4.5 - 0.1 - (n + 1) * height - n * gap
-        canvas.text(0.1, y + height / 2, name, colour=INK, size=11.0, ha="left", fontweight="bold")
+        canvas.text(0.1, y + height / 2, name, color=INK, size=11.0, ha="left", fontweight="bold")
         blocks = [
-            canvas.block(left + k * (wide + 0.32), y, wide, height, text, colour, bold=False)
+            canvas.block(left + k * (wide + 0.32), y, wide, height, text, color, bold=False)
             for k, text in enumerate(chapters)
         ]
         for before, after in zip(blocks, blocks[1:]):
@@ -149,17 +149,17 @@ def diagram_course() -> Figure:
 
 
 def diagram_detr() -> Figure:
-    """DETR: from the picture to a set of predictions, and how they are compared with the truth."""
+    """DETR: from the image to a set of predictions, and how they are compared with the truth."""
     canvas = Canvas(10.0, 3.5)
     y, height = 1.9, 0.9
-    picture = canvas.block(0.1, y, 0.95, height, "picture\n3 x H x W", SKY)
+    image = canvas.block(0.1, y, 0.95, height, "image\n3 x H x W", SKY)
     backbone = canvas.block(1.35, y, 1.05, height, "backbone\nX: C x h x w", SKY)
     tokens = canvas.block(2.7, y, 1.0, height, "tokens\n1 x 1 conv,\nflatten: S x C", SKY)
     encoder = canvas.block(4.0, y, 1.35, height, "encoder\nL layers of\nself-attention", BLUE)
     decoder = canvas.block(5.85, y, 1.45, height, "decoder\nL layers: self- and\ncross-attention", BLUE)
     heads = canvas.block(7.8, y, 0.85, height, "heads\nclass: linear\nbox: MLP", VERMILLION)
     for left, right in (
-        (picture, backbone),
+        (image, backbone),
         (backbone, tokens),
         (tokens, encoder),
         (encoder, decoder),
@@ -172,7 +172,7 @@ def diagram_detr() -> Figure:
     level = positions.side("right")[1]
     canvas.arrow(positions.side("right"), (4.675, level), encoder.side("top"))
     canvas.arrow((4.675, level), (6.1, level), (6.1, y + height))
-    canvas.text(5.35, level + 0.12, "added in every layer", GREY, 8.0)
+    canvas.text(5.35, level + 0.12, "added in every layer", GRAY, 8.0)
     canvas.block(6.35, 3.05, 1.4, 0.36, "N object queries", ORANGE, size=8.0, bold=False)
     canvas.arrow((7.0, 3.05), (7.0, y + height))
 
@@ -186,7 +186,7 @@ def diagram_detr() -> Figure:
     canvas.arrow(truth.side("left"), matching.side("right"))
     canvas.arrow((9.42, y), (9.42, 1.5), (7.75, 1.5), matching.side("top"))
     canvas.arrow(matching.side("left"), loss.side("right"))
-    canvas.text(3.1, 0.75, "gradients to\nevery layer", GREY, 8.0)
+    canvas.text(3.1, 0.75, "gradients to\nevery layer", GRAY, 8.0)
     canvas.arrow((4.2, 0.75), (3.55, 0.75), dashed=True)
     return canvas.figure
 
@@ -208,27 +208,27 @@ def diagram_deformable_attention() -> Figure:
     for n, (x, y, wide, rows, columns) in enumerate(levels, 1):
         grid = canvas.grid(x, y, wide, rows, columns, SKY)
         canvas.text(x - 0.24, y + grid.height / 2, f"$X^{n}$", size=10.0)
-        centre = (x + 0.5 * wide, y + 0.5 * grid.height)
-        for colour, places in around.items():
+        center = (x + 0.5 * wide, y + 0.5 * grid.height)
+        for color, places in around.items():
             for dx, dy in places:
-                canvas.line(centre, (centre[0] + dx * wide, centre[1] + dy * grid.height), colour=colour, width=0.9)
-                canvas.dot(centre[0] + dx * wide, centre[1] + dy * grid.height, colour, 0.045)
-        canvas.ax.plot(*centre, marker="P", markersize=9, color=ORANGE, markeredgecolor="white", zorder=5)
+                canvas.line(center, (center[0] + dx * wide, center[1] + dy * grid.height), color=color, width=0.9)
+                canvas.dot(center[0] + dx * wide, center[1] + dy * grid.height, color, 0.045)
+        canvas.ax.plot(*center, marker="P", markersize=9, color=ORANGE, markeredgecolor="white", zorder=5)
     canvas.arrow(values.side("right"), (4.5, 3.45))
-    canvas.arrow(offsets.side("right"), (4.5, 2.375), colour=BLUE)
-    canvas.arrow(reference.side("right", 0.25), (5.1, 0.475), colour=ORANGE)
-    canvas.text(5.5, 0.13, "one point for all levels, offsets for each", GREY, 8.0)
+    canvas.arrow(offsets.side("right"), (4.5, 2.375), color=BLUE)
+    canvas.arrow(reference.side("right", 0.25), (5.1, 0.475), color=ORANGE)
+    canvas.text(5.5, 0.13, "one point for all levels, offsets for each", GRAY, 8.0)
 
     total = canvas.block(7.0, 1.5, 1.25, 0.9, "weighted sum\nover L x K points,\nhead by head", BLUE)
     canvas.arrow((6.5, 3.1), (6.75, 3.1), (6.75, 2.1), (7.0, 2.1))
     canvas.arrow((6.2, 1.72), (7.0, 1.72))
     canvas.arrow((5.95, 0.55), (6.75, 0.55), (6.75, 1.6), (7.0, 1.6))
     canvas.text(6.95, 3.38, "bilinear reading\nat every point", INK, 8.0)
-    canvas.arrow(weights.side("right"), (4.2, 1.325), (4.2, 0.98), (7.625, 0.98), total.side("bottom"), colour=BLUE)
+    canvas.arrow(weights.side("right"), (4.2, 1.325), (4.2, 0.98), (7.625, 0.98), total.side("bottom"), color=BLUE)
     out = canvas.block(8.6, 1.5, 1.25, 0.9, "output\nheads side by side,\nlinear: 1 x C", ORANGE)
     canvas.arrow(total.side("right"), out.side("left"))
-    for n, (colour, name) in enumerate(((BLUE, "points of head 1"), (VERMILLION, "points of head 2"))):
-        canvas.dot(8.45, 0.5 - 0.25 * n, colour)
+    for n, (color, name) in enumerate(((BLUE, "points of head 1"), (VERMILLION, "points of head 2"))):
+        canvas.dot(8.45, 0.5 - 0.25 * n, color)
         canvas.text(8.6, 0.5 - 0.25 * n, name, size=8.0, ha="left")
     return canvas.figure
 
@@ -244,13 +244,13 @@ def diagram_stage() -> Figure:
     canvas.arrow(features.side("right"), extract.side("left"))
     canvas.arrow((1.45, 0.95), (1.8, 0.95), (1.8, 2.35), enlarge.side("left"), dashed=True)
     canvas.arrow(enlarge.side("top"), (2.7, 3.1))
-    canvas.text(2.78, 2.9, "RoIs (7)", GREY, 8.0, ha="left")
+    canvas.text(2.78, 2.9, "RoIs (7)", GRAY, 8.0, ha="left")
     canvas.block(4.6, 2.75, 1.75, 1.05, "glimpse decoder\nself-attention, then\nglimpses ask, (6)", BLUE)
     canvas.arrow(extract.side("right"), (4.6, 3.45))
     canvas.text(4.13, 3.62, r"$V(i)$", size=10.0)
-    canvas.text(4.13, 3.27, "queries", GREY, 8.0)
+    canvas.text(4.13, 3.27, "queries", GRAY, 8.0)
     canvas.arrow((1.45, 2.3), (1.62, 2.3), (1.62, 1.72), (3.95, 1.72), (3.95, 2.95), (4.6, 2.95))
-    canvas.text(4.0, 2.5, "keys and\nvalues", GREY, 8.0, ha="left")
+    canvas.text(4.0, 2.5, "keys and\nvalues", GRAY, 8.0, ha="left")
     concatenate = canvas.block(6.95, 1.75, 1.15, 0.7, "concatenate\n(5)", ORANGE)
     canvas.arrow((6.35, 3.275), (7.525, 3.275), concatenate.side("top"))
     canvas.text(7.0, 3.45, r"$H_g(i)$", size=10.0)
@@ -262,11 +262,11 @@ def diagram_stage() -> Figure:
     new = canvas.block(8.55, 0.45, 1.35, 0.7, "boxes\n" + r"$O_{box}(i)$", VERMILLION)
     add = canvas.sign(7.0, 0.8, "+")
     canvas.arrow((8.9, 1.75), (8.9, 1.42), (7.0, 1.42), add.side("top"))
-    canvas.text(7.95, 1.3, "correction, MLP", GREY, 8.0)
+    canvas.text(7.95, 1.3, "correction, MLP", GRAY, 8.0)
     canvas.arrow(boxes.side("right"), add.side("left"), dashed=True)
     canvas.arrow(add.side("right"), new.side("left"))
-    canvas.text(4.3, 0.95, r"$\sigma^{-1}$: added before the sigmoid, (4)", GREY, 8.0)
-    canvas.text(5.0, 0.14, "dashed: no gradient flows back", GREY, 8.0)
+    canvas.text(4.3, 0.95, r"$\sigma^{-1}$: added before the sigmoid, (4)", GRAY, 8.0)
+    canvas.text(5.0, 0.14, "dashed: no gradient flows back", GRAY, 8.0)
     return canvas.figure
 
 
@@ -274,16 +274,16 @@ def diagram_rego() -> Figure:
     """REGO: a base detector and three stages, each looking closer at what the one before has found."""
     canvas = Canvas(10.0, 3.7)
     features = canvas.block(0.1, 3.05, 9.8, 0.48, "features " + r"$X$" + " of the backbone or the encoder", SKY)
-    base = canvas.block(0.1, 1.55, 1.75, 0.95, "base detector\nDETR or\nDeformable DETR", stage_colour(0))
+    base = canvas.block(0.1, 1.55, 1.75, 0.95, "base detector\nDETR or\nDeformable DETR", stage_color(0))
     canvas.arrow((0.97, features.y), base.side("top"))
     before = base
     for i, alpha in enumerate((3, 2, 1), 1):
         x = 0.1 + 2.65 * i
-        stage = canvas.block(x, 1.55, 1.75, 0.95, f"stage {i}\nglimpses at " + rf"$\alpha = {alpha}$", stage_colour(i))
-        canvas.arrow((stage.side("top")[0], features.y), stage.side("top"), colour=PURPLE)
+        stage = canvas.block(x, 1.55, 1.75, 0.95, f"stage {i}\nglimpses at " + rf"$\alpha = {alpha}$", stage_color(i))
+        canvas.arrow((stage.side("top")[0], features.y), stage.side("top"), color=PURPLE)
         canvas.text(stage.side("top")[0] + 0.08, 2.77, f"$V({i})$", size=9.0, ha="left")
-        canvas.arrow(before.side("right", 0.72), stage.side("left", 0.72), colour=ORANGE)
-        canvas.arrow(before.side("right", 0.28), stage.side("left", 0.28), colour=VERMILLION, dashed=True)
+        canvas.arrow(before.side("right", 0.72), stage.side("left", 0.72), color=ORANGE)
+        canvas.arrow(before.side("right", 0.28), stage.side("left", 0.28), color=VERMILLION, dashed=True)
         middle = (before.side("right")[0] + stage.x) / 2
         canvas.text(middle, 2.4, rf"$H_{{dec}}({i - 1})$", size=9.0)
         canvas.text(middle, 1.63, rf"$O_{{box}}({i - 1})$", size=9.0)
@@ -291,14 +291,14 @@ def diagram_rego() -> Figure:
     for i in range(4):
         x = 0.1 + 2.65 * i + 0.875
         out = canvas.block(x - 0.875, 0.6, 1.75, 0.5, rf"$O({i})$: classes, boxes", VERMILLION, bold=False)
-        canvas.arrow((x, 1.55), out.side("top"), colour=VERMILLION)
-        canvas.text(x, 0.42, "width of " + r"$H_{dec}$: " + ("C" if not i else f"{i + 1} C"), GREY, 8.0)
+        canvas.arrow((x, 1.55), out.side("top"), color=VERMILLION)
+        canvas.text(x, 0.42, "width of " + r"$H_{dec}$: " + ("C" if not i else f"{i + 1} C"), GRAY, 8.0)
     canvas.text(
         5.0,
         0.14,
         "every output is matched with the truth and pays its own loss; the last one is the answer; "
         "dashed: no gradient flows back",
-        GREY,
+        GRAY,
         8.0,
     )
     return canvas.figure

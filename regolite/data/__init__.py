@@ -1,9 +1,9 @@
-"""Pictures and their objects: COCO-format folders, drawn scenes, transforms and padded batches."""
+"""Images and their objects: COCO-format folders, drawn scenes, transforms and padded batches."""
 
 from __future__ import annotations
 
 from regolite.data.coco import CocoFolder
-from regolite.data.collate import batch_pictures, collate
+from regolite.data.collate import batch_images, collate
 from regolite.data.convert import Conversion, convert
 from regolite.data.dataset import DetectionDataset
 from regolite.data.fetch import fetch_dataset
@@ -23,7 +23,7 @@ __all__ = [
     "Pasted",
     "Report",
     "Scenes",
-    "batch_pictures",
+    "batch_images",
     "check_coco",
     "collate",
     "convert",

@@ -1,11 +1,11 @@
-"""Data sets in COCO's format: a folder of pictures and one JSON file of annotations.
+"""Data sets in COCO's format: a folder of images and one JSON file of annotations.
 
-``DIR/images`` holds the pictures, ``DIR/annotations/instances_train.json`` and ``instances_val.json`` the annotations;
+``DIR/images`` holds the images, ``DIR/annotations/instances_train.json`` and ``instances_val.json`` the annotations;
 COCO's own names (``DIR/train2017``, ``instances_train2017.json``) or a folder for each split (``DIR/train``) do as
 well. The format: https://cocodataset.org/#format-data.
 
 Whatever is wrong with such a folder is said when the data set is made, not an hour into the training; only what needs a
-picture to be opened (a broken file, a wrong size) waits until that picture is read.
+image to be opened (a broken file, a wrong size) waits until that image is read.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ LARGEST_ID = 2**53  # of an annotation: pycocotools keeps these ids as 64-bit fl
 
 
 class CocoFolder(DetectionDataset):
-    """The pictures of one split of a COCO-format folder; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
+    """The images of one split of a COCO-format folder; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
 
     Crowds and boxes without area are no targets (both stay in ``coco`` for evaluation); boxes are clipped to the
-    picture. Images are read as their annotations mean them (:func:`read_annotated`); any color mode becomes RGB.
+    image. Images are read as their annotations mean them (:func:`read_annotated`); any color mode becomes RGB.
 
     Args:
         root: the data folder.
         split: ``train``, ``val`` or ``test``; the folder needs a file of annotations for it.
-        transform: called with the picture and its boxes and labels (``regolite.data.transforms``); None only
-            normalises.
-        limit: use only the first so many pictures.
-        keep_empty: keep pictures without a single target.
-        check_files: refuse a folder in which pictures are missing.
+        transform: called with the image and its boxes and labels (``regolite.data.transforms``); None only
+            normalizes.
+        limit: use only the first so many images.
+        keep_empty: keep images without a single target.
+        check_files: refuse a folder in which images are missing.
         every: use only one image in this many, before ``limit`` counts: a fair sample of a file that lists one source
             after another, as its first images are not.
 
     Attributes:
         classes: names of the classes in the order of the labels, which is the order of COCO's category ids.
         category_ids: COCO's id of each class.
-        image_ids: COCO's id of each picture.
+        image_ids: COCO's id of each image.
         file: the annotations.
 
     Raises:
         UserError: a missing folder or file, invalid JSON, annotations that contradict themselves, two categories of
             one name, a value that is no id, box or number of its field, a limit below 1;
-            when a picture is read: a broken file, or one of another size than its annotation says.
+            when an image is read: a broken file, or one of another size than its annotation says.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CocoFolder(DetectionDataset):
         every: int = 1,
     ) -> None:
         if limit is not None and whole("limit", limit) < 1:
-            raise UserError(f"limit of {limit} pictures: give at least 1, or leave it out for all")
+            raise UserError(f"limit of {limit} images: give at least 1, or leave it out for all")
         self.transform = transform
         self.file = file = find_annotations(Path(root), split)
         images, annotations, categories = read_annotations(file)
@@ -98,7 +98,7 @@ class CocoFolder(DetectionDataset):
 
         ids = _whole_numbers(annotations, "id", "annotation", file)
         _check_unique(ids, "annotation", file)
-        picture = _position(_whole_numbers(annotations, "image_id", "annotation", file), image_ids, ids, "image", file)
+        owners = _position(_whole_numbers(annotations, "image_id", "annotation", file), image_ids, ids, "image", file)
         labels = _position(
             _whole_numbers(annotations, "category_id", "annotation", file),
             np.array(self.category_ids),
@@ -106,7 +106,7 @@ class CocoFolder(DetectionDataset):
             "category",
             file,
         )
-        boxes = _boxes(annotations, sizes[picture], ids, file)
+        boxes = _boxes(annotations, sizes[owners], ids, file)
         areas = _optional(annotations, "area", boxes[:, 2:].prod(1), ids, file)
         crowd = _optional(annotations, "iscrowd", np.zeros(len(ids), dtype=int), ids, file)
         decided_by = _optional(annotations, "decided_by", np.full(len(ids), -1), ids, file).astype(np.int64)
@@ -114,16 +114,16 @@ class CocoFolder(DetectionDataset):
             ids, decided_by = _numbered_from_1(ids, decided_by)
         objects = Objects(ids, labels, boxes, areas.astype(float), crowd.astype(bool), decided_by)
 
-        # picture i has rows start[i] to end[i] of the columns
-        order = np.argsort(picture, kind="stable")
-        self._objects, picture = objects[order], picture[order]
-        start, end = (np.searchsorted(picture, np.arange(len(images)), side) for side in ("left", "right"))
+        # owners i has rows start[i] to end[i] of the columns
+        order = np.argsort(owners, kind="stable")
+        self._objects, owners = objects[order], owners[order]
+        start, end = (np.searchsorted(owners, np.arange(len(images)), side) for side in ("left", "right"))
         kept = np.arange(len(images))
         if not keep_empty:
-            targets = self._objects.targets(*sizes[picture].T)
-            kept = np.unique(picture[np.isin(self._objects.ids, targets.ids)])
+            targets = self._objects.targets(*sizes[owners].T)
+            kept = np.unique(owners[np.isin(self._objects.ids, targets.ids)])
             if not len(kept):
-                raise UserError(f"{file} has no picture with an object: nothing is left without the empty ones")
+                raise UserError(f"{file} has no owners with an object: nothing is left without the empty ones")
         kept = kept[::every][:limit]
         self._start, self._end, self._sizes = start[kept], end[kept], sizes[kept]
         self._file_names = [file_names[i] for i in kept]
@@ -132,29 +132,29 @@ class CocoFolder(DetectionDataset):
         if check_files and self._files.missing:
             missing = self._files.missing
             raise UserError(
-                f"{len(missing)} of the {len(kept)} pictures of {file} are missing in {self._files.folder}, "
+                f"{len(missing)} of the {len(kept)} images of {file} are missing in {self._files.folder}, "
                 f"the first is {missing[0]}: add them or take them out of the annotations"
             )
 
     def objects(self, i: int) -> Objects:
-        """All annotations of picture ``i``, crowds included."""
+        """All annotations of image ``i``, crowds included."""
         return self._objects[self._start[i] : self._end[i]]
 
     def size(self, i: int) -> tuple[int, int]:
-        """Height and width of picture ``i`` in pixels, as annotated."""
+        """Height and width of image ``i`` in pixels, as annotated."""
         height, width = self._sizes[i].tolist()
         return height, width
 
     def file_name(self, i: int) -> str:
-        """The file name of picture ``i`` in the JSON."""
+        """The file name of image ``i`` in the JSON."""
         return self._file_names[i]
 
     def path(self, i: int) -> Path:
-        """The file of picture ``i``."""
+        """The file of image ``i``."""
         return self._files.path(self._file_names[i])
 
     def image(self, i: int) -> Image.Image:
-        """Picture ``i`` as PIL RGB, untransformed.
+        """Image ``i`` as PIL RGB, untransformed.
 
         Raises:
             UserError: the file is broken, or of another size than its annotation says.
@@ -256,7 +256,7 @@ def find_images(root: Path, split: str, names: Sequence[str]) -> ImageFiles:
     if files.missing:
         _find_by_base_name(files, folders, split)
     if not folders and len(files.missing) == len(set(names)):
-        raise UserError(f"{root} has no pictures: looked for the folders images, {split}2017 and {split}")
+        raise UserError(f"{root} has no images: looked for the folders images, {split}2017 and {split}")
     return files
 
 
@@ -497,7 +497,7 @@ def _position(
 def _boxes(
     annotations: list[dict[str, Any]], sizes: Int[np.ndarray, "N 2"], ids: Int[np.ndarray, "N"], file: Path
 ) -> Float[np.ndarray, "N 4"]:
-    """The boxes ``x, y, width, height``, after checking that each makes sense in a picture of its size."""
+    """The boxes ``x, y, width, height``, after checking that each makes sense in an image of its size."""
     given = _column(annotations, "bbox", "annotation", file)
     for n, box in enumerate(given):
         if not is_box(box):
@@ -510,6 +510,6 @@ def _boxes(
         height, width = sizes[first]
         raise UserError(
             f"{file}: annotation {ids[first]} of image {annotations[first]['image_id']} has bbox "
-            f"{annotations[first]['bbox']}, wholly outside the picture of {width}x{height}: correct it"
+            f"{annotations[first]['bbox']}, wholly outside the image of {width}x{height}: correct it"
         )
     return boxes

@@ -50,23 +50,23 @@ class Conversion:
     Attributes:
         form: ``"COCO"``, ``"YOLO"`` or ``"Pascal VOC"``.
         classes: names of the classes by label.
-        pictures: number of pictures of each split.
+        images: number of images of each split.
         objects: number of objects of each class, split by split.
         problems: what was mended or left out, with the file's name.
     """
 
     form: str
     classes: list[str]
-    pictures: dict[str, int] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
     objects: dict[str, dict[str, int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table of the classes, and the problems."""
-        names = list(self.pictures)
-        wide = max(len(name) for name in [*self.classes, "pictures"])
+        names = list(self.images)
+        wide = max(len(name) for name in [*self.classes, "images"])
         rows = [f"{self.form}, {len(self.classes)} classes", f"{'':{wide}}" + "".join(f"{name:>8}" for name in names)]
-        rows.append(f"{'pictures':{wide}}" + "".join(f"{self.pictures[name]:8}" for name in names))
+        rows.append(f"{'images':{wide}}" + "".join(f"{self.images[name]:8}" for name in names))
         for one in self.classes:
             rows.append(f"{one:{wide}}" + "".join(f"{self.objects[name].get(one, 0):8}" for name in names))
         return "\n".join([*rows, *(f"! {problem}" for problem in self.problems)])
@@ -96,12 +96,12 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
     """
     source, output = Path(source), Path(output)
     if not source.is_dir():
-        raise UserError(f"{source} is no folder: give the folder that your labelling tool has exported")
+        raise UserError(f"{source} is no folder: give the folder that your labeling tool has exported")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists already: give a folder that can be made anew")
     seed, val = whole("seed", seed), plain(val)
     if not fits(val, float) or not 0 < val < 1:
-        raise UserError(f"val={shown(val)} must lie between 0 and 1: it is the share of pictures held out")
+        raise UserError(f"val={shown(val)} must lie between 0 and 1: it is the share of images held out")
     export = read_export(source)
     problems, bad, changes = export.problems, export.bad, defaultdict(list)
     listed, images = len(export.images) + len(bad), []
@@ -115,11 +115,11 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
     if len(bad) > MOST_BAD * listed:
         raise UserError(
             f"{source} cannot be read as {export.form}: {': '.join(bad[0])} ({len(bad)} of {listed} annotations cannot "
-            "be used, which is more than a tenth: correct them, or take them and their pictures out)"
+            "be used, which is more than a tenth: correct them, or take them and their images out)"
         )
     problems += [f"{name}: left out, {why}" for name, why in bad]
     for what, names in changes.items():
-        more = f" and {len(names) - 1} more pictures" if len(names) > 1 else ""
+        more = f" and {len(names) - 1} more images" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more}: {what}")
     splits: dict[str, list[_Fit]] = defaultdict(list)
     for image in images:
@@ -128,16 +128,16 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
     if not {"train", "val"} <= set(splits):
         only = next((split for split in ("train", "val", "test") if split in splits), "train")
         if only != "train":
-            problems.append(f"there are no training pictures: those of {only} are divided into train and val")
+            problems.append(f"there are no training images: those of {only} are divided into train and val")
         own = splits.pop(only, [])
         held = set(random.Random(seed).sample(range(len(own)), max(1, round(val * len(own))) if own else 0))
         splits["train"] = [image for n, image in enumerate(own) if n not in held]
         splits["val"] = [own[n] for n in sorted(held)]
     if not splits["train"]:
         why = f" ({problems[0]})" if problems else ""
-        raise UserError(f"{source} has {len(images)} pictures: too few to train on some and hold out others{why}")
+        raise UserError(f"{source} has {len(images)} images: too few to train on some and hold out others{why}")
     if not any(len(image.corners) for image in splits["train"]):
-        raise UserError(f"{source} has no box in a training picture: there is nothing to learn from")
+        raise UserError(f"{source} has no box in a training image: there is nothing to learn from")
     done = Conversion(export.form, sorted(export.classes), problems=problems)
     for split in sorted(splits, key=["train", "val", "test"].index):
         _write(splits[split], common, output, split, done)
@@ -178,7 +178,7 @@ def _fit(image: Labeled, changes: dict[str, list[str]]) -> _Fit:
         turn, scale = UPRIGHT[1], np.array(upright) / said
     elif _is_scaled(said, stored):
         turn, scale = UPRIGHT[orientation], np.array(stored) / said
-        changes["annotated as stored, not as shown: boxes turned with the picture"].append(image.path.name)
+        changes["annotated as stored, not as shown: boxes turned with the image"].append(image.path.name)
     else:
         raise ValueError(
             f"{image.source} says {said[0]}x{said[1]} pixels but the file has {stored[0]}x{stored[1]}: "
@@ -257,10 +257,10 @@ def _write(images: list[_Fit], common: Path, output: Path, split: str, done: Con
         clipped = image.corners.clip(0, np.array(image.size * 2))
         kept = (clipped[:, 2:] - clipped[:, :2] > 0).all(1)
         if (~kept).any():
-            done.problems.append(f"{name}: left out {int((~kept).sum())} boxes without area in the picture")
+            done.problems.append(f"{name}: left out {int((~kept).sum())} boxes without area in the image")
         moved = int((np.abs(clipped - image.corners)[kept] > 1).any(1).sum())
         if moved:
-            done.problems.append(f"{name}: cut {moved} boxes at the picture's edge")
+            done.problems.append(f"{name}: cut {moved} boxes at the image's edge")
         width, height = image.size
         records.append({"id": len(records) + 1, "file_name": kept_name, "width": width, "height": height})
         for n in np.flatnonzero(kept).tolist():
@@ -282,7 +282,7 @@ def _write(images: list[_Fit], common: Path, output: Path, split: str, done: Con
     file = output / "annotations" / f"instances_{split}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content), encoding="utf-8")
-    done.pictures[split], done.objects[split] = len(records), dict(counts)
+    done.images[split], done.objects[split] = len(records), dict(counts)
 
 
 def _copy(path: Path, turned: bool, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every detection data set here offers, whether its pictures are files or drawn: ``DetectionDataset``.
+"""What every detection data set here offers, whether its images are files or drawn: ``DetectionDataset``.
 
 This is the border between COCO's world (its own class ids, ``x, y, width, height`` boxes in pixels of the file, crowds)
 and the package's (contiguous labels, ``cxcywh`` boxes in [0, 1], no crowds). Evaluation is done in COCO's world, from
@@ -34,7 +34,7 @@ from regolite.types import Target
 
 @dataclass
 class Objects:
-    """Annotations as columns: of one picture, or of a whole file. A few arrays instead of a million dictionaries.
+    """Annotations as columns: of one image, or of a whole file. A few arrays instead of a million dictionaries.
 
     Attributes:
         ids: COCO's annotation ids.
@@ -61,7 +61,7 @@ class Objects:
         return Objects(*(column[rows] for column in columns))
 
     def targets(self, height: int | Int[np.ndarray, "N"], width: int | Int[np.ndarray, "N"]) -> Objects:
-        """The objects to learn: boxes clipped to the picture (or each to its own); no crowds, nothing without area."""
+        """The objects to learn: boxes clipped to the image (or each to its own); no crowds, nothing without area."""
         frame = np.stack([width, height], axis=-1)
         start = np.clip(self.boxes[:, :2], 0, frame)
         extent = np.clip(self.boxes[:, :2] + self.boxes[:, 2:], 0, frame) - start
@@ -70,17 +70,17 @@ class Objects:
 
 
 class DetectionDataset(Dataset, ABC):
-    """Pictures with COCO ground truth; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
+    """Images with COCO ground truth; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
 
-    A kind of data set says what its pictures and objects are (``image``, ``objects``, ``size``, ``file_name``); the
+    A kind of data set says what its images and objects are (``image``, ``objects``, ``size``, ``file_name``); the
     rest follows here.
 
     Attributes:
         classes: names of the classes in the order of the labels.
         category_ids: COCO's id of each class.
-        image_ids: COCO's id of each picture.
-        transform: called with the picture and its boxes and labels (``regolite.data.transforms``); None only
-            normalises.
+        image_ids: COCO's id of each image.
+        transform: called with the image and its boxes and labels (``regolite.data.transforms``); None only
+            normalizes.
     """
 
     classes: tuple[str, ...]
@@ -90,19 +90,19 @@ class DetectionDataset(Dataset, ABC):
 
     @abstractmethod
     def image(self, i: int) -> Image.Image:
-        """Picture ``i`` as PIL RGB, untransformed."""
+        """Image ``i`` as PIL RGB, untransformed."""
 
     @abstractmethod
     def objects(self, i: int) -> Objects:
-        """All annotations of picture ``i``, crowds included."""
+        """All annotations of image ``i``, crowds included."""
 
     @abstractmethod
     def size(self, i: int) -> tuple[int, int]:
-        """Height and width of picture ``i`` in pixels, untransformed."""
+        """Height and width of image ``i`` in pixels, untransformed."""
 
     @abstractmethod
     def file_name(self, i: int) -> str:
-        """The file name of picture ``i`` in COCO's JSON."""
+        """The file name of image ``i`` in COCO's JSON."""
 
     def sample(self, i: int) -> tuple[Image.Image, Objects]:
         """Image ``i`` with its annotations, as ``dataset[i]`` transforms them; copy-paste augmentation changes both."""
@@ -135,7 +135,7 @@ class DetectionDataset(Dataset, ABC):
 
     def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 H W"], Target]:
         i = range(len(self))[i]
-        picture, objects = self.sample(i)
+        image, objects = self.sample(i)
         size = self.size(i)
         objects = objects.targets(*size)
         corners = box_convert(torch.from_numpy(objects.boxes).float(), "xywh", "xyxy")
@@ -143,14 +143,14 @@ class DetectionDataset(Dataset, ABC):
             "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),
             "labels": torch.from_numpy(objects.labels),
         }
-        pixels, moved = (self.transform or to_pixels())(picture, moved)
+        pixels, moved = (self.transform or to_pixels())(image, moved)
         height, width = pixels.shape[-2:]
         boxes = moved["boxes"].as_subclass(Tensor) / torch.tensor([width, height, width, height])
         boxes = box_convert(boxes, "xyxy", "cxcywh")
         return pixels, Target(moved["labels"], boxes, self.image_ids[i], size)
 
     def relations(self, i: int) -> list[tuple[int, int]]:
-        """Which object of picture ``i`` decides the class of which: pairs (decided, decider) of target indices.
+        """Which object of image ``i`` decides the class of which: pairs (decided, decider) of target indices.
 
         The indices are those of ``self[i][1]`` as long as the transform drops no object (only random crops do). Empty
         for data without ``decided_by``.
@@ -161,7 +161,7 @@ class DetectionDataset(Dataset, ABC):
 
     @cached_property
     def coco(self) -> COCO:
-        """Ground truth of exactly these pictures for pycocotools: COCO's ids, crowds included, no segmentations."""
+        """Ground truth of exactly these images for pycocotools: COCO's ids, crowds included, no segmentations."""
         images, annotations = [], []
         for i, image_id in enumerate(self.image_ids):
             height, width = self.size(i)
@@ -184,7 +184,7 @@ class DetectionDataset(Dataset, ABC):
 
 
 def _to_coco(objects: Objects, image_id: int, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One picture's annotations as COCO's dictionaries."""
+    """One image's annotations as COCO's dictionaries."""
     columns = (objects.ids, objects.labels, objects.boxes, objects.areas, objects.crowd, objects.decided_by)
     return [
         {

@@ -106,7 +106,7 @@ def read_export(source: Path) -> Export:
     files = [path for path in sorted(source.rglob("*")) if _is_visible(path.relative_to(source)) and path.is_file()]
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not images:
-        raise UserError(f"{source} holds no pictures: looked for {', '.join(sorted(SUFFIXES))}")
+        raise UserError(f"{source} holds no images: looked for {', '.join(sorted(SUFFIXES))}")
     if any(path.suffix == ".xml" for path in files):
         return _read_voc(source, images)
     yamls = {path: names for path in files if path.suffix in (".yaml", ".yml") and (names := _names(path))}
@@ -118,7 +118,7 @@ def read_export(source: Path) -> Export:
     if any(path.suffix == ".txt" for path in files):
         raise UserError(f"{source} looks like YOLO, but has no data.yaml: add one with the line names: [first, second]")
     raise UserError(
-        f"{source} has pictures but no boxes: looked for COCO (*.json), YOLO (data.yaml, *.txt) and Pascal VOC (*.xml)"
+        f"{source} has images but no boxes: looked for COCO (*.json), YOLO (data.yaml, *.txt) and Pascal VOC (*.xml)"
     )
 
 
@@ -146,7 +146,7 @@ def _read_coco(source: Path, files: list[Path], images: list[Path], jsons: list[
     if listed and not export.images and not export.bad:
         where = ", ".join(str(path.relative_to(source)) for path in jsons)
         raise UserError(
-            f"{source}: none of the {listed} pictures that {where} lists is there: "
+            f"{source}: none of the {listed} images that {where} lists is there: "
             f"{next(problem for problem in export.problems if problem.endswith('not there'))}"
         )
     lists: dict[Path, list[str]] = defaultdict(list)
@@ -511,7 +511,7 @@ def _label_files(
         by_folder[path.parent].append(path)
     homes = {folder: _partner(folder, paths, source, names, suffix) for folder, paths in by_folder.items()}
     if not any(homes.values()):
-        raise UserError(f"{source} has {export.form} annotations but no picture that belongs to them: add the pictures")
+        raise UserError(f"{source} has {export.form} annotations but no image that belongs to them: add the images")
     there = {home: {path.stem: path for path in home.glob(f"*{suffix}")} for home in homes.values() if home}
     found = {path: there.get(homes[path.parent], {}).get(path.stem) for path in images}
     claims: dict[Path, list[Path]] = defaultdict(list)
@@ -520,7 +520,7 @@ def _label_files(
             claims[label].append(path)
     for home in sorted(there):
         stray = [stem for stem, path in there[home].items() if path not in claims and stem not in NO_LABELS]
-        export.problems += [f"{stem}{suffix}: left out, there is no picture of this name" for stem in sorted(stray)]
+        export.problems += [f"{stem}{suffix}: left out, there is no image of this name" for stem in sorted(stray)]
     others = set()  # images that are named like another one that the annotations belong to, as masks are
     refused = set()
     for label, paths in claims.items():
@@ -535,14 +535,12 @@ def _label_files(
         empty = [path for path in paths if found[path] is None]
         masks = [path for path in paths if path in others]
         if masks:
-            export.problems.append(f"{_some(masks, source)}: left out, their annotations are those of other pictures")
+            export.problems.append(f"{_some(masks, source)}: left out, their annotations are those of other images")
         if not empty:
             continue
         if any(found[path] and path not in others for path in paths):
             first = min(path.stem for path in empty)
-            export.problems.append(
-                f"{first} and {len(empty) - 1} more pictures have no annotation file: taken as empty"
-            )
+            export.problems.append(f"{first} and {len(empty) - 1} more images have no annotation file: taken as empty")
         elif masks or split_named(folder.relative_to(source)) in ("val", "test"):
             export.problems.append(f"{_some(empty, source)}: left out, they have no annotation files")
             others |= set(empty)
@@ -583,5 +581,5 @@ def _shown(path: Path, source: Path) -> str:
 
 def _some(paths: list[Path], source: Path) -> str:
     """The first of several files, and how many more there are."""
-    more = f" and {len(paths) - 1} more pictures" if len(paths) > 1 else ""
+    more = f" and {len(paths) - 1} more images" if len(paths) > 1 else ""
     return f"{_shown(paths[0], source)}{more}"

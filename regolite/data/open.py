@@ -32,16 +32,16 @@ def open_data(
     """Open a COCO-format folder, or scenes.
 
     Args:
-        root: a folder, or ``scenes[:N][:option=value]...``: N training pictures (2000 if not given), and the options
-            ``val`` (number of pictures in the split ``val``, a tenth of N if not given), ``seed``, ``size``,
+        root: a folder, or ``scenes[:N][:option=value]...``: N training images (2000 if not given), and the options
+            ``val`` (number of images in the split ``val``, a tenth of N if not given), ``seed``, ``size``,
             ``max_objects`` and ``context`` of ``Scenes``. Examples: ``data/coco_tiny``, ``scenes``,
             ``scenes:500:seed=3:context=0``. A folder that happens to be called so is ``./scenes``. ``DIR:every=10`` is
             a folder of which every tenth training image is used; its other splits stay whole.
         split: ``train``, ``val`` or ``test``, or several as in ``train+val``; a folder needs a file of annotations for
             each.
-        transform: called with the picture and its boxes and labels; None only normalises.
-        limit: use only the first so many pictures.
-        check_files: refuse a folder in which pictures are missing.
+        transform: called with the image and its boxes and labels; None only normalizes.
+        limit: use only the first so many images.
+        check_files: refuse a folder in which images are missing.
 
     Raises:
         UserError: what ``CocoFolder`` and ``Scenes`` raise, or a specification of scenes that cannot be read.
@@ -78,5 +78,5 @@ def open_data(
     if split == "val":
         num_images = max(1, num_images // 10) if val is None else val
     if limit is not None and whole("limit", limit) < 1:
-        raise UserError(f"limit of {limit} pictures: give at least 1, or leave it out for all")
+        raise UserError(f"limit of {limit} images: give at least 1, or leave it out for all")
     return Scenes(num_images if limit is None else min(limit, num_images), transform=transform, split=split, **options)

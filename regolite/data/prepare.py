@@ -53,11 +53,11 @@ from regolite.utils.progress import Status
 
 MIRROR = "http://images.cocodataset.org"  # its https shows the certificate of another name
 SPLITS = ("train", "val")
-PICTURES = {"train": 118_287, "val": 5_000}  # of COCO 2017
+IMAGES = {"train": 118_287, "val": 5_000}  # of COCO 2017
 TIMEOUT = 60.0  # seconds without a byte
 WAITS = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds before each new attempt; what arrives in between resets the count
 CHUNK = 1 << 20  # bytes
-NO_SIZE = 1 << 60  # pixels of a picture that has no size: no box can lie outside
+NO_SIZE = 1 << 60  # pixels of an image that has no size: no box can lie outside
 
 
 @dataclass(frozen=True)
@@ -166,18 +166,18 @@ def _prepare(root: Path, splits: Sequence[str], mirror: str, keep_zips: bool, ar
             if keep_zips:
                 os.replace(file, own)
             else:
-                getattr(os, "sync", lambda: None)()  # the pictures must be on the disk before their zip file goes
+                getattr(os, "sync", lambda: None)()  # the images must be on the disk before their zip file goes
                 file.unlink()
         done.add(todo[0])
 
 
 def _missing(root: Path, splits: Sequence[str], listed: dict[str, list[str]]) -> list[str]:
-    """Names of the archives that are needed, annotations first, since they say which pictures there must be.
+    """Names of the archives that are needed, annotations first, since they say which images there must be.
 
     Args:
         root: the data folder.
         splits: the wanted splits.
-        listed: the pictures that the annotations list, by split; filled here, since reading them takes a while.
+        listed: the images that the annotations list, by split; filled here, since reading them takes a while.
     """
     files = {split: root / "annotations" / f"instances_{split}2017.json" for split in splits}
     needed = [] if all(file.exists() for file in files.values()) else ["annotations"]
@@ -194,7 +194,7 @@ def _missing(root: Path, splits: Sequence[str], listed: dict[str, list[str]]) ->
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the files in a folder, without empty ones: those are what is left of a picture after a power cut."""
+    """Bytes of the files in a folder, without empty ones: those are what is left of an image after a power cut."""
     if not folder.is_dir():
         return {}
     return {entry.name: size for entry in os.scandir(folder) if entry.is_file() and (size := entry.stat().st_size)}
@@ -464,11 +464,11 @@ class Report:
 
     Attributes:
         root: the folder.
-        counts: of each split its pictures, objects and categories.
-        wrong: what training would stop at or learn nonsense from: ``split``, ``kind``, ``file`` (of a picture, or of
+        counts: of each split its images, objects and categories.
+        wrong: what training would stop at or learn nonsense from: ``split``, ``kind``, ``file`` (of an image, or of
             the annotations), ``image_id`` and ``annotation_id`` where there is one, and ``said``, the details.
         notes: the same of what training copes with.
-        part_of: of each split that has COCO's categories and not all of its pictures, the number of all of them.
+        part_of: of each split that has COCO's categories and not all of its images, the number of all of them.
     """
 
     root: str
@@ -487,7 +487,7 @@ class Report:
         for split, counts in self.counts.items():
             lines.append(f"{split}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
             if split in self.part_of:
-                lines.append(f"- {split}: not all of COCO 2017, which has {self.part_of[split]} pictures here")
+                lines.append(f"- {split}: not all of COCO 2017, which has {self.part_of[split]} images here")
             for mark, findings in (("!", self.wrong), ("-", self.notes)):
                 found = [finding for finding in findings if finding["split"] == split]
                 for kind, count in Counter(finding["kind"] for finding in found).items():
@@ -506,7 +506,7 @@ def _in_words(finding: Mapping[str, Any]) -> str:
 def check_coco(
     root: str | os.PathLike[str],
     splits: Sequence[str] = SPLITS,
-    read_pictures: bool = False,
+    read_images: bool = False,
     workers: int | None = None,
 ) -> Report:
     """Look for what is wrong with a data folder in COCO's format, be it COCO or another.
@@ -516,13 +516,13 @@ def check_coco(
     categories; boxes that are no four numbers, have a negative size or lie outside their image; other fields that are
     no number of their kind. Noted are boxes without area (no targets in training), boxes that reach more than a pixel
     over the edge (training clips them), objects whose outline has no area, images without objects, and images that are
-    not listed. A folder with COCO's categories and fewer pictures than COCO is said to be no more than a part of it.
+    not listed. A folder with COCO's categories and fewer images than COCO is said to be no more than a part of it.
 
     Args:
         root: the data folder, as :func:`regolite.data.open_data` takes it.
         splits: names of the splits.
-        read_pictures: open every picture too, which takes long: finds broken ones and those of another size.
-        workers: how many pictures to open at a time; as many as there are processors by default.
+        read_images: open every image too, which takes long: finds broken ones and those of another size.
+        workers: how many images to open at a time; as many as there are processors by default.
 
     Raises:
         UserError: there is no such folder, or its annotations are no JSON of COCO's form.
@@ -530,7 +530,7 @@ def check_coco(
     report = Report(str(root))
     categories: dict[str, dict[int, str]] = {}
     for split in splits:
-        categories[split] = _check_split(Path(root), split, read_pictures, workers, report)
+        categories[split] = _check_split(Path(root), split, read_images, workers, report)
         first = splits[0]
         if categories[first] and categories[split]:
             for said in category_differences(categories[first], categories[split], (first, split)):
@@ -540,7 +540,7 @@ def check_coco(
     return report
 
 
-def _check_split(root: Path, split: str, read_pictures: bool, workers: int | None, report: Report) -> dict[int, str]:
+def _check_split(root: Path, split: str, read_images: bool, workers: int | None, report: Report) -> dict[int, str]:
     """Add to the report what a split has wrong; return the names of its categories by id, {} where these are wrong."""
     file = find_annotations(root, split)
     images, annotations, categories = read_annotations(file)
@@ -573,20 +573,20 @@ def _check_split(root: Path, split: str, read_pictures: bool, workers: int | Non
     with_objects = _check_annotations(annotations, by_id, known, wrong, note)
     for number, (name, *_) in by_id.items():
         if number not in with_objects:
-            note("picture without objects", name, image_id=number)
+            note("image without objects", name, image_id=number)
     report.counts[split] = {
-        "pictures": len(images),
+        "images": len(images),
         "objects": len(annotations),
         "categories": len(categories),
     }
-    if read_pictures:
+    if read_images:
         there = {number: image for number, image in by_id.items() if image[0] not in files.missing}
-        for number, kind, said in _read_all(files, there, f"open the pictures of {split}", workers):
+        for number, kind, said in _read_all(files, there, f"open the images of {split}", workers):
             wrong(kind, there[number][0], said, image_id=number)
     names = {category["id"]: str(category["name"]) for category in categories} if are_right else {}
     is_coco = (len(names), names.get(1), names.get(90)) == (80, "person", "toothbrush")
-    if is_coco and len(images) < PICTURES.get(split, 0):
-        report.part_of[split] = PICTURES[split]
+    if is_coco and len(images) < IMAGES.get(split, 0):
+        report.part_of[split] = IMAGES[split]
     return names
 
 
@@ -607,29 +607,29 @@ def _check_ids(kind: str, records: Sequence[Mapping[str, Any]], lists: str, wron
 def _check_images(
     images: Sequence[Mapping[str, Any]], files: ImageFiles, wrong: Callable[..., None], note: Callable[..., None]
 ) -> dict[int, tuple[str, int, int]]:
-    """Name, width and height of the pictures, by id."""
+    """Name, width and height of the images, by id."""
     sizes, missing, by_id, seen = _sizes(files.folder), set(files.missing), {}, set()
     for image in images:
         number, name, width, height = (image.get(key) for key in ("id", "file_name", "width", "height"))
         if not isinstance(name, str) or not name:
-            wrong("picture without a file name", said=f"file_name {name!r}", image_id=number)
+            wrong("image without a file name", said=f"file_name {name!r}", image_id=number)
             continue
         if name in seen:
-            wrong("picture listed twice", name, image_id=number)
+            wrong("image listed twice", name, image_id=number)
         seen.add(name)
         if name in missing:
-            wrong("missing picture", name, image_id=number)
+            wrong("missing image", name, image_id=number)
         elif name not in sizes and not files.path(name).stat().st_size:
-            wrong("empty picture", name, image_id=number)
+            wrong("empty image", name, image_id=number)
         if not all(type(side) is int and 1 <= side <= LONGEST for side in (width, height)):
-            wrong("picture without a size", name, f"width {width!r}, height {height!r}", image_id=number)
+            wrong("image without a size", name, f"width {width!r}, height {height!r}", image_id=number)
             width = height = NO_SIZE
         if is_id(number):
             by_id.setdefault(number, (name, width, height))
-    if files.folder.name != "images":  # where splits share a folder, each has pictures that the other does not list
+    if files.folder.name != "images":  # where splits share a folder, each has images that the other does not list
         listed = seen | {path.name for path in files.elsewhere.values() if path.parent == files.folder}
         for name in sorted(sizes.keys() - listed):
-            note("picture not listed", name)
+            note("image not listed", name)
     return by_id
 
 
@@ -640,13 +640,13 @@ def _check_annotations(
     wrong: Callable[..., None],
     note: Callable[..., None],
 ) -> set[int]:
-    """Ids of the pictures that have annotations."""
+    """Ids of the images that have annotations."""
     with_objects: set[int] = set()
     for annotation in annotations:
         image_id, category, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
         ids = {"image_id": image_id, "annotation_id": annotation.get("id")}
         if not is_id(image_id) or image_id not in by_id:
-            wrong("annotation of an unknown picture", said=f"image_id {image_id!r}", **ids)
+            wrong("annotation of an unknown image", said=f"image_id {image_id!r}", **ids)
             continue
         name, width, height = by_id[image_id]
         with_objects.add(image_id)
@@ -662,7 +662,7 @@ def _check_annotations(
         if w == 0 or h == 0:
             note("box without area", name, f"bbox {box}", **ids)
         elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
-            wrong("box outside its picture", name, f"bbox {box} in {width}x{height}", **ids)
+            wrong("box outside its image", name, f"bbox {box} in {width}x{height}", **ids)
         elif min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
             note("box over the edge", name, f"bbox {box} in {width}x{height}", **ids)
         elif annotation.get("area") == 0:
@@ -673,7 +673,7 @@ def _check_annotations(
 def _read_all(
     files: ImageFiles, images: Mapping[int, tuple[str, int, int]], title: str, workers: int | None
 ) -> list[tuple[int, str, str]]:
-    """Id, kind and details of the pictures that cannot be read or have another size."""
+    """Id, kind and details of the images that cannot be read or have another size."""
 
     def read(number: int) -> tuple[int, str, str] | None:
         name, width, height = images[number]
@@ -683,9 +683,9 @@ def _read_all(
             else:
                 read_annotated(files.path(name), width, height)
         except WrongSize as error:
-            return number, "picture of another size", str(error)
+            return number, "image of another size", str(error)
         except UserError as error:
-            return number, "unreadable picture", str(error.__cause__ or error)
+            return number, "unreadable image", str(error.__cause__ or error)
         return None
 
     status, found = Status(title, leave=False), []

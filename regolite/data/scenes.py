@@ -36,7 +36,7 @@ DECIDERS = ("square", "star")
 
 
 def _polar(radii: list[float]) -> Float[np.ndarray, "P 2"]:
-    """Corners at equal angles and the given distances from the centre."""
+    """Corners at equal angles and the given distances from the center."""
     angles = 2 * math.pi * np.arange(len(radii)) / len(radii)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array(radii)[:, None]
 
@@ -64,11 +64,11 @@ class Thing:
     Attributes:
         shape: a key of ``SHAPES``, or ``ball``.
         texture: one of ``TEXTURES``; a ball has none.
-        x: centre.
-        y: centre.
+        x: center.
+        y: center.
         radius: of the circle around the shape.
         angle: by which shape and texture are turned.
-        colours: the two RGB colours of the texture, in [0, 255].
+        colors: the two RGB colors of the texture, in [0, 255].
         period: length after which the texture repeats.
         phase: shift of the texture along its two axes, in periods.
         decider: for a ball, the index in the scene of the thing that decides its class.
@@ -80,31 +80,31 @@ class Thing:
     y: float
     radius: float
     angle: float = 0.0
-    colours: tuple[tuple[float, ...], tuple[float, ...]] = ((225.0,) * 3, (70.0,) * 3)
+    colors: tuple[tuple[float, ...], tuple[float, ...]] = ((225.0,) * 3, (70.0,) * 3)
     period: float = 8.0
     phase: tuple[float, float] = (0.0, 0.0)
     decider: int | None = None
 
     def stencil(self) -> tuple[tuple[slice, slice], Float[np.ndarray, "n n"]]:
-        """The window of the picture that holds the thing (rows, columns), and how much of each pixel it covers."""
+        """The window of the image that holds the thing (rows, columns), and how much of each pixel it covers."""
         reach = math.ceil(self.radius) + 1
         top, left = math.floor(self.y) - reach, math.floor(self.x) - reach
         side = 2 * reach + 1
         fine = 4  # drawn four times as large and averaged: smooth edges
         stencil = Image.new("L", (side * fine, side * fine))
-        centre = np.array([self.x - left, self.y - top])
+        center = np.array([self.x - left, self.y - top])
         if self.shape == "ball":
-            box = np.concatenate([centre - self.radius, centre + self.radius]) * fine
+            box = np.concatenate([center - self.radius, center + self.radius]) * fine
             ImageDraw.Draw(stencil).ellipse(box.tolist(), fill=255)
         else:
             cos, sin = math.cos(self.angle), math.sin(self.angle)
-            corners = SHAPES[self.shape] @ np.array([[cos, sin], [-sin, cos]]) * self.radius + centre
+            corners = SHAPES[self.shape] @ np.array([[cos, sin], [-sin, cos]]) * self.radius + center
             ImageDraw.Draw(stencil).polygon((corners * fine).ravel().tolist(), fill=255)
         cover = np.asarray(stencil.reduce(fine), dtype=np.float32) / 255
         return (slice(top, top + side), slice(left, left + side)), cover
 
     def paint(self, window: tuple[slice, slice]) -> Float[np.ndarray, "n n 3"]:
-        """The thing's colour at every pixel of the window, in [0, 255]."""
+        """The thing's color at every pixel of the window, in [0, 255]."""
         rows, columns = window
         y = (np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5 - self.y)[:, None]
         x = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5 - self.x)[None]
@@ -121,7 +121,7 @@ class Thing:
                 "checked": lambda: 2 * np.sin(u * 0.75) * np.sin(v * 0.75),
             }
             blend = 0.5 + 1.5 * waves[self.texture]()
-        light, dark = (np.array(colour, dtype=np.float32) for colour in self.colours)
+        light, dark = (np.array(color, dtype=np.float32) for color in self.colors)
         return dark + (light - dark) * np.clip(blend, 0, 1)[:, :, None]
 
     def gap(self, other: Thing) -> float:
@@ -134,7 +134,7 @@ class Scene:
     """Things over a background, later ones in front.
 
     Attributes:
-        size: side of the square picture in pixels.
+        size: side of the square image in pixels.
         noise: seed of the background.
         things: what lies in it.
         owner: for each pixel the index of the thing seen there, or -1.
@@ -188,17 +188,17 @@ class Scene:
         return CLASSES.index(f"{thing.texture} {thing.shape}")
 
     def draw(self) -> Image.Image:
-        """The picture."""
+        """The image."""
         rng = np.random.default_rng(self.noise)
-        picture = np.zeros((self.size, self.size, 3), dtype=np.float32)
-        # clouds of colour and of brightness, spots, and grain: cells along a side, channels, and least and most
+        image = np.zeros((self.size, self.size, 3), dtype=np.float32)
+        # clouds of color and of brightness, spots, and grain: cells along a side, channels, and least and most
         layers = [(3, 3, 90, 150), (6, 1, -45, 45), (self.size // 4, 1, -20, 20), (self.size, 1, -8, 8)]
         for cells, channels, least, most in layers:
-            picture += _stretch(rng.uniform(least, most, (cells, cells, channels)).astype(np.float32), self.size)
+            image += _stretch(rng.uniform(least, most, (cells, cells, channels)).astype(np.float32), self.size)
         for thing in self.things:
             window, cover = thing.stencil()
-            picture[window] += cover[:, :, None] * (thing.paint(window) - picture[window])
-        return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+            image[window] += cover[:, :, None] * (thing.paint(window) - image[window])
+        return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
 
     def _without(self, k: int) -> list[Thing]:
         return self.things[:k] + self.things[k + 1 :]
@@ -222,7 +222,7 @@ def _around(ball: Thing) -> tuple[slice, slice]:
 
 
 def _stretch(grid: Float[np.ndarray, "n n c"], size: int) -> Float[np.ndarray, "size size c"]:
-    """A grid of random values smoothly enlarged to the size of the picture."""
+    """A grid of random values smoothly enlarged to the size of the image."""
     if len(grid) == size:
         return grid
     layers = [
@@ -251,12 +251,12 @@ def _put_shape(rng: np.random.Generator, scene: Scene, shapes: tuple[str, ...]) 
     size = scene.size
     shape, texture = rng.choice(shapes), rng.choice(TEXTURES)
     radius = 0.09 * size * 2.2 ** rng.random()
-    colours = _colours(rng)
+    colors = _colors(rng)
     angle, *phase = rng.random(3).tolist()
     period = size * rng.uniform(0.05, 0.075)
     for _ in range(20):
         x, y = rng.uniform(radius + 3, size - radius - 3, 2).tolist()
-        thing = Thing(str(shape), str(texture), x, y, radius, 2 * math.pi * angle, colours, period, tuple(phase))
+        thing = Thing(str(shape), str(texture), x, y, radius, 2 * math.pi * angle, colors, period, tuple(phase))
         if scene.put(thing):
             return len(scene.things) - 1
     return None
@@ -266,24 +266,24 @@ def _put_ball(rng: np.random.Generator, scene: Scene, decider: int) -> None:
     """Try to put a ball beside its decider. Nothing of the ball depends on the decider's shape, only on its place."""
     beside, size = scene.things[decider], scene.size
     radius = size * rng.uniform(0.06, 0.085)
-    grey = rng.uniform(-20, 20)
-    colours = ((225.0 + grey,) * 3, (70.0 + grey,) * 3)
+    gray = rng.uniform(-20, 20)
+    colors = ((225.0 + gray,) * 3, (70.0 + gray,) * 3)
     for _ in range(20):
         # the circle around the decider stays outside the ball's box, so that no corner of it can give the shape away
         distance = beside.radius + math.sqrt(2) * (radius + _EDGE) + size * rng.uniform(0, 0.03)
         angle = rng.uniform(0, 2 * math.pi)
         x, y = beside.x + distance * math.cos(angle), beside.y + distance * math.sin(angle)
         inside = radius + 3 <= min(x, y) and max(x, y) <= size - radius - 3
-        if inside and scene.put(Thing("ball", "", x, y, radius, colours=colours, decider=decider)):
+        if inside and scene.put(Thing("ball", "", x, y, radius, colors=colors, decider=decider)):
             return
 
 
-def _colours(rng: np.random.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """A light and a dark colour of different hue, in either order."""
+def _colors(rng: np.random.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A light and a dark color of different hue, in either order."""
     hue, shift, *saturations = rng.random(4).tolist()
     light = colorsys.hsv_to_rgb(hue, 0.25 + 0.6 * saturations[0], rng.uniform(0.85, 1.0))
     dark = colorsys.hsv_to_rgb((hue + 0.3 + 0.4 * shift) % 1, 0.4 + 0.6 * saturations[1], rng.uniform(0.1, 0.4))
-    pair = [tuple(255 * channel for channel in colour) for colour in (light, dark)]
+    pair = [tuple(255 * channel for channel in color) for color in (light, dark)]
     first = int(rng.integers(2))
     return pair[first], pair[1 - first]
 
@@ -291,23 +291,23 @@ def _colours(rng: np.random.Generator) -> tuple[tuple[float, ...], tuple[float, 
 class Scenes(DetectionDataset):
     """A data set of drawn scenes; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
 
-    Picture ``i`` depends on the seed, the split, ``i`` and the options alone: not on the number of pictures, on the
+    Image ``i`` depends on the seed, the split, ``i`` and the options alone: not on the number of images, on the
     order of access, or on workers.
 
     Args:
-        num_images: how many pictures.
+        num_images: how many images.
         seed: of the whole set, at least 0.
-        size: side of the square pictures in pixels.
-        max_objects: most objects in a picture; the least is 2.
+        size: side of the square images in pixels.
+        max_objects: most objects in an image; the least is 2.
         context: how probable it is that two objects are a ball and its decider; 0 draws no balls, 1 little else.
-        transform: called with the picture and its boxes and labels (``regolite.data.transforms``); None only
-            normalises. Random crops may cut a decider away and leave its ball: prefer transforms without.
+        transform: called with the image and its boxes and labels (``regolite.data.transforms``); None only
+            normalizes. Random crops may cut a decider away and leave its ball: prefer transforms without.
         split: ``train``, ``val`` or any other word: each is another set.
 
     Attributes:
         classes: names of the classes in the order of the labels.
         category_ids: COCO's id of each class.
-        image_ids: COCO's id of each picture.
+        image_ids: COCO's id of each image.
 
     Raises:
         UserError: an option out of its range.
@@ -324,7 +324,7 @@ class Scenes(DetectionDataset):
         split: str = "train",
     ) -> None:
         for name, value, low, high in (
-            ("number of pictures", num_images, 1, 10_000_000),
+            ("number of images", num_images, 1, 10_000_000),
             ("seed", seed, 0, 2**63),
             ("size", size, 64, 4096),
             ("max_objects", max_objects, 1, 50),
@@ -340,20 +340,20 @@ class Scenes(DetectionDataset):
         self._latest: tuple[int, Scene] | None = None
 
     def scene(self, i: int) -> Scene:
-        """What picture ``i`` shows."""
+        """What image ``i`` shows."""
         i = range(len(self))[i]
-        if self._latest is None or self._latest[0] != i:  # a picture and its objects are asked for one after another
+        if self._latest is None or self._latest[0] != i:  # an image and its objects are asked for one after another
             lots = (self.seed, zlib.crc32(self.split.encode()), i)
             rng = np.random.default_rng(lots)
             self._latest = i, compose(rng, self.side, self.max_objects, self.context, noise=(*lots, 1))
         return self._latest[1]
 
     def image(self, i: int) -> Image.Image:
-        """Picture ``i`` as PIL RGB, untransformed."""
+        """Image ``i`` as PIL RGB, untransformed."""
         return self.scene(i).draw()
 
     def objects(self, i: int) -> Objects:
-        """The annotations of picture ``i``: each box and area is that of what can be seen."""
+        """The annotations of image ``i``: each box and area is that of what can be seen."""
         scene = self.scene(i)
         count = len(scene.things)
         first = 100 * self.image_ids[i]
@@ -365,11 +365,11 @@ class Scenes(DetectionDataset):
         return Objects(first + np.arange(count), labels, boxes, areas, np.zeros(count, dtype=bool), decided_by)
 
     def size(self, i: int) -> tuple[int, int]:
-        """Height and width of picture ``i`` in pixels, untransformed."""
+        """Height and width of image ``i`` in pixels, untransformed."""
         return self.side, self.side
 
     def file_name(self, i: int) -> str:
-        """The file name that ``write`` gives picture ``i``."""
+        """The file name that ``write`` gives image ``i``."""
         return f"{self.split}_{self.image_ids[i]:06d}.png"
 
     def write(self, folder: str | os.PathLike[str]) -> None:

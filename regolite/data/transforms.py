@@ -1,12 +1,12 @@
-"""Augmentation and normalisation, built from torchvision's transforms v2.
+"""Augmentation and normalization, built from torchvision's transforms v2.
 
-A transform here is called as ``transform(picture)`` or ``transform(picture, {"boxes": ..., "labels": ...})`` with a
-PIL RGB picture and ``tv_tensors.BoundingBoxes``; it returns normalised pixels ``Float[3 H W]`` (and the moved boxes).
+A transform here is called as ``transform(image)`` or ``transform(image, {"boxes": ..., "labels": ...})`` with a
+PIL RGB image and ``tv_tensors.BoundingBoxes``; it returns normalized pixels ``Float[3 H W]`` (and the moved boxes).
 One call with both moves the boxes exactly as the pixels.
 
 All randomness comes from torch's global generator, so a seed fixes it and a saved generator state resumes it. A
 ``DataLoader`` gives each of its workers a generator of its own, seeded from the global one: the same seed gives the
-same pictures for the same number of workers.
+same images for the same number of workers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LONGEST = 10_000  # pixels: as far as a long, narrow image is enlarged before a 
 
 
 def to_pixels() -> v2.Transform:
-    """The last step of every transform: PIL picture to tensor, normalised by ImageNet's mean and deviation."""
+    """The last step of every transform: PIL image to tensor, normalized by ImageNet's mean and deviation."""
     steps = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
@@ -79,7 +79,7 @@ class RandomSizeCrop(v2.Transform):
 
     Args:
         min_size: the smallest side in pixels.
-        max_size: the largest side in pixels; a picture smaller than that bounds it.
+        max_size: the largest side in pixels; an image smaller than that bounds it.
     """
 
     def __init__(self, min_size: int, max_size: int) -> None:
@@ -87,7 +87,7 @@ class RandomSizeCrop(v2.Transform):
         self.min_size, self.max_size = min_size, max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the window (torchvision calls this once for the picture and its boxes together)."""
+        """Draw the window (torchvision calls this once for the image and its boxes together)."""
         height, width = v2.query_size(flat_inputs)
         crop_height, crop_width = (
             _randint(min(self.min_size, side), min(self.max_size, side)) for side in (height, width)
@@ -100,7 +100,7 @@ class RandomSizeCrop(v2.Transform):
         }
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Crop one thing: the picture or the boxes."""
+        """Crop one thing: the image or the boxes."""
         return self._call_kernel(F.crop, inpt, **params)
 
 
@@ -134,7 +134,7 @@ class RandomZoom(v2.Transform):
 def detr_train(min_sizes: Sequence[int] = range(480, 801, 32), max_size: int = 1333) -> v2.Transform:
     """DETR's training recipe (Carion et al. 2020, section 4, "technical details").
 
-    Flip half of the pictures; then, half of the time, resize the shorter side to one of ``min_sizes`` with the longer
+    Flip half of the images; then, half of the time, resize the shorter side to one of ``min_sizes`` with the longer
     at most ``max_size``; otherwise resize the shorter side to 400, 500 or 600, crop a window of 384 to 600 pixels a
     side, and resize that. Objects that the crop cuts away are dropped with their labels.
     """
@@ -169,7 +169,7 @@ def laptop_train(size: int = LAPTOP_SIZE, crop: bool = False) -> v2.Transform:
 
 
 def laptop_val(size: int | None = LAPTOP_SIZE) -> v2.Transform:
-    """The longer side ``size`` pixels; None leaves the picture at its own size."""
+    """The longer side ``size`` pixels; None leaves the image at its own size."""
     if size is None:
         return to_pixels()
     return v2.Compose([Resize(None, max_size=size), to_pixels()])
@@ -186,20 +186,20 @@ def make_transform(name: str, size: int | None = None, train: bool = True) -> v2
         name: ``detr`` (recipe and sizes of the paper), ``laptop``, ``laptop_crop`` (``laptop`` with random crops), or
             ``none`` (no augmentation: for training too, the evaluation transform of ``laptop``).
         size: in pixels; for ``detr`` the shorter side (800 if None; training sizes and the limit of the longer side
-            scale with it), for the others the longer side (320 if None; for ``none`` None keeps pictures as they are).
+            scale with it), for the others the longer side (320 if None; for ``none`` None keeps images as they are).
         train: True for the training transform, False for evaluation and detection.
 
     Returns:
-        A callable on a PIL picture and its ``{"boxes", "labels"}``, or on the picture alone (the training ones with a
+        A callable on a PIL image and its ``{"boxes", "labels"}``, or on the image alone (the training ones with a
         crop need the boxes).
 
     Raises:
-        UserError: an unknown name, or a size too small to hold a picture.
+        UserError: an unknown name, or a size too small to hold an image.
     """
     if name not in TRANSFORMS:
         raise UserError(f"unknown transform {name!r}: choose one of {', '.join(TRANSFORMS)}")
     if size is not None and whole("size", size) < 16:
-        raise UserError(f"picture size {size} is too small: give at least 16 pixels")
+        raise UserError(f"image size {size} is too small: give at least 16 pixels")
     check_bounds("image_size", size)
     if name == "detr":
         scale = 1.0 if size is None else size / DETR_SIZE

@@ -145,13 +145,13 @@ def evaluate(
 
     Args:
         model: the detector.
-        dataset: pictures and ground truth. Where it has no transform, pictures are prepared as the model's
+        dataset: images and ground truth. Where it has no transform, images are prepared as the model's
             configuration says.
         stages: how many REGO stages to run; all by default.
-        batch_size: pictures at a time.
-        top_k: detections kept of each picture.
+        batch_size: images at a time.
+        top_k: detections kept of each image.
         backend: see :func:`average_precision`.
-        workers: processes that prepare pictures.
+        workers: processes that prepare images.
         progress: show a progress bar.
         detections: a file to write the last stage's detections to, in COCO's form, for other tools; none by default.
         draws: how many draws of the images say how sure the figures are, see :mod:`regolite.evaluation.bootstrap`.
@@ -196,7 +196,7 @@ def detect_all(
 ) -> list[list[dict[str, Any]]]:
     """All that a detector finds in a data set, in COCO's form: one list a stage, number 0 the base detector's.
 
-    Several processes share the batches. A batch holds the same pictures however many there are, so that they find the
+    Several processes share the batches. A batch holds the same images however many there are, so that they find the
     very same; the first one gets everything, the others nothing.
 
     Arguments and errors are those of :func:`evaluate`, which measures these lists.
@@ -210,7 +210,7 @@ def detect_all(
     every = torch.arange(len(dataset)).split(batch_size)
     batches = DataLoader(
         dataset,
-        batch_sampler=[batch.tolist() for batch in every[distributed.rank() :: distributed.count()]],
+        batch_sampler=[batch.tolist() for batch in every[distributed.rank() :: distributed.world_size()]],
         num_workers=workers,
         collate_fn=partial(collate, multiple=32),
         pin_memory=device.type == "cuda",

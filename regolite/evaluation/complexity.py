@@ -1,4 +1,4 @@
-"""What a model costs: parameters, and multiply-adds of one picture, beside Table 1 of the paper.
+"""What a model costs: parameters, and multiply-adds of one image, beside Table 1 of the paper.
 
 Models are built on the device ``meta``, where tensors have shapes and no numbers: nothing is allocated and nothing is
 computed. A :class:`Counter` listens to every operator that PyTorch runs. It takes PyTorch's own formulas for
@@ -9,7 +9,7 @@ Three kinds of work are kept apart, since tables differ in what they count:
 - **attention**: two activations meet, equation (2): queries with keys, weights with values;
 - **reading**: features are read at points between cells by bilinear interpolation: deformable sampling, glimpses.
 
-Softmax, normalisation, additions and everything else element by element are left out, as usual.
+Softmax, normalization, additions and everything else element by element are left out, as usual.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from regolite.utils.modes import evaluating
 from regolite.utils.progress import track
 from regolite.utils.validation import whole
 
-PICTURE = (800, 1127)
-"""Height and width of the picture at which every full-size model is counted.
+IMAGE = (800, 1127)
+"""Height and width of the image at which every full-size model is counted.
 
-DETR's authors give 86 GFLOPs for DETR-R50, a mean over the first 100 validation pictures resized to a shorter side of
+DETR's authors give 86 GFLOPs for DETR-R50, a mean over the first 100 validation images resized to a shorter side of
 800 (facebookresearch/detr#110). At this size DETR-R50 has 86.0 G multiply-adds. It was chosen once, for all rows.
 """
 
@@ -87,11 +87,11 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
     Args:
         model: a detector, on any device; on ``meta`` nothing is allocated. A detector whose work depends on what it
             finds offers ``dense``, a forward pass that does not (:meth:`regolite.models.baselines.Baseline.dense`).
-        height: height of the picture in pixels.
+        height: height of the image in pixels.
         width: its width.
 
     Returns:
-        Its parameters, and the multiply-adds of one picture. The parts are the children of the base detector, "rego"
+        Its parameters, and the multiply-adds of one image. The parts are the children of the base detector, "rego"
         is all that REGO adds, and "rest" is what happens between the parts.
     """
     height, width = whole("height", height, 1), whole("width", width, 1)
@@ -300,10 +300,10 @@ CONVENTIONS = {
     "attention weight), 16 for each channel of a bin of a glimpse (four points of four cells).",
     "flops": "Everything; a multiply-add counts 2.",
     "table_1": "As Table 1 prints it. Its convention is not stated.",
-    "picture": f"{PICTURE[0]} x {PICTURE[1]} pixels for all, at which DETR-R50 has the 86 G that its authors give as a "
-    "mean over 100 validation pictures; laptop presets (tiny, scenes) at their own size.",
+    "image": f"{IMAGE[0]} x {IMAGE[1]} pixels for all, at which DETR-R50 has the 86 G that its authors give as a "
+    "mean over 100 validation images; laptop presets (tiny, scenes) at their own size.",
 }
-"""What each column counts, and of which picture."""
+"""What each column counts, and of which image."""
 
 
 def rows(models: Sequence[str] | None = None, progress: bool = False) -> list[dict[str, Any]]:
@@ -314,7 +314,7 @@ def rows(models: Sequence[str] | None = None, progress: bool = False) -> list[di
         progress: show how far it is.
 
     Returns:
-        For each preset its name, the size of the picture, counts by kind, by :data:`CONVENTIONS` and by part, and
+        For each preset its name, the size of the image, counts by kind, by :data:`CONVENTIONS` and by part, and
         the row of Table 1 with our difference from it in percent, or None.
 
     Raises:
@@ -324,11 +324,11 @@ def rows(models: Sequence[str] | None = None, progress: bool = False) -> list[di
     for config in track(configs, "counting", progress):
         with torch.device("meta"):  # torchvision's networks have one column more, the background
             model = build(config.without_pretrained(), CLASSES - isinstance(config.detector, BaselineConfig))
-        height, width = picture(config)
+        height, width = image(config)
         cost = count(model, height, width)
         row = {
             "model": config.preset,
-            "picture": [height, width],
+            "image": [height, width],
             "parameters": cost.parameters,
             **{kind: cost.kind(kind) for kind in ("layers", "attention", "reading")},
             **{column: getattr(cost, column) for column in ("multiply_adds", "with_reading", "flops")},
@@ -339,9 +339,9 @@ def rows(models: Sequence[str] | None = None, progress: bool = False) -> list[di
     return counted
 
 
-def picture(config: ModelConfig) -> tuple[int, int]:
-    """Height and width of the picture at which a model is counted: :data:`PICTURE`, or 4:3 for a laptop's sizes."""
-    return PICTURE if config.augment == "detr" else (config.image_size * 3 // 4, config.image_size)
+def image(config: ModelConfig) -> tuple[int, int]:
+    """Height and width of the image at which a model is counted: :data:`IMAGE`, or 4:3 for a laptop's sizes."""
+    return IMAGE if config.augment == "detr" else (config.image_size * 3 // 4, config.image_size)
 
 
 def _beside(cost: Cost, printed: Printed | None) -> dict[str, Any] | None:
@@ -363,7 +363,7 @@ def _percent(ours: float, theirs: int) -> float:
 def document(counted: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What ``--json`` writes: the rows, how they were counted, and by which versions."""
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
-    return {"picture": list(PICTURE), "conventions": CONVENTIONS, "versions": versions, "rows": list(counted)}
+    return {"image": list(IMAGE), "conventions": CONVENTIONS, "versions": versions, "rows": list(counted)}
 
 
 def as_text(counted: Sequence[dict[str, Any]]) -> str:
@@ -381,7 +381,7 @@ def as_text(counted: Sequence[dict[str, Any]]) -> str:
             cells += [f"{ours:.2f}", paper[theirs] or "", "" if off is None else f"{off:+.1f} %"]
         cells += [f"{row['with_reading'] / 1e9:.2f}", f"{row['flops'] / 1e9:.2f}"]
         text.append(line.format(*cells, " ".join(f"[{remarks.index(remark) + 1}]" for remark in paper["remarks"])))
-    columns = ("M params", "G mult-adds", "with reading", "2 each", "paper", "picture")
+    columns = ("M params", "G mult-adds", "with reading", "2 each", "paper", "image")
     notes = [f"{column}: {said}" for column, said in zip(columns, CONVENTIONS.values())]
     notes += [f"[{number}] {remark}" for number, remark in enumerate(remarks, 1)]
     notes = [textwrap.fill(note, 112, subsequent_indent="    ") for note in notes]

@@ -24,20 +24,20 @@ class EvaluationConfig(Checked):
     shared_classes: bool = _option(False, "measure only classes that both the data and the model know, by name")
     output: str = _option("runs/evaluation", "folder of the results")
     stages: int | None = _option(None, "use so many REGO stages; all by default")
-    batch_size: int = _option(8, "pictures at a time")
-    image_size: int | None = _option(None, "size of the pictures; the model's own by default")
-    limit_images: int | None = _option(None, "use only the first N pictures of each split")
+    batch_size: int = _option(8, "images at a time")
+    image_size: int | None = _option(None, "size of the images; the model's own by default")
+    limit_images: int | None = _option(None, "use only the first N images of each split")
     backend: Literal["pycocotools", "faster-coco-eval"] = _option("pycocotools", "what computes the figures")
-    threshold: float = _option(0.5, "least score of a detection that counts as an answer, for errors and pictures")
-    pictures: int = _option(6, "how many error pictures of each kind")
+    threshold: float = _option(0.5, "least score of a detection that counts as an answer, for errors and images")
+    images: int = _option(6, "how many error images of each kind")
     save_detections: bool = _option(False, "write the last stage's detections of each split, in COCO's form")
-    workers: int = _option(0, "processes that prepare pictures")
+    workers: int = _option(0, "processes that prepare images")
     device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute")
 
     def __post_init__(self) -> None:
         """Check the values, one by one."""
         super().__post_init__()
-        for name in ("batch_size", "image_size", "limit_images", "pictures"):
+        for name in ("batch_size", "image_size", "limit_images", "images"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
         for name in ("stages", "workers"):

@@ -15,9 +15,9 @@ both          what is left: another class's object overlaps it by 0.1 to 0.5    
 missed        an object that no detection found, nor one wrong in box or class alone  leaving the object out
 ============  ======================================================================  ================================
 
-Mending never makes a duplicate: where several detections would find one object, the surest does and the others are
-taken away. What a kind costs is how much AP50 rises when all errors of that kind are mended, and no other. The costs do
-not add up to what is missing from 100: mending two kinds together gives more, or less, than each by itself.
+Fixing never makes a duplicate: where several detections would find one object, the highest-scoring one does and the
+others are removed. The cost of a kind is how much AP50 rises when all errors of that kind, and no other, are fixed. The
+costs do not add up to what is missing from 100: fixing two kinds together gives more, or less, than each alone.
 
 Simpler than TIDE's own toolbox: boxes alone and no masks, the IoU of 0.5 alone, neither one kind mended after the other
 nor the two summaries "false positive" and "false negative". A crowd excuses detections of its class, as in COCO.
@@ -39,11 +39,11 @@ FOREGROUND, BACKGROUND = 0.5, 0.1
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """The objects of a data set as columns, crowds left out.
 
     Attributes:
-        image_ids: COCO's id of each one's picture.
+        image_ids: COCO's id of each one's image.
         categories: COCO's id of its category.
         boxes: corner, width and height in pixels.
     """
@@ -58,11 +58,11 @@ class Truth:
 
 @dataclass(frozen=True)
 class Judged:
-    """Detections as columns, the surest first, each with what it is.
+    """Detections as columns, the highest-scoring first, each with what it is.
 
     Attributes:
         truth: the objects.
-        image_ids: COCO's id of each one's picture.
+        image_ids: COCO's id of each one's image.
         categories: COCO's id of its category.
         boxes: corner, width and height in pixels.
         scores: confidence.
@@ -71,7 +71,7 @@ class Judged:
         overlaps: its IoU with that object; 0 for none.
     """
 
-    truth: Truth
+    truth: GroundTruth
     image_ids: Int[np.ndarray, "N"]
     categories: Int[np.ndarray, "N"]
     boxes: Float[np.ndarray, "N 4"]
@@ -120,9 +120,9 @@ class Judged:
             counts = counts & ~wrong
             if mended in ("class", "box"):
                 free = np.flatnonzero(wrong & ~self._touched("correct")[self.objects])
-                surest = free[np.unique(self.objects[free], return_index=True)[1]]  # one a free object
-                categories[surest] = self.truth.categories[self.objects[surest]]
-                correct[surest] = counts[surest] = True
+                best = free[np.unique(self.objects[free], return_index=True)[1]]  # one a free object
+                categories[best] = self.truth.categories[self.objects[best]]
+                correct[best] = counts[best] = True
         precisions = [
             _average_precision(correct[counts & (categories == c)], int((self.truth.categories[wanted] == c).sum()))
             for c in np.unique(self.truth.categories[wanted])
@@ -145,7 +145,7 @@ def judge(coco: COCO, results: Sequence[dict[str, Any]]) -> Judged:
     """
     annotations = [one for one in coco.dataset["annotations"] if not one.get("iscrowd", 0)]
     crowds = [one for one in coco.dataset["annotations"] if one.get("iscrowd", 0)]
-    truth, crowd = Truth(*_columns(annotations)), Truth(*_columns(crowds))
+    truth, crowd = GroundTruth(*_columns(annotations)), GroundTruth(*_columns(crowds))
     results = [one for one in results if one["category_id"] in coco.cats]
     image_ids, categories, boxes = _columns(results)
     scores = np.array([one["score"] for one in results], dtype=float)
@@ -161,17 +161,17 @@ def judge(coco: COCO, results: Sequence[dict[str, Any]]) -> Judged:
         own = categories[rows][:, None] == truth.categories[here]
         in_crowd = _iou(boxes[rows], crowd.boxes[crowded], crowd=True) >= FOREGROUND
         excused = (in_crowd & (categories[rows][:, None] == crowd.categories[crowded])).any(1)
-        kinds[rows], about = _judge_picture(iou, own, excused)
+        kinds[rows], about = _judge_image(iou, own, excused)
         known = about >= 0
         objects[rows[known]] = here[about[known]]
         overlaps[rows[known]] = iou[known, about[known]]
     return Judged(truth, image_ids, categories, boxes, scores, kinds, objects, overlaps)
 
 
-def _judge_picture(
+def _judge_image(
     iou: Float[np.ndarray, "n m"], own: Bool[np.ndarray, "n m"], excused: Bool[np.ndarray, "n"]
 ) -> tuple[list[str], Int[np.ndarray, "n"]]:
-    """The kinds of one picture's detections, the surest first, and the object that each is about.
+    """The kinds of one image's detections, the highest-scoring first, and the object that each is about.
 
     Args:
         iou: of detections with objects.
@@ -216,13 +216,13 @@ def _average_precision(correct: Bool[np.ndarray, "n"], objects: int) -> float:
 def _columns(
     records: Sequence[dict[str, Any]],
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"], Float[np.ndarray, "n 4"]]:
-    """Picture, category and box of annotations or detections."""
+    """Image, category and box of annotations or detections."""
     ids, categories = (np.array([one[key] for one in records], dtype=int) for key in ("image_id", "category_id"))
     return ids, categories, np.array([one["bbox"] for one in records], dtype=float).reshape(-1, 4)
 
 
 def _by_image(image_ids: Int[np.ndarray, "n"]) -> dict[int, Int[np.ndarray, "_"]]:
-    """The rows of each picture, in their order."""
+    """The rows of each image, in their order."""
     order = np.argsort(image_ids, kind="stable")
     ids, starts = np.unique(image_ids[order], return_index=True)
     return dict(zip(ids.tolist(), np.split(order, starts[1:])))

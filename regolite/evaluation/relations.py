@@ -1,7 +1,7 @@
 """The relation score: does attention point at the object that truly decides the class, and does that object matter?
 
-The paper shows relations as pictures (its Figure 6): a glimpse asks the hidden states of all queries, and the most
-related objects are drawn. Scenes know the truth: every ball is decided by one neighbour (:mod:`regolite.data.scenes`).
+The paper shows relations as images (its Figure 6): a glimpse asks the hidden states of all queries, and the most
+related objects are drawn. Scenes know the truth: every ball is decided by one neighbor (:mod:`regolite.data.scenes`).
 So there are numbers. **The relation score** of a map is how often, of all other objects, a ball's query gives the most
 weight to the decider. These definitions make it one:
 
@@ -9,22 +9,23 @@ weight to the decider. These definitions make it one:
   0.5, and on nothing otherwise. The boxes are those of the last stage that runs, for the maps of all stages: queries
   keep their number from the first layer to the last, so that every map is asked about the same balls, queries and
   objects, and a difference between two maps is one of the maps. Neither true nor predicted classes are looked at.
-- **Which query speaks for the ball.** The surest of those on it: the one whose best class, whichever, scores highest.
+- **Which query stands for the ball.** The highest-scoring of those on it: the one whose best class, whichever it is,
+  scores highest.
 - **The weight of an object** is the sum of the weights of all queries on it, since attention sums over them. The ball's
   own queries are left out, duplicates included, and so are those that lie on nothing.
 - **Heads** are averaged (``score``), as are the layers in rows like ``stage.1.relations.*``. ``best_head`` is one head
-  alone. The best of many is good by luck too, so it is chosen on one half of the pictures and scored on the other.
+  alone. The best of many is good by luck too, so it is chosen on one half of the images and scored on the other.
 - **Which balls count.** Those with two or more other objects. Where no query lies on the ball or on its decider, there
   is nothing to ask: such balls are left out, and ``cases`` of ``balls`` tells how many remain. Other objects without a
   query cannot be chosen, so they do not count for chance either; two or more, the decider among them, must remain.
 - **Chance** is 1 / (number of those objects), ball by ball. Where several objects have equally much, each is the most
   related for its share: attention that is the same everywhere, with one query an object, scores exactly chance.
-- **Intervals** hold 95 % of the means of pictures drawn anew with replacement, since balls of one picture are not
+- **Intervals** hold 95 % of the means of images drawn anew with replacement, since balls of one image are not
   independent.
 
 Chance is a weak rival, so there are two more. ``nearest`` always chooses the nearest box: deciders stand beside their
 balls. ``most_queries`` chooses the object with the most queries, as attention that is the same everywhere does.
-And ``decoder.0.self`` of a detector with learnt queries has seen no picture yet: what it scores, it scores blindly.
+And ``decoder.0.self`` of a detector with learned queries has seen no image yet: what it scores, it scores blindly.
 
 **Attention is not explanation.** A map tells what is mixed, not what follows from it; and REGO's glimpses are enlarged,
 so that a ball's own glimpse may show the decider, and no relation is needed. :mod:`regolite.evaluation.removal` asks
@@ -69,12 +70,12 @@ class Case:
     """One ball that a model has found together with its decider, and what its query attends to.
 
     Attributes:
-        image_id: COCO's id of the picture.
-        ball: which of the picture's N objects is decided.
+        image_id: COCO's id of the image.
+        ball: which of the image's N objects is decided.
         decider: which one decides.
         candidates: the other objects that have a query; the decider is one of them.
         queries: how many queries lie on each object.
-        gaps: free distance between the box of the ball and each object's, in pixels of the original picture.
+        gaps: free distance between the box of the ball and each object's, in pixels of the original image.
         weights: for each map of queries to queries by name, how much each head of the ball's query gives to the queries
             of each object. What is missing from 1 goes to queries that lie on nothing.
     """
@@ -120,22 +121,22 @@ def stand_for(
     overlap, owner = box_iou(boxes, objects).max(1)
     owner = owner.where(overlap >= OVERLAP, -1)
     on = owner[:, None] == torch.arange(len(objects), device=owner.device)  # [Q, N]
-    surest = scores.amax(1)[:, None].where(on, -1.0).argmax(0)
-    return owner, surest.where(on.any(0), -1)
+    best = scores.amax(1)[:, None].where(on, -1.0).argmax(0)
+    return owner, best.where(on.any(0), -1)
 
 
-def relation_cases(trace: Trace, target: Target, relations: Sequence[tuple[int, int]], picture: int = 0) -> list[Case]:
-    """The balls of one picture that count, with what their queries attend to.
+def relation_cases(trace: Trace, target: Target, relations: Sequence[tuple[int, int]], image: int = 0) -> list[Case]:
+    """The balls of one image that count, with what their queries attend to.
 
     Args:
         trace: what was recorded: boxes, and maps of queries to queries.
-        target: the objects of the picture.
+        target: the objects of the image.
         relations: pairs (ball, decider) of objects, as ``dataset.relations(i)`` gives them.
-        picture: of the batch.
+        image: of the batch.
     """
     last = trace.by_stage[-1]
     objects = to_xyxy(target.boxes)
-    owner, speaker = stand_for(to_xyxy(last.boxes[picture]), last.scores[picture], objects)
+    owner, speaker = stand_for(to_xyxy(last.boxes[image]), last.scores[image], objects)
     lies_on = F.one_hot(owner + 1, len(objects) + 1)[:, 1:]  # [Q, N]
     maps = [name for name in trace.names() if isinstance(trace[name], AttentionMap) and not trace[name].shapes]
     cases = []
@@ -144,7 +145,7 @@ def relation_cases(trace: Trace, target: Target, relations: Sequence[tuple[int, 
         candidates[ball] = False
         if speaker[ball] < 0 or not candidates[decider] or candidates.sum() < 2:
             continue
-        weights = {name: trace[name].weights[picture, :, speaker[ball]] @ lies_on.float() for name in maps}
+        weights = {name: trace[name].weights[image, :, speaker[ball]] @ lies_on.float() for name in maps}
         gaps = _gaps(objects[ball], objects, target.size)
         cases.append(Case(target.image_id, ball, decider, candidates, lies_on.sum(0), gaps, weights))
     return cases
@@ -164,16 +165,16 @@ def relation_score(
 
     Args:
         model: a detector that can be recorded.
-        dataset: scenes, or any data with ``decided_by``. Where it has no transform, pictures are prepared as the
+        dataset: scenes, or any data with ``decided_by``. Where it has no transform, images are prepared as the
             model's configuration says.
         stages: how many REGO stages to run; all by default.
-        batch_size: pictures at a time.
-        samples: how many times the pictures are drawn anew for an interval.
+        batch_size: images at a time.
+        samples: how many times the images are drawn anew for an interval.
         seed: of these draws.
         progress: show a progress bar.
 
     Returns:
-        The figures that :func:`summary` gives, with ``pictures`` and ``balls`` that were looked at; and the cases, for
+        The figures that :func:`summary` gives, with ``images`` and ``balls`` that were looked at; and the cases, for
         :func:`regolite.evaluation.removal.removal`.
 
     Raises:
@@ -186,7 +187,7 @@ def relation_score(
     relations = {i: dataset.relations(i) for i in range(len(dataset))}
     relations = {i: pairs for i, pairs in relations.items() if pairs and _count(dataset, i) > 2}
     if not relations:
-        raise UserError("no picture has three objects and one of them decided by another; give scenes, as scenes:200")
+        raise UserError("no image has three objects and one of them decided by another; give scenes, as scenes:200")
     patterns = [BASE, "decoder.*.boxes"]
     if isinstance(model, Rego):
         patterns += ["stage.*.self", "stage.*.relations.*", "stage.*.boxes.*"]
@@ -196,14 +197,14 @@ def relation_score(
             images, targets = collate([dataset[i] for i in batch.tolist()], multiple=32)
             with record(model, patterns) as trace:
                 run(model, images.to(device), stages)
-            for picture, (i, target) in enumerate(zip(batch.tolist(), targets)):
-                cases += relation_cases(trace, target, relations[i], picture)
+            for image, (i, target) in enumerate(zip(batch.tolist(), targets)):
+                cases += relation_cases(trace, target, relations[i], image)
     if not cases:
         raise UserError(
             "the model finds no ball together with its decider and one more object, so there are no relations to score;"
-            " train it longer, or give more pictures"
+            " train it longer, or give more images"
         )
-    looked_at = {"pictures": len(relations), "balls": sum(map(len, relations.values()))}
+    looked_at = {"images": len(relations), "balls": sum(map(len, relations.values()))}
     return {**looked_at, **summary(cases, samples, seed)}, cases
 
 
@@ -212,14 +213,14 @@ def summary(cases: Sequence[Case], samples: int = 2000, seed: int = 0) -> dict[s
 
     Args:
         cases: one or more, all with the same maps.
-        samples: how many times the pictures are drawn anew for an interval.
+        samples: how many times the images are drawn anew for an interval.
         seed: of these draws.
 
     Returns:
         The number of ``cases``; ``chance``, ``nearest`` and ``most_queries``; and ``maps``, for each map and for all
         layers of a kind together: ``name``, ``stage``, ``score``, what it has over chance (``over_chance``) and over
         all layers of the base decoder's self-attention (``over_base``, None for those), ``best_head`` (None with one
-        picture), the score of each head by itself, and ``shares``: where the attention goes, to the decider, to other
+        image), the score of each head by itself, and ``shares``: where the attention goes, to the decider, to other
         objects, to the ball itself and to queries that lie on nothing. Figures are dictionaries of ``mean``, ``low``
         and ``high``, in [0, 1].
     """
@@ -256,17 +257,17 @@ def summary(cases: Sequence[Case], samples: int = 2000, seed: int = 0) -> dict[s
 
 
 def interval(
-    values: Float[np.ndarray, "n"], pictures: Int[np.ndarray, "n"], samples: int = 2000, seed: int = 0
+    values: Float[np.ndarray, "n"], images: Int[np.ndarray, "n"], samples: int = 2000, seed: int = 0
 ) -> dict[str, float]:
-    """The mean, and within which bounds 95 % of the means lie when the pictures are drawn anew with replacement.
+    """The mean, and within which bounds 95 % of the means lie when the images are drawn anew with replacement.
 
     Args:
         values: one or more.
-        pictures: the picture that each value is of; values of one picture are drawn together.
+        images: the image that each value is of; values of one image are drawn together.
         samples: how many times they are drawn.
         seed: of the draws.
     """
-    _, place = np.unique(pictures, return_inverse=True)
+    _, place = np.unique(images, return_inverse=True)
     sums, counts = np.bincount(place, values), np.bincount(place)
     draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), samples)
     low, high = np.quantile(draws @ sums / (draws @ counts), (0.025, 0.975))
@@ -282,8 +283,8 @@ def as_text(figures: dict[str, Any]) -> str:
     lines = [
         "How often the most related object is the one that decides the class, in percent, with 95 % intervals;",
         "and to whose queries the attention goes, in percent.",
-        f"{figures['cases']} of {figures['balls']} balls with two or more other objects, in {figures['pictures']} "
-        "pictures:\nthose where a query lies on the ball, one on its decider, and one on another object.",
+        f"{figures['cases']} of {figures['balls']} balls with two or more other objects, in {figures['images']} "
+        "images:\nthose where a query lies on the ball, one on its decider, and one on another object.",
         "",
         f"{'':26}{titles}{shares}",
     ]
@@ -310,8 +311,8 @@ def figures_of(
     cases: Sequence[Case], samples: int, seed: int
 ) -> Callable[[Float[np.ndarray, "n"]], dict[str, float] | None]:
     """What makes a figure, mean and interval, of one value a case; None where there are no cases."""
-    pictures = np.array([case.image_id for case in cases], dtype=np.int64)
-    return lambda values: interval(values, pictures, samples, seed) if len(values) else None
+    images = np.array([case.image_id for case in cases], dtype=np.int64)
+    return lambda values: interval(values, images, samples, seed) if len(values) else None
 
 
 def group(name: str) -> str:
@@ -320,7 +321,7 @@ def group(name: str) -> str:
 
 
 def _count(dataset: DetectionDataset, i: int) -> int:
-    """How many objects picture ``i`` shows."""
+    """How many objects image ``i`` shows."""
     return len(dataset.objects(i).targets(*dataset.size(i)))
 
 
@@ -329,14 +330,14 @@ def _stage(name: str) -> int:
 
 
 def _gaps(box: Float[Tensor, "4"], boxes: Float[Tensor, "N 4"], size: tuple[int, int]) -> Float[Tensor, "N"]:
-    """Free distance between a box and others, ``xyxy`` in [0, 1], in pixels of a picture of this height and width."""
+    """Free distance between a box and others, ``xyxy`` in [0, 1], in pixels of an image of this height and width."""
     apart = torch.maximum(box[:2] - boxes[:, 2:], boxes[:, :2] - box[2:]).clamp(min=0.0)
     return (apart * torch.tensor([float(size[1]), float(size[0])])).norm(dim=1)
 
 
-def _best_head(hits: Float[np.ndarray, "n M"], pictures: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"] | None:
-    """The hits of one head, which for each half of the pictures is the one that was best in the other half."""
-    half = np.unique(pictures, return_inverse=True)[1] % 2
+def _best_head(hits: Float[np.ndarray, "n M"], images: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"] | None:
+    """The hits of one head, which for each half of the images is the one that was best in the other half."""
+    half = np.unique(images, return_inverse=True)[1] % 2
     if not half.any():
         return None
     return np.where(half == 1, hits[:, hits[half == 0].mean(0).argmax()], hits[:, hits[half == 1].mean(0).argmax()])

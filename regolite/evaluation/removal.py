@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from regolite.boxes import to_xyxy
-from regolite.data import DetectionDataset, Scenes, batch_pictures
+from regolite.data import DetectionDataset, Scenes, batch_images
 from regolite.data.scenes import CLASSES, DECIDERS, Scene
 from regolite.data.transforms import to_pixels
 from regolite.errors import UserError
@@ -43,7 +43,7 @@ MEASURES = {"score": "score of the ball's class", "preference": "preference to t
 
 
 def without(scene: Scene, k: int) -> Scene:
-    """The scene without thing ``k``; all else of the picture stays, the background included."""
+    """The scene without thing ``k``; all else of the image stays, the background included."""
     return Scene(scene.size, scene.noise, scene.things[:k] + scene.things[k + 1 :])
 
 
@@ -66,17 +66,17 @@ def removal(
 ) -> dict[str, Any]:
     """Take objects out of scenes, one at a time, and measure what becomes of the classes of the balls.
 
-    In each picture drawn again, the query that speaks for the ball is found anew by the boxes of the last stage. The
+    In each image drawn again, the query that speaks for the ball is found anew by the boxes of the last stage. The
     ball's ``score`` at a stage is that query's score of the ball's class; 0 where no query lies on the ball. Its
     ``preference`` is score / (score + score of the other kind of ball), 0.5 where both are 0: it tells a model that
-    doubts the class from one that no longer sees a ball. "The ball's class" is that of the picture as it was.
+    doubts the class from one that no longer sees a ball. "The ball's class" is that of the image as it was.
 
     Args:
         model: any detector.
         scenes: the set that the cases are of.
         cases: one or more, as :func:`regolite.evaluation.relations.relation_score` gives them.
         stages: how many REGO stages to run; all by default.
-        samples: how many times the pictures are drawn anew for an interval.
+        samples: how many times the images are drawn anew for an interval.
         seed: of these draws.
         progress: show a progress bar.
 
@@ -96,27 +96,27 @@ def removal(
         UserError: for data that cannot be drawn again.
     """
     if not isinstance(scenes, Scenes):
-        raise UserError("pictures in files cannot be drawn again without an object; give scenes, as scenes:200")
+        raise UserError("images in files cannot be drawn again without an object; give scenes, as scenes:200")
     check_stages(model, stages)
     samples = whole("samples", samples, 1)
     known = category_ids_of(getattr(model, "model_config", None), scenes)
     columns = [known.index(scenes.category_ids[CLASSES.index(f"ball of {shape}")]) for shape in DECIDERS]
     transform = prepared(model, scenes).transform or to_pixels()
     place = {image_id: i for i, image_id in enumerate(scenes.image_ids)}
-    of_picture: dict[int, list[int]] = defaultdict(list)
+    of_image: dict[int, list[int]] = defaultdict(list)
     for n, case in enumerate(cases):
-        of_picture[case.image_id].append(n)
+        of_image[case.image_id].append(n)
 
     effects: dict[int, dict[str, Float[Tensor, "_n S"]]] = {}
     with evaluating(model) as device:
-        for image_id in track(list(of_picture), "removing objects", progress):
-            i, numbers = place[image_id], of_picture[image_id]
+        for image_id in track(list(of_image), "removing objects", progress):
+            i, numbers = place[image_id], of_image[image_id]
             scene = scenes.scene(i)
             objects = to_xyxy(scenes[i][1].boxes).to(device)
             # Objects have the numbers of the scene's things, since every thing can be seen and none is a crowd.
             variants = [scene, *(without(scene, k) for k in range(len(objects)))]
             variants += [swapped(scene, cases[n].decider) for n in numbers]
-            batch = batch_pictures([transform(variant.draw()) for variant in variants], multiple=32)
+            batch = batch_images([transform(variant.draw()) for variant in variants], multiple=32)
             output = run(model, batch.to(device), stages)
             for number, n in enumerate(numbers):
                 scores = _ball_scores(output.by_stage, model.scoring, objects, cases[n].ball, columns)
@@ -132,7 +132,7 @@ def removal(
 def _ball_scores(
     by_stage: Sequence[Prediction], scoring: str, objects: Float[Tensor, "N 4"], ball: int, columns: Sequence[int]
 ) -> Float[Tensor, "V S 2"]:
-    """The scores of both kinds of ball of the query that speaks for a ball, in V pictures and at S stages."""
+    """The scores of both kinds of ball of the query that speaks for a ball, in V images and at S stages."""
     scores = [p.logits.sigmoid() if scoring == "sigmoid" else p.logits.softmax(-1)[..., :-1] for p in by_stage]
     result = torch.zeros(len(scores[-1]), len(scores), 2)
     for v, boxes in enumerate(to_xyxy(by_stage[-1].boxes)):
@@ -146,7 +146,7 @@ def _effects(scores: Float[Tensor, "n S 2"]) -> dict[str, Float[Tensor, "n S"]]:
     """Both measures of one ball: as it was, then the changes by each removed object, then that by the swap.
 
     Args:
-        scores: of the ball's class and of the other kind, in these pictures.
+        scores: of the ball's class and of the other kind, in these images.
     """
     own, both = scores[..., 0], scores.sum(-1)
     measured = {"score": own, "preference": (own / both).where(both > 0, 0.5)}

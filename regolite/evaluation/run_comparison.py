@@ -23,7 +23,7 @@ from regolite.models.config import ModelConfig
 from regolite.models.presets import build
 from regolite.utils.validation import Checked, from_values
 
-AXES = ("epochs", "hours", "pictures")
+AXES = ("epochs", "hours", "images")
 """What training can be measured by."""
 
 
@@ -33,17 +33,17 @@ class Point:
 
     Attributes:
         value: the figure, in percent; not a number where the evaluation had nothing to measure.
-        step: optimiser steps.
+        step: optimizer steps.
         epochs: whole epochs, and a fraction where the run ended within one.
         hours: time of the run, evaluations included.
-        pictures: steps times pictures per step; an epoch's last step may have had fewer.
+        images: steps times images per step; an epoch's last step may have had fewer.
     """
 
     value: float
     step: int
     epochs: float
     hours: float
-    pictures: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimiser steps of a whole epoch, or None where not one is done."""
+        """Optimizer steps of a whole epoch, or None where not one is done."""
         # Epoch e is the running one while e * steps < step <= (e + 1) * steps; an evaluation after it has equality.
         bounds = [line["step"] // line["epoch"] for line in self._lines if line["epoch"] > 0]
         return min(bounds) if bounds else None
@@ -147,7 +147,7 @@ class Run:
         Args:
             metric: AP, AP50, AP75, APs, APm or APl.
             stage: which stage, 0 the base detector; the last by default.
-            split: pictures that were evaluated, ``val`` or ``train``.
+            split: images that were evaluated, ``val`` or ``train``.
 
         Raises:
             UserError: when the run has no evaluation of that, or fewer stages.
@@ -200,15 +200,15 @@ class Run:
         if not lines:
             what = "validation" if split == "val" else "training"
             raise UserError(
-                f"the run {self.label!r} ({self.folder}) has no evaluation on the {what} pictures; let it train on to "
+                f"the run {self.label!r} ({self.folder}) has no evaluation on the {what} images; let it train on to "
                 "its first one, or leave it out"
             )
         return lines
 
     def _point(self, line: Mapping[str, Any], value: float | None) -> Point:
-        pictures = line["step"] * int(self.config["batch_size"])
+        images = line["step"] * int(self.config["batch_size"])
         value = math.nan if value is None else float(value)
-        return Point(value, line["step"], self.epochs_at(line), line["seconds"] / 3600, pictures)
+        return Point(value, line["step"], self.epochs_at(line), line["seconds"] / 3600, images)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Comparison(Checked):
     base: str | None = field(default=None, metadata={"help": "label of the run to compare with; the first by default"})
     metric: Literal["AP", "AP50", "AP75", "APs", "APm", "APl"] = field(default="AP", metadata={"help": "which figure"})
     stage: int | None = field(default=None, metadata={"help": "which stage, 0 the base detector; each run's last"})
-    split: Literal["val", "train"] = field(default="val", metadata={"help": "on which pictures"})
+    split: Literal["val", "train"] = field(default="val", metadata={"help": "on which images"})
     smoothing: int = field(default=1, metadata={"help": "lines of metrics whose mean is drawn in curves of the loss"})
 
     def __post_init__(self) -> None:
@@ -279,7 +279,7 @@ def rows(runs: Sequence[Run], metric: str = "AP", stage: int | None = None, spli
         runs: the runs, the one to compare with first.
         metric: AP, AP50, AP75, APs, APm or APl.
         stage: which stage; each run's last by default.
-        split: on which pictures.
+        split: on which images.
     """
     goal = runs[0].best(metric, stage, split)
     table = []
@@ -325,7 +325,7 @@ def as_text(table: Sequence[Mapping[str, Any]], metric: str = "AP") -> str:
         "",
         f"to reach {metric} {_text(goal['value'])}, the best of {table[0]['label']} (share: of what that took)",
     ]
-    lines.append(f"{'run':{wide}}  {'epochs':>7} {'share':>6}  {unit:>8} {'share':>6}  {'pictures':>10} {'share':>6}")
+    lines.append(f"{'run':{wide}}  {'epochs':>7} {'share':>6}  {unit:>8} {'share':>6}  {'images':>10} {'share':>6}")
     for row in table:
         there = row["reaches"]
         if there is None:
@@ -334,7 +334,7 @@ def as_text(table: Sequence[Mapping[str, Any]], metric: str = "AP") -> str:
         shares = {axis: _percent(there[f"{axis}_ratio"]) for axis in AXES}
         lines.append(
             f"{row['label']:{wide}}  {there['epochs']:>7.4g} {shares['epochs']:>6}  "
-            f"{there['hours'] * per_hour:>8.1f} {shares['hours']:>6}  {there['pictures']:>10,} {shares['pictures']:>6}"
+            f"{there['hours'] * per_hour:>8.1f} {shares['hours']:>6}  {there['images']:>10,} {shares['images']:>6}"
         )
     return "\n".join(lines)
 

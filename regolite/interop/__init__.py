@@ -2,15 +2,15 @@
 
 ::
 
-    model = interop.load("detr-r50-e632da11.pth")          # the authors' weights: recognised, converted, ready
+    model = interop.load("detr-r50-e632da11.pth")          # the authors' weights: recognized, converted, ready
     model = interop.load("r50_deformable_detr.pth", num_classes=3)   # new class heads, to fine-tune
     interop.save(model, "for_their_code.pth")              # the way back: their names, their form of a file
     detector = interop.from_transformers(hugging_face_model)         # and back: to_transformers(detector)
     model = Rego(interop.adapt(hugging_face_model), stages=3)        # REGO on a detector of transformers
 
-The authors' code lets padding touch a picture, so a model that comes from there has ``mask_padding=False`` and gives
+The authors' code lets padding touch an image, so a model that comes from there has ``mask_padding=False`` and gives
 their outputs exactly. A model that was trained here with ``mask_padding=True`` gives its own outputs there for a
-picture that is alone, and nearly so in a padded batch.
+image that is alone, and nearly so in a padded batch.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def load(
 
     Args:
         source: a ``.pth`` or ``.safetensors`` file, or a state dict. Nothing in a file is executed.
-        form: a name in :data:`FORMS`, as ``"detr"``, to refuse anything else; by default it is recognised.
+        form: a name in :data:`FORMS`, as ``"detr"``, to refuse anything else; by default it is recognized.
         num_classes: None keeps the class heads. Another number than theirs replaces all of them by new ones, which is
             said in a warning, and leaves everything else as published: a start for fine-tuning.
-        **overrides: fields of the configuration, as in :func:`regolite.configure`; they win over what is recognised.
+        **overrides: fields of the configuration, as in :func:`regolite.configure`; they win over what is recognized.
 
     Returns:
         The detector in evaluation mode. Of 91 columns each is the category of COCO with its number as id; the numbers
@@ -86,7 +86,7 @@ def load(
             or when weights are missing, unknown or of a wrong shape, which are named.
     """
     weights = read(source)
-    chosen = _recognise(weights, form)
+    chosen = _recognize(weights, form)
     if "heads" in overrides:  # the number of sampling points follows from it
         weights = replace(weights, options=weights.options | {"nheads": overrides["heads"]})
     family, classes, fields = chosen.describe(weights)
@@ -160,12 +160,12 @@ def save(detector: nn.Module, path: str | os.PathLike[str]) -> None:
         write_atomic(path, buffer.getvalue())
 
 
-def _recognise(weights: Weights, form: str | None) -> Any:
+def _recognize(weights: Weights, form: str | None) -> Any:
     """The module of :data:`FORMS` that knows these weights."""
     if form is not None and form not in FORMS:
         raise UserError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
     # The last first: SMCA has the names of DETR, and more.
-    found = next((name for name in reversed(FORMS) if FORMS[name].recognise(weights)), None)
+    found = next((name for name in reversed(FORMS) if FORMS[name].recognize(weights)), None)
     if found is None:
         names = set(weights.tensors)
         if {"conv1.weight", "fc.weight"} <= names:

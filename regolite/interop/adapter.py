@@ -14,8 +14,8 @@ Families differ in three things, and :data:`FAMILIES` is the table of them:
   reads the last of them alone; a multi-scale one the projected pyramid that its transformer reads. Hooks, set for the
   time of one forward pass, listen to the modules that make these maps.
 - **padding.** Most hide it from their attention by a mask and let it into their convolutions, as the published models
-  do, so that a picture's boxes depend a little on its batch. RT-DETR has no mask: padding is black picture to it, and
-  its boxes are relative to the padded batch. They are put into the frame of the picture here, where a box that was
+  do, so that an image's boxes depend a little on its batch. RT-DETR has no mask: padding is black image to it, and
+  its boxes are relative to the padded batch. They are put into the frame of the image here, where a box that was
   found on padding lies beyond 1.
 """
 
@@ -91,7 +91,7 @@ class TransformersDetector(nn.Module):
         dim: channels of the hidden states.
         heads: attention heads of the decoder.
         scoring: how logits become scores.
-        columns: logits per query, K or K + 1.
+        num_logits: logits per query, K or K + 1.
         feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
         projected: whether these maps are projections to ``dim`` channels, or the backbone's own.
 
@@ -104,7 +104,7 @@ class TransformersDetector(nn.Module):
         self.family = family = _family(model)
         self.model, config = model, model.config
         self.dim, self.heads, self.scoring = config.hidden_size, config.decoder_attention_heads, family.scoring
-        self.columns = config.num_labels + (family.scoring == "softmax")
+        self.num_logits = config.num_labels + (family.scoring == "softmax")
         self.projected = family.pyramid is not None
         self.feature_channels = [channels for _, channels in self._map_makers()]
         classes = tuple(str(config.id2label.get(label, label)) for label in range(config.num_labels))
@@ -228,8 +228,8 @@ class Family:
         scoring: how logits become scores.
         pyramid: name of the modules whose outputs are the projected pyramid; None where the backbone's maps are read.
         asks_states: whether the hidden states of all decoder layers must be asked for.
-        masks_padding: whether the model is told what padding is, and predicts in the frame of the picture.
-        normalized: whether it takes pixels normalised by ImageNet's mean and deviation, or in [0, 1].
+        masks_padding: whether the model is told what padding is, and predicts in the frame of the image.
+        normalized: whether it takes pixels normalized by ImageNet's mean and deviation, or in [0, 1].
     """
 
     read: Read
@@ -246,7 +246,7 @@ def _read_detr(model: nn.Module, out: Any) -> tuple[list[Prediction], None]:
 
 
 def _read_conditional_detr(model: nn.Module, out: Any) -> tuple[list[Prediction], None]:
-    """Every layer corrects the same learnt reference point."""
+    """Every layer corrects the same learned reference point."""
     start = F.pad(inverse_sigmoid(out.reference_points).transpose(0, 1), (0, 2))
     states = _decoder_states(model, out)
     boxes = ((model.bbox_predictor(h) + start).sigmoid() for h in states)
@@ -261,7 +261,7 @@ def _read_dab_detr(model: nn.Module, out: Any) -> tuple[list[Prediction], None]:
 
 
 def _read_deformable_detr(model: nn.Module, out: Any) -> tuple[list[Prediction], Prediction | None]:
-    """Every layer corrects a reference: the learnt point, or, refined, the box of the layer before (or a proposal)."""
+    """Every layer corrects a reference: the learned point, or, refined, the box of the layer before (or a proposal)."""
     layers = []
     references = [out.init_reference_points, *out.intermediate_reference_points.unbind(1)]
     for i, (h, reference) in enumerate(zip(out.intermediate_hidden_states.unbind(1), references)):
@@ -300,14 +300,14 @@ FAMILIES = {
 
 
 def _decoder_states(model: nn.Module, out: Any) -> list[Float[Tensor, "B Q C"]]:
-    """The decoder's hidden states after each layer, normalised as the heads read them.
+    """The decoder's hidden states after each layer, normalized as the heads read them.
 
-    With ``auxiliary_loss`` in a configuration, transformers feeds each layer the *normalised* state of the one before,
+    With ``auxiliary_loss`` in a configuration, transformers feeds each layer the *normalized* state of the one before,
     which the published DETR does not do: another model, with other answers. Leave it off; here all layers are trained
     in any case.
     """
     inner = out.intermediate_hidden_states
-    if inner is None:  # their hidden states begin with the decoder's input, and the last of them is normalised already
+    if inner is None:  # their hidden states begin with the decoder's input, and the last of them is normalized already
         inner = [model.model.decoder.layernorm(h) for h in out.decoder_hidden_states[1:]]
     return [*inner[:-1], out.last_hidden_state]
 
@@ -353,9 +353,9 @@ def _category_ids(classes: Sequence[str]) -> tuple[int, ...]:
 
 
 def _unpad(boxes: Float[Tensor, "B Q 4"], images: ImageBatch) -> Float[Tensor, "B Q 4"]:
-    """Boxes relative to the padded batch, made relative to the picture."""
+    """Boxes relative to the padded batch, made relative to the image."""
     padded = images.sizes.new_tensor(images.mask.shape[1:])
-    factors = (padded / images.sizes).flip(1)  # [B, 2]: width and height of the batch by those of the picture
+    factors = (padded / images.sizes).flip(1)  # [B, 2]: width and height of the batch by those of the image
     return boxes * factors.repeat(1, 2)[:, None]
 
 

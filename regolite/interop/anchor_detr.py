@@ -1,4 +1,4 @@
-"""Anchor DETR as its authors publish it (megvii-research/AnchorDETR): how its weights are recognised and called.
+"""Anchor DETR as its authors publish it (megvii-research/AnchorDETR): how its weights are recognized and called.
 
 As with DETR, what a state dict cannot tell comes from the options saved beside it: DC5, which must be given
 (``dilated=True``) where there are none, and the number of heads, 8 by default. The authors' code can also build models
@@ -19,7 +19,7 @@ from regolite.utils.weight_files import Weights
 TITLE = "Anchor DETR of megvii-research/AnchorDETR"
 
 
-def recognise(weights: Weights) -> bool:
+def recognize(weights: Weights) -> bool:
     """Whether these weights are Anchor DETR's."""
     return any(key.startswith("transformer.adapt_pos1d.") for key in weights.tensors)
 
@@ -43,7 +43,7 @@ def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
         "dim": dim,
         "queries": patterns * points,
         "patterns": patterns,
-        "anchors": "grid" if grid else "learnt",
+        "anchors": "grid" if grid else "learned",
         "weights": None,
         "mask_padding": False,
     }
@@ -57,7 +57,7 @@ def options(config: ModelConfig) -> dict[str, Any]:
         "backbone": d.backbone, "dilation": d.dilated, "enc_layers": d.encoder_layers, "dec_layers": d.decoder_layers,
         "dim_feedforward": d.ffn_dim, "hidden_dim": d.dim, "dropout": d.dropout, "nheads": d.heads,
         "num_query_position": d.queries // d.patterns, "num_query_pattern": d.patterns,
-        "spatial_prior": {"learnt": "learned", "grid": "grid"}[d.anchors],
+        "spatial_prior": {"learned": "learned", "grid": "grid"}[d.anchors],
         "num_feature_levels": 1, "attention_type": "RCDA",
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Conditional DETR as its authors publish it (Atten4Vis/ConditionalDETR): recognising and naming its weights.
+"""Conditional DETR as its authors publish it (Atten4Vis/ConditionalDETR): recognizing and naming its weights.
 
 As with DETR, dilation (DC5) and the number of heads come from the options that were saved beside the weights.
 """
@@ -37,7 +37,7 @@ DECODER_LAYER = {
 }
 
 
-def recognise(weights: Weights) -> bool:
+def recognize(weights: Weights) -> bool:
     """Whether these weights are Conditional DETR's."""
     return any(key.startswith("transformer.decoder.layers.0.ca_qpos_sine_proj.") for key in weights.tensors)
 

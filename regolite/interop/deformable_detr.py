@@ -1,4 +1,4 @@
-"""Deformable DETR as its authors publish it (fundamentalvision/Deformable-DETR): recognising and naming its weights.
+"""Deformable DETR as its authors publish it (fundamentalvision/Deformable-DETR): recognizing and naming its weights.
 
 All of its forms have the same names: single scale, single scale DC5, multi-scale, refined and two-stage. A state dict
 there lists its heads once for every decoder layer, even where all layers share one pair, and once more inside of the
@@ -26,7 +26,7 @@ TITLE = (
 )
 
 
-def recognise(weights: Weights) -> bool:
+def recognize(weights: Weights) -> bool:
     """Whether these weights are Deformable DETR's."""
     deformable = any(key.startswith("transformer.encoder.layers.0.self_attn.sampling_") for key in weights.tensors)
     return deformable and not any(key.startswith("rego_") for key in weights.tensors)

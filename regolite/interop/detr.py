@@ -1,4 +1,4 @@
-"""DETR as its authors publish it (facebookresearch/detr): how its weights are recognised, and what they are called.
+"""DETR as its authors publish it (facebookresearch/detr): how its weights are recognized, and what they are called.
 
 What a state dict cannot tell comes from the options that were saved beside it: DC5 (dilation has no weights) and the
 number of heads. Without options they are the authors' defaults, no dilation and 8 heads.
@@ -17,7 +17,7 @@ from regolite.utils.weight_files import Weights
 TITLE = "DETR (facebookresearch/detr: a ResNet, softmax scores, no reference points)"
 
 
-def recognise(weights: Weights) -> bool:
+def recognize(weights: Weights) -> bool:
     """Whether these weights are DETR's."""
     return any(key.startswith("transformer.decoder.layers.0.multihead_attn.") for key in weights.tensors)
 

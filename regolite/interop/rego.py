@@ -1,4 +1,4 @@
-"""REGO as its authors publish it (zhechen/Deformable-DETR-REGO): recognising and naming its weights.
+"""REGO as its authors publish it (zhechen/Deformable-DETR-REGO): recognizing and naming its weights.
 
 It is a Deformable DETR with three stages beside it. Here they are a :class:`~regolite.models.rego.Rego` of form
 ``released`` on a detector. There the two layers of a stage's decoder share one class head and one box head, listed once
@@ -22,7 +22,7 @@ TITLE = (
 )
 
 
-def recognise(weights: Weights) -> bool:
+def recognize(weights: Weights) -> bool:
     """Whether these weights are REGO's."""
     return any(key.startswith("rego_") for key in weights.tensors)
 

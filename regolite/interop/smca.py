@@ -1,7 +1,7 @@
-"""SMCA as its authors publish it (gaopengcuhk/SMCA-DETR): how its weights are recognised, and what they are called.
+"""SMCA as its authors publish it (gaopengcuhk/SMCA-DETR): how its weights are recognized, and what they are called.
 
 This is the single-scale model. The archive beside it, with a multi-scale one, has another encoder than the paper's, of
-convolutions: weights of it are recognised, and refused.
+convolutions: weights of it are recognized, and refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TITLE = "SMCA of gaopengcuhk/SMCA-DETR"
 LAYER = "transformer.decoder.layers.0."
 
 
-def recognise(weights: Weights) -> bool:
+def recognize(weights: Weights) -> bool:
     """Whether these weights are SMCA's."""
     return f"{LAYER}point1.layers.0.weight" in weights.tensors
 
@@ -74,7 +74,7 @@ def pairs(config: ModelConfig) -> list[Pair]:
         Pair("projections.0.", "input_proj."),
         *encoder(d.encoder_layers, "encoder.", "transformer.encoder."),
         Pair("decoder.norm.", "transformer.decoder.norm."),
-        *mlp("centre_head.", [f"{LAYER}point1."]),
+        *mlp("center_head.", [f"{LAYER}point1."]),
         Pair("query_positions.", "query_embed."),
         Pair("class_head.", "class_embed."),
         *mlp("box_head.", ["bbox_embed."]),

@@ -6,7 +6,7 @@ settings that only one side has, stand together in :data:`FAMILIES`; whoever add
 
 The outputs are the same; training there is not quite the authors'. In transformers 5.23
 
-- ``auxiliary_loss=True`` changes the outputs of DETR and Conditional DETR: the decoder normalises between its layers
+- ``auxiliary_loss=True`` changes the outputs of DETR and Conditional DETR: the decoder normalizes between its layers
   and the last one twice; such a model is refused;
 - the classification loss of Conditional and Deformable DETR weighs 1 whatever the configuration says (the authors' 2);
 - two-stage Deformable DETR has no loss for the proposals, and the refined form trains one class head for all layers
@@ -151,7 +151,7 @@ def to_transformers(detector: nn.Module, timm: bool = True) -> nn.Module:
 
     Returns:
         A ``...ForObjectDetection`` of the same family on the CPU, ready to detect. It lets
-        padding in: a detector that hides it (``mask_padding``) gives the same outputs there for a picture alone, and a
+        padding in: a detector that hides it (``mask_padding``) gives the same outputs there for an image alone, and a
         warning says so.
 
     Raises:
@@ -176,7 +176,7 @@ def to_transformers(detector: nn.Module, timm: bool = True) -> nn.Module:
     if c.mask_padding:
         logging.getLogger("regolite").warning(
             "transformers lets padding in, which this detector hides (mask_padding=True): there its outputs are the "
-            "same for a picture alone, and others in a padded batch"
+            "same for an image alone, and others in a padded batch"
         )
 
     transformers = _package("transformers")
@@ -408,9 +408,9 @@ def _head(class_head: str, box_head: str, numbers: tuple[int, ...], c: Deformabl
 FIXED = {
     "activation_function": ("relu", "so have regolite's feed-forward networks"),
     "position_embedding_type": ("sine", "regolite's detectors learn no positions of cells"),
-    "num_channels": (3, "regolite's pictures have three"),
+    "num_channels": (3, "regolite's images have three"),
 }
-NORMED_TWICE = "with it transformers' decoder normalises between its layers; set it if the weights were not trained so"
+NORMED_TWICE = "with it transformers' decoder normalizes between its layers; set it if the weights were not trained so"
 FAMILIES = {
     "DetrForObjectDetection": Family(
         DetrConfig, FIELDS, detr_pairs,

@@ -1,14 +1,14 @@
-"""Anchor DETR (Wang et al., AAAI 2022): object queries that are points of the picture.
+"""Anchor DETR (Wang et al., AAAI 2022): object queries that are points of the image.
 
-A query of DETR is a learnt vector, and nobody can say beforehand where it will look. Here it is made of two things that
+A query of DETR is a learned vector, and where it will attend cannot be read off it. Here it is made of two things that
 have a meaning:
 
-- an **anchor point** (x, y), learnt or of a regular grid. It is encoded like the cells of the picture, by sine waves
+- an **anchor point** (x, y), learned or of a regular grid. It is encoded like the cells of the image, by sine waves
   and a small network, so that points and cells are compared in one language; the box is predicted around it;
-- a **pattern**, one of a few learnt vectors that all points share. Every point is asked once with every pattern, since
+- a **pattern**, one of a few learned vectors that all points share. Every point is asked once with every pattern, since
   several objects may lie around one point: 300 points with 3 patterns are 900 queries.
 
-The picture is looked at by row-column decoupled attention, which is cheap on large maps.
+The image is looked at by row-column decoupled attention, which is cheap on large maps.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from regolite.boxes import inverse_sigmoid
 from regolite.errors import UserError
 from regolite.models.backbone import Backbone
 from regolite.models.config import DetectorConfig, register
-from regolite.models.deformable_detr import PictureNorm
-from regolite.models.positions import waves
+from regolite.models.deformable_detr import ImageNorm
+from regolite.models.positions import sine_embedding
 from regolite.models.transformer import MLP, DecoderLayer, EncoderLayer, box_head, class_head, in_float32
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
 
@@ -39,9 +39,9 @@ class AnchorDetrConfig(DetectorConfig):
     Attributes:
         queries: number of object queries, patterns times anchor points.
         patterns: number of patterns.
-        anchors: whether anchor points are ``"learnt"``, or stand on a fixed square ``"grid"``.
-        mask_padding: keep padding out of the maps, of their normalisation and of the means of rows and columns, so that
-            a picture's boxes do not depend on the batch. The published models let it in.
+        anchors: whether anchor points are ``"learned"``, or stand on a fixed square ``"grid"``.
+        mask_padding: keep padding out of the maps, of their normalization and of the means of rows and columns, so that
+            an image's boxes do not depend on the batch. The published models let it in.
     """
 
     channel_multiple: ClassVar[int] = 32
@@ -58,14 +58,14 @@ class AnchorDetrConfig(DetectorConfig):
     dropout: float = 0.0
     queries: int = 900
     patterns: int = 3
-    anchors: Literal["learnt", "grid"] = "learnt"
+    anchors: Literal["learned", "grid"] = "learned"
     mask_padding: bool = True
     scoring: Literal["sigmoid"] = "sigmoid"
 
 
 @dataclass
 class Grid:
-    """The cells of a picture, with the encoded position of every column and of every row.
+    """The cells of an image, with the encoded position of every column and of every row.
 
     The mask is True on padding, a margin on the right and at the bottom, so that it hides whole columns and whole rows.
     """
@@ -191,7 +191,7 @@ class AnchorDetr(nn.Module):
         if c.anchors == "grid" and side**2 != points:
             square = f"queries={c.patterns * side**2} for {side} x {side} points"
             raise UserError(f"{points} anchor points fill no square grid; choose {square}")
-        self.dim, self.heads, self.scoring, self.columns = c.dim, c.heads, "sigmoid", num_classes
+        self.dim, self.heads, self.scoring, self.num_logits = c.dim, c.heads, "sigmoid", num_classes
         self.dilated = c.dilated
         self.backbone = Backbone(
             c.backbone, (2, 3, 4, 5), c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
@@ -200,7 +200,7 @@ class AnchorDetr(nn.Module):
         self.input_projection = nn.Conv2d(self.backbone.channels[-1], c.dim, 1)
         nn.init.xavier_uniform_(self.input_projection.weight)
         nn.init.zeros_(self.input_projection.bias)
-        self.input_norm = PictureNorm(32, c.dim, c.mask_padding)
+        self.input_norm = ImageNorm(32, c.dim, c.mask_padding)
 
         def attention() -> RowColumnAttention:
             return RowColumnAttention(c.dim, c.heads, c.dropout, c.mask_padding)
@@ -212,7 +212,7 @@ class AnchorDetr(nn.Module):
             AnchorDecoderLayer(c.dim, c.heads, attention(), c.ffn_dim, c.dropout) for _ in range(c.decoder_layers)
         )
         self.patterns = nn.Embedding(c.patterns, c.dim)
-        if c.anchors == "learnt":
+        if c.anchors == "learned":
             self.points = nn.Parameter(torch.rand(points, 2))
         else:
             steps = (torch.arange(side) + 0.5) / side
@@ -232,8 +232,8 @@ class AnchorDetr(nn.Module):
 
         points = self.points.repeat(self.patterns.num_embeddings, 1)  # [Q, 2], all points with the first pattern first
         queries = self.patterns.weight.repeat_interleave(len(self.points), 0).expand(len(images), -1, -1)
-        xy = self.encode_both(waves(points.flip(-1) * 2 * math.pi, self.dim // 2).flatten(-2))
-        x, y = self.encode_one(waves(points.T * 2 * math.pi, self.dim))
+        xy = self.encode_both(sine_embedding(points.flip(-1) * 2 * math.pi, self.dim // 2).flatten(-2))
+        x, y = self.encode_one(sine_embedding(points.T * 2 * math.pi, self.dim))
         layers = []
         for layer in self.decoder_layers:
             queries = layer(queries, (xy, x, y), grid)
@@ -245,6 +245,6 @@ class AnchorDetr(nn.Module):
         return DetectorOutput(layers, queries, maps)
 
     def _along(self, mask: Bool[Tensor, "B n"]) -> Float[Tensor, "B n C"]:
-        """The encoded positions of columns or rows, in [0, 1] of the unpadded picture."""
+        """The encoded positions of columns or rows, in [0, 1] of the unpadded image."""
         number = (~mask).float().cumsum(1)
-        return self.encode_one(waves((number - 0.5) / number[:, -1:] * 2 * math.pi, self.dim))
+        return self.encode_one(sine_embedding((number - 0.5) / number[:, -1:] * 2 * math.pi, self.dim))

@@ -63,7 +63,7 @@ class MultiHeadAttention(nn.Module):
         memory: Memory,
         reference_points: Float[Tensor, "B Q L d"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
-        """Look at a flattened picture everywhere; reference points, which deformable attention needs, are unused."""
+        """Look at a flattened image everywhere; reference points, which deformable attention needs, are unused."""
         return self(queries, memory.tokens + memory.positions, memory.tokens, memory.mask)
 
     def weights(

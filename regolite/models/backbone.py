@@ -1,6 +1,6 @@
-"""Backbones: a picture becomes a pyramid of feature maps.
+"""Backbones: an image becomes a pyramid of feature maps.
 
-The network is torchvision's; this module says which of its maps are read, keeps batch normalisation frozen (batches of
+The network is torchvision's; this module says which of its maps are read, keeps batch normalization frozen (batches of
 a detector are too small for it), and carries the padding mask along. Maps are named by *stage*, as ResNet's papers
 count: stage 2 has stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride 32.
 """
@@ -104,8 +104,8 @@ class Backbone(nn.Module):
             body of an SSD, the path of a ``.safetensors`` or ``.pth`` state dict, or None for random ones.
         dilated: DC5: stage 5 keeps the stride of stage 4 and its convolutions are dilated (ResNets only).
         frozen_stages: the stem and the stages up to this number are not trained (DETR freezes up to stage 2).
-        mask_padding: hide padding from every convolution, so that a picture has the same maps alone and in any batch.
-            A convolution reads zeros beyond the edge of a picture that is alone; in a batch it would read what the
+        mask_padding: hide padding from every convolution, so that an image has the same maps alone and in any batch.
+            A convolution reads zeros beyond the edge of an image that is alone; in a batch it would read what the
             layers before have made of the padding, as the published detectors do. (The GroupNorm of ``tiny`` counts
             padding all the same.)
 
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
         fold_norms(self.body)
         if mask_padding:
             for module in self.body.modules():
-                # All that reads neighbours; the maximum is taken of a ReLU's output, where zeros say nothing.
+                # All that reads neighbors; the maximum is taken of a ReLU's output, where zeros say nothing.
                 if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.kernel_size != (1, 1):
                     module.register_forward_pre_hook(self._hide_padding)
         if weights is not None:
@@ -191,7 +191,7 @@ def halvings(mask: Bool[Tensor, "B H W"]) -> dict[tuple[int, int], Bool[Tensor, 
 
 
 def shrink(mask: Bool[Tensor, "B H W"], size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
-    """The padding mask at the size of a feature map, nearest neighbour, as the published detectors do it."""
+    """The padding mask at the size of a feature map, nearest neighbor, as the published detectors do it."""
     return F.interpolate(mask[None].float(), size=size)[0].bool()
 
 

@@ -6,8 +6,8 @@ many times, and keep the best of what overlaps: non-maximum suppression (NMS), t
 baseline has no queries, no decoder layers and no :class:`~regolite.types.DetectorOutput`: it gives finished
 detections (:meth:`Baseline.detections`), which ``detect`` and ``evaluate`` take as one stage. It is not trained here.
 
-The networks are torchvision's to the last weight; :class:`Baseline` only translates. Pictures arrive normalised,
-resized and padded, labels leave as 0..K-1. As in torchvision, padding is let in: a picture's boxes depend a little on
+The networks are torchvision's to the last weight; :class:`Baseline` only translates. Images arrive normalized,
+resized and padded, labels leave as 0..K-1. As in torchvision, padding is let in: an image's boxes depend a little on
 its batch. Resizing is the package's own, with antialiasing, where torchvision's is without.
 """
 
@@ -59,7 +59,7 @@ class BaselineConfig(DetectorConfig):
         weights: ``"coco"`` for the whole detector as torchvision has published it (downloaded once, then cached);
             ``"imagenet"`` for the backbone's alone; the path of a ``.pth`` or ``.safetensors`` state dict of the whole
             detector; or None for random ones.
-        norm_eps: added to the variance in the backbone's frozen batch normalisation; torchvision's published R-CNNs
+        norm_eps: added to the variance in the backbone's frozen batch normalization; torchvision's published R-CNNs
             were trained with 0.
     """
 
@@ -108,19 +108,19 @@ class Baseline(nn.Module):
             self._load(config.weights)
 
     def forward(self, images: ImageBatch) -> list[Detections]:
-        """What is found in each picture, with boxes in pixels of the network's input."""
+        """What is found in each image, with boxes in pixels of the network's input."""
         return self.detections(images, images.sizes)
 
     def detections(self, images: ImageBatch, sizes: Int[Tensor, "B 2"], top_k: int = 100) -> list[Detections]:
-        """What is found in each picture, best first: the method by which the harness knows a finished detector.
+        """What is found in each image, best first: the method by which the harness knows a finished detector.
 
         torchvision leaves out what scores less than 0.05 (FCOS: 0.2), and all but the best 100.
         ``Detections.queries`` numbers the detections: no query made them.
 
         Args:
-            images: the pictures.
-            sizes: height and width of the original pictures in pixels.
-            top_k: how many to keep of each picture.
+            images: the images.
+            sizes: height and width of the original images in pixels.
+            top_k: how many to keep of each image.
         """
         found = self.net([p[:, :h, :w] for p, (h, w) in zip(images.pixels, images.sizes.tolist())])
         scale = (sizes.cpu() / images.sizes.cpu()).flip(1).repeat(1, 2)  # of x, y, x, y
@@ -134,7 +134,7 @@ class Baseline(nn.Module):
         """Everything whose cost does not depend on what is found: for counting operations, on the meta device too.
 
         NMS leaves a number of boxes that is known only when it has run, so :meth:`forward` needs real numbers. Here
-        the box head gets 1000 proposals a picture and the mask head 100 detections, the most that torchvision lets
+        the box head gets 1000 proposals an image and the mask head 100 detections, the most that torchvision lets
         through, as zeros: RoIAlign is not run.
 
         Returns:
@@ -185,7 +185,7 @@ class Baseline(nn.Module):
 
 
 class _Prepared(GeneralizedRCNNTransform):
-    """torchvision's preparation of pictures without its steps that are done already: what remains is padding."""
+    """torchvision's preparation of images without its steps that are done already: what remains is padding."""
 
     def normalize(self, image: Float[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
         return image

@@ -1,6 +1,6 @@
 """Conditional DETR (Meng et al., ICCV 2021): a DETR whose queries are told where to look.
 
-Backbone, encoder and heads are DETR's; new is how a query looks at the picture. DETR compares a query with a cell as
+Backbone, encoder and heads are DETR's; new is how a query looks at the image. DETR compares a query with a cell as
 sums of what they are, c, and where they are, p: (c_q + p_q) . (c_k + p_k). So the content of a query must also tell it
 where to look, and learning that takes hundreds of epochs. Conditional cross-attention leaves the mixed terms out
 (section 3.3); every head scores a cell by
@@ -32,7 +32,7 @@ from regolite.boxes import inverse_sigmoid
 from regolite.models.attention import MultiHeadAttention
 from regolite.models.backbone import Backbone
 from regolite.models.config import DetectorConfig, register
-from regolite.models.positions import sine_positions, waves
+from regolite.models.positions import sine_embedding, sine_positions
 from regolite.models.transformer import (
     MLP,
     Encoder,
@@ -76,7 +76,7 @@ class ConditionalDetr(nn.Module):
     Attributes:
         dim: channels of the hidden states.
         scoring: how logits become scores, always ``"sigmoid"``.
-        columns: logits per query, K.
+        num_logits: logits per query, K.
         feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
         projected: False: these maps are the backbone's own.
     """
@@ -86,7 +86,7 @@ class ConditionalDetr(nn.Module):
     def __init__(self, config: ConditionalDetrConfig, num_classes: int) -> None:
         super().__init__()
         c = config
-        self.dim, self.heads, self.scoring, self.columns = c.dim, c.heads, c.scoring, num_classes
+        self.dim, self.heads, self.scoring, self.num_logits = c.dim, c.heads, c.scoring, num_classes
         self.dilated = c.dilated
         self.backbone = Backbone(
             c.backbone, (2, 3, 4, 5), c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
@@ -126,7 +126,9 @@ class ConditionalDetr(nn.Module):
 
         positions = self.query_positions.weight.expand(len(images), -1, -1)
         points = in_float32(self.reference_head, positions).sigmoid()
-        places = waves(points.flip(-1) * 2 * math.pi, self.dim // 2).flatten(-2)  # p_s; y first, as the cells have it
+        places = sine_embedding(points.flip(-1) * 2 * math.pi, self.dim // 2).flatten(
+            -2
+        )  # p_s; y first, as the cells have it
         queries, layers = torch.zeros_like(positions), []
         for number, layer in enumerate(self.decoder_layers):
             spatial = self.spatial_scale(queries) * places if number else places
@@ -169,11 +171,11 @@ class ConditionalDecoderLayer(nn.Module):
         spatial: Float[Tensor, "B Q C"],
         memory: Memory,
     ) -> Float[Tensor, "B Q C"]:
-        """The queries, having looked at each other and at the picture.
+        """The queries, having looked at each other and at the image.
 
         Args:
             queries: hidden states f.
-            positions: the learnt vectors of the queries.
+            positions: the learned vectors of the queries.
             spatial: the conditional spatial queries p_q.
             memory: the cells.
         """
@@ -249,7 +251,7 @@ class ConditionalCrossAttention(SplitAttention):
         spatial: Float[Tensor, "B Q C"],
         memory: Memory,
     ) -> Float[Tensor, "B Q C"]:
-        """What each query takes from the picture."""
+        """What each query takes from the image."""
         query, key, where = self.query(x), self.key(memory.tokens), self.key_position(memory.positions)
         if self.query_position is not None:
             query, key = query + self.query_position(positions), key + where

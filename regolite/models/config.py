@@ -70,8 +70,8 @@ class ModelConfig(Checked):
         detector: the base detector.
         rego: what stands on top of it, or None.
         loss: how it is trained.
-        augment: name of the picture recipe, see :func:`regolite.data.make_transform`.
-        image_size: size of the pictures that the recipe makes.
+        augment: name of the image recipe, see :func:`regolite.data.make_transform`.
+        image_size: size of the images that the recipe makes.
         classes: names of the classes, in the order of the model's class ids.
         category_ids: COCO's id of each class.
     """

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, equation 3) in plain PyTorch.
 
-Dense attention compares a query with every cell of the picture. Deformable attention looks at a handful of points: each
+Dense attention compares a query with every cell of the image. Deformable attention looks at a handful of points: each
 head predicts, from the query alone, K offsets from a reference point on each of L levels and K L weights that sum to 1,
 and mixes the values that it reads there. There is nothing to compile: ``grid_sample`` does the reading on any device.
 """
@@ -56,7 +56,7 @@ def read_and_mix(
     Where there are many, that takes less time, too.
 
     Args:
-        maps: one level, the heads as if they were pictures.
+        maps: one level, the heads as if they were images.
         places: where to read, x and y in [0, 1].
         weight: the weight of each sample.
     """
@@ -124,9 +124,9 @@ class DeformableAttention(nn.Module):
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """At the start head m looks in direction m, its point k at distance k, with equal weights."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)

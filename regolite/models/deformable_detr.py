@@ -46,8 +46,8 @@ class DeformableDetrConfig(DetectorConfig):
         dropout: probability of dropping.
         queries: number of object queries.
         refine: iterative box refinement: every layer corrects the box of the layer before.
-        two_stage: queries are the encoder's best proposals and not learnt ones; needs ``refine``.
-        mask_padding: keep padding out of the maps and of their normalisation, so that a picture's boxes do not depend
+        two_stage: queries are the encoder's best proposals and not learned ones; needs ``refine``.
+        mask_padding: keep padding out of the maps and of their normalization, so that an image's boxes do not depend
             on the batch. The published models let it in.
         token_queries: two-stage only: score proposals by class, and let the content of a query start as the token that
             proposed it, as RT-DETR does. The published two-stage models score "object" alone, and make the content from
@@ -90,7 +90,7 @@ class DeformableDetr(nn.Module):
     Attributes:
         dim: channels of the hidden states.
         scoring: how logits become scores, always ``"sigmoid"``.
-        columns: logits per query, K.
+        num_logits: logits per query, K.
         feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
         projected: True: these maps are projections of the backbone's to C channels.
     """
@@ -107,7 +107,7 @@ class DeformableDetr(nn.Module):
                 raise ValueError(f"{option} needs two_stage: only there are queries made from boxes")
         if c.levels < len(c.backbone_stages):
             raise ValueError(f"{c.levels} levels cannot hold {len(c.backbone_stages)} stages of the backbone")
-        self.dim, self.heads, self.scoring, self.columns = c.dim, c.heads, "sigmoid", num_classes
+        self.dim, self.heads, self.scoring, self.num_logits = c.dim, c.heads, "sigmoid", num_classes
         self.feature_channels = [c.dim] * c.levels
 
         self.backbone = Backbone(
@@ -156,12 +156,12 @@ class DeformableDetr(nn.Module):
         """
         maps = self.pyramid(self.backbone(images), images.mask)
         positions = [
-            sine_positions(f.mask, self.dim, centre=True) + level[:, None, None]
+            sine_positions(f.mask, self.dim, center=True) + level[:, None, None]
             for f, level in zip(maps, self.level_positions)
         ]
         valid = torch.stack([valid_ratio(f.mask) for f in maps], 1)  # [B, L, 2]
         memory = flatten(maps, positions)
-        memory = self.encoder(memory, cell_centres(memory.shapes, valid))
+        memory = self.encoder(memory, cell_centers(memory.shapes, valid))
 
         proposals = None
         if self.config.two_stage:
@@ -221,7 +221,7 @@ class Pyramid(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
         self.projections = nn.ModuleList(projections)
-        self.norms = nn.ModuleList(PictureNorm(32, dim, mask_padding) for _ in projections)
+        self.norms = nn.ModuleList(ImageNorm(32, dim, mask_padding) for _ in projections)
         self.mask_padding = mask_padding
 
     def forward(self, features: list[FeatureMap], mask: Bool[Tensor, "B H W"]) -> list[FeatureMap]:
@@ -234,17 +234,17 @@ class Pyramid(nn.Module):
             else:
                 source = features[-1] if number == len(features) else levels[-1]
                 x, stride = project(source.tensor), source.stride * 2
-                # A cell is the picture's where the cell that it is centred on is, so that a picture has the same cells
+                # A cell is the image's where the cell that it is centered on is, so that an image has the same cells
                 # in every batch. The published models stretch the whole mask, whose sides need not be multiples of 64.
                 small = source.mask[:, ::2, ::2] if self.mask_padding else shrink(mask, tuple(x.shape[-2:]))
             levels.append(FeatureMap(norm(x, small), small, stride))
         return levels
 
 
-class PictureNorm(nn.GroupNorm):
-    """GroupNorm whose mean and variance are those of the picture alone, and whose output is zero on padding.
+class ImageNorm(nn.GroupNorm):
+    """GroupNorm whose mean and variance are those of the image alone, and whose output is zero on padding.
 
-    PyTorch's GroupNorm counts the padding too, so that a picture is normalised otherwise in every batch.
+    PyTorch's GroupNorm counts the padding too, so that an image is normalized otherwise in every batch.
     """
 
     def __init__(self, groups: int, channels: int, mask_padding: bool) -> None:
@@ -252,7 +252,7 @@ class PictureNorm(nn.GroupNorm):
         self.mask_padding = mask_padding
 
     def forward(self, x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
-        """Normalise each picture by its own cells."""
+        """Normalize each image by its own cells."""
         if not self.mask_padding:
             return super().forward(x)
         inside = (~mask)[:, None, None].to(x.dtype)  # [B, 1, 1, h, w]
@@ -265,20 +265,20 @@ class PictureNorm(nn.GroupNorm):
 
 
 def valid_ratio(mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B 2"]:
-    """Which part of the padded map, in x and in y, is the picture."""
+    """Which part of the padded map, in x and in y, is the image."""
     inside = (~mask).float()
     return torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], 1)
 
 
-def cell_centres(shapes: list[tuple[int, int]], valid: Float[Tensor, "B L 2"]) -> Float[Tensor, "B S L 2"]:
-    """The encoder's reference points: the centre of every cell, on each level, in [0, 1] of the padded map."""
-    centres = []
+def cell_centers(shapes: list[tuple[int, int]], valid: Float[Tensor, "B L 2"]) -> Float[Tensor, "B S L 2"]:
+    """The encoder's reference points: the center of every cell, on each level, in [0, 1] of the padded map."""
+    centers = []
     for level, (height, width) in enumerate(shapes):
         rows, columns = (torch.arange(n, device=valid.device) + 0.5 for n in (height, width))
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         padded = torch.stack([x / width, y / height], -1).flatten(0, 1)
-        centres.append(padded / valid[:, None, level])  # in [0, 1] of the picture
-    return torch.cat(centres, 1)[:, :, None] * valid[:, None]
+        centers.append(padded / valid[:, None, level])  # in [0, 1] of the image
+    return torch.cat(centers, 1)[:, :, None] * valid[:, None]
 
 
 class Proposals(nn.Module):
@@ -331,13 +331,13 @@ class Proposals(nn.Module):
 
     @staticmethod
     def _anchors(memory: Memory) -> tuple[Float[Tensor, "B S 4"], Bool[Tensor, "B S 1"]]:
-        """A box at every cell, 0.05 of the picture wide on the finest level and twice that on each next one."""
+        """A box at every cell, 0.05 of the image wide on the finest level and twice that on each next one."""
         anchors = []
         masks = memory.mask.split([h * w for h, w in memory.shapes], 1)
         for level, ((height, width), mask) in enumerate(zip(memory.shapes, masks)):
             valid = valid_ratio(mask.unflatten(1, (height, width)))[:, None]
-            centres = cell_centres([(height, width)], torch.ones_like(valid))[:, :, 0] / valid
-            anchors.append(torch.cat([centres, torch.full_like(centres, 0.05 * 2**level)], -1))
+            centers = cell_centers([(height, width)], torch.ones_like(valid))[:, :, 0] / valid
+            anchors.append(torch.cat([centers, torch.full_like(centers, 0.05 * 2**level)], -1))
         boxes = torch.cat(anchors, 1)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.mask
         return boxes, usable[..., None]

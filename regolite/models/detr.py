@@ -47,9 +47,9 @@ class DetrConfig(DetectorConfig):
         ffn_dim: width of the feed-forward networks.
         dropout: probability of dropping.
         queries: number of object queries N_d.
-        mask_padding: hide padding from the backbone, so that a picture's boxes do not depend on the batch. The
+        mask_padding: hide padding from the backbone, so that an image's boxes do not depend on the batch. The
             published models let it in.
-        reference_points: DETR*: each query predicts its box around a learnt reference point.
+        reference_points: DETR*: each query predicts its box around a learned reference point.
         scoring: ``"softmax"`` over the classes and "no object" (DETR), or a ``"sigmoid"`` for each class (DETR*).
     """
 
@@ -80,7 +80,7 @@ class Detr(nn.Module):
     Attributes:
         dim: channels of the hidden states.
         scoring: how logits become scores.
-        columns: logits per query, K or K + 1.
+        num_logits: logits per query, K or K + 1.
         feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
         projected: False: these maps are the backbone's own.
     """
@@ -91,7 +91,7 @@ class Detr(nn.Module):
         super().__init__()
         c = config
         self.dim, self.heads, self.scoring, self.dilated = c.dim, c.heads, c.scoring, c.dilated
-        self.columns = num_classes + (c.scoring == "softmax")
+        self.num_logits = num_classes + (c.scoring == "softmax")
         self.backbone = Backbone(
             c.backbone, (2, 3, 4, 5), c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
         )
@@ -112,7 +112,7 @@ class Detr(nn.Module):
         )
         self.query_positions = nn.Embedding(c.queries, c.dim)
         self.reference_points = nn.Linear(c.dim, 2) if c.reference_points else None
-        self.class_head = class_head(c.dim, self.columns, prior=0.01 if c.scoring == "sigmoid" else None)
+        self.class_head = class_head(c.dim, self.num_logits, prior=0.01 if c.scoring == "sigmoid" else None)
         self.box_head = box_head(c.dim, size=-2.0 if c.reference_points else None)
 
     def forward(self, images: ImageBatch) -> DetectorOutput:
@@ -133,6 +133,6 @@ class Detr(nn.Module):
     def _predict(self, hidden: Float[Tensor, "B Q C"], positions: Float[Tensor, "B Q C"]) -> Prediction:
         boxes = in_float32(self.box_head, hidden)
         if self.reference_points is not None:
-            centre = in_float32(self.reference_points, positions).sigmoid()
-            boxes = boxes + F.pad(inverse_sigmoid(centre), (0, 2))
+            center = in_float32(self.reference_points, positions).sigmoid()
+            boxes = boxes + F.pad(inverse_sigmoid(center), (0, 2))
         return Prediction(in_float32(self.class_head, hidden), boxes.sigmoid())

@@ -40,7 +40,7 @@ def choose_level(boxes_xyxy: Float[Tensor, "B Q 4"], strides: Sequence[int]) -> 
 def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 4"]) -> Float[Tensor, "BQ C 7 7"]:
     """RoIAlign of every box on the level of its size, aware of padding.
 
-    A point more than one cell outside its own picture reads zero, and one less far outside reads the border, as
+    A point more than one cell outside its own image reads zero, and one less far outside reads the border, as
     RoIAlign has it; padding is never read. No gradient flows into the boxes.
 
     Args:
@@ -48,7 +48,7 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
         boxes_xyxy: boxes in pixels of the network's input.
 
     Returns:
-        Glimpses, the queries of the first picture first.
+        Glimpses, the queries of the first image first.
     """
     batch, queries = boxes_xyxy.shape[:2]
     device = boxes_xyxy.device
@@ -57,15 +57,15 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
     )  # the loss names boxes that are not numbers; here they have no index
     level = choose_level(boxes, [f.stride for f in features])
 
-    # What each box needs to know of its level, looked up: stride, cells of its own picture, cells of the padded map.
+    # What each box needs to know of its level, looked up: stride, cells of its own image, cells of the padded map.
     strides = torch.tensor([f.stride for f in features], device=device)
     extents = torch.stack([torch.stack([(~f.mask[:, 0]).sum(1), (~f.mask[:, :, 0]).sum(1)], -1) for f in features], 1)
     cells = torch.tensor([f.mask[0].numel() for f in features], device=device)
     widths = torch.tensor([f.mask.shape[2] for f in features], device=device)
     starts = batch * (cells.cumsum(0) - cells)  # where each level begins among the rows
-    picture = torch.arange(batch, device=device)[:, None]
-    extent = extents[picture, level]  # [B, Q, 2]: width and height in cells
-    first = (starts[level] + picture * cells[level])[..., None]  # [B, Q, 1]: the row of the picture's first cell
+    image = torch.arange(batch, device=device)[:, None]
+    extent = extents[image, level]  # [B, Q, 2]: width and height in cells
+    first = (starts[level] + image * cells[level])[..., None]  # [B, Q, 1]: the row of the image's first cell
 
     corners = (boxes / strides[level][..., None]).unflatten(-1, (2, 2))  # [B, Q, corner, axis]
     x, x_weight = _taps(corners[..., 0], extent[..., 0])
@@ -82,11 +82,11 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
 def _taps(
     corners: Float[Tensor, "B Q 2"], extent: Int[Tensor, "B Q"]
 ) -> tuple[Int[Tensor, "B Q 7 4"], Float[Tensor, "B Q 7 4"]]:
-    """Along one axis: the four cells that each bin reads (two points, two neighbours each), and their weights.
+    """Along one axis: the four cells that each bin reads (two points, two neighbors each), and their weights.
 
     Args:
         corners: begin and end of each box in cells.
-        extent: number of cells of the box's own picture.
+        extent: number of cells of the box's own image.
     """
     begin, end = corners[..., :1], corners[..., 1:]
     size = (end - begin).clamp(min=1) / (BINS * POINTS)
@@ -154,7 +154,7 @@ class FeatureContext(nn.Module):
             nn.init.zeros_(outward.bias)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """The level with its context, normalised."""
+        """The level with its context, normalized."""
         for inward, outward in zip(self.inward, self.outward):
             around = outward(inward(x.detach().relu()).relu())
             x = x + 0.1 * self.dropout(around)

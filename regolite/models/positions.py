@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def waves(coordinate: Float[Tensor, "*n"], dim: int, temperature: float = 10000) -> Float[Tensor, "*n dim"]:
+def sine_embedding(coordinate: Float[Tensor, "*n"], dim: int, temperature: float = 10000) -> Float[Tensor, "*n dim"]:
     """Sine and cosine of a coordinate at ``dim / 2`` wavelengths, interleaved.
 
     Args:
@@ -26,24 +26,24 @@ def waves(coordinate: Float[Tensor, "*n"], dim: int, temperature: float = 10000)
     return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-2)
 
 
-def sine_positions(mask: Bool[Tensor, "B h w"], dim: int, centre: bool = False) -> Float[Tensor, "B dim h w"]:
-    """Positions of the cells of a feature map, relative to the unpadded picture.
+def sine_positions(mask: Bool[Tensor, "B h w"], dim: int, center: bool = False) -> Float[Tensor, "B dim h w"]:
+    """Positions of the cells of a feature map, relative to the unpadded image.
 
-    A cell's coordinate is its number divided by the number of cells of its own picture, so padding moves nothing.
+    A cell's coordinate is its number divided by the number of cells of its own image, so padding moves nothing.
 
     Args:
         mask: True on padding.
         dim: number of channels; the first half encodes y, the second x.
-        centre: number the cells 0.5, 1.5, ... (Deformable DETR) and not 1, 2, ... (DETR).
+        center: number the cells 0.5, 1.5, ... (Deformable DETR) and not 1, 2, ... (DETR).
     """
     inside = (~mask).float()
     y, x = inside.cumsum(1), inside.cumsum(2)
-    shift = 0.5 if centre else 0.0
+    shift = 0.5 if center else 0.0
     y = (y - shift) / (y[:, -1:] + 1e-6) * 2 * math.pi
     x = (x - shift) / (x[:, :, -1:] + 1e-6) * 2 * math.pi
-    return torch.cat([waves(y, dim // 2), waves(x, dim // 2)], dim=-1).permute(0, 3, 1, 2)
+    return torch.cat([sine_embedding(y, dim // 2), sine_embedding(x, dim // 2)], dim=-1).permute(0, 3, 1, 2)
 
 
 def box_positions(boxes: Float[Tensor, "B Q 4"], dim: int) -> Float[Tensor, "B Q four_dims"]:
     """Waves of the four numbers of a ``cxcywh`` box, ``dim`` channels each (Deformable DETR, appendix A.4)."""
-    return waves(boxes * 2 * math.pi, dim).flatten(-2)
+    return sine_embedding(boxes * 2 * math.pi, dim).flatten(-2)

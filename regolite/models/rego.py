@@ -49,7 +49,7 @@ class RegoConfig(Checked):
             into the outputs of the previous stage; the released code lets it flow here, which is how REGO teaches the
             base detector "for free" (A.2), and so do we by default.
         frozen: the base detector is neither trained nor in training mode (no dropout, no new statistics of batch
-            normalisation): REGO learns on top of a detector that stays bit for bit what it is.
+            normalization): REGO learns on top of a detector that stays bit for bit what it is.
     """
 
     stages: int = 3
@@ -85,7 +85,7 @@ class Detector(Protocol):
     Attributes:
         dim: channels C of the hidden states.
         heads: attention heads M.
-        columns: logits per query.
+        num_logits: logits per query.
         scoring: how logits become scores.
         feature_channels: channels of each map in :attr:`DetectorOutput.features`.
         projected: whether these maps are projections to C channels, or the backbone's own.
@@ -93,7 +93,7 @@ class Detector(Protocol):
 
     dim: int
     heads: int
-    columns: int
+    num_logits: int
     scoring: str
     feature_channels: list[int]
     projected: bool
@@ -126,7 +126,7 @@ class Rego(nn.Module):
                 "transformers gets them from regolite.interop.adapt"
             )
         self.detector = detector
-        self.dim, self.scoring, self.columns = detector.dim, detector.scoring, detector.columns
+        self.dim, self.scoring, self.num_logits = detector.dim, detector.scoring, detector.num_logits
         self.denoises = getattr(detector, "denoises", False) and not config.frozen
         if hasattr(detector, "model_config"):  # a detector of regolite.build: together they can be saved and loaded
             self.model_config = replace(detector.model_config, rego=config)
@@ -138,7 +138,7 @@ class Rego(nn.Module):
         released = config.form == "released"
         self.contexts = nn.ModuleList(FeatureContext(self.dim) for _ in self.projections) if released else None
         self.stages = nn.ModuleList(
-            Stage(config, number, self.dim, detector.heads, self.columns, self.scoring)
+            Stage(config, number, self.dim, detector.heads, self.num_logits, self.scoring)
             for number in range(1, config.stages + 1)
         )
         if config.frozen:
@@ -157,7 +157,7 @@ class Rego(nn.Module):
         """Detect.
 
         Args:
-            images: the pictures.
+            images: the images.
             stages: how many stages to run; 0 switches REGO off and leaves the base detector's output, bit for bit.
                 All of them by default.
             targets: the ground truth, for a base detector that trains with denoising; then the stages do, too.
@@ -177,7 +177,7 @@ class Rego(nn.Module):
         sizes = images.sizes
         if self.contexts is not None:
             features = [FeatureMap(c(f.tensor), f.mask, f.stride) for c, f in zip(self.contexts, features)]
-            # Released: RoIs are scaled by the padded size of the batch, and padding counts as picture.
+            # Released: RoIs are scaled by the padded size of the batch, and padding counts as image.
             features = [FeatureMap(f.tensor, torch.zeros_like(f.mask), f.stride) for f in features]
             sizes = sizes.new_tensor(images.mask.shape[1:]).expand_as(sizes)
 
@@ -198,11 +198,11 @@ class Stage(nn.Module):
         number: i, from 1.
         dim: channels C.
         heads: attention heads.
-        columns: logits per query.
+        num_logits: logits per query.
         scoring: how logits become scores.
     """
 
-    def __init__(self, config: RegoConfig, number: int, dim: int, heads: int, columns: int, scoring: str) -> None:
+    def __init__(self, config: RegoConfig, number: int, dim: int, heads: int, num_logits: int, scoring: str) -> None:
         super().__init__()
         self.config = config
         self.alpha = config.ratios[number - 1]
@@ -229,7 +229,7 @@ class Stage(nn.Module):
         self.fuse_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.fuse)
         for layer in self.fuse:
             nn.init.xavier_normal_(layer.weight)
-        self.class_head = class_head(dim, columns, prior=0.01 if scoring == "sigmoid" else None)
+        self.class_head = class_head(dim, num_logits, prior=0.01 if scoring == "sigmoid" else None)
         self.box_head = box_head(dim, size=0.0)
 
     def forward(
@@ -244,7 +244,7 @@ class Stage(nn.Module):
 
         Args:
             features: the maps X that glimpses are cut from.
-            sizes: height and width of the pictures, in pixels of the network's input.
+            sizes: height and width of the images, in pixels of the network's input.
             hidden: H_dec(i-1).
             boxes: O_box(i-1), detached.
             query_mask: True on queries that are padding.

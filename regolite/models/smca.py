@@ -1,10 +1,10 @@
 """SMCA (Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021).
 
-DETR's queries have to learn where in a picture to look, and need hundreds of epochs for it. A query of SMCA says so
-beforehand: it predicts the centre of its object and, for every attention head, an offset from it and two scales. They
-draw a Gaussian-like map G over the cells of the picture, whose logarithm is added to the scores of the decoder's
+DETR's queries have to learn where in an image to look, and need hundreds of epochs for it. A query of SMCA says so
+beforehand: it predicts the center of its object and, for every attention head, an offset from it and two scales. They
+draw a Gaussian-like map G over the cells of the image, whose logarithm is added to the scores of the decoder's
 cross-attention ("co-attention") before the softmax: each head looks around its point. Boxes are predicted around the
-centre. All else is DETR with 300 queries and the focal loss.
+center. All else is DETR with 300 queries and the focal loss.
 
 The SMCA of Table 1 has three levels, of strides 16, 32 and 64. In its encoder cells look at their own level, and in one
 layer at all levels; in its decoder every query attends to each level by itself and weighs the levels ("scale
@@ -12,7 +12,7 @@ selection"). With one level, ``backbone_stages=(5,), coarser=False``, the same m
 
 The single-scale SMCA and the multi-scale decoder give the same numbers as the authors' code. The multi-scale encoder
 that they published is a later one, of convolutions: Table 1's follows the paper here, checked by its parameters alone.
-Where paper and code differ (G with s² in place of 1/s², a centre head of three linear layers and not two, keys and
+Where paper and code differ (G with s² in place of 1/s², a center head of three linear layers and not two, keys and
 values projected alike on all levels), this is the code.
 """
 
@@ -106,7 +106,7 @@ class Smca(nn.Module):
     def __init__(self, config: SmcaConfig, num_classes: int) -> None:
         super().__init__()
         c = self.config = config
-        self.dim, self.heads, self.scoring, self.columns = c.dim, c.heads, "sigmoid", num_classes
+        self.dim, self.heads, self.scoring, self.num_logits = c.dim, c.heads, "sigmoid", num_classes
         self.backbone = Backbone(c.backbone, (2, 3, 4, 5), c.weights, False, c.frozen_stages, c.mask_padding)
         self.feature_channels = self.backbone.channels
 
@@ -130,28 +130,28 @@ class Smca(nn.Module):
             [SmcaDecoderLayer(c, self.strides) for _ in range(c.decoder_layers)], nn.LayerNorm(c.dim)
         )
         self.query_positions = nn.Embedding(c.queries, c.dim)
-        self.centre_head = MLP(c.dim, c.dim, 2, layers=3)
+        self.center_head = MLP(c.dim, c.dim, 2, layers=3)
         for number in (0, 2, 4):
-            nn.init.xavier_uniform_(self.centre_head[number].weight)
+            nn.init.xavier_uniform_(self.center_head[number].weight)
         self.class_head = class_head(c.dim, num_classes, prior=0.01)
         self.box_head = box_head(c.dim)
 
     def forward(self, images: ImageBatch) -> DetectorOutput:
-        """Detect: predict centres, look around them, predict boxes around them."""
+        """Detect: predict centers, look around them, predict boxes around them."""
         maps = self.backbone(images)
         memory = self.encoder(self._memory(maps))
 
         positions = self.query_positions.weight.expand(len(images), -1, -1)
-        # Centres are read off what enters the first decoder layer: positions alone, since hidden states start at zero.
-        centres = in_float32(self.centre_head, self.decoder.layers[0].prior_norm(positions))
-        pixels = centres.sigmoid() * images.sizes.flip(1)[:, None]  # x and y in the unpadded picture
+        # Centers are read off what enters the first decoder layer: positions alone, since hidden states start at zero.
+        centers = in_float32(self.center_head, self.decoder.layers[0].prior_norm(positions))
+        pixels = centers.sigmoid() * images.sizes.flip(1)[:, None]  # x and y in the unpadded image
         cells = pixels[:, :, None] / pixels.new_tensor(self.strides)[:, None]  # [B, Q, L, 2]
         queries, hidden = positions.new_zeros(positions.shape), []
         for layer in self.decoder.layers:
             queries = layer(queries, positions, memory, cells)
             hidden.append(self.decoder.norm(queries))
 
-        boxes = [(in_float32(self.box_head, h) + F.pad(centres, (0, 2))).sigmoid() for h in hidden]
+        boxes = [(in_float32(self.box_head, h) + F.pad(centers, (0, 2))).sigmoid() for h in hidden]
         layers = [Prediction(in_float32(self.class_head, h), b) for h, b in zip(hidden, boxes)]
         return DetectorOutput(layers, hidden[-1], maps)
 
@@ -161,7 +161,7 @@ class Smca(nn.Module):
         levels = [FeatureMap(project(f.tensor), f.mask, f.stride) for project, f in zip(self.projections, sources)]
         if self.config.coarser:
             last, x = sources[-1], self.projections[-1](sources[-1].tensor)
-            # A cell is the picture's where the cell that it is centred on is; the published code stretches the mask.
+            # A cell is the image's where the cell that it is centered on is; the published code stretches the mask.
             mask = last.mask[:, ::2, ::2] if self.config.mask_padding else shrink(last.mask, tuple(x.shape[-2:]))
             levels.append(FeatureMap(x, mask, 2 * last.stride))
         positions = [sine_positions(f.mask, self.dim) for f in levels]
@@ -232,12 +232,12 @@ class SmcaDecoderLayer(DecoderLayer):
         queries: Float[Tensor, "B Q C"],
         positions: Float[Tensor, "B Q C"],
         memory: Memory,
-        centres: Float[Tensor, "B Q L 2"],
+        centers: Float[Tensor, "B Q L 2"],
     ) -> Float[Tensor, "B Q C"]:
-        """As in DETR; ``centres`` are x and y of the queries' centres, counted in cells of each level."""
+        """As in DETR; ``centers`` are x and y of the queries' centers, counted in cells of each level."""
         asking = queries + positions
         known = self.prior_norm(asking)
-        points = centres[:, :, :, None] + self.offsets(known).unflatten(-1, self.per_head)  # [B, Q, L, M, 2]
+        points = centers[:, :, :, None] + self.offsets(known).unflatten(-1, self.per_head)  # [B, Q, L, M, 2]
         scales = self.scales(known).unflatten(-1, self.per_head).square()
         x = self.self_norm(queries + self.dropout(self.self_attention(asking, asking, queries)))
         seen = []

@@ -42,7 +42,7 @@ class FeedForward(nn.Sequential):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention among the tokens of the picture, then the feed-forward network."""
+    """Self-attention among the tokens of the image, then the feed-forward network."""
 
     def __init__(self, dim: int, attention: Attention, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def in_float32(head: nn.Module, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n D
     """What a head answers, in float32 under autocast too.
 
     In mixed precision a linear layer answers in 16 bits. bfloat16 has 8 of precision: all boxes would lie on a grid
-    of 2.5 pixels in a picture of 640, and what is rounded cannot be brought back.
+    of 2.5 pixels in an image of 640, and what is rounded cannot be brought back.
     """
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -186,15 +186,15 @@ class MLP(nn.Sequential):
         super().__init__(*blocks, nn.Linear(dims[-1], out_dim))
 
 
-def class_head(dim: int, columns: int, prior: float | None = None) -> nn.Linear:
+def class_head(dim: int, num_logits: int, prior: float | None = None) -> nn.Linear:
     """The class head F_cls of equation (3).
 
     Args:
         dim: channels of the hidden states.
-        columns: number of logits.
+        num_logits: number of logits.
         prior: probability that every class has at the start (Lin et al., Focal Loss, section 4.1), or None.
     """
-    head = nn.Linear(dim, columns)
+    head = nn.Linear(dim, num_logits)
     if prior is not None:
         nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
     return head

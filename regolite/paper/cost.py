@@ -36,7 +36,7 @@ def costs(arms: Sequence[str], rounds: int = 30) -> dict[str, dict[str, float]]:
 
     Returns:
         For each arm ``step``, the median of its training steps in seconds, loading left out; ``relative``, the median
-        over the rounds of its step by the first arm's in the same round; ``macs``, multiply-adds of one picture;
+        over the rounds of its step by the first arm's in the same round; ``macs``, multiply-adds of one image;
         ``parameters``.
     """
     before = torch.get_num_threads()
@@ -61,7 +61,7 @@ def measure(file: str | Path, arms: Sequence[str] | None = None, rounds: int = 3
 
 
 class _Step:
-    """An arm that can do one training step, always on the same pictures."""
+    """An arm that can do one training step, always on the same images."""
 
     def __init__(self, arm: str) -> None:
         config = RunConfig.of({**ARMS[arm].settings(), "output": ""})

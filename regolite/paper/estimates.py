@@ -3,10 +3,10 @@
 Nothing here is measured on a GPU. Both figures are counted on the device ``meta``, where tensors have shapes and no
 numbers (:mod:`regolite.evaluation.complexity`):
 
-- **GPU hours** are epochs times pictures times the work of one picture, divided by what a GPU sustains. The backward
+- **GPU hours** are epochs times images times the work of one image, divided by what a GPU sustains. The backward
   pass works twice as much as the forward pass: one product for the gradient of the weights, one for that of the inputs.
 - **Memory** is what belongs to weights, and every tensor that the backward pass will want to see again
-  (notebook 15, *It does not fit into my GPU*), at the largest picture: the mean one decides the hours, and the largest
+  (notebook 15, *It does not fit into my GPU*), at the largest image: the mean one decides the hours, and the largest
   one whether a run ends with "out of memory".
 """
 
@@ -26,13 +26,13 @@ from regolite.models.presets import build, configure
 from regolite.training.batches import STRIDE
 from regolite.types import ImageBatch
 
-PICTURES = 118_287
-"""Pictures of COCO's train2017."""
+IMAGES = 118_287
+"""Images of COCO's train2017."""
 
-MEAN_PICTURE = (637, 849)
-"""Height and width of a picture with as many pixels as DETR's recipe makes on average, from those of data/coco_tiny."""
+MEAN_IMAGE = (637, 849)
+"""Height and width of an image with as many pixels as DETR's recipe makes on average, from those of data/coco_tiny."""
 
-LARGEST_PICTURE = (800, -(-1333 // STRIDE) * STRIDE)
+LARGEST_IMAGE = (800, -(-1333 // STRIDE) * STRIDE)
 """The largest that the recipe makes, as it is padded."""
 
 V100_HOURS = 6.5
@@ -53,47 +53,47 @@ class Estimate:
     Attributes:
         gpu_hours: of all GPUs together, without evaluation.
         gigabytes: of one GPU (10^9 bytes), before workspaces and what fragmentation loses.
-        picture_tflop: 10^12 operations of one picture, forward and backward. A GPU that trains on N pictures a second
+        image_tflop: 10^12 operations of one image, forward and backward. A GPU that trains on N images a second
             sustains N times as many, which is how to find the throughput of one's own.
     """
 
     gpu_hours: float
     gigabytes: float
-    picture_tflop: float
+    image_tflop: float
 
 
-def estimate(preset: str, epochs: int, pictures_per_gpu: int, tflops: float = TFLOPS) -> Estimate:
-    """Estimate a run on COCO in float32 with DETR's picture recipe.
+def estimate(preset: str, epochs: int, images_per_gpu: int, tflops: float = TFLOPS) -> Estimate:
+    """Estimate a run on COCO in float32 with DETR's image recipe.
 
     Args:
         preset: name of the model.
-        epochs: how often every picture is seen.
-        pictures_per_gpu: how many a GPU holds at a time.
+        epochs: how often every image is seen.
+        images_per_gpu: how many a GPU holds at a time.
         tflops: what a GPU sustains, see :data:`TFLOPS`.
     """
     flops, weights, kept = _costs(preset)
     return Estimate(
-        gpu_hours=epochs * PICTURES * flops / (tflops * 1e12) / 3600,
-        gigabytes=(weights + pictures_per_gpu * kept) / 1e9,
-        picture_tflop=flops / 1e12,
+        gpu_hours=epochs * IMAGES * flops / (tflops * 1e12) / 3600,
+        gigabytes=(weights + images_per_gpu * kept) / 1e9,
+        image_tflop=flops / 1e12,
     )
 
 
 @cache
 def _costs(preset: str) -> tuple[int, int, int]:
-    """Operations of the mean picture forward and backward; bytes of the weights, and those kept of a picture."""
+    """Operations of the mean image forward and backward; bytes of the weights, and those kept of an image."""
     with torch.device("meta"):  # as it is trained: dropout on, the first stages of the backbone frozen
         model = build(configure(preset).without_pretrained()).train()
     weights = sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())  # gradient, AdamW's two means
-    return 3 * count(model, *MEAN_PICTURE).flops, weights, kept_bytes(model, *LARGEST_PICTURE)
+    return 3 * count(model, *MEAN_IMAGE).flops, weights, kept_bytes(model, *LARGEST_IMAGE)
 
 
 def kept_bytes(model: nn.Module, height: int, width: int) -> int:
-    """Bytes that the forward pass of one picture keeps for the backward pass, without the weights.
+    """Bytes that the forward pass of one image keeps for the backward pass, without the weights.
 
     Args:
         model: a detector on the device ``meta``.
-        height: height of the picture in pixels.
+        height: height of the image in pixels.
         width: its width.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}

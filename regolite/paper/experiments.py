@@ -2,7 +2,7 @@
 
 An **arm** is one way to train one detector; an **experiment** compares arms. Arms that several experiments need are
 trained once. All arms share one protocol, :data:`PROTOCOL`: the same drawn scenes, and with the same seed the same
-pictures in the same order, changed in the same way, and the same first weights of the base detector. The learning rate
+images in the same order, changed in the same way, and the same first weights of the base detector. The learning rate
 was chosen on the base detectors alone (experiment ``learning_rate``), by the validation scenes, and DETR* wanted
 another one than Deformable DETR; REGO gets the same as what it stands on. The figures are those of 500 other scenes, on
 which nothing was chosen.
@@ -22,7 +22,7 @@ PROTOCOL: dict[str, Any] = {
     "drop_epochs": (10,),
     "batch_size": 4,
     "lr": 1e-3,
-    "sampling_lr": 1.0,
+    "sampling_lr_mult": 1.0,
     "augment": "laptop",
     "image_size": 96,
     "evaluate_every": 0,
@@ -37,7 +37,7 @@ SIZES = ("dim=64", "ffn_dim=256", "queries=20")
 """Of the base detectors: a quarter of the paper's channels, and queries for at most 6 objects."""
 
 TEST = 500
-"""Pictures in the split ``test``."""
+"""Images in the split ``test``."""
 
 SEEDS = (0, 1, 2)
 MAIN_SEEDS = (0, 1, 2, 3, 4)
@@ -76,7 +76,7 @@ class Side:
     Attributes:
         arm: which.
         stage: of REGO, 0 for the base detector inside it; the last by default.
-        metric: ``AP``, ``AP50``, ``AP75``; ``balls`` and ``others``, the AP of the classes that only a neighbour tells
+        metric: ``AP``, ``AP50``, ``AP75``; ``balls`` and ``others``, the AP of the classes that only a neighbor tells
             and of those that the object tells; ``correct`` and ``precise``, the correct detections, and those of them
             with an IoU of 0.9 or more, per 100 objects; ``relation``, how often the most related object is the one
             that decides a ball's class.
@@ -294,11 +294,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "context": Experiment(
-        "Where a neighbour decides the class, do glimpses that show it help, and do relations point at it? (A.3)",
+        "Where a neighbor decides the class, do glimpses that show it help, and do relations point at it? (A.3)",
         ("base", "rego", "rego_alpha_1", "rego_scale_1.5", "rego_scale_2"),
         (
             Claim(
-                "REGO helps where a neighbour decides.", "section 4.2, of contexts",
+                "REGO helps where a neighbor decides.", "section 4.2, of contexts",
                 Side("rego", metric="balls"), Side("base", metric="balls"),
             ),
             Claim(
@@ -310,7 +310,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Side("rego_scale_2", metric="balls"), Side("rego", metric="balls"),
             ),
             Claim(
-                "The relations of the last stage point at the neighbour more often than chance.", "A.3",
+                "The relations of the last stage point at the neighbor more often than chance.", "A.3",
                 Side("rego", metric="relation"), Side("rego", metric="chance"), None, "more",
             ),
         ),

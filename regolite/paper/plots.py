@@ -22,10 +22,10 @@ from matplotlib.ticker import MaxNLocator
 from regolite.paper.experiments import Side
 from regolite.paper.runner import BINS
 from regolite.paper.statistics import Estimate, Results, Verdict, by_seed
-from regolite.plots.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, stage_colour, style_axes
+from regolite.plots.drawing import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, stage_color, style_axes
 from regolite.types import stage_name
 
-COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
+COLORS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
 MARKERS = ("o", "s", "^", "D", "P", "v")
 SEED_MARKERS = ("o", "s", "^", "D", "P")
 AGAINST = {
@@ -35,8 +35,8 @@ AGAINST = {
 }
 """What a curve can be drawn against, and the label of its axis."""
 
-WORDS = {"reproduced": (GREEN, "o"), "not reproduced": (VERMILLION, "s"), "undecided": (GREY, "D")}
-"""Colour and marker of each verdict."""
+WORDS = {"reproduced": (GREEN, "o"), "not reproduced": (VERMILLION, "s"), "undecided": (GRAY, "D")}
+"""Color and marker of each verdict."""
 
 PALE = "#DCEFE8"  # of where an interval must lie
 LINEAR = 3  # up to this difference an axis with large ones is linear
@@ -59,7 +59,7 @@ def plot_learning(
 
     Args:
         results: of the arms.
-        groups: arms by the name that stands in the legend; those of one name share a colour.
+        groups: arms by the name that stands in the legend; those of one name share a color.
         against: what to draw it against, a panel each, of :data:`AGAINST`.
         costs: ``step`` and ``macs`` of each arm (:func:`regolite.paper.cost.costs`); without them, only epochs
             can be drawn. Arms that have none are left out of the other panels.
@@ -72,7 +72,7 @@ def plot_learning(
         style_axes(ax, f"AP by {axis}", AGAINST[axis])
         handles = []
         for number, (name, arms) in enumerate(groups.items()):
-            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
             lines = [_draw_course(ax, results[arm], axis, (costs or {}).get(arm), look, inside) for arm in arms
                      if results.get(arm) and (axis == "epochs" or arm in (costs or {}))]  # fmt: skip
             handles += [Line2D([], [], label=name, markersize=4, **look)] if lines else []
@@ -148,7 +148,7 @@ def plot_arms(results: Results, panels: Mapping[str, Mapping[str, Side]]) -> Fig
             points = [(values[seed], row) for row, values in enumerate(there.values()) if seed in values]
             ax.plot(*zip(*points), color="#B8B8B8", linewidth=0.8, zorder=1)
             marker = SEED_MARKERS[seed % len(SEED_MARKERS)]
-            ax.plot(*zip(*points), marker, color="white", markeredgecolor=GREY, markersize=5, zorder=2)
+            ax.plot(*zip(*points), marker, color="white", markeredgecolor=GRAY, markersize=5, zorder=2)
             seeds.add(seed)
         for row, values in enumerate(there.values()):
             found = Estimate.of(list(values.values()))
@@ -167,7 +167,7 @@ def plot_arms(results: Results, panels: Mapping[str, Mapping[str, Side]]) -> Fig
         if ax is not axes[0] and list(there) == [label.get_text() for label in axes[0].get_yticklabels()]:
             ax.set_yticklabels([])
     marks = [Line2D([], [], linestyle="", marker=SEED_MARKERS[seed % len(SEED_MARKERS)], color="white",
-                    markeredgecolor=GREY, label=f"seed {seed}") for seed in sorted(seeds)]  # fmt: skip
+                    markeredgecolor=GRAY, label=f"seed {seed}") for seed in sorted(seeds)]  # fmt: skip
     _legend(figure, [*marks, Line2D([], [], color=BLUE, linewidth=2.4, label="mean, 95 % interval")])
     return figure
 
@@ -212,7 +212,7 @@ def plot_claims(verdicts: Mapping[str, Iterable[Verdict]]) -> Figure:
     ax.set_yticks([])
     ax.grid(visible=False)
     ax.spines["left"].set_visible(False)
-    handles = [Line2D([], [], color=colour, marker=marker, label=word) for word, (colour, marker) in WORDS.items()]
+    handles = [Line2D([], [], color=color, marker=marker, label=word) for word, (color, marker) in WORDS.items()]
     handles += [Line2D([], [], linestyle="", marker="d", color="white", markeredgecolor=INK, markersize=7,
                        label="paper, on COCO"), Patch(color=PALE, label="reproduced if all in here")]  # fmt: skip
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=8.5)
@@ -226,20 +226,20 @@ def _draw_claim(ax: Axes, verdict: Verdict, row: float, left: float, right: floa
     ax.fill_between([max(low, left), min(high, right)], row - 0.42, row + 0.42, color=PALE, linewidth=0, zorder=0)
     beside = {"textcoords": "offset points", "va": "center", "fontsize": 8, "annotation_clip": False}
     ax.annotate(textwrap.fill(claim.text, 62), (left, row), (-LABELS, 0), color=INK, linespacing=0.95, **beside)
-    colour, marker = WORDS[verdict.word]
+    color, marker = WORDS[verdict.word]
     word = verdict.word if found is not None else "no runs yet"
-    ax.annotate(f"{word} ({len(verdict.seeds)})", (right, row), (8, 0), color=colour, fontweight="bold", **beside)
+    ax.annotate(f"{word} ({len(verdict.seeds)})", (right, row), (8, 0), color=color, fontweight="bold", **beside)
     if claim.paper is not None:
         ax.plot(claim.paper, row, "d", color="white", markeredgecolor=INK, markersize=7, zorder=3)
     if found is None:
         return
     if len(found.values) > 1:
         ends = max(found.low, left), min(found.high, right)
-        ax.plot(ends, [row, row], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
+        ax.plot(ends, [row, row], color=color, linewidth=2, solid_capstyle="butt", zorder=2)
         for end, beyond, arrow in ((left, found.low < left, "<"), (right, found.high > right, ">")):
             if beyond:
-                ax.plot(end, row, arrow, color=colour, markersize=6, clip_on=False, zorder=2)
-    ax.plot(found.mean, row, marker, color=colour, markersize=6, markeredgecolor="white", zorder=4)
+                ax.plot(end, row, arrow, color=color, markersize=6, clip_on=False, zorder=2)
+    ax.plot(found.mean, row, marker, color=color, markersize=6, markeredgecolor="white", zorder=4)
 
 
 def _range(judged: Sequence[Verdict]) -> tuple[float, float]:
@@ -262,7 +262,7 @@ def plot_overlaps(results: Results, rows: Mapping[str, Side]) -> Figure:
 
     Args:
         results: of the arms.
-        rows: arm and stage of each group of bars by its name; the colour is that of the stage, and grey for an arm
+        rows: arm and stage of each group of bars by its name; the color is that of the stage, and gray for an arm
             without REGO.
     """
     figure = Figure((9.0, 3.9), dpi=100, layout="constrained")
@@ -273,12 +273,12 @@ def plot_overlaps(results: Results, rows: Mapping[str, Side]) -> Figure:
     for number, (name, side) in enumerate(there.items()):
         runs = results[side.arm].values()
         stages = len(next(iter(runs))["stages"])
-        colour = GREY if stages == 1 else stage_colour(side.stage % stages)
+        color = GRAY if stages == 1 else stage_color(side.stage % stages)
         shares = np.array([_shares(run, side.stage) for run in runs])  # [seeds, bins]
         at = np.arange(len(BINS)) - 0.42 + wide * (number + 0.5)
-        ax.bar(at, shares.mean(0), 0.9 * wide, color=colour, label=name)
+        ax.bar(at, shares.mean(0), 0.9 * wide, color=color, label=name)
         _intervals(ax, at, shares)
-        ink = INK if colour in (SKY, ORANGE, PURPLE) else "white"
+        ink = INK if color in (SKY, ORANGE, PURPLE) else "white"
         for x, share in zip(at, shares.mean(0)):
             ax.annotate(
                 f"{share:.0f}", (x, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7.5, color=ink
@@ -308,7 +308,7 @@ def plot_relations(results: Results, arms: Mapping[str, str]) -> Figure:
         style_axes(ax, title, "", "% of the balls" if not handles else "")
         scores = np.array([[math.nan if s is None else s for s in one["stages"]] for one in relations])
         at = np.arange(scores.shape[1])
-        ax.bar(at, scores.mean(0), 0.62, color=[stage_colour(stage) for stage in range(len(at))])
+        ax.bar(at, scores.mean(0), 0.62, color=[stage_color(stage) for stage in range(len(at))])
         _intervals(ax, at, scores)
         for row in scores:
             ax.plot(at, row, "o", color="white", markeredgecolor=INK, markersize=4, zorder=4)

@@ -48,8 +48,8 @@ PROTOCOL: dict[str, Any] = {
     "epochs": 10_000,  # never reached: the CPU time ends a run
     "batch_size": 8,
     "lr": 1e-3,
-    "backbone_lr": 0.1,
-    "sampling_lr": 1.0,
+    "backbone_lr_mult": 0.1,
+    "sampling_lr_mult": 1.0,
     "schedule": "one_cycle",
     "clip": 0.1,
     "augment": "laptop",
@@ -114,7 +114,7 @@ ARMS: dict[str, Change] = {
     "one_to_many": Change("4 proposals per object", overrides=("proposals_per_object=4",)),
     "queries_50": Change("50 queries", overrides=("queries=50",)),
     "frozen_0": Change("no frozen backbone stages", overrides=("frozen_stages=0",)),
-    "backbone_lr_0.3": Change("backbone at 0.3 of the learning rate", {"backbone_lr": 0.3}),
+    "backbone_lr_0.3": Change("backbone at 0.3 of the learning rate", {"backbone_lr_mult": 0.3}),
     "l1_2": Change("weight 2 of the L1 loss, not 5", overrides=("l1=2.0",)),
 }
 """All arms by name, those that should matter most first."""

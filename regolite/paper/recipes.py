@@ -1,6 +1,6 @@
 """The paper's trainings by name: a preset and what :class:`RunConfig` needs to train it as section 5.1 says.
 
-The paper says little: *the original settings of the released codes*, 118k pictures, 50 or 36 epochs. The rest was read
+The paper says little: *the original settings of the released codes*, 118k images, 50 or 36 epochs. The rest was read
 off the code that it builds on; where neither says a thing, a remark of the recipe says what was chosen and why.
 ``python -m regolite recipes`` lists all of them, with the commands, and ``train --recipe NAME`` takes one.
 """
@@ -30,7 +30,7 @@ _FIGURE_3 = (
 )
 _RETRAINED = (
     "The authors' README says 46.3, and 47.9 with two stages, after training again; for Deformable DETR's 43.8 its own "
-    "authors' README says 44.5, and 46.9 with two stages, with a learning rate of 2e-4 and 32 pictures a step."
+    "authors' README says 44.5, and 46.9 with two stages, with a learning rate of 2e-4 and 32 images a step."
 )
 _RESIZES = (
     "Before they crop, the released code of REGO resizes to 400, 500, 600, 700 or 750 pixels; DETR's and Deformable "
@@ -61,11 +61,11 @@ class Recipe:
         model: name of the preset.
         epochs: as the paper prints them.
         drop_epochs: where the learning rate is divided by ten.
-        batch_size: pictures per step. The paper does not say; the released code takes 1 a GPU and a learning rate that
+        batch_size: images per step. The paper does not say; the released code takes 1 a GPU and a learning rate that
             is half of Deformable DETR's, which goes with 32: hence 16, as Conditional DETR has (2 on each of 8 GPUs).
         lr: learning rate, default of the released code.
-        backbone_lr: factor of the backbone.
-        sampling_lr: factor of sampling offsets and reference points; 1 where the original code has no such factor.
+        backbone_lr_mult: factor of the backbone.
+        sampling_lr_mult: factor of sampling offsets and reference points; 1 where the original code has no such factor.
         weight_decay: of AdamW.
         clip: largest norm of the gradient.
         schedule: constant between the drops.
@@ -83,8 +83,8 @@ class Recipe:
     drop_epochs: tuple[int, ...]
     batch_size: int = 16
     lr: float = 1e-4
-    backbone_lr: float = 0.1
-    sampling_lr: float = 0.1
+    backbone_lr_mult: float = 0.1
+    sampling_lr_mult: float = 0.1
     weight_decay: float = 1e-4
     clip: float = 0.1
     schedule: Literal["step"] = "step"
@@ -94,7 +94,7 @@ class Recipe:
     image_size: int = 800
 
     def settings(self) -> dict[str, Any]:
-        """What it decides, as fields of :class:`RunConfig`: all pictures, to the end of the last epoch."""
+        """What it decides, as fields of :class:`RunConfig`: all images, to the end of the last epoch."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ABOUT}
         unlimited = {"limit_images": None, "max_minutes": None, "max_cpu_minutes": None}
         return (
@@ -122,7 +122,7 @@ class Recipe:
         Args:
             data: folder of COCO.
             processes: how many to start, one a GPU.
-            workers: how many prepare pictures for each.
+            workers: how many prepare images for each.
         """
         words = ["python", "-m", "regolite", "train", "--recipe", self.name, "--data", data]
         words += ["--output", f"runs/{self.name}", "--processes", str(processes), "--workers", str(workers), "--resume"]
@@ -152,9 +152,9 @@ def _recipes() -> dict[str, Recipe]:
             ap = next((row.figures["AP"] for row in printed if row.epochs == epochs), None)
             found[name] = Recipe(name, ap, remarks, model, epochs, (drop,), **changes)
 
-    pair("detr_star_r50", 50, 40, _STAR, sampling_lr=1.0)
-    pair("detr_star_dc5_r50", 50, 40, _STAR, _DC5, sampling_lr=1.0)
-    pair("conditional_detr_r50", 50, 40, _CONDITIONAL, sampling_lr=1.0)
+    pair("detr_star_r50", 50, 40, _STAR, sampling_lr_mult=1.0)
+    pair("detr_star_dc5_r50", 50, 40, _STAR, _DC5, sampling_lr_mult=1.0)
+    pair("conditional_detr_r50", 50, 40, _CONDITIONAL, sampling_lr_mult=1.0)
     pair("deformable_detr_r50", 36, 30, _DROP_36, _RESIZES)
     for drop in (15, 20):
         pair("deformable_detr_r50", 36, drop, _FIGURE_3, _RESIZES, suffix=f"_drop{drop}")
@@ -203,7 +203,7 @@ def rows(
         progress: show how far the counting is.
 
     Raises:
-        UserError: when ``processes`` or ``tflops`` is not greater than 0, or a batch has no picture for each process.
+        UserError: when ``processes`` or ``tflops`` is not greater than 0, or a batch has no image for each process.
     """
     for name, value in (("processes", processes), ("tflops", tflops)):
         if value <= 0:
@@ -211,7 +211,7 @@ def rows(
     found = []
     for one in track(chosen, "counting", progress):
         if processes > one.batch_size:
-            raise UserError(f"processes={processes} are too many: {one.name} has {one.batch_size} pictures a step")
+            raise UserError(f"processes={processes} are too many: {one.name} has {one.batch_size} images a step")
         guess = one.estimate(processes, tflops)
         found.append(
             {
@@ -219,7 +219,7 @@ def rows(
                 "published_ap": one.published_ap,
                 "estimated_gpu_hours": _rounded(guess.gpu_hours),
                 "estimated_gigabytes_a_gpu": _rounded(guess.gigabytes),
-                "estimated_tflop_a_picture": round(guess.picture_tflop, 3),
+                "estimated_tflop_a_image": round(guess.image_tflop, 3),
                 "command": one.command(data, processes),
                 "remarks": list(one.remarks),
             }
@@ -244,16 +244,16 @@ def assumptions(processes: int = 8, tflops: float = TFLOPS) -> list[str]:
     return [
         "AP: as the paper prints it, on val2017; - where it prints none.",
         "Hours and GB are estimates; nothing was measured on a GPU.",
-        "GPU hours (all GPUs together): epochs x 118,287 pictures x 3 (forward, and twice as much backward) x the "
-        "operations of a picture of 637 x 849 pixels, two for each multiply-add, which is the mean size that DETR's "
-        f"recipe makes of the pictures in data/coco_tiny, at {tflops:g} TFLOP/s a GPU, {source}. "
+        "GPU hours (all GPUs together): epochs x 118,287 images x 3 (forward, and twice as much backward) x the "
+        "operations of an image of 637 x 849 pixels, two for each multiply-add, which is the mean size that DETR's "
+        f"recipe makes of the images in data/coco_tiny, at {tflops:g} TFLOP/s a GPU, {source}. "
         "Evaluation is left out.",
         f"GB a GPU: 16 bytes for each trained parameter (weight, gradient, AdamW's two means), and what the backward "
-        f"pass keeps of a GPU's share of a batch ({processes} GPUs), each picture 800 x 1344 pixels, the largest, in "
+        f"pass keeps of a GPU's share of a batch ({processes} GPUs), each image 800 x 1344 pixels, the largest, in "
         "float32, attention as fused kernels do it. Workspaces and fragmentation come on top. "
-        "--accumulate, --recompute and --precision bf16 need less.",
+        "--accumulate, --activation-checkpointing and --precision bf16 need less.",
         "All: AdamW, learning rate 1e-4, 1e-5 for the backbone, and for sampling offsets and reference points of "
-        "Deformable DETR; weight decay 1e-4, gradients clipped at 0.1: defaults of the released codes. 16 pictures a "
+        "Deformable DETR; weight decay 1e-4, gradients clipped at 0.1: defaults of the released codes. 16 images a "
         "step are inferred: the paper does not say, and the released code has 1 a GPU and half of Deformable DETR's "
         "learning rate, which goes with 32.",
     ]

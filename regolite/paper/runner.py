@@ -47,7 +47,7 @@ def run(name: str, arm: Arm, seed: int, folder: str | Path, test: int = TEST) ->
     Args:
         name: of the arm.
         arm: what to train.
-        seed: of the first weights, of the order and of the changes of pictures.
+        seed: of the first weights, of the order and of the changes of images.
         folder: of all runs.
         test: how many test scenes.
 
@@ -156,7 +156,7 @@ def stage_figures(truth: COCO, results: list[dict[str, Any]]) -> dict[str, Any]:
         results: detections in COCO's form.
 
     Returns:
-        COCO's figures in percent, ``balls`` and ``others`` (the mean AP of the classes that a neighbour decides, and
+        COCO's figures in percent, ``balls`` and ``others`` (the mean AP of the classes that a neighbor decides, and
         of the rest), and ``by_iou``: correct detections by their overlap, in the bins of Figure 4.
     """
     measured = measure(truth, results)

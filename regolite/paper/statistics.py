@@ -1,6 +1,6 @@
 """From runs to verdicts: differences by seed, their intervals, and what they say about a claim.
 
-Two arms with the same seed saw the same pictures in the same order and began with the same base detector. So they are
+Two arms with the same seed saw the same images in the same order and began with the same base detector. So they are
 compared seed by seed: the mean of the differences, with Student's interval of 95 %. It tells how far the mean would
 move with other seeds; the 500 test scenes are the same for all. An interval of three seeds is wide, 2.5 times the
 spread of the differences, and one that does not hold 0 means something all the same.

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from regolite.plots.attention import attention_figure, sampling_figure
 from regolite.plots.curves import plot_ap_by_stage, plot_curves
-from regolite.plots.detections import draw_detections, draw_stages, draw_truth, ground_truth
+from regolite.plots.detections import draw_detections, draw_ground_truth, draw_stages, ground_truth
 from regolite.plots.drawing import (
     draw_box,
     draw_heat,
+    draw_image,
     draw_matrix,
     draw_objects,
-    draw_picture,
     draw_points,
     draw_title,
     panels,
     save_figure,
-    stage_colour,
+    stage_color,
     style_axes,
-    to_picture,
+    to_image,
 )
 from regolite.plots.entropy import EntropyByEpoch, entropies, entropy_by_layer, entropy_figure
 from regolite.plots.error_analysis import errors_figure, verdicts
@@ -35,12 +35,12 @@ __all__ = [
     "draw_heat",
     "draw_matrix",
     "draw_objects",
-    "draw_picture",
+    "draw_image",
     "draw_points",
     "draw_run",
     "draw_stages",
     "draw_title",
-    "draw_truth",
+    "draw_ground_truth",
     "entropies",
     "entropy_by_layer",
     "entropy_figure",
@@ -53,9 +53,9 @@ __all__ = [
     "relations_figure",
     "sampling_figure",
     "save_figure",
-    "stage_colour",
+    "stage_color",
     "stages_figure",
     "style_axes",
-    "to_picture",
+    "to_image",
     "verdicts",
 ]

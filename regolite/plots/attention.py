@@ -1,10 +1,10 @@
-"""Where a detector looks, over the picture: attention as heat, deformable attention as the points that it reads.
+"""Where a detector looks, over the image: attention as heat, deformable attention as the points that it reads.
 
 ::
 
     with regolite.record(model) as trace:
-        [found] = regolite.detect(model, picture)
-    attention_figure(picture, trace, query=int(found.queries[0]))
+        [found] = regolite.detect(model, image)
+    attention_figure(image, trace, query=int(found.queries[0]))
 
 Attention says where a layer has read, and not why it answered as it did. Notebook 13 puts that to the test.
 """
@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 
 from regolite.data.images import ImageSource
 from regolite.errors import UserError
-from regolite.plots.drawing import BLUE, HEAT, INK, draw_heat, stage_colour
+from regolite.plots.drawing import BLUE, HEAT, INK, draw_heat, stage_color
 from regolite.plots.selection import (
     Point,
     Several,
-    check_picture,
+    check_image,
     draw_cross,
     draw_note,
     draw_query_box,
@@ -43,7 +43,7 @@ WEIGHT = matplotlib.colormaps["magma_r"]
 
 
 def attention_figure(
-    picture: ImageSource,
+    image: ImageSource,
     trace: Trace,
     *,
     query: Several = None,
@@ -53,40 +53,41 @@ def attention_figure(
     level: int | None = None,
     index: int = 0,
 ) -> Figure:
-    """Where queries look, or a cell of the encoder: the weights of their attention over the picture.
+    """Where queries look, or a cell of the encoder: the weights of their attention over the image.
 
-    A panel for each query, layer and head. The deeper the colour of a cell, the more it weighs; the scale ends at the
+    A panel for each query, layer and head. The deeper the color of a cell, the more it weighs; the scale ends at the
     largest weight of the panel. Deformable attention, whose points lie between cells, is drawn as the weights that
     cells get by it (:func:`as_attention`).
 
     Args:
-        picture: the picture, as the detector was given it.
+        image: the image, as the detector was given it.
         trace: what :func:`regolite.record` has recorded.
-        query: queries of the decoder, one or several; the surest object's by default. Their boxes are drawn too.
-        point: instead of a query, x and y in pixels of the picture: the self-attention of the encoder's cell there (on
+        query: queries of the decoder, one or several; that of the highest-scoring object by default. Their
+            boxes are drawn too.
+        point: instead of a query, x and y in pixels of the image: the self-attention of the encoder's cell there (on
             the finest map).
         layer: layers, one or several, counted from 0; the last by default.
         head: heads, one or several; by default the mean over the heads.
         level: one map alone; by default the sum over all.
-        index: which picture of the batch.
+        index: which image of the batch.
 
     Raises:
-        UserError: when the picture is not the trace's, or the trace has no such query, layer, head or level.
+        UserError: when the image is not the trace's, or the trace has no such query, layer, head or level.
     """
-    picture = check_picture(picture, trace, index)
+    image = check_image(image, trace, index)
     table = looks(trace, query, point, layer, index)
     heads = [None] if head is None else several(head)
-    figure, axes, width = grid(picture, len(table), len(table[0]) * len(heads))
+    figure, axes, width = grid(image, len(table), len(table[0]) * len(heads))
     for ax, (look, number) in zip(axes, itertools.product(itertools.chain(*table), heads)):
         _check_choice(look.record, number, level)
         record, asked = look.record, look.number
         if isinstance(record, Sampling):
             record, asked = as_attention(record, asked), 0
-        heat = record.over_picture(asked, number, level, index)
+        heat = record.over_image(asked, number, level, index)
         peak = max(float(heat.max()), 1e-12)
-        draw_heat(ax, picture, heat, peak=peak)
+        draw_heat(ax, image, heat, peak=peak)
         if look.boxes is not None:
-            draw_query_box(ax, trace, look.boxes, look.number, index, stage_colour(0))
+            draw_query_box(ax, trace, look.boxes, look.number, index, stage_color(0))
         if look.point is not None:
             draw_cross(ax, torch.tensor([float(x) for x in look.point]), BLUE)
         note = shown(*_note(look.record, number, level))
@@ -117,7 +118,7 @@ def as_attention(sampling: Sampling, query: int) -> AttentionMap:
 
 
 def sampling_figure(
-    picture: ImageSource,
+    image: ImageSource,
     trace: Trace,
     *,
     query: Several = None,
@@ -127,34 +128,34 @@ def sampling_figure(
     level: int | None = None,
     index: int = 0,
 ) -> Figure:
-    """The points at which deformable attention reads the picture (as Figure 6 of Deformable DETR).
+    """The points at which deformable attention reads the image (as Figure 6 of Deformable DETR).
 
-    A panel for each query and layer, and for each head if heads are chosen. A point's colour is its weight, which sum
+    A panel for each query and layer, and for each head if heads are chosen. A point's color is its weight, which sum
     to 1 over the levels and points of a head; its size grows with the level it is read from, coarse maps larger. The
-    cross is the reference point, the box what the query predicts in this layer. Where the picture is padded there may
+    cross is the reference point, the box what the query predicts in this layer. Where the image is padded there may
     be a second cross: padding is counted in whole cells, so that a coarse level has its reference point elsewhere.
 
     Args:
-        picture: the picture, as the detector was given it.
+        image: the image, as the detector was given it.
         trace: what :func:`regolite.record` has recorded of a deformable detector.
-        query: queries of the decoder, one or several; the surest object's by default.
-        point: instead of a query, x and y in pixels of the picture: the encoder's cell there (on the finest map).
+        query: queries of the decoder, one or several; the highest_scoring object's by default.
+        point: instead of a query, x and y in pixels of the image: the encoder's cell there (on the finest map).
         layer: layers, one or several, counted from 0; the last by default.
         head: heads, one or several, a panel each; by default the points of all heads in one.
         level: the points of one level alone; by default of all.
-        index: which picture of the batch.
+        index: which image of the batch.
 
     Raises:
-        UserError: when the picture is not the trace's, the trace has no such query, layer, head or level, or the
+        UserError: when the image is not the trace's, the trace has no such query, layer, head or level, or the
             attention is dense.
     """
-    picture = check_picture(picture, trace, index)
+    image = check_image(image, trace, index)
     table = looks(trace, query, point, layer, index)
     for look in itertools.chain(*table):
         if not isinstance(look.record, Sampling):
             raise UserError("this detector's attention is dense and samples no points: attention_figure draws it")
     heads = [None] if head is None else several(head)
-    figure, axes, width = grid(picture, len(table), len(table[0]) * len(heads))
+    figure, axes, width = grid(image, len(table), len(table[0]) * len(heads))
     for ax, (look, number) in zip(axes, itertools.product(itertools.chain(*table), heads)):
         record = look.record
         _check_choice(record, number, level)
@@ -167,16 +168,16 @@ def sampling_figure(
         order = weights.flatten().argsort()  # the heaviest come last, over the others
         x, y = points.flatten(0, 2)[order].unbind(-1)
 
-        draw_heat(ax, picture, torch.zeros(1, 1))  # the pale picture
+        draw_heat(ax, image, torch.zeros(1, 1))  # the pale image
         style = {"cmap": WEIGHT, "vmin": 0, "vmax": peak, "edgecolors": INK, "linewidths": 0.4, "zorder": 4}
         ax.scatter(x, y, s=sizes.flatten()[order], c=weights.flatten()[order], **style)
         if look.boxes is not None:
-            draw_query_box(ax, trace, look.boxes, look.number, index, stage_colour(0))
+            draw_query_box(ax, trace, look.boxes, look.number, index, stage_color(0))
         for reference in record.reference_points(index)[look.number].unique(dim=0):
-            draw_cross(ax, reference, stage_colour(0) if look.point is None else INK)
-        outside = ((x < 0) | (y < 0) | (x > picture.width) | (y > picture.height)).sum().item()
+            draw_cross(ax, reference, stage_color(0) if look.point is None else INK)
+        outside = ((x < 0) | (y < 0) | (x > image.width) | (y > image.height)).sum().item()
         if outside:
-            draw_note(ax, f"{outside} of {len(x)} points lie outside the picture")
+            draw_note(ax, f"{outside} of {len(x)} points lie outside the image")
         note = shown(*_note(record, number, level, together=True))
         draw_scale(ax, _title(look.who, look.layer, number), note, WEIGHT, peak, width)
     return figure

@@ -6,21 +6,21 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
-from regolite.plots.drawing import BLUE, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION
+from regolite.plots.drawing import BLUE, GRAY, INK, ORANGE, PURPLE, SKY, VERMILLION
 
-PART_COLOURS = {
-    "backbone": GREY,
+PART_COLORS = {
+    "backbone": GRAY,
     "pyramid": PURPLE,
     "encoder": BLUE,
     "decoder": SKY,
     "heads and queries": ORANGE,
     "REGO": VERMILLION,
 }
-"""The parts of a detector, in the order in which a picture passes through them."""
+"""The parts of a detector, in the order in which an image passes through them."""
 
 
 def draw_parts(ax: Axes, rows: Mapping[str, Mapping[str, float]], unit: str) -> None:
-    """Stacked bars: one row a model, one colour a part, the sum at the end.
+    """Stacked bars: one row a model, one color a part, the sum at the end.
 
     Args:
         ax: where to draw.
@@ -30,11 +30,11 @@ def draw_parts(ax: Axes, rows: Mapping[str, Mapping[str, float]], unit: str) -> 
     longest = max(sum(parts.values()) for parts in rows.values())
     for row, parts in enumerate(rows.values()):
         start = 0.0
-        for part, colour in PART_COLOURS.items():
+        for part, color in PART_COLORS.items():
             share = parts.get(part, 0.0)
-            ax.barh(row, share, left=start, color=colour, height=0.62, edgecolor="white", label=None if row else part)
+            ax.barh(row, share, left=start, color=color, height=0.62, edgecolor="white", label=None if row else part)
             if share > 0.045 * longest:
-                ink = INK if colour in (ORANGE, SKY, PURPLE) else "white"
+                ink = INK if color in (ORANGE, SKY, PURPLE) else "white"
                 ax.text(start + share / 2, row, f"{share:.1f}", ha="center", va="center", fontsize=8, color=ink)
             start += share
         ax.text(start, row, f" {start:.1f} {unit}", va="center", fontsize=9, fontweight="bold", color=INK)

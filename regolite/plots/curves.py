@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from regolite.plots.drawing import (
-    GREY,
+    GRAY,
     INK,
-    stage_colour,
+    stage_color,
     style_axes,
 )
 from regolite.types import stage_name
@@ -38,7 +38,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     for name in sorted(decoders):  # "base", "stage1", ...
         stage = int(name.removeprefix("stage")) if name != "base" else 0
         values = [_by_decoder(line["terms"]).get(name, math.nan) for line in train]
-        line = {"linestyle": ("-", "--", "-.", ":")[stage % 4], "color": stage_colour(stage)}
+        line = {"linestyle": ("-", "--", "-.", ":")[stage % 4], "color": stage_color(stage)}
         by_decoder.plot(steps, values, label=stage_name(stage), **line, **mark)
     style_axes(rate, "Learning rate", "step")
     rate.plot(steps, [line["lr"] for line in train], color=INK, **mark)
@@ -46,16 +46,16 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
     style_axes(precision, "AP by stage (%)", "step")
     kinds = {
-        "val": ("validation pictures", {"marker": "o"}),
-        "train": ("training pictures", {"marker": "D", "markerfacecolor": "white", "linestyle": ""}),
+        "val": ("validation images", {"marker": "o"}),
+        "train": ("training images", {"marker": "D", "markerfacecolor": "white", "linestyle": ""}),
     }
     for split, (words, mark) in kinds.items():
         lines = [line for line in metrics if line["kind"] == "evaluation" and line["split"] == split]
         for stage in range(max((len(line["stages"]) for line in lines), default=0)):
             values = [_number(line["stages"][stage]["AP"]) for line in lines]
-            precision.plot([line["step"] for line in lines], values, color=stage_colour(stage), markersize=5, **mark)
+            precision.plot([line["step"] for line in lines], values, color=stage_color(stage), markersize=5, **mark)
         if lines:
-            precision.plot([], [], color=GREY, markersize=5, label=words, **mark)
+            precision.plot([], [], color=GRAY, markersize=5, label=words, **mark)
 
     for ax in (total, by_decoder, rate, precision):
         drawn = [point for line in ax.lines for point in line.get_xydata() if np.isfinite(point).all()]
@@ -83,12 +83,12 @@ def plot_ap_by_stage(figures: Mapping[str, Any], title: str, names: Sequence[str
     for stage, measured in enumerate(stages):
         at = [n - 0.4 + wide * (stage + 0.5) for n in range(len(names))]
         values = [_number(measured[name]) for name in names]
-        bars = ax.bar(at, values, 0.92 * wide, color=stage_colour(stage), label=stage_name(stage))
+        bars = ax.bar(at, values, 0.92 * wide, color=stage_color(stage), label=stage_name(stage))
         ax.bar_label(bars, ["–" if math.isnan(v) else f"{v:.1f}" for v in values], fontsize=8, color=INK, padding=2)
     ax.set_xticks(range(len(names)), names)
     ax.tick_params(axis="x", length=0, labelsize=10)
     ax.set_ylim(0, max(1.0, 1.12 * ax.get_ylim()[1]))
-    ax.set_ylabel("%", fontsize=9, color=GREY)
+    ax.set_ylabel("%", fontsize=9, color=GRAY)
     below = {"loc": "outside lower center", "ncols": len(stages), "frameon": False, "fontsize": 9}
     figure.legend(*ax.get_legend_handles_labels(), **below)
     return figure

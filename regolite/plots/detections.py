@@ -1,4 +1,4 @@
-"""Figures: detections on pictures stage by stage, the curves of a run, average precision by stage.
+"""Figures: detections on images stage by stage, the curves of a run, average precision by stage.
 
 A notebook shows a figure by :func:`regolite.course.show`; :func:`save_figure` writes it as PNG.
 """
@@ -20,55 +20,55 @@ from regolite.boxes import enlarge
 from regolite.data import DetectionDataset
 from regolite.data.images import ImageSource, read_image
 from regolite.plots.drawing import (
-    CLASS_COLOURS,
+    CLASS_COLORS,
     INK,
-    TRUTH_COLOUR,
+    TRUTH_COLOR,
     draw_box,
+    draw_image,
     draw_objects,
-    draw_picture,
     draw_title,
     label_text,
     panels,
-    stage_colour,
+    stage_color,
 )
 from regolite.types import Detections, stage_name
 
 THRESHOLD = 0.3  # least score of a box that is drawn: lower than in use, so that a young model shows what it believes
 
 
-# ----------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------- images
 
 
 def draw_detections(
-    picture: ImageSource, detections: Detections, classes: Sequence[str], scores: bool = True
+    image: ImageSource, detections: Detections, classes: Sequence[str], scores: bool = True
 ) -> Image.Image:
-    """A copy of a picture with the detections drawn in, in colours of their classes.
+    """A copy of an image with the detections drawn in, in colors of their classes.
 
     Args:
-        picture: the picture.
+        image: the image.
         detections: what was found in it.
         classes: names of the classes by label.
         scores: write the scores too.
 
     Returns:
-        A picture of the same size, RGB; lines and letters grow with it.
+        An image of the same size, RGB; lines and letters grow with it.
     """
-    # With 64 dots an inch width / dpi * dpi is exact, so the copy has the very size of the picture.
-    picture = read_image(picture)
-    dpi, (width, height) = 64, picture.size
+    # With 64 dots an inch width / dpi * dpi is exact, so the copy has the very size of the image.
+    image = read_image(image)
+    dpi, (width, height) = 64, image.size
     figure = Figure((width / dpi, height / dpi), dpi=dpi)
     canvas = FigureCanvasAgg(figure)
     ax = figure.add_axes((0, 0, 1, 1))
-    draw_picture(ax, picture)
-    colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in detections.labels.tolist()]
+    draw_image(ax, image)
+    colors = [CLASS_COLORS[label % len(CLASS_COLORS)] for label in detections.labels.tolist()]
     pixels = max(9.0, 0.026 * math.sqrt(width * height))  # height of the letters
-    draw_objects(ax, detections, classes, colours, 72 / dpi * pixels, scores)
+    draw_objects(ax, detections, classes, colors, 72 / dpi * pixels, scores)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def draw_stages(
-    picture: ImageSource,
+    image: ImageSource,
     by_stage: Sequence[Detections],
     classes: Sequence[str],
     truth: Detections | None = None,
@@ -79,7 +79,7 @@ def draw_stages(
     """The detections of the base detector and of every stage, side by side (as Figure 5 of the paper).
 
     Args:
-        picture: the picture.
+        image: the image.
         by_stage: what each stage found, from :func:`regolite.inference.detect_by_stage`, 0 the base detector.
         classes: names of the classes by label.
         truth: the true objects (:func:`ground_truth`), drawn in a panel of their own.
@@ -89,54 +89,54 @@ def draw_stages(
         threshold: least score of a detection that is drawn.
         columns: panels in a row; all by default.
     """
-    picture = read_image(picture)
+    image = read_image(image)
     count = len(by_stage) + (truth is not None)
-    figure, axes = panels(picture.height / picture.width, count, columns)
+    figure, axes = panels(image.height / image.width, count, columns)
     size = 7.0
     for stage, (ax, detections) in enumerate(zip(axes, by_stage)):
-        draw_picture(ax, picture)
+        draw_image(ax, image)
         note = ""
         region = _glimpse(by_stage, stage, alphas, threshold)
         if region is not None:
-            draw_box(ax, region, stage_colour(stage), 0.2 * size, dashed=True, inset=0.004 * max(picture.size))
+            draw_box(ax, region, stage_color(stage), 0.2 * size, dashed=True, inset=0.004 * max(image.size))
             note = f"dashed: its glimpse, α = {alphas[stage - 1]:g}"
-        draw_title(ax, stage_name(stage).capitalize(), note, stage_colour(stage))
+        draw_title(ax, stage_name(stage).capitalize(), note, stage_color(stage))
         shown = detections.above(threshold)
-        draw_objects(ax, shown, classes, [stage_colour(stage)] * len(shown), size)
+        draw_objects(ax, shown, classes, [stage_color(stage)] * len(shown), size)
         if not len(shown):
             best = f" (best: {label_text(detections, 0, classes)})" if len(detections) else ""
             said = ax.text(0.5, 0.5, f"nothing above {threshold:g}{best}", transform=ax.transAxes, fontsize=size)
             ground = {"facecolor": INK, "edgecolor": "none", "alpha": 0.75, "pad": 4}
             said.set(color="white", ha="center", va="center", bbox=ground)
     if truth is not None:
-        draw_picture(axes[-1], picture)
-        draw_title(axes[-1], "Ground truth", "", TRUTH_COLOUR)
-        draw_objects(axes[-1], truth, classes, [TRUTH_COLOUR] * len(truth), size, scores=False)
+        draw_image(axes[-1], image)
+        draw_title(axes[-1], "Ground truth", "", TRUTH_COLOR)
+        draw_objects(axes[-1], truth, classes, [TRUTH_COLOR] * len(truth), size, scores=False)
     return figure
 
 
-def draw_truth(dataset: DetectionDataset, indices: Sequence[int], columns: int = 4) -> Figure:
-    """Some pictures of a data set with their true objects; crowds are left out.
+def draw_ground_truth(dataset: DetectionDataset, indices: Sequence[int], columns: int = 4) -> Figure:
+    """Some images of a data set with their true objects; crowds are left out.
 
     Args:
         dataset: the data set.
-        indices: which pictures.
-        columns: pictures in a row.
+        indices: which images.
+        columns: images in a row.
     """
-    # A frame for pictures of different shapes: that of the highest, but no higher than wide.
+    # A frame for images of different shapes: that of the highest, but no higher than wide.
     ratio = max(dataset.size(i)[0] / dataset.size(i)[1] for i in indices)
     figure, axes = panels(min(ratio, 1.0), len(indices), min(columns, len(indices)))
     for ax, i in zip(axes, indices):
         truth = ground_truth(dataset, i)
-        draw_picture(ax, dataset.image(i))
-        draw_title(ax, dataset.file_name(i), f"{len(truth)} objects", TRUTH_COLOUR)
-        colours = [CLASS_COLOURS[label % len(CLASS_COLOURS)] for label in truth.labels.tolist()]
-        draw_objects(ax, truth, dataset.classes, colours, 7.0, scores=False)
+        draw_image(ax, dataset.image(i))
+        draw_title(ax, dataset.file_name(i), f"{len(truth)} objects", TRUTH_COLOR)
+        colors = [CLASS_COLORS[label % len(CLASS_COLORS)] for label in truth.labels.tolist()]
+        draw_objects(ax, truth, dataset.classes, colors, 7.0, scores=False)
     return figure
 
 
 def ground_truth(dataset: DetectionDataset, i: int) -> Detections:
-    """The true objects of picture ``i`` of a data set, as detections of score 1; crowds are left out."""
+    """The true objects of image ``i`` of a data set, as detections of score 1; crowds are left out."""
     objects = dataset.objects(i).targets(*dataset.size(i))
     boxes = torch.from_numpy(objects.boxes).float()
     boxes_xyxy = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
@@ -156,8 +156,8 @@ def _glimpse(
 
 
 def _enlarged(box_xyxy: Float[Tensor, "4"], alpha: float) -> Float[Tensor, "4"]:
-    centre, size = (box_xyxy[:2] + box_xyxy[2:]) / 2, box_xyxy[2:] - box_xyxy[:2]
-    larger = enlarge(torch.cat([centre, size]), alpha)
+    center, size = (box_xyxy[:2] + box_xyxy[2:]) / 2, box_xyxy[2:] - box_xyxy[:2]
+    larger = enlarge(torch.cat([center, size]), alpha)
     return torch.cat([larger[:2] - larger[2:] / 2, larger[:2] + larger[2:] / 2])
 
 

@@ -1,8 +1,8 @@
-"""What every figure is drawn with: the colours, and pictures, boxes, labels, heat, points and matrices on axes.
+"""What every figure is drawn with: the colors, and images, boxes, labels, heat, points and matrices on axes.
 
 Figures are matplotlib ``Figure`` objects of their own, outside pyplot: nothing global is set and nothing stays open.
-The colours are those of Okabe and Ito, chosen for colour-blind readers too; a thing has the same colour in every
-figure. A picture's axes are in pixels of the picture, (0, 0) its upper left corner.
+The colors are those of Okabe and Ito, chosen for color-blind readers too; a thing has the same color in every
+figure. An image's axes are in pixels of the image, (0, 0) its upper left corner.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from regolite.types import Detections
 # Okabe and Ito, "Color universal design", 2008.
 BLUE, SKY, ORANGE, VERMILLION = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 GREEN, PURPLE, YELLOW, INK = "#009E73", "#CC79A7", "#F0E442", "#222222"
-GREY = "#6E6E6E"
+GRAY = "#6E6E6E"
 
-STAGE_COLOURS = (BLUE, SKY, ORANGE, VERMILLION, PURPLE, YELLOW)
+STAGE_COLORS = (BLUE, SKY, ORANGE, VERMILLION, PURPLE, YELLOW)
 """Base detector, stage 1, stage 2, ...: from cold to warm."""
-TRUTH_COLOUR = GREEN
-CLASS_COLOURS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE, YELLOW)
+TRUTH_COLOR = GREEN
+CLASS_COLORS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE, YELLOW)
 
 DPI = 150
-PANEL = 3.3  # width of a picture in a figure, in inches
+PANEL = 3.3  # width of an image in a figure, in inches
 
 HEAT = LinearSegmentedColormap.from_list("heat", ["#FFFFFF00", "#E69F00B0", "#D55E00F0"])
-"""Little to much, over a picture: from nothing through orange to vermillion."""
+"""Little to much, over an image: from nothing through orange to vermillion."""
 
 
-def stage_colour(stage: int) -> str:
-    """The colour of a stage, 0 for the base detector."""
-    return STAGE_COLOURS[stage % len(STAGE_COLOURS)]
+def stage_color(stage: int) -> str:
+    """The color of a stage, 0 for the base detector."""
+    return STAGE_COLORS[stage % len(STAGE_COLORS)]
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = DPI) -> Path:
@@ -84,18 +84,18 @@ def panels(ratio: float, count: int, columns: int | None = None, width: float = 
     return figure, axes
 
 
-def draw_picture(ax: Axes, picture: ImageSource) -> None:
+def draw_image(ax: Axes, image: ImageSource) -> None:
     """An image on axes in its own pixels, (0, 0) its corner."""
-    picture = read_image(picture)
-    width, height = picture.size
-    ax.imshow(np.asarray(picture), extent=(0, width, height, 0), interpolation="antialiased")
+    image = read_image(image)
+    width, height = image.size
+    ax.imshow(np.asarray(image), extent=(0, width, height, 0), interpolation="antialiased")
     ax.set_anchor("N")
     ax.axis("off")
     ax.apply_aspect()
 
 
-def to_picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
-    """Normalised pixels, as the network reads them, as a picture for people."""
+def to_image(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
+    """Normalized pixels, as the network reads them, as an image for people."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     shades = ((pixels.detach() * std + mean).clamp(0, 1) * 255).round().byte()
     return Image.fromarray(shades.permute(1, 2, 0).cpu().numpy())
@@ -103,26 +103,26 @@ def to_picture(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
 
 def draw_heat(
     ax: Axes,
-    picture: ImageSource,
+    image: ImageSource,
     heat: Float[Tensor, "h w"],
     cell: float | None = None,
     peak: float | None = None,
     smooth: bool = False,
 ) -> None:
-    """A map over a pale grey picture: the more, the more colour.
+    """A map over a pale gray image: the more, the more color.
 
     Args:
         ax: where to draw.
-        picture: the picture.
-        heat: what to show, not negative, for the cells that lie on the picture (padding cut off).
-        cell: side of a cell in pixels of the picture; by default the map spans the picture.
-        peak: the value that gets the full colour; the map's own maximum by default.
+        image: the image.
+        heat: what to show, not negative, for the cells that lie on the image (padding cut off).
+        cell: side of a cell in pixels of the image; by default the map spans the image.
+        peak: the value that gets the full color; the map's own maximum by default.
         smooth: blend from cell to cell, where the cells themselves are not the point.
     """
-    heat, picture = heat.detach().cpu(), read_image(picture)
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)
-    width, height = picture.size
-    ax.imshow(96 + 0.62 * grey, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=255)
+    heat, image = heat.detach().cpu(), read_image(image)
+    gray = np.asarray(image.convert("L"), dtype=np.float32)
+    width, height = image.size
+    ax.imshow(96 + 0.62 * gray, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=255)
     rows, columns = heat.shape
     right, bottom = (columns * cell, rows * cell) if cell else (width, height)
     ax.imshow(
@@ -143,22 +143,22 @@ def draw_heat(
 def draw_points(
     ax: Axes,
     points: Float[Tensor, "N 2"],
-    colour: str,
+    color: str,
     sizes: Float[Tensor, "N"] | float = 30.0,
     marker: str = "o",
 ) -> PathCollection:
-    """Points on a picture with a light seam.
+    """Points on an image with a light seam.
 
     Args:
         ax: where to draw.
-        points: x and y in pixels of the picture.
-        colour: of the points.
+        points: x and y in pixels of the image.
+        color: of the points.
         sizes: area of each, in square points.
         marker: matplotlib's marker.
     """
     x, y = points.detach().cpu().unbind(-1)
     area = sizes.detach().cpu() if isinstance(sizes, Tensor) else sizes
-    return ax.scatter(x, y, s=area, c=colour, marker=marker, edgecolors="white", linewidths=0.8, zorder=4)
+    return ax.scatter(x, y, s=area, c=color, marker=marker, edgecolors="white", linewidths=0.8, zorder=4)
 
 
 def draw_matrix(
@@ -169,7 +169,7 @@ def draw_matrix(
     marked: Sequence[tuple[int, int]] = (),
     decimals: int | None = 2,
 ) -> None:
-    """A matrix as coloured cells with their numbers, light to dark, chosen cells framed.
+    """A matrix as colored cells with their numbers, light to dark, chosen cells framed.
 
     Args:
         ax: where to draw.
@@ -194,19 +194,19 @@ def draw_matrix(
     ax.spines[:].set_visible(False)
 
 
-def draw_title(ax: Axes, title: str, note: str = "", colour: str = INK) -> None:
-    """A line of text over a bar of the panel's colour."""
-    ax.plot([0, 1], [1, 1], color=colour, linewidth=3, transform=ax.transAxes, clip_on=False, solid_capstyle="butt")
+def draw_title(ax: Axes, title: str, note: str = "", color: str = INK) -> None:
+    """A line of text over a bar of the panel's color."""
+    ax.plot([0, 1], [1, 1], color=color, linewidth=3, transform=ax.transAxes, clip_on=False, solid_capstyle="butt")
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
     ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above, **as_is())
-    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GREY, ha="right", **above, **as_is())
+    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GRAY, ha="right", **above, **as_is())
 
 
 def draw_objects(
     ax: Axes,
     detections: Detections,
     classes: Sequence[str],
-    colours: Sequence[str],
+    colors: Sequence[str],
     size: float = 7.0,
     scores: bool = True,
 ) -> None:
@@ -216,18 +216,18 @@ def draw_objects(
     """
     size *= max(0.7, min(1.0, (8 / max(len(detections), 1)) ** 0.5))
     boxes = detections.boxes_xyxy.tolist()
-    for box, colour in reversed(list(zip(boxes, colours))):
-        draw_box(ax, box, colour, 0.2 * size)
-    draw_labels(ax, boxes, [label_text(detections, n, classes, scores) for n in range(len(detections))], colours, size)
+    for box, color in reversed(list(zip(boxes, colors))):
+        draw_box(ax, box, color, 0.2 * size)
+    draw_labels(ax, boxes, [label_text(detections, n, classes, scores) for n in range(len(detections))], colors, size)
 
 
 def draw_labels(
-    ax: Axes, boxes_xyxy: Sequence[Sequence[float]], texts: Sequence[str], colours: Sequence[str], size: float = 7.0
+    ax: Axes, boxes_xyxy: Sequence[Sequence[float]], texts: Sequence[str], colors: Sequence[str], size: float = 7.0
 ) -> None:
     """A label for every box, each off those before it."""
     taken: list[tuple[float, float, float, float]] = []
-    for box, text, colour in zip(boxes_xyxy, texts, colours):
-        taken.append(_draw_label(ax, text, box, colour, size, taken))
+    for box, text, color in zip(boxes_xyxy, texts, colors):
+        taken.append(_draw_label(ax, text, box, color, size, taken))
 
 
 def label_text(detections: Detections, n: int, classes: Sequence[str], scores: bool = True) -> str:
@@ -238,33 +238,33 @@ def label_text(detections: Detections, n: int, classes: Sequence[str], scores: b
 
 
 def draw_box(
-    ax: Axes, box_xyxy: Sequence[float], colour: str, line: float = 1.6, dashed: bool = False, inset: float = 0.0
+    ax: Axes, box_xyxy: Sequence[float], color: str, line: float = 1.6, dashed: bool = False, inset: float = 0.0
 ) -> None:
-    """A box with a light seam, so that it stands out on any ground; kept inside the picture."""
+    """A box with a light seam, so that it stands out on any ground; kept inside the image."""
     width, height = ax.get_xlim()[1], ax.get_ylim()[0]
     x0, x1 = (min(max(x, inset), width - inset) for x in (box_xyxy[0], box_xyxy[2]))
     y0, y1 = (min(max(y, inset), height - inset) for y in (box_xyxy[1], box_xyxy[3]))
     seam = [patheffects.Stroke(linewidth=line + 1.2, foreground="white", alpha=0.7), patheffects.Normal()]
     style = {"linestyle": (0, (4, 2.5))} if dashed else {"path_effects": seam}
-    ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=line, **style))
+    ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=line, **style))
 
 
 def _draw_label(
     ax: Axes,
     text: str,
     box_xyxy: Sequence[float],
-    colour: str,
+    color: str,
     size: float,
     taken: Sequence[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float]:
-    """A label at a corner of its box, inside the picture and off the labels that are there already.
+    """A label at a corner of its box, inside the image and off the labels that are there already.
 
     Returns:
         The place it took: left, bottom, right, top in dots.
     """
-    red, green, blue = to_rgb(colour)
+    red, green, blue = to_rgb(color)
     ink = INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-    ground = {"boxstyle": "square,pad=0.2", "facecolor": colour, "edgecolor": "none", "alpha": 0.85}
+    ground = {"boxstyle": "square,pad=0.2", "facecolor": color, "edgecolor": "none", "alpha": 0.85}
     label = ax.text(0, 0, text, fontsize=size, fontweight="bold", color=ink, bbox=ground, zorder=3, **as_is())
     point, more_lines = ax.figure.dpi / 72, 1.2 * size * text.count("\n")
     width, height = label.get_window_extent().width + 0.4 * size * point, (1.25 * size + more_lines) * point
@@ -277,7 +277,7 @@ def _draw_label(
     ]  # fmt: skip
 
     def place(corner: tuple[float, float]) -> tuple[float, tuple[float, float, float, float]]:
-        """The label at a corner, moved into the picture; first what speaks against it: labels hidden, way moved."""
+        """The label at a corner, moved into the image; first what speaks against it: labels hidden, way moved."""
         x = max(frame.x0, min(corner[0], frame.x1 - width))
         y = max(frame.y0, min(corner[1], frame.y1 - height))
         spot = (x, y, x + width, y + height)
@@ -295,9 +295,9 @@ def _draw_label(
 def style_axes(ax: Axes, title: str, x: str = "", y: str = "") -> None:
     """The look of every plot of numbers: title at the left, quiet axes, a grid of lines across."""
     ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, **as_is())
-    ax.set_xlabel(x, fontsize=9, color=GREY)
-    ax.set_ylabel(y, fontsize=9, color=GREY)
-    ax.tick_params(labelsize=8, colors=GREY)
+    ax.set_xlabel(x, fontsize=9, color=GRAY)
+    ax.set_ylabel(y, fontsize=9, color=GRAY)
+    ax.tick_params(labelsize=8, colors=GRAY)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#B0B0B0")
     ax.grid(axis="y", color="#E6E6E6", linewidth=0.8)

@@ -31,13 +31,13 @@ from torch import nn
 from regolite.data import DetectionDataset
 from regolite.errors import UserError
 from regolite.inference import detect
-from regolite.plots.drawing import GREY, INK, STAGE_COLOURS, style_axes
+from regolite.plots.drawing import GRAY, INK, STAGE_COLORS, style_axes
 from regolite.tracing.recorder import record
 from regolite.tracing.trace import OnCells, Trace
 
 KINDS = {
     "encoder.": "Encoder: cells look at cells",
-    "decoder.cross": "Decoder: queries look at the picture",
+    "decoder.cross": "Decoder: queries look at the image",
     "decoder.self": "Decoder: queries look at queries",
     "relations": "REGO: glimpses ask the stage before",
     "stage.self": "REGO: queries look at queries",
@@ -47,7 +47,7 @@ MARKS = ("o", "s", "^", "D", "v", "P")
 
 
 def entropy_by_layer(trace: Trace) -> dict[str, float]:
-    """The mean entropy of every attention, in nats, over heads, pictures and all that look; padding is left out.
+    """The mean entropy of every attention, in nats, over heads, images and all that look; padding is left out.
 
     Returns:
         Entropies by the names of the trace, ``"decoder.0.cross"`` and so on.
@@ -59,7 +59,7 @@ def entropy_by_layer(trace: Trace) -> dict[str, float]:
             entropy = record.entropy().transpose(1, 2)  # [B, Q, M]
             if name.startswith("encoder."):  # cells of padding look too, but nobody looks at them
                 limits = trace.frame.original.flip(1)
-                on = torch.stack([(record.centres(n) < limit).all(-1) for n, limit in enumerate(limits)])
+                on = torch.stack([(record.centers(n) < limit).all(-1) for n, limit in enumerate(limits)])
                 entropy = entropy[on]
             means[name] = float(entropy.mean())
     return means
@@ -68,19 +68,19 @@ def entropy_by_layer(trace: Trace) -> dict[str, float]:
 def entropies(
     model: nn.Module, dataset: DetectionDataset, indices: Sequence[int], names: str | Sequence[str] = "*"
 ) -> dict[str, float]:
-    """The mean entropy of every attention of a detector, in nats, over some pictures, one by one.
+    """The mean entropy of every attention of a detector, in nats, over some images, one by one.
 
     Args:
         model: the detector.
-        dataset: where the pictures are from.
+        dataset: where the images are from.
         indices: which; a few do.
         names: which attentions, as :func:`regolite.record` takes them. Without ``encoder.*`` it takes less memory.
 
     Raises:
-        UserError: when there are no pictures.
+        UserError: when there are no images.
     """
     if not len(indices):
-        raise UserError("the mean over no pictures is nothing: give at least one index")
+        raise UserError("the mean over no images is nothing: give at least one index")
     found = []
     for i in indices:
         with record(model, names) as trace:
@@ -94,8 +94,8 @@ class EntropyByEpoch:
 
     Args:
         model: the detector that is trained; give it to :func:`regolite.train` too.
-        dataset: where the pictures are from; its own pictures, whatever the run's.
-        indices: which pictures.
+        dataset: where the images are from; its own images, whatever the run's.
+        indices: which images.
 
     Attributes:
         by_epoch: entropies by epoch, epoch 0 before training.
@@ -135,10 +135,10 @@ def entropy_figure(by_epoch: Mapping[int, Mapping[str, float]] | Sequence[Mappin
         style_axes(ax, KINDS[kind], "epoch", "entropy (nats)")
         for number, name in enumerate(members):
             stage, layer = _place(name)
-            colour = STAGE_COLOURS[(stage or number) % len(STAGE_COLOURS)]
+            color = STAGE_COLORS[(stage or number) % len(STAGE_COLORS)]
             style = {"linestyle": LINES[layer % 4], "marker": MARKS[layer % len(MARKS)], "markersize": 4}
             label = f"stage {stage}, layer {layer}" if stage else f"layer {layer}"
-            ax.plot(epochs, [by_epoch[epoch][name] for epoch in epochs], color=colour, label=label, **style)
+            ax.plot(epochs, [by_epoch[epoch][name] for epoch in epochs], color=color, label=label, **style)
         ax.margins(y=0.1)
         _count_cells(ax)
         ax.legend(fontsize=7, frameon=False, ncols=2 if len(members) > 4 else 1)
@@ -169,7 +169,7 @@ def _count_cells(ax: Axes) -> None:
     evenly = MaxNLocator(5).tick_values(math.exp(low), math.exp(high))
     ticks = [n for n in evenly.tolist() if n > 0 and low <= math.log(n) <= high]
     right.set_yticks([math.log(n) for n in ticks], [f"{n:,g}" for n in ticks])
-    right.set_ylabel("as if evenly at so many", fontsize=8, color=GREY)
-    right.tick_params(labelsize=8, colors=GREY)
+    right.set_ylabel("as if evenly at so many", fontsize=8, color=GRAY)
+    right.tick_params(labelsize=8, colors=GRAY)
     right.spines[:].set_visible(False)
     ax.tick_params(labelcolor=INK)

@@ -15,22 +15,22 @@ from regolite.data import DetectionDataset
 from regolite.evaluation.coco import Measured
 from regolite.evaluation.error_types import KINDS, Judged
 from regolite.plots.drawing import (
-    GREY,
+    GRAY,
     INK,
-    TRUTH_COLOUR,
+    TRUTH_COLOR,
     VERMILLION,
     draw_box,
-    draw_picture,
+    draw_image,
     draw_title,
     panels,
-    stage_colour,
+    stage_color,
     style_axes,
 )
 from regolite.plots.text import as_is
 from regolite.types import stage_name
 
 LINES = ("-", "--", "-.", ":")
-RATIO = 0.75  # height of a detail of a picture by its width
+RATIO = 0.75  # height of a detail of an image by its width
 
 
 def plot_categories(
@@ -54,11 +54,9 @@ def plot_categories(
         ax.grid(visible=False)
         ax.set_xlim(0, 100)
         ax.set_ylim(rows - 0.4, -0.6)
-        ax.barh(
-            range(len(chosen)), ap[-1, chosen], 0.62, color=stage_colour(len(ap) - 1), label=stage_name(len(ap) - 1)
-        )
+        ax.barh(range(len(chosen)), ap[-1, chosen], 0.62, color=stage_color(len(ap) - 1), label=stage_name(len(ap) - 1))
         if len(ap) > 1:
-            point = {"marker": "o", "s": 26, "facecolor": "white", "edgecolor": stage_colour(0), "linewidth": 1.6}
+            point = {"marker": "o", "s": 26, "facecolor": "white", "edgecolor": stage_color(0), "linewidth": 1.6}
             ax.scatter(ap[0, chosen], range(len(chosen)), zorder=3, clip_on=False, label=stage_name(0), **point)
         ax.set_yticks(range(len(chosen)), [f"{names[k]} ({objects[k]})" for k in chosen], **as_is())
         ax.tick_params(axis="y", length=0, labelcolor=INK)
@@ -78,7 +76,7 @@ def plot_precision(by_stage: Sequence[Measured], ious: Sequence[float] = (0.5, 0
         style_axes(ax, f"IoU at least {iou:.2f}", "recall (%)", "precision (%)")
         for stage, measured in enumerate(by_stage):
             curve = measured.curve(iou)
-            line = {"color": stage_colour(stage), "linestyle": LINES[stage % 4], "linewidth": 1.8}
+            line = {"color": stage_color(stage), "linestyle": LINES[stage % 4], "linewidth": 1.8}
             ax.plot(np.linspace(0, 100, len(curve)), curve, label=stage_name(stage), **line)
         ax.set_xlim(0, 100)
         ax.set_ylim(0, 104)
@@ -100,7 +98,7 @@ def plot_overlaps(by_stage: Sequence[Judged]) -> Figure:
     for stage, judged in enumerate(by_stage):
         numbers = overlap_histogram(judged)
         at = np.arange(len(numbers)) - 0.4 + wide * (stage + 0.5)
-        bars = ax.bar(at, numbers, 0.92 * wide, color=stage_colour(stage), label=stage_name(stage))
+        bars = ax.bar(at, numbers, 0.92 * wide, color=stage_color(stage), label=stage_name(stage))
         ax.bar_label(bars, fontsize=7, color=INK, padding=2)
     ax.set_xticks(range(5), [f"{low:.1f} to {high:.1f}" for low, high in zip(edges, edges[1:])])
     ax.tick_params(axis="x", length=0)
@@ -133,7 +131,7 @@ def plot_errors(by_stage: Sequence[Judged], costs: Sequence[Mapping[str, float]]
         for stage, numbers in enumerate(values):
             at = np.arange(len(KINDS)) - 0.4 + wide * (stage + 0.5)
             ax.bar(
-                at, [numbers[kind] for kind in KINDS], 0.92 * wide, color=stage_colour(stage), label=stage_name(stage)
+                at, [numbers[kind] for kind in KINDS], 0.92 * wide, color=stage_color(stage), label=stage_name(stage)
             )
         ax.set_xticks(range(len(KINDS)), KINDS)
         ax.tick_params(axis="x", length=0, labelcolor=INK)
@@ -145,26 +143,26 @@ def plot_errors(by_stage: Sequence[Judged], costs: Sequence[Mapping[str, float]]
 
 
 def draw_errors(dataset: DetectionDataset, judged: Judged, count: int = 6, columns: int = 3) -> Figure | None:
-    """The surest false positives, one a picture: red the detection, dashed green the object it is wrong about.
+    """The highest_scoring false positives, one an image: red the detection, dashed green the object it is wrong about.
 
     Args:
-        dataset: the pictures.
+        dataset: the images.
         judged: the detections.
-        count: how many pictures.
-        columns: pictures in a row.
+        count: how many images.
+        columns: images in a row.
 
     Returns:
         The figure, or None where nothing is wrong.
     """
     wrong = np.flatnonzero(np.isin(judged.kinds, KINDS))
-    first = np.sort(np.unique(judged.image_ids[wrong], return_index=True)[1])  # the surest of each picture
+    first = np.sort(np.unique(judged.image_ids[wrong], return_index=True)[1])  # the highest_scoring of each image
     chosen = wrong[first][:count]
     names = dict(zip(dataset.category_ids, dataset.classes))
     entries = []
     for row in chosen.tolist():
         about, note, frames = int(judged.objects[row]), "", []
         if about >= 0:
-            frames = [(judged.truth.boxes[about], TRUTH_COLOUR, True)]
+            frames = [(judged.truth.boxes[about], TRUTH_COLOR, True)]
             note = f"IoU {judged.overlaps[row]:.2f}"
             if judged.truth.categories[about] != judged.categories[row]:
                 note = f"{names[int(judged.truth.categories[about])]}, {note}"
@@ -176,66 +174,66 @@ def draw_errors(dataset: DetectionDataset, judged: Judged, count: int = 6, colum
 def draw_missed(
     dataset: DetectionDataset, judged: Judged, threshold: float, count: int = 6, columns: int = 3
 ) -> Figure | None:
-    """The largest missed objects, one a picture, in green; and what came nearest to each below the threshold.
+    """The largest missed objects, one an image, in green; and what came nearest to each below the threshold.
 
     Args:
-        dataset: the pictures.
+        dataset: the images.
         judged: the detections.
         threshold: least score of a detection that counts as an answer.
-        count: how many pictures.
-        columns: pictures in a row.
+        count: how many images.
+        columns: images in a row.
 
     Returns:
         The figure, or None where nothing was missed.
     """
     truth, missed = judged.truth, judged.above(threshold).missed
     missed = missed[np.argsort(-truth.boxes[missed, 2:].prod(1), kind="stable")]
-    first = np.sort(np.unique(truth.image_ids[missed], return_index=True)[1])  # the largest of each picture
+    first = np.sort(np.unique(truth.image_ids[missed], return_index=True)[1])  # the largest of each image
     names = dict(zip(dataset.category_ids, dataset.classes))
     entries = []
     for row in missed[first][:count].tolist():
         near = np.flatnonzero((judged.objects == row) & np.isin(judged.kinds, ("correct", "class", "box")))
         note = f"{judged.kinds[near[0]]} with {judged.scores[near[0]]:.2f}" if len(near) else "by nothing"
         title = f"missed: {names[int(truth.categories[row])]}"
-        entries.append((int(truth.image_ids[row]), title, note, [(truth.boxes[row], TRUTH_COLOUR, False)]))
+        entries.append((int(truth.image_ids[row]), title, note, [(truth.boxes[row], TRUTH_COLOR, False)]))
     return _draw_details(dataset, entries, columns)
 
 
 Frame = tuple[Float[np.ndarray, "4"], str, bool]
-"""Corner, width and height of a box, its colour, and whether it is dashed."""
+"""Corner, width and height of a box, its color, and whether it is dashed."""
 
 
 def _draw_details(
     dataset: DetectionDataset, entries: Sequence[tuple[int, str, str, Sequence[Frame]]], columns: int
 ) -> Figure | None:
-    """Pictures cut around some boxes: COCO's id of each picture, title, note and boxes."""
+    """Images cut around some boxes: COCO's id of each image, title, note and boxes."""
     if not entries:
         return None
     place = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
     figure, axes = panels(RATIO, len(entries), min(columns, len(entries)), width=2.8)
     for ax, (image_id, title, note, frames) in zip(axes, entries):
         corners = np.array([[x, y, x + width, y + height] for (x, y, width, height), *_ in frames])
-        picture, (left, top) = _cut(dataset.image(place[image_id]), corners)
-        draw_picture(ax, picture)
-        for (x0, y0, x1, y1), (_, colour, dashed) in reversed(list(zip(corners.tolist(), frames))):
-            draw_box(ax, [x0 - left, y0 - top, x1 - left, y1 - top], colour, 2.2, dashed)
+        image, (left, top) = _cut(dataset.image(place[image_id]), corners)
+        draw_image(ax, image)
+        for (x0, y0, x1, y1), (_, color, dashed) in reversed(list(zip(corners.tolist(), frames))):
+            draw_box(ax, [x0 - left, y0 - top, x1 - left, y1 - top], color, 2.2, dashed)
         draw_title(ax, title, note, frames[0][1])
     return figure
 
 
-def _cut(picture: Image.Image, boxes_xyxy: Float[np.ndarray, "n 4"]) -> tuple[Image.Image, tuple[int, int]]:
-    """The part of a picture around some boxes, at least a quarter as wide, and where it begins."""
+def _cut(image: Image.Image, boxes_xyxy: Float[np.ndarray, "n 4"]) -> tuple[Image.Image, tuple[int, int]]:
+    """The part of an image around some boxes, at least a quarter as wide, and where it begins."""
     (x0, y0), (x1, y1) = boxes_xyxy[:, :2].min(0), boxes_xyxy[:, 2:].max(0)
-    wide = max(2.5 * (x1 - x0), 2.5 * (y1 - y0) / RATIO, picture.width / 4)
-    width = min(round(wide), picture.width)
-    height = min(round(max(RATIO * width, 1.1 * (y1 - y0))), picture.height)
-    left = round(min(max((x0 + x1 - width) / 2, 0), picture.width - width))
-    top = round(min(max((y0 + y1 - height) / 2, 0), picture.height - height))
-    return picture.crop((left, top, left + width, top + height)), (left, top)
+    wide = max(2.5 * (x1 - x0), 2.5 * (y1 - y0) / RATIO, image.width / 4)
+    width = min(round(wide), image.width)
+    height = min(round(max(RATIO * width, 1.1 * (y1 - y0))), image.height)
+    left = round(min(max((x0 + x1 - width) / 2, 0), image.width - width))
+    top = round(min(max((y0 + y1 - height) / 2, 0), image.height - height))
+    return image.crop((left, top, left + width, top + height)), (left, top)
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9, labelcolor=GREY
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9, labelcolor=GRAY
     )

@@ -15,18 +15,18 @@ from regolite.models.rego import Rego
 
 
 def draw_run(
-    folder: str | Path, model: nn.Module, datasets: Mapping[str, DetectionDataset], pictures: int = 4
+    folder: str | Path, model: nn.Module, datasets: Mapping[str, DetectionDataset], images: int = 4
 ) -> list[Path]:
     """Draw what a run has come to, into its folder's ``figures/``.
 
     ``curves.png``; for each split ``ap_SPLIT.png``, where it was evaluated, and ``stages_SPLIT_IMAGEID.png`` of some
-    pictures, spread evenly over the split.
+    images, spread evenly over the split.
 
     Args:
         folder: the folder of the run.
         model: its detector.
-        datasets: pictures and ground truth by split.
-        pictures: how many of each split.
+        datasets: images and ground truth by split.
+        images: how many of each split.
 
     Returns:
         The files.
@@ -39,9 +39,9 @@ def draw_run(
     for split, dataset in datasets.items():
         measured = [line for line in metrics if line["kind"] == "evaluation" and line["split"] == split]
         if measured:
-            title = f"{split}: {measured[-1]['images']} pictures, step {measured[-1]['step']}"
+            title = f"{split}: {measured[-1]['images']} images, step {measured[-1]['step']}"
             files.append(save_figure(plot_ap_by_stage(measured[-1], title), folder / "figures" / f"ap_{split}.png"))
-        count = min(pictures, len(dataset))
+        count = min(images, len(dataset))
         for i in (n * len(dataset) // count for n in range(count)):
             try:
                 image = dataset.image(i)

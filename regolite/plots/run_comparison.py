@@ -1,4 +1,4 @@
-"""The figures of notebook 22: several runs in one picture, told apart by colour, by dashes and by marker."""
+"""The figures of notebook 22: several runs in one image, told apart by color, by dashes and by marker."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from regolite.evaluation.run_comparison import AXES, Run, time_unit
-from regolite.plots.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, stage_colour, style_axes
+from regolite.plots.drawing import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, stage_color, style_axes
 from regolite.plots.text import label_as_is, legend_as_is
 from regolite.types import stage_name
 
-COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK)
+COLORS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, INK)
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "P")
 STAGE_MARKERS = ("o", "s", "^", "D", "P", "X")
@@ -28,7 +28,7 @@ TERMS = {"label": "class", "l1": "box, L1", "giou": "box, GIoU"}
 def run_style(number: int) -> dict[str, Any]:
     """How the lines of a run look: 140 runs are told apart, the first four by their dashes alone."""
     return {
-        "color": COLOURS[number % len(COLOURS)],
+        "color": COLORS[number % len(COLORS)],
         "linestyle": DASHES[number % len(DASHES)],
         "marker": MARKERS[number % len(MARKERS)],
         "markersize": 3.5,
@@ -39,19 +39,19 @@ def run_style(number: int) -> dict[str, Any]:
 def plot_convergence(
     runs: Sequence[Run], metric: str = "AP", stage: int | None = None, split: str = "val", axes: Sequence[str] = AXES
 ) -> Figure:
-    """A figure against epochs, hours and pictures seen, a line a run (as Figure 3 of the paper).
+    """A figure against epochs, hours and images seen, a line a run (as Figure 3 of the paper).
 
-    A hollow triangle marks where the learning rate was divided by ten, a grey line the first run's best.
+    A hollow triangle marks where the learning rate was divided by ten, a gray line the first run's best.
 
     Args:
         runs: the runs, the one to compare with first.
         metric: AP, AP50, AP75, APs, APm or APl.
         stage: which stage; each run's last by default.
-        split: on which pictures.
+        split: on which images.
         axes: what to draw it against, of :data:`~regolite.evaluation.run_comparison.AXES`.
     """
     unit, per_hour = time_unit(max(run.hours for run in runs))
-    names = {"epochs": "epochs", "hours": unit, "pictures": "pictures seen"}
+    names = {"epochs": "epochs", "hours": unit, "images": "images seen"}
     figure = Figure((3.3 * len(axes) + 0.2, 3.7), dpi=100, layout="constrained")
     of = "" if stage is None else f" of {'the ' * (stage == 0)}{stage_name(stage)}"
     goal = runs[0].best(metric, stage, split).value
@@ -63,7 +63,7 @@ def plot_convergence(
             ax.plot([scale * value for value in x], y, label=label_as_is(run.label), **run_style(number))
             _mark_drops(ax, run, [scale * value for value in x], y, run.curve("epochs", metric, stage, split)[0])
         if not math.isnan(goal):
-            ax.axhline(goal, color=GREY, linewidth=1, zorder=1, label=f"best of {runs[0].label}: {goal:.1f}")
+            ax.axhline(goal, color=GRAY, linewidth=1, zorder=1, label=f"best of {runs[0].label}: {goal:.1f}")
         if any(run.drops for run in runs):
             ax.plot([], [], "v", markerfacecolor="white", markeredgecolor=INK, label="learning rate ÷ 10")
         if axis == "hours":
@@ -79,7 +79,7 @@ def plot_stages(runs: Sequence[Run], metric: str = "AP", split: str = "val") -> 
     Args:
         runs: the runs.
         metric: AP, AP50, AP75, APs, APm or APl.
-        split: on which pictures.
+        split: on which images.
     """
     columns = min(3, len(runs))
     height = -(-len(runs) // columns)
@@ -91,11 +91,11 @@ def plot_stages(runs: Sequence[Run], metric: str = "AP", split: str = "val") -> 
             continue
         style_axes(ax, run.label, "epochs")
         for stage in range(run.stages(split) + 1):
-            look = {"color": stage_colour(stage), "linestyle": DASHES[stage % 4], "marker": STAGE_MARKERS[stage % 6]}
+            look = {"color": stage_color(stage), "linestyle": DASHES[stage % 4], "marker": STAGE_MARKERS[stage % 6]}
             ax.plot(*run.curve("epochs", metric, stage, split), **look, markersize=3.5, label=stage_name(stage))
     panels = [ax for ax in figure.axes if ax.get_visible()]
     _from_zero(*panels)
-    panels[0].set_ylabel(metric, fontsize=9, color=GREY)
+    panels[0].set_ylabel(metric, fontsize=9, color=GRAY)
     _legend(figure, max(panels, key=lambda ax: len(ax.lines)))
     return figure
 
@@ -126,8 +126,8 @@ def _mark_drops(ax: Axes, run: Run, x: Sequence[float], y: Sequence[float], epoc
     for drop in run.drops:
         if epochs[0] <= drop <= epochs[-1]:
             point = np.interp(drop, epochs, x), np.interp(drop, epochs, y)
-            colour = next(line.get_color() for line in ax.lines if line.get_label() == label_as_is(run.label))
-            ax.plot(*point, "v", markersize=9, markerfacecolor="white", markeredgecolor=colour, zorder=4)
+            color = next(line.get_color() for line in ax.lines if line.get_label() == label_as_is(run.label))
+            ax.plot(*point, "v", markersize=9, markerfacecolor="white", markeredgecolor=color, zorder=4)
 
 
 def _from_zero(*axes: Axes) -> None:

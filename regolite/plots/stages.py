@@ -23,15 +23,15 @@ from regolite.errors import UserError
 from regolite.models.glimpse import BINS
 from regolite.plots.detections import THRESHOLD
 from regolite.plots.drawing import (
-    GREY,
+    GRAY,
     INK,
     draw_box,
     draw_heat,
+    draw_image,
     draw_labels,
-    draw_picture,
     draw_title,
     panels,
-    stage_colour,
+    stage_color,
     style_axes,
 )
 from regolite.plots.selection import (
@@ -39,14 +39,14 @@ from regolite.plots.selection import (
     NARROW,
     WIDTH,
     Several,
-    check_picture,
+    check_image,
     class_name,
     heads_of,
+    highest_scoring,
     last_stage,
     looking,
     predictions,
     several,
-    surest,
     title_of,
     within,
 )
@@ -60,53 +60,53 @@ SAME = 0.5  # least IoU of two boxes that stand for the same object
 # -------------------------------------------------------------------------------------------------------- the path
 
 
-def stages_figure(picture: ImageSource, trace: Trace, *, query: int | None = None, index: int = 0) -> Figure:
-    """One object's path through the stages: above its box in the picture, below what each stage saw of it.
+def stages_figure(image: ImageSource, trace: Trace, *, query: int | None = None, index: int = 0) -> Figure:
+    """One object's path through the stages: above its box in the image, below what each stage saw of it.
 
     A column for the base detector and for each stage. Above, the box of the stage, and dashed the region of its
-    glimpse. Below, the glimpse: the region cut out of the picture, with the 7 x 7 bins in which the stage reads it, the
-    box of the stage before and its own. What lies outside the picture is hatched. Under the base detector, which has no
+    glimpse. Below, the glimpse: the region cut out of the image, with the 7 x 7 bins in which the stage reads it, the
+    box of the stage before and its own. What lies outside the image is hatched. Under the base detector, which has no
     glimpse, stands the score by stage.
 
     Args:
-        picture: the picture, as the detector was given it.
+        image: the image, as the detector was given it.
         trace: what :func:`regolite.record` has recorded of a REGO.
-        query: whose path; the surest object's by default.
-        index: which picture of the batch.
+        query: whose path; the highest_scoring object's by default.
+        index: which image of the batch.
 
     Raises:
-        UserError: when the picture is not the trace's, the detector has no REGO, or there is no such query.
+        UserError: when the image is not the trace's, the detector has no REGO, or there is no such query.
     """
-    picture = check_picture(picture, trace, index)
+    image = check_image(image, trace, index)
     if not trace.names("stage.*.glimpses"):
         raise UserError("the trace has no stage.*.glimpses: only a detector with REGO has stages that look again")
-    query = surest(trace, index) if query is None else query
+    query = highest_scoring(trace, index) if query is None else query
     by_stage = [predictions(trace, stage) for stage in range(last_stage(trace) + 1)]
     within("query", query, by_stage[0].boxes.shape[1])
     boxes = [found.boxes_xyxy(index)[query].tolist() for found in by_stage]
-    count, ratio = len(by_stage), picture.height / picture.width
+    count, ratio = len(by_stage), image.height / image.width
     width = min(WIDTH / count - 0.1, HEIGHT / ratio)
     figure, above = panels(ratio, count, count, width)
     below = _second_row(figure, above, width)
 
     _draw_scores(below[0], trace, query, index)
     for stage, (ax, box) in enumerate(zip(above, boxes)):
-        draw_picture(ax, picture)
+        draw_image(ax, image)
         draw_title(ax, stage_name(stage).capitalize(), title_of(trace, by_stage[stage], query, index),
-                   stage_colour(stage))  # fmt: skip
+                   stage_color(stage))  # fmt: skip
         if stage:
             glimpses = trace[f"stage.{stage}.glimpses"]
             region = glimpses.boxes_xyxy(index)[query].tolist()
-            draw_box(ax, region, stage_colour(stage), 1.4, dashed=True, inset=0.004 * max(picture.size))
-            _draw_glimpse(below[stage], picture, glimpses, query, index, stage)
+            draw_box(ax, region, stage_color(stage), 1.4, dashed=True, inset=0.004 * max(image.size))
+            _draw_glimpse(below[stage], image, glimpses, query, index, stage)
             seam = [patheffects.Stroke(linewidth=2.6, foreground="white", alpha=0.7), patheffects.Normal()]
             for number, line in ((stage - 1, (0, (3, 2))), (stage, "-")):
                 x0, y0, x1, y1 = boxes[number]
                 below[stage].add_patch(
-                    Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=stage_colour(number), linewidth=1.6,
+                    Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=stage_color(number), linewidth=1.6,
                               linestyle=line, path_effects=seam if number == stage else None)
                 )  # fmt: skip
-        draw_box(ax, box, stage_colour(stage), 1.8)
+        draw_box(ax, box, stage_color(stage), 1.8)
     return figure
 
 
@@ -123,13 +123,13 @@ def _second_row(figure: Figure, above: list[Axes], width: float) -> list[Axes]:
     return [figure.add_axes((left, gap / total, across, width / total)) for left in lefts]
 
 
-def _draw_glimpse(ax: Axes, picture: Image.Image, glimpses: Glimpses, query: int, index: int, stage: int) -> None:
-    """The region as it lies in the picture, stretched to a square as RoIAlign reads it, with its bins."""
+def _draw_glimpse(ax: Axes, image: Image.Image, glimpses: Glimpses, query: int, index: int, stage: int) -> None:
+    """The region as it lies in the image, stretched to a square as RoIAlign reads it, with its bins."""
     x0, y0, x1, y1 = glimpses.boxes_xyxy(index)[query].tolist()
     ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#EEEEEE", edgecolor="#BBBBBB", hatch="////", zorder=0,
                            linewidth=0))  # fmt: skip
-    width, height = picture.size
-    ax.imshow(np.asarray(picture), extent=(0, width, height, 0), aspect="auto", zorder=1)
+    width, height = image.size
+    ax.imshow(np.asarray(image), extent=(0, width, height, 0), aspect="auto", zorder=1)
     for n in range(1, BINS):
         style = {"color": "white", "linewidth": 0.5, "alpha": 0.55, "zorder": 2}
         ax.plot([x0 + (x1 - x0) * n / BINS] * 2, [y0, y1], **style)
@@ -138,9 +138,9 @@ def _draw_glimpse(ax: Axes, picture: Image.Image, glimpses: Glimpses, query: int
     ax.set_ylim(y1, y0)
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.spines[:].set(color=stage_colour(stage), linestyle=(0, (4, 2.5)), linewidth=1.4)
+    ax.spines[:].set(color=stage_color(stage), linestyle=(0, (4, 2.5)), linewidth=1.4)
     stride = glimpses.strides[int(glimpses.level[index, query])]
-    draw_title(ax, "What it sees", f"from the map of stride {stride}", stage_colour(stage))
+    draw_title(ax, "What it sees", f"from the map of stride {stride}", stage_color(stage))
 
 
 def _draw_scores(ax: Axes, trace: Trace, query: int, index: int) -> None:
@@ -153,8 +153,8 @@ def _draw_scores(ax: Axes, trace: Trace, query: int, index: int) -> None:
         (place.x0 + 0.14 * place.width, place.y0 + 0.13 * place.height, 0.82 * place.width, 0.85 * place.height)
     )
     style_axes(ax, "", "stage")
-    ax.plot(range(count), scores, color=GREY, linewidth=1.2, zorder=1)
-    ax.scatter(range(count), scores, c=[stage_colour(stage) for stage in range(count)], s=42, zorder=3, clip_on=False)
+    ax.plot(range(count), scores, color=GRAY, linewidth=1.2, zorder=1)
+    ax.scatter(range(count), scores, c=[stage_color(stage) for stage in range(count)], s=42, zorder=3, clip_on=False)
     for stage, score in enumerate(scores):
         place = (0, 7 if score < 0.9 else -14)  # above, and below where there is no room
         ax.annotate(
@@ -179,7 +179,7 @@ class Related:
 
     Attributes:
         query: who asks.
-        queries: the surest query of each other object.
+        queries: the highest_scoring query of each other object.
         weights: the weight of each: the sum over all queries that stand for it.
         itself: the weight of the queries that stand for the same object as the one that asks.
         nothing: the weight of queries that stand for no object.
@@ -218,7 +218,7 @@ def related(
         layer: of the stage's decoder, counted from 0; the last by default.
         head: one head; by default the mean over the heads.
         threshold: least score of an object.
-        index: picture of the batch.
+        index: image of the batch.
 
     Raises:
         UserError: when the trace has no such stage, layer, head or query.
@@ -255,7 +255,7 @@ def related(
 
 
 def relations_figure(
-    picture: ImageSource,
+    image: ImageSource,
     trace: Trace,
     *,
     query: int | None = None,
@@ -269,67 +269,67 @@ def relations_figure(
     """Which objects each stage asks about one object (as Figure 6 of the paper).
 
     A panel for each stage. It shows what the stage before has found, since that is whom the glimpse asks: the object
-    itself in the stage's colour, and its most related other objects, joined to it by lines. A line is as wide as its
+    itself in the stage's color, and its most related other objects, joined to it by lines. A line is as wide as its
     weight. Weights are summed over all queries that stand for an object; :func:`related` says which those are. The
     title tells how much of the weight goes to the object itself, and to queries that stand for no object; in brackets,
     how much those would get if all queries were asked evenly.
 
     Args:
-        picture: the picture, as the detector was given it.
+        image: the image, as the detector was given it.
         trace: what :func:`regolite.record` has recorded.
-        query: the object; the surest of the last stage by default.
+        query: the object; the highest_scoring of the last stage by default.
         stage: stages, one or several; all of REGO by default. 0 is the base decoder, with its self-attention: of any
             detector, also one without REGO.
         layer: of each stage's decoder, counted from 0; the last by default.
         head: one head; by default the mean over the heads.
         top: how many related objects are drawn.
         threshold: least score of an object.
-        index: which picture of the batch.
+        index: which image of the batch.
 
     Raises:
-        UserError: when the picture is not the trace's, or the trace has no such stage, layer, head or query.
+        UserError: when the image is not the trace's, or the trace has no such stage, layer, head or query.
     """
-    picture = check_picture(picture, trace, index)
+    image = check_image(image, trace, index)
     if stage is None and not last_stage(trace):
         raise UserError(
             "the trace has no stage.*.relations: only REGO has them; stage=0 shows the self-attention of the decoder"
         )
     stages = list(range(1, last_stage(trace) + 1)) if stage is None else several(stage)
-    query = surest(trace, index) if query is None else query
+    query = highest_scoring(trace, index) if query is None else query
     found = [
         related(trace, query=query, stage=number, layer=layer, head=head, threshold=threshold, index=index)
         for number in stages
     ]
-    ratio = picture.height / picture.width
+    ratio = image.height / image.width
     across = len(stages) if len(stages) <= 3 else -(-len(stages) // 2)  # titles need their room
     figure, axes = panels(ratio, len(stages), across, max(min(WIDTH / across - 0.1, HEIGHT / ratio, 4.8), NARROW))
     for ax, number, relations in zip(axes, stages, found):
         boxes = predictions(trace, max(number - 1, 0))
         corners = boxes.boxes_xyxy(index)
-        draw_heat(ax, picture, torch.zeros(1, 1))  # the pale picture
-        own, colour = corners[query], stage_colour(number)
+        draw_heat(ax, image, torch.zeros(1, 1))  # the pale image
+        own, color = corners[query], stage_color(number)
         others, weights = relations.queries[:top], relations.weights[:top].tolist()
         for other, weight in zip(corners[others], weights):
             draw_box(ax, other.tolist(), INK, 1.2)
-            (x0, y0), (x1, y1) = _middle(own, picture), _middle(other, picture)
+            (x0, y0), (x1, y1) = _middle(own, image), _middle(other, image)
             width = min(0.8 + 20 * weight, 12.0)
             seam = [patheffects.Stroke(linewidth=width + 1.6, foreground="white"), patheffects.Normal()]
-            ax.plot([x0, x1], [y0, y1], color=colour, linewidth=width, path_effects=seam, solid_capstyle="round",
+            ax.plot([x0, x1], [y0, y1], color=color, linewidth=width, path_effects=seam, solid_capstyle="round",
                     zorder=2.5)  # fmt: skip
-        draw_box(ax, own.tolist(), colour, 2.4)
+        draw_box(ax, own.tolist(), color, 2.4)
         names = [class_name(trace, label) for label in boxes.best(index)[1].tolist()]
         texts = [names[query], *(f"{names[other]} {_percent(weight)}" for other, weight in zip(others, weights))]
         chosen = [own, *corners[others]]
-        draw_labels(ax, [box.tolist() for box in chosen], texts, [colour, *[INK] * len(others)])
+        draw_labels(ax, [box.tolist() for box in chosen], texts, [color, *[INK] * len(others)])
         evenly = float((relations.of == -2).float().mean())
         nobody = f"no object {_percent(relations.nothing)} (evenly {_percent(evenly)})"
-        draw_title(ax, stage_name(number).capitalize(), f"itself {_percent(relations.itself)}, {nobody}", colour)
+        draw_title(ax, stage_name(number).capitalize(), f"itself {_percent(relations.itself)}, {nobody}", color)
     return figure
 
 
-def _middle(box: Float[Tensor, "4"], picture: Image.Image) -> tuple[float, float]:
-    """The middle of that part of a box that lies in the picture."""
-    limit = torch.tensor([float(side) for side in picture.size] * 2)
+def _middle(box: Float[Tensor, "4"], image: Image.Image) -> tuple[float, float]:
+    """The middle of that part of a box that lies in the image."""
+    limit = torch.tensor([float(side) for side in image.size] * 2)
     x0, y0, x1, y1 = box.clamp(min=0).minimum(limit).tolist()
     return (x0 + x1) / 2, (y0 + y1) / 2
 

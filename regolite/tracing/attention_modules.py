@@ -15,7 +15,7 @@ LAYERS = (
     ("attention", None),  # our encoder layers
     ("self_attn", None),  # those of transformers
 )
-"""Layers are known by what their attentions are called: of each other, and of the picture."""
+"""Layers are known by what their attentions are called: of each other, and of the image."""
 
 
 Attention = tuple[nn.Module, nn.Module]
@@ -77,13 +77,13 @@ def their_sampling(
     heads, split = attention.n_heads, (attention.n_levels, attention.n_points)
     weights = weights.unflatten(2, (heads, -1)).softmax(-1).unflatten(3, split)
     offsets = offsets.unflatten(2, (heads, *split, 2))
-    centre = references[:, :, None, :, None]
+    center = references[:, :, None, :, None]
     if references.shape[-1] == 2:
         offsets = offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
     else:
         scale = getattr(attention, "offset_scale", 0.5)  # RT-DETRv2 lets one choose
-        offsets = offsets / attention.n_points * centre[..., 2:] * scale
-    return centre[..., :2] + offsets, weights
+        offsets = offsets / attention.n_points * center[..., 2:] * scale
+    return center[..., :2] + offsets, weights
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 ::
 
     with regolite.record(model) as trace:
-        regolite.detect(model, "picture.jpg")
-    trace["decoder.5.cross"].over_picture(query=7)
+        regolite.detect(model, "image.jpg")
+    trace["decoder.5.cross"].over_image(query=7)
 
 Models compute attention with a fused kernel that never writes the weights down. The recorder watches from outside:
 
@@ -68,7 +68,7 @@ _watched: WeakSet[nn.Module] = WeakSet()
 
 @contextmanager
 def record(model: nn.Module, names: str | Sequence[str] = "*") -> Iterator[Trace]:
-    """Record what happens inside a detector while it runs on one picture, or one batch.
+    """Record what happens inside a detector while it runs on one image, or one batch.
 
     Outputs are the same, bit for bit, as without. Everything is kept in float32 in the computer's own memory: most of
     all an encoder's self-attention, which is a number for every pair of cells, by head and layer.
@@ -156,7 +156,7 @@ class _Recorder(TorchFunctionMode):
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
     def _possible_names(self) -> list[str]:
-        """Whatever can be recorded of this model, in the order in which a picture passes through it."""
+        """Whatever can be recorded of this model, in the order in which an image passes through it."""
         encoder = [name for name in self.attentions if name.startswith("encoder.")]
         names = ["proposals", *encoder, "references"]
         for layer in range(self._decoder_layers):
@@ -256,7 +256,7 @@ class _Recorder(TorchFunctionMode):
     def _watch_references(self, hook: Callable) -> None:
         """Where the queries start; every family has its own place for it."""
         detector = self.detector
-        for name in ("reference_points", "reference_head", "centre_head"):
+        for name in ("reference_points", "reference_head", "center_head"):
             if isinstance(getattr(detector, name, None), nn.Module):
                 hook(getattr(detector, name), lambda _, output: self._keep_references(output.sigmoid()))
         if isinstance(getattr(detector, "proposals", None), Proposals):
@@ -314,7 +314,7 @@ class _Recorder(TorchFunctionMode):
             self.now.records["references"] = References(copied(references), self.now.frame)
 
     def _keep_their_references(self, output: Any) -> None:
-        """What the base model of transformers says of them, if anything, in [0, 1] of the unpadded picture."""
+        """What the base model of transformers says of them, if anything, in [0, 1] of the unpadded image."""
         if self.detector.model.config.model_type == "conditional_detr":
             self._keep_references(output.reference_points.transpose(0, 1))
         elif self.detector.model.config.model_type == "dab-detr":

@@ -10,7 +10,7 @@ stage 0 is the base detector.
                                  or :class:`Sampling` (deformable attention)
 ``references``                   where the queries start: :class:`References`
 ``decoder.{layer}.self``         self-attention of the queries: :class:`AttentionMap`
-``decoder.{layer}.cross``        how queries look at the picture, of the same kinds as ``encoder.{layer}``
+``decoder.{layer}.cross``        how queries look at the image, of the same kinds as ``encoder.{layer}``
 ``decoder.{layer}.boxes``        what the layer predicts: :class:`Boxes`
 ``stage.{i}.glimpses``           the regions that stage i looks at again: :class:`Glimpses`
 ``stage.{i}.encoder.{layer}``    self-attention of the hidden states, in a stage that has encoder layers
@@ -19,7 +19,7 @@ stage 0 is the base detector.
 ``stage.{i}.boxes.{layer}``      what its layers predict: :class:`Boxes`; the last is O(i)
 ===============================  ======================================================================================
 
-Numbers are kept as the network has them. **Picture coordinates**, x and y in pixels of the original picture, are what
+Numbers are kept as the network has them. **Image coordinates**, x and y in pixels of the original image, are what
 methods give: they undo padding and resizing. A cell is drawn where its stride puts it: cell (row, column) of a map of
 stride s covers s x s pixels of the network's input, the first of them at (s * row, s * column).
 """
@@ -46,26 +46,26 @@ from regolite.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The pictures of a batch: as they are, as the network got them, and the padded tensor that holds them.
+    """The images of a batch: as they are, as the network got them, and the padded tensor that holds them.
 
     Attributes:
-        padded: height and width of the batch, which all its pictures share.
-        sizes: height and width of each picture in the batch, before padding.
-        original: height and width of each picture as it came. Where nobody told, as in ``model(images)``, those of
-            ``sizes``: then picture coordinates are pixels of the network's input.
+        padded: height and width of the batch, which all its images share.
+        sizes: height and width of each image in the batch, before padding.
+        original: height and width of each image as it came. Where nobody told, as in ``model(images)``, those of
+            ``sizes``: then image coordinates are pixels of the network's input.
     """
 
     padded: tuple[int, int]
     sizes: Int[Tensor, "B 2"]
     original: Int[Tensor, "B 2"]
 
-    def to_picture(self, points: Float[Tensor, "*n 2"], picture: int = 0) -> Float[Tensor, "*n 2"]:
-        """Points x, y in pixels of the network's input, in pixels of the original picture."""
-        return points * (self.original[picture] / self.sizes[picture]).flip(0)
+    def to_image(self, points: Float[Tensor, "*n 2"], image: int = 0) -> Float[Tensor, "*n 2"]:
+        """Points x, y in pixels of the network's input, in pixels of the original image."""
+        return points * (self.original[image] / self.sizes[image]).flip(0)
 
-    def to_network(self, points: Float[Tensor, "*n 2"], picture: int = 0) -> Float[Tensor, "*n 2"]:
+    def to_network(self, points: Float[Tensor, "*n 2"], image: int = 0) -> Float[Tensor, "*n 2"]:
         """The way back."""
-        return points * (self.sizes[picture] / self.original[picture]).flip(0)
+        return points * (self.sizes[image] / self.original[image]).flip(0)
 
     def strides(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
         """Pixels of the network's input per cell of maps of these heights and widths, finest first."""
@@ -93,52 +93,52 @@ class OnCells:
         """Pixels of the network's input per cell, map by map."""
         return self.frame.strides(self.shapes)
 
-    def centres(self, picture: int = 0) -> Float[Tensor, "S 2"]:
-        """The centre of every cell, in pixels of the original picture; cells on padding lie outside it."""
-        centres = []
+    def centers(self, image: int = 0) -> Float[Tensor, "S 2"]:
+        """The center of every cell, in pixels of the original image; cells on padding lie outside it."""
+        centers = []
         for (height, width), stride in zip(self._maps(), self.strides):
             y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-            centres.append(stride * torch.stack([x, y], -1).flatten(0, 1))
-        return self.frame.to_picture(torch.cat(centres), picture)
+            centers.append(stride * torch.stack([x, y], -1).flatten(0, 1))
+        return self.frame.to_image(torch.cat(centers), image)
 
-    def cell_at(self, x: float | int, y: float | int, level: int = 0, picture: int = 0) -> int:
-        """The number of the cell in which a point of the original picture lies: its place among tokens.
+    def cell_at(self, x: float | int, y: float | int, level: int = 0, image: int = 0) -> int:
+        """The number of the cell in which a point of the original image lies: its place among tokens.
 
         Where cells are what asks, in an encoder, it is the query of this point.
 
         Args:
-            x: in pixels of the original picture.
-            y: in pixels of the original picture.
+            x: in pixels of the original image.
+            y: in pixels of the original image.
             level: of which map.
-            picture: of the batch.
+            image: of the batch.
 
         Raises:
-            UserError: when the point is outside the picture.
+            UserError: when the point is outside the image.
         """
-        height, width = self.frame.original[picture].tolist()
+        height, width = self.frame.original[image].tolist()
         if not (0 <= x < width and 0 <= y < height):
-            raise UserError(f"the point ({x:g}, {y:g}) is outside the picture of {width} x {height} pixels")
+            raise UserError(f"the point ({x:g}, {y:g}) is outside the image of {width} x {height} pixels")
         maps = self._maps()
         column, row = (
-            (self.frame.to_network(torch.tensor([float(x), float(y)]), picture) / self.strides[level]).long().tolist()
+            (self.frame.to_network(torch.tensor([float(x), float(y)]), image) / self.strides[level]).long().tolist()
         )
         rows, columns = maps[level]
         # Rounding can put a point at the very edge one cell too far.
         return sum(h * w for h, w in maps[:level]) + min(row, rows - 1) * columns + min(column, columns - 1)
 
-    def extent(self, level: int = 0, picture: int = 0) -> tuple[float, float, float, float]:
-        """Left, right, bottom and top of a whole map in pixels of the original picture, as ``imshow`` wants it.
+    def extent(self, level: int = 0, image: int = 0) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top of a whole map in pixels of the original image, as ``imshow`` wants it.
 
-        A map with padding, or whose cells do not end where the picture ends, reaches beyond the picture.
+        A map with padding, or whose cells do not end where the image ends, reaches beyond the image.
         """
         (height, width), stride = self._maps()[level], self.strides[level]
         corner = torch.tensor([float(stride * width), float(stride * height)])
-        right, bottom = self.frame.to_picture(corner, picture).tolist()
+        right, bottom = self.frame.to_image(corner, image).tolist()
         return 0.0, right, bottom, 0.0
 
     def _maps(self) -> tuple[tuple[int, int], ...]:
         if not self.shapes:
-            raise UserError("here queries look at queries: there are no cells of a picture; their boxes say where")
+            raise UserError("here queries look at queries: there are no cells of an image; their boxes say where")
         return self.shapes
 
 
@@ -147,35 +147,35 @@ class Weights(OnCells):
 
     weights: Float[Tensor, "B M Q S"]
 
-    def of(self, query: int, head: int | None = None, picture: int = 0) -> Float[Tensor, "S"]:
+    def of(self, query: int, head: int | None = None, image: int = 0) -> Float[Tensor, "S"]:
         """The weights of one query, of one head, or the mean over the heads."""
-        by_head = self.weights[picture, :, query]
+        by_head = self.weights[image, :, query]
         return by_head.mean(0) if head is None else by_head[head]
 
-    def heat(self, query: int, head: int | None = None, level: int = 0, picture: int = 0) -> Float[Tensor, "h w"]:
+    def heat(self, query: int, head: int | None = None, level: int = 0, image: int = 0) -> Float[Tensor, "h w"]:
         """The weights of one query on one map, padding included; :meth:`extent` says where to draw it."""
         maps = self._maps()
-        return self.of(query, head, picture).split([h * w for h, w in maps])[level].view(maps[level])
+        return self.of(query, head, image).split([h * w for h, w in maps])[level].view(maps[level])
 
-    def over_picture(
-        self, query: int, head: int | None = None, level: int | None = None, picture: int = 0
+    def over_image(
+        self, query: int, head: int | None = None, level: int | None = None, image: int = 0
     ) -> Float[Tensor, "height width"]:
-        """The weights of one query at every pixel of the original picture: those of the cell that it lies in.
+        """The weights of one query at every pixel of the original image: those of the cell that it lies in.
 
         Args:
             query: who looks.
             head: one head; by default the mean over the heads.
             level: one map; by default the sum over all, where a coarse cell's weight is spread evenly over the cells of
                 the finest map that it covers.
-            picture: of the batch.
+            image: of the batch.
         """
-        height, width = self.frame.original[picture].tolist()
-        scale = self.frame.sizes[picture] / self.frame.original[picture]  # of height and width
+        height, width = self.frame.original[image].tolist()
+        scale = self.frame.sizes[image] / self.frame.original[image]  # of height and width
         y, x = ((torch.arange(n) + 0.5) * factor for n, factor in zip((height, width), scale))
         total = torch.zeros(height, width)
         for number, stride in enumerate(self.strides):
             if level in (None, number):
-                heat = self.heat(query, head, number, picture)
+                heat = self.heat(query, head, number, image)
                 rows, columns = ((n / stride).long().clamp(max=end - 1) for n, end in zip((y, x), heat.shape))
                 share = (self.strides[0] / stride) ** 2 if level is None else 1.0
                 total += share * heat[rows][:, columns]
@@ -196,7 +196,7 @@ class AttentionMap(Weights):
             its encoder layers whose cells look at their own level alone, the weight of other levels is 0.
         shapes: heights and widths of the maps whose cells are looked at; empty where queries look at queries.
         mask: True on cells that nobody may look at (padding), or None.
-        frame: the pictures.
+        frame: the images.
     """
 
     weights: Float[Tensor, "B M Q S"]
@@ -214,7 +214,7 @@ class RowColumnMap(Weights):
         rows: weights of the rows, which sum to 1.
         shapes: height and width of the one map.
         mask: True on cells that nobody may look at (padding).
-        frame: the pictures.
+        frame: the images.
     """
 
     columns: Float[Tensor, "B M Q w"]
@@ -228,9 +228,9 @@ class RowColumnMap(Weights):
         """The weights of the cells, multiplied out; large where the map is."""
         return (self.rows[..., None] * self.columns[..., None, :]).flatten(-2)
 
-    def of(self, query: int, head: int | None = None, picture: int = 0) -> Float[Tensor, "S"]:
+    def of(self, query: int, head: int | None = None, image: int = 0) -> Float[Tensor, "S"]:
         """The weights of one query, of one head, or the mean over the heads."""
-        rows, columns = self.rows[picture, :, query], self.columns[picture, :, query]
+        rows, columns = self.rows[image, :, query], self.columns[image, :, query]
         by_head = (rows[..., None] * columns[:, None]).flatten(1)
         return by_head.mean(0) if head is None else by_head[head]
 
@@ -248,7 +248,7 @@ class Sampling(OnCells):
         weights: they sum to 1 over levels and points.
         references: the reference points, x and y (d = 2) or boxes ``cxcywh`` (d = 4), in the same frame.
         shapes: heights and widths of the levels.
-        frame: the pictures.
+        frame: the images.
     """
 
     locations: Float[Tensor, "B Q M L K 2"]
@@ -257,13 +257,13 @@ class Sampling(OnCells):
     shapes: tuple[tuple[int, int], ...]
     frame: Frame
 
-    def points(self, picture: int = 0) -> Float[Tensor, "Q M L K 2"]:
-        """Where the maps are read, x and y in pixels of the original picture; some points lie outside it."""
-        return self._to_picture(self.locations[picture], self._spans()[:, None], picture)
+    def points(self, image: int = 0) -> Float[Tensor, "Q M L K 2"]:
+        """Where the maps are read, x and y in pixels of the original image; some points lie outside it."""
+        return self._to_image(self.locations[image], self._spans()[:, None], image)
 
-    def reference_points(self, picture: int = 0) -> Float[Tensor, "Q L 2"]:
-        """The reference points, or centres of the reference boxes, in pixels of the original picture."""
-        return self._to_picture(self.references[picture, ..., :2], self._spans(), picture)
+    def reference_points(self, image: int = 0) -> Float[Tensor, "Q L 2"]:
+        """The reference points, or centers of the reference boxes, in pixels of the original image."""
+        return self._to_image(self.references[image, ..., :2], self._spans(), image)
 
     def level_weights(self) -> Float[Tensor, "B Q M L"]:
         """How much each head of each query takes from each level."""
@@ -277,8 +277,8 @@ class Sampling(OnCells):
         """Width and height of the levels in pixels of the network's input."""
         return torch.tensor([(float(s * w), float(s * h)) for (h, w), s in zip(self.shapes, self.strides)])
 
-    def _to_picture(self, relative: Tensor, spans: Tensor, picture: int) -> Tensor:
-        return self.frame.to_picture(relative * spans, picture)
+    def _to_image(self, relative: Tensor, spans: Tensor, image: int) -> Tensor:
+        return self.frame.to_image(relative * spans, image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +289,7 @@ class Glimpses:
         regions: enlarged boxes, ``xyxy`` in pixels of the network's input.
         level: the number of the map that each region is read from, finest first.
         strides: stride of every map.
-        frame: the pictures.
+        frame: the images.
     """
 
     regions: Float[Tensor, "B Q 4"]
@@ -297,9 +297,9 @@ class Glimpses:
     strides: tuple[int, ...]
     frame: Frame
 
-    def boxes_xyxy(self, picture: int = 0) -> Float[Tensor, "Q 4"]:
-        """The regions, ``xyxy`` in pixels of the original picture; they may reach beyond it."""
-        return self.frame.to_picture(self.regions[picture].unflatten(-1, (2, 2)), picture).flatten(1)
+    def boxes_xyxy(self, image: int = 0) -> Float[Tensor, "Q 4"]:
+        """The regions, ``xyxy`` in pixels of the original image; they may reach beyond it."""
+        return self.frame.to_image(self.regions[image].unflatten(-1, (2, 2)), image).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,9 +309,9 @@ class Boxes:
     Attributes:
         logits: K columns with ``"sigmoid"``, K + 1 with ``"softmax"``, the last being "no object". Deformable DETR's
             proposals have one column, "object".
-        boxes: ``cxcywh`` in [0, 1] of the unpadded picture.
+        boxes: ``cxcywh`` in [0, 1] of the unpadded image.
         scoring: how logits become scores.
-        frame: the pictures.
+        frame: the images.
     """
 
     logits: Float[Tensor, "B Q columns"]
@@ -324,31 +324,31 @@ class Boxes:
         """The score of every class, in [0, 1]."""
         return self.logits.sigmoid() if self.scoring == "sigmoid" else self.logits.softmax(-1)[..., :-1]
 
-    def best(self, picture: int = 0) -> tuple[Float[Tensor, "Q"], Int[Tensor, "Q"]]:
+    def best(self, image: int = 0) -> tuple[Float[Tensor, "Q"], Int[Tensor, "Q"]]:
         """The score and the label of each query's best class."""
-        scores, labels = self.scores[picture].max(-1)
+        scores, labels = self.scores[image].max(-1)
         return scores, labels
 
-    def boxes_xyxy(self, picture: int = 0) -> Float[Tensor, "Q 4"]:
-        """The boxes, ``xyxy`` in pixels of the original picture."""
-        return to_pixels(self.boxes, self.frame.original)[picture]
+    def boxes_xyxy(self, image: int = 0) -> Float[Tensor, "Q 4"]:
+        """The boxes, ``xyxy`` in pixels of the original image."""
+        return to_pixels(self.boxes, self.frame.original)[image]
 
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """Where queries start: learnt points or boxes, or the encoder's proposals.
+    """Where queries start: learned points or boxes, or the encoder's proposals.
 
     Attributes:
-        references: x and y (d = 2) or ``cxcywh`` (d = 4), in [0, 1] of the unpadded picture.
-        frame: the pictures.
+        references: x and y (d = 2) or ``cxcywh`` (d = 4), in [0, 1] of the unpadded image.
+        frame: the images.
     """
 
     references: Float[Tensor, "B Q d"]
     frame: Frame
 
-    def points(self, picture: int = 0) -> Float[Tensor, "Q 2"]:
-        """The points, or centres of the boxes, in pixels of the original picture."""
-        return self.references[picture, :, :2] * self.frame.original[picture].flip(0)
+    def points(self, image: int = 0) -> Float[Tensor, "Q 2"]:
+        """The points, or centers of the boxes, in pixels of the original image."""
+        return self.references[image, :, :2] * self.frame.original[image].flip(0)
 
 
 Record = AttentionMap | RowColumnMap | Sampling | Glimpses | Boxes | References
@@ -359,8 +359,8 @@ class Trace:
     """What was recorded of one forward pass, by name; see :mod:`regolite.tracing.trace` for the names.
 
     Args:
-        records: by name, in the order in which a picture passes through the detector.
-        frame: the pictures; None until a model has run.
+        records: by name, in the order in which an image passes through the detector.
+        frame: the images; None until a model has run.
         classes: names of the classes, where the model knows them.
     """
 
@@ -384,13 +384,13 @@ class Trace:
 
     @property
     def frame(self) -> Frame:
-        """The pictures.
+        """The images.
 
         Raises:
             UserError: when nothing was recorded yet.
         """
         if self._frame is None:
-            raise UserError("nothing is recorded yet: run the model inside the record, on one picture or batch")
+            raise UserError("nothing is recorded yet: run the model inside the record, on one image or batch")
         return self._frame
 
     def names(self, pattern: str = "*") -> list[str]:

@@ -16,18 +16,18 @@ from regolite.models.conditional_detr import ConditionalDecoderLayer
 from regolite.models.transformer import DecoderLayer, EncoderLayer
 
 # The layers of all detectors here and of REGO's stages, by their base classes. Not the backbone's: they keep less, and
-# their convolutions are told by the whole picture where padding is.
+# their convolutions are told by the whole image where padding is.
 LAYERS = (EncoderLayer, DecoderLayer, ConditionalDecoderLayer)
 
 
-def recompute(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module) -> None:
     """Let the layers of the transformers be computed again; until :func:`keep` the model must not be copied."""
     for layer in model.modules():
         if isinstance(layer, LAYERS):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def keep(model: nn.Module) -> None:
+def keep_all_activations(model: nn.Module) -> None:
     """Let them keep again what they compute."""
     for layer in model.modules():
         if isinstance(layer, LAYERS):

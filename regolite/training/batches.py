@@ -1,4 +1,4 @@
-"""The order of the pictures: the same for any number of processes and workers, and for a run that was interrupted."""
+"""The order of the images: the same for any number of processes and workers, and for a run that was interrupted."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from regolite.errors import UserError
 from regolite.types import ImageBatch, Target
 from regolite.utils.interrupts import leave_signals_to_parent
 
-TRIES = 20  # pictures in a row that may be broken; when there are more, it is the disk
+TRIES = 20  # images in a row that may be broken; when there are more, it is the disk
 STRIDE = 32  # batches are padded to whole cells of the coarsest map of a backbone
 
 
 class SeededItems(Dataset):
-    """Pictures whose augmentation depends on seed, epoch and index alone, not on what was drawn before.
+    """Images whose augmentation depends on seed, epoch and index alone, not on what was drawn before.
 
-    The place of a picture that cannot be read is taken by the next one of the data set that can: so a step has as many
-    pictures as it would have, and which ones depends on nothing but the data. That one is then seen twice an epoch.
+    The place of an image that cannot be read is taken by the next one of the data set that can: so a step has as many
+    images as it would have, and which ones depends on nothing but the data. That one is then seen twice an epoch.
 
     Args:
-        dataset: the pictures.
+        dataset: the images.
         seed: seed of the augmentation.
-        on_broken: ``"stop"`` lets the error pass that says what cannot be read, ``"skip"`` takes another picture.
+        on_broken: ``"stop"`` lets the error pass that says what cannot be read, ``"skip"`` takes another image.
     """
 
     def __init__(self, dataset: Dataset, seed: int, on_broken: str = "stop") -> None:
         self.dataset, self.seed, self.on_broken = dataset, seed, on_broken
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Float[Tensor, "3 H W"], Target, list[str]]:
-        """A picture, its objects, and what could not be read in its place."""
+        """An image, its objects, and what could not be read in its place."""
         epoch, index = key
         broken: list[str] = []
         while len(broken) < TRIES:
@@ -53,7 +53,7 @@ class SeededItems(Dataset):
                     if self.on_broken == "stop":
                         raise named from error
                     broken.append(str(named))
-        raise UserError(f"{TRIES} pictures in a row cannot be read, is the disk there? The first: {broken[0]}")
+        raise UserError(f"{TRIES} images in a row cannot be read, is the disk there? The first: {broken[0]}")
 
     def _named(self, i: int, error: Exception) -> UserError:
         """An error that says which image has caused another one."""
@@ -62,15 +62,15 @@ class SeededItems(Dataset):
 
 
 class EpochBatches(Sampler):
-    """Batches of one epoch, each picture once, in an order that seed and epoch decide.
+    """Batches of one epoch, each image once, in an order that seed and epoch decide.
 
-    Pictures of like shape share a batch: a wide and a tall one together would be padded to a square, and up to half of
+    Images of like shape share a batch: a wide and a tall one together would be padded to a square, and up to half of
     the work would be done on padding. The order is shuffled, sorted by shape in pools of some batches, and the batches
     are shuffled again.
 
     Args:
-        shapes: height by width of every picture.
-        batch_size: pictures per step, over all processes; one batch of an epoch may be smaller.
+        shapes: height by width of every image.
+        batch_size: images per step, over all processes; one batch of an epoch may be smaller.
         seed: seed of the order.
         epoch: number of the epoch.
         skip: batches that an interrupted run has seen already.
@@ -102,7 +102,7 @@ class EpochBatches(Sampler):
         for batch in self.whole():
             for part in range(self.parts):
                 own = batch[part * self.processes + self.rank :: self.processes * self.parts]
-                # Nobody is left without a picture, even by a batch smaller than their number; see `steps`.
+                # Nobody is left without an image, even by a batch smaller than their number; see `steps`.
                 yield [(self.epoch, i) for i in own or batch[:1]]
 
     def whole(self) -> list[list[int]]:
@@ -119,7 +119,7 @@ class EpochBatches(Sampler):
 def loader(
     dataset: Dataset, seed: int, workers: int, batches: EpochBatches, pin_memory: bool, on_broken: str = "stop"
 ) -> DataLoader:
-    """The padded batches of one epoch: pictures, their objects, and what could not be read."""
+    """The padded batches of one epoch: images, their objects, and what could not be read."""
     return DataLoader(
         SeededItems(dataset, seed, on_broken),
         batch_sampler=batches,
@@ -142,10 +142,10 @@ class Part:
     """What a process does at once: its share of a batch, or one of several parts of that.
 
     Attributes:
-        images: the pictures.
+        images: the images.
         targets: their objects.
-        broken: what could not be read, and has another picture in its place.
-        counts: 1, or 0 where the batch has too few pictures for everybody: then this is one that another process has
+        broken: what could not be read, and has another image in its place.
+        counts: 1, or 0 where the batch has too few images for everybody: then this is one that another process has
             too. It is done all the same, since the others wait for everybody's gradient, and counts for nothing.
     """
 
@@ -155,13 +155,13 @@ class Part:
     counts: int
 
     @property
-    def pictures(self) -> int:
-        """How many pictures count."""
+    def num_images(self) -> int:
+        """The number of images that count."""
         return self.counts * len(self.targets)
 
     @property
-    def objects(self) -> int:
-        """How many objects count."""
+    def num_objects(self) -> int:
+        """The number of objects that count."""
         return self.counts * sum(len(target) for target in self.targets)
 
 

@@ -29,13 +29,13 @@ from regolite.losses import SetLoss
 from regolite.matching import NonFinitePrediction
 from regolite.models.config import ModelConfig, class_head_names
 from regolite.models.presets import build
-from regolite.training.activation_checkpointing import keep, recompute
+from regolite.training.activation_checkpointing import checkpoint_activations, keep_all_activations
 from regolite.training.batches import EpochBatches, Part, loader, steps
 from regolite.training.config import RunConfig
 from regolite.training.folder import RunFolder, only_writer
 from regolite.training.kernels import fastest_kernels
 from regolite.training.launch import launch
-from regolite.training.metrics import TensorBoard, Window, timed
+from regolite.training.metrics import Meter, TensorBoard, timed
 from regolite.training.resume import describe_run
 from regolite.training.schedule import lr_factor, parameter_groups
 from regolite.training.setup import is_to_launch, make_accelerator, more_objects_than_queries, prepare_data, resampled
@@ -115,8 +115,8 @@ def _train(
         if said := more_objects_than_queries(model_config, train_set):
             folder.warn(said)
 
-    if config.recompute:
-        recompute(model)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
     trained, optimizer = accelerator.prepare(model, optimizer)
     sizes = torch.tensor([shown_set.size(i) for i in range(len(shown_set))], dtype=torch.float32)
     shapes = sizes[:, 0] / sizes[:, 1]
@@ -136,7 +136,7 @@ def _train(
             _evaluate(state, val_set, "val", config.workers)
     status = Status(model_config.preset, accelerator.is_main_process)
     status.update(done())
-    named: set[str] = set()  # pictures that could not be read
+    named: set[str] = set()  # images that could not be read
     stop.hold()
     while done() < 1.0 and not (config.patience and progress.stale >= config.patience):
         batches = EpochBatches(
@@ -154,7 +154,7 @@ def _train(
             torch.manual_seed(hash((config.seed, progress.step, accelerator.process_index)) % 2**63)
             optimizer.zero_grad()
             with fastest_kernels(device), state.saved_before_errors():
-                losses, pictures = _backward(trained, set_loss, parts, state)
+                losses, images = _backward(trained, set_loss, parts, state)
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip) if config.clip else None
             optimizer.step()
             if average is not None:
@@ -170,7 +170,7 @@ def _train(
                 progress.broken += int(skipped)
                 _name(folder, broken, named)
             took = time.perf_counter() - begun
-            state.window.add(losses, norm, accelerator.optimizer_step_was_skipped, pictures, waited, took)
+            state.window.add(losses, norm, accelerator.optimizer_step_was_skipped, images, waited, took)
             status.update(done(), f"epoch {progress.epoch}, loss {losses['loss']:.2f}")
             if progress.step % config.log_every == 0:
                 _log(state, optimizer.param_groups[-1]["lr"])
@@ -211,7 +211,7 @@ def _train(
         with stop.at_once(state.where("while drawing the figures ")):
             _draw(state, {"val": val_set, "train": train_set})
     accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # a model that was given is given back as it was
-    keep(model)
+    keep_all_activations(model)
     accelerator.end_training()
     if isinstance(folder.watch, TensorBoard):
         folder.watch.close()
@@ -248,15 +248,15 @@ def _model(
     return model
 
 
-def _announce(config: RunConfig, state: State, pictures: int) -> None:
+def _announce(config: RunConfig, state: State, images: int) -> None:
     accelerator, log = state.accelerator, state.folder.log
     log.info(
-        "%s %s (%.2f M parameters) on %d pictures of %s, seed %d, PyTorch %s",
+        "%s %s (%.2f M parameters) on %d images of %s, seed %d, PyTorch %s",
         f"going on after step {state.progress.step} with" if state.progress.step else "training", config.model,
-        sum(p.numel() for p in state.model.parameters()) / 1e6, pictures, config.data, config.seed, torch.__version__,
+        sum(p.numel() for p in state.model.parameters()) / 1e6, images, config.data, config.seed, torch.__version__,
     )  # fmt: skip
     log.info(
-        "%d pictures a step, learning rate %g: %d processes on %s, each with %d parts of %d pictures, precision %s",
+        "%d images a step, learning rate %g: %d processes on %s, each with %d parts of %d images, precision %s",
         config.batch_size, config.lr, accelerator.num_processes, accelerator.device.type, config.accumulate,
         config.batch_size // (accelerator.num_processes * config.accumulate), config.precision,
     )  # fmt: skip
@@ -268,10 +268,10 @@ def _backward(trained: nn.Module, set_loss: SetLoss, parts: list[Part], state: S
     Every part's loss is divided by the objects of the whole batch, so that losses and gradients sum up to the batch's.
 
     Returns:
-        The loss and its terms by name, and the number of pictures, all of the whole batch.
+        The loss and its terms by name, and the number of images, all of the whole batch.
     """
     accelerator = state.accelerator
-    whole = distributed.total(sum(part.objects for part in parts), sum(part.pictures for part in parts))
+    whole = distributed.total(sum(part.num_objects for part in parts), sum(part.num_images for part in parts))
     sums: Counter[str] = Counter()
     denoises = getattr(state.model, "denoises", False)
     for part in parts:
@@ -307,18 +307,18 @@ def _finite_loss(
 def _log(state: State, lr: float) -> None:
     progress = state.progress
     line = state.window.line(progress.step, progress.epoch, progress.seconds, lr, state.accelerator.device)
-    state.window = Window()
+    state.window = Meter()
     if not state.accelerator.is_main_process:
         return
-    state.folder.write_metrics(line | ({"broken_pictures": progress.broken} if progress.broken else {}))
+    state.folder.write_metrics(line | ({"broken_images": progress.broken} if progress.broken else {}))
     state.folder.log.info(
-        "step %d epoch %d loss %.3f lr %.2e %.1f pictures/s",
+        "step %d epoch %d loss %.3f lr %.2e %.1f images/s",
         *(line[k] for k in ("step", "epoch", "loss", "lr", "images_per_second")),
     )
 
 
 def _name(folder: RunFolder, messages: list[str], named: set[str]) -> None:
-    """Name pictures that could not be read, each one once."""
+    """Name images that could not be read, each one once."""
     for message in chain.from_iterable(distributed.gather(messages)):
         if message not in named:
             named.add(message)

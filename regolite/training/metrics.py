@@ -19,14 +19,14 @@ T = TypeVar("T")
 MEASURED = ("seconds", "cpu_seconds", "images_per_second", "step_seconds", "data_wait", "memory_gb")
 
 
-class Window:
+class Meter:
     """Means of the metrics since the last line.
 
     Attributes:
-        images: pictures seen, by all processes.
+        images: images seen, by all processes.
         steps: steps done.
-        skipped: steps that the optimiser left out, since float16 had overflown; their gradient has no norm.
-        waited: seconds of waiting for pictures.
+        skipped: steps that the optimizer left out, since float16 had overflown; their gradient has no norm.
+        waited: seconds of waiting for images.
         worked: seconds of all else that belongs to steps.
         sums: sums of the losses by name.
         norms: sum of the norms of the gradient.

@@ -18,7 +18,7 @@ from regolite.errors import UserError
 from regolite.models.config import ModelConfig
 from regolite.training.config import RunConfig
 
-_MACHINE = ("device", "precision", "processes", "accumulate", "recompute", "workers")
+_MACHINE = ("device", "precision", "processes", "accumulate", "activation_checkpointing", "workers")
 _WATCHING = (
     "log_every", "tensorboard", "evaluate_every", "evaluate_start", "evaluate_train", "checkpoint_minutes",
     "keep_checkpoints",
@@ -45,7 +45,7 @@ OF_MODEL = ("model", "overrides", "augment", "image_size")
 """Fields of :class:`RunConfig` that only make the model's configuration, and are compared there."""
 
 HINTS = {
-    "batch_size": "for less memory keep the batch size, and use accumulate or recompute",
+    "batch_size": "for less memory keep the batch size, and use accumulate or activation_checkpointing",
     "epochs": "epochs may grow, but not shrink",
 }
 

@@ -12,12 +12,12 @@ FIRST = 0.04  # factor of the learning rate at the beginning of a warm-up
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
-    """The optimiser's groups: the backbone, the sampling of deformable attention, and everything else.
+    """The optimizer's groups: the backbone, the sampling of deformable attention, and everything else.
 
     The factors are those of Deformable DETR, which lets the backbone and the sampling offsets and reference points
     learn ten times as slowly.
     """
-    factors = {"backbone": config.backbone_lr, "sampling": config.sampling_lr, "rest": 1.0}
+    factors = {"backbone": config.backbone_lr_mult, "sampling": config.sampling_lr_mult, "rest": 1.0}
     members: dict[str, list] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: processes, a device, pictures, a model that knows their classes."""
+"""What a run needs before its first step: processes, a device, images, a model that knows their classes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:
-    """Training and validation pictures, and the configuration of the model with their classes in it."""
+    """Training and validation images, and the configuration of the model with their classes in it."""
     if given is None:
         model = configure(config.model, **parse_overrides(config.overrides))
     elif getattr(given, "model_config", None) is None:

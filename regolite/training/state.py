@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from regolite.checkpoint import save_model
 from regolite.errors import UserError
 from regolite.training.folder import RunFolder
-from regolite.training.metrics import Window
+from regolite.training.metrics import Meter
 from regolite.training.resume import compare_runs
 from regolite.utils.interrupts import stop
 
@@ -34,15 +34,15 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        step: optimiser steps done.
+        step: optimizer steps done.
         epoch: number of the running epoch, from 0.
         batch: batches of this epoch done.
         seconds: time spent, over all sessions of the run.
         cpu_seconds: CPU time of training, over all sessions of the run; the mean over all processes.
-        best: best AP on the validation pictures, -1 before the first evaluation.
+        best: best AP on the validation images, -1 before the first evaluation.
         stale: evaluations on the validation images since then.
         evaluated: the step of the last evaluation on each split.
-        broken: how often a picture could not be read and another took its place.
+        broken: how often an image could not be read and another took its place.
     """
 
     step: int = 0
@@ -84,7 +84,7 @@ class State:
     ) -> None:
         self.config = config
         self.folder, self.model, self.optimizer, self.average = folder, model, optimizer, average
-        self.accelerator, self.progress, self.window = accelerator, Progress(), Window()
+        self.accelerator, self.progress, self.window = accelerator, Progress(), Meter()
 
     @property
     def evaluated(self) -> nn.Module:
@@ -178,7 +178,7 @@ class State:
             raise
 
     def items_saved_before_errors(self, items: Iterator[T]) -> Iterator[T]:
-        """The items; where one cannot be had, a broken picture say, what is done is saved before the error passes."""
+        """The items; where one cannot be had, a broken image say, what is done is saved before the error passes."""
         with self.saved_before_errors():
             yield from items
 
@@ -227,4 +227,4 @@ class State:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.folder.cut_metrics(state)
         self.progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-        self.window = Window(**state.get("window", {}))
+        self.window = Meter(**state.get("window", {}))

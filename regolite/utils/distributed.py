@@ -18,19 +18,19 @@ PATIENCE = timedelta(hours=3)  # how long the others wait while the first evalua
 _groups: dict[Any, Any] = {}
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this one, from 0."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def total(*numbers: float | int) -> list[float]:
     """The sum of each number over all processes."""
-    if count() == 1:
+    if world_size() == 1:
         return [float(number) for number in numbers]
     sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums, group=_group())
@@ -39,16 +39,16 @@ def total(*numbers: float | int) -> list[float]:
 
 def gather(value: T) -> list[T]:
     """The values of all processes for the first one, in their order; an empty list for the others."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * count() if rank() == 0 else None
+    values = [None] * world_size() if rank() == 0 else None
     dist.gather_object(value, values, group=_group())
     return values or []
 
 
 def from_first(value: T) -> T:
     """The first process's value, for all."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values, group=_group())

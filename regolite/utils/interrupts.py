@@ -150,7 +150,7 @@ def _hold_poller(parent: int | None) -> None:
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """For processes that prepare pictures: Ctrl-C and Slurm reach them too, and they are needed for one more step.
+    """For processes that prepare images: Ctrl-C and Slurm reach them too, and they are needed for one more step.
 
     A SIGTERM of the training process itself, by which PyTorch ends a worker that does not end, is obeyed. Only Linux
     says who has sent a signal; elsewhere workers end with the first.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from regolite.errors import UserError
 
-# What batch normalisation and the counter of FLOPs `thop` leave in a state dict; the authors' code skips them too.
+# What batch normalization and the counter of FLOPs `thop` leave in a state dict; the authors' code skips them too.
 NO_WEIGHTS = ("num_batches_tracked", "total_params", "total_ops")
 
 

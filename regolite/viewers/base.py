@@ -18,24 +18,24 @@ from regolite.plots.detections import THRESHOLD
 from regolite.plots.drawing import BLUE, DPI
 from regolite.plots.selection import class_name
 from regolite.tracing.trace import Boxes, Trace
-from regolite.viewers.canvas import PictureCanvas
-from regolite.viewers.gallery import Gallery, Given, Message, Scene, labelled
+from regolite.viewers.canvas import ImageCanvas
+from regolite.viewers.gallery import Gallery, Given, Message, Scene, labeled
 
-MOST = 50  # boxes that are drawn: a hundred would hide the picture, and nobody tabs through them
+MOST = 50  # boxes that are drawn: a hundred would hide the image, and nobody tabs through them
 ALL = -1  # in drop-downs, whose None means that nothing is chosen: the mean of all heads, or all levels
 
 
 class Viewer(ipywidgets.VBox):
-    """What all viewers share: pictures, a canvas, controls beside it, a button that saves.
+    """What all viewers share: images, a canvas, controls beside it, a button that saves.
 
     A viewer says by :meth:`lacks` whether a trace has what it shows, by :meth:`fit` which choices a trace offers, and
     by :meth:`draw` what the canvas shows of the present choices.
 
     Args:
         model: the detector; None where a trace is all there is.
-        pictures: paths, PIL pictures and data sets to choose from.
-        trace: what was recorded of the first picture, so that it need not be computed.
-        gallery: pictures that several viewers share, instead of all that.
+        images: paths, PIL images and data sets to choose from.
+        trace: what was recorded of the first image, so that it need not be computed.
+        gallery: images that several viewers share, instead of all that.
     """
 
     title = ""
@@ -44,22 +44,22 @@ class Viewer(ipywidgets.VBox):
     def __init__(
         self,
         model: nn.Module | None = None,
-        pictures: Sequence[Given] | Given = (),
+        images: Sequence[Given] | Given = (),
         trace: Trace | None = None,
         *,
         gallery: Gallery | None = None,
     ) -> None:
-        self.gallery = gallery or Gallery(model, pictures, trace)
-        self.canvas = PictureCanvas(layout=ipywidgets.Layout(flex="1 1 340px", max_width="680px", margin="0 12px 0 0"))
-        self.object = labelled(ipywidgets.Dropdown, "Object")
-        self.threshold = labelled(
+        self.gallery = gallery or Gallery(model, images, trace)
+        self.canvas = ImageCanvas(layout=ipywidgets.Layout(flex="1 1 340px", max_width="680px", margin="0 12px 0 0"))
+        self.object = labeled(ipywidgets.Dropdown, "Object")
+        self.threshold = labeled(
             ipywidgets.FloatSlider, "Least score", value=THRESHOLD, max=1.0, step=0.01, readout_format=".2f"
         )
-        self.layer = labelled(ipywidgets.IntSlider, "Layer")
-        self.head = labelled(ipywidgets.Dropdown, "Head")
-        self.stage = labelled(ipywidgets.IntSlider, "Stage")
-        self.level = labelled(ipywidgets.Dropdown, "Level")
-        self.file = labelled(ipywidgets.Text, "Save as", value=f"{self.title.lower()}.png", continuous_update=False)
+        self.layer = labeled(ipywidgets.IntSlider, "Layer")
+        self.head = labeled(ipywidgets.Dropdown, "Head")
+        self.stage = labeled(ipywidgets.IntSlider, "Stage")
+        self.level = labeled(ipywidgets.Dropdown, "Level")
+        self.file = labeled(ipywidgets.Text, "Save as", value=f"{self.title.lower()}.png", continuous_update=False)
         self.button = ipywidgets.Button(
             description="Save PNG", icon="download", layout=ipywidgets.Layout(width="178px", margin="1px 1px 1px 93px")
         )
@@ -86,7 +86,7 @@ class Viewer(ipywidgets.VBox):
     # What a viewer is.
 
     def controls(self) -> dict[str, ipywidgets.Widget]:
-        """The controls beside the picture, by name, in their order."""
+        """The controls beside the image, by name, in their order."""
         raise NotImplementedError
 
     def lacks(self, trace: Trace) -> str:
@@ -114,17 +114,17 @@ class Viewer(ipywidgets.VBox):
                 value = control.value
                 value = None if name in ("head", "level") and value == ALL else value
                 choices["query" if name == "object" else name] = value
-        return {"viewer": self.title.lower(), "picture": scene.name if scene else None, **choices, "index": 0}
+        return {"viewer": self.title.lower(), "image": scene.name if scene else None, **choices, "index": 0}
 
     def figure(self) -> Figure:
         """What is shown, as a matplotlib figure.
 
         Raises:
-            UserError: when there is no picture yet, or the detector has nothing that this viewer shows.
+            UserError: when there is no image yet, or the detector has nothing that this viewer shows.
         """
         scene = self.gallery.scene
         if scene is None:
-            raise UserError("there is no picture yet: choose one")
+            raise UserError("there is no image yet: choose one")
         if self.lacks(scene.trace):
             raise UserError(self.lacks(scene.trace))
         return self.draw_figure(scene)
@@ -171,9 +171,9 @@ class Viewer(ipywidgets.VBox):
         if scene is None:
             return
         with self._quietly():
-            label = f"{scene.name}, {scene.picture.width} x {scene.picture.height} pixels"
-            self.canvas.show_picture(scene.picture, scene.jpeg, label)
-            self.object.options = ()  # whoever was chosen is in another picture
+            label = f"{scene.name}, {scene.image.width} x {scene.image.height} pixels"
+            self.canvas.show_image(scene.image, scene.jpeg, label)
+            self.object.options = ()  # whoever was chosen is in another image
         if not reason:
             self._changed()
 
@@ -228,12 +228,12 @@ class Viewer(ipywidgets.VBox):
         names = [f"{q}: {class_name(trace, int(labels[q]))} {scores[q]:.2f}" for q in chosen]
         offer(self.object, list(zip(names, chosen)))
 
-    def draw_objects(self, boxes: Boxes, colour: str) -> list[dict[str, Any]]:
+    def draw_objects(self, boxes: Boxes, color: str) -> list[dict[str, Any]]:
         """The boxes of the objects that are offered, in their order."""
         places = boxes.boxes_xyxy().tolist()
         chosen = self.object.value
         return [
-            {"box": rounded(places[q]), "label": name, "colour": BLUE if q == chosen else colour}
+            {"box": rounded(places[q]), "label": name, "color": BLUE if q == chosen else color}
             for name, q in self.object.options
         ]
 

@@ -1,9 +1,9 @@
-// The browser's half of PictureCanvas (canvas.py): draws its state, and says what was picked or pointed at.
-// Plain JavaScript, loaded as it stands. Places are in pixels of the original picture, which is the SVG's viewBox.
+// The browser's half of ImageCanvas (canvas.py): draws its state, and says what was picked or pointed at.
+// Plain JavaScript, loaded as it stands. Places are in pixels of the original image, which is the SVG's viewBox.
 
 const SVG = "http://www.w3.org/2000/svg";
-const STEPS = 100; // the arrow keys cross the picture in so many steps
-const EDGE = 0.003; // of the picture's longer side: how far from its edge boxes are drawn that reach beyond it
+const STEPS = 100; // the arrow keys cross the image in so many steps
+const EDGE = 0.003; // of the image's longer side: how far from its edge boxes are drawn that reach beyond it
 const HEAT = [[255, 255, 255, 0], [230, 159, 0, 176], [213, 94, 0, 240]]; // as in regolite.plots.drawing
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -36,7 +36,7 @@ function match(group, things, make) {
   return [...group.children];
 }
 
-function colourOf(shade) {
+function colorOf(shade) {
   const t = (shade / 255) * 2;
   const [from, to, part] = t < 1 ? [HEAT[0], HEAT[1], t] : [HEAT[1], HEAT[2], t - 1];
   return from.map((value, n) => Math.round(value + (to[n] - value) * part));
@@ -56,7 +56,7 @@ function render({ model, el }) {
   const get = (name) => model.get(name);
   const figure = html(el, "div", "rg-figure");
   const stage = html(figure, "div", "rg-stage");
-  const image = html(stage, "img", "rg-picture", { role: "img", draggable: "false" });
+  const image = html(stage, "img", "rg-image", { role: "img", draggable: "false" });
   const heat = html(stage, "canvas", "rg-heat", { "aria-hidden": "true" });
   const overlay = svg(stage, "svg", "rg-overlay");
   set(overlay, { role: "group", "aria-label": "objects: Enter picks one" });
@@ -71,13 +71,13 @@ function render({ model, el }) {
 
   // What is shown.
 
-  function drawPicture() {
+  function drawImage() {
     if (url) URL.revokeObjectURL(url);
-    url = get("picture").byteLength ? URL.createObjectURL(new Blob([get("picture")], { type: "image/jpeg" })) : null;
+    url = get("image").byteLength ? URL.createObjectURL(new Blob([get("image")], { type: "image/jpeg" })) : null;
     if (url) image.src = url;
     else image.removeAttribute("src");
     stage.style.aspectRatio = `${get("width")} / ${get("height")}`;
-    // A tall picture is made narrower, so that it stays on the screen.
+    // A tall image is made narrower, so that it stays on the screen.
     stage.style.maxWidth = `min(100%, ${Math.round((480 * get("width")) / get("height"))}px)`;
     set(overlay, { viewBox: `0 0 ${get("width")} ${get("height")}` });
   }
@@ -92,7 +92,7 @@ function render({ model, el }) {
     heat.width = columns;
     heat.height = rows;
     const pixels = new ImageData(columns, rows);
-    bytes.forEach((shade, n) => pixels.data.set(colourOf(shade), 4 * n));
+    bytes.forEach((shade, n) => pixels.data.set(colorOf(shade), 4 * n));
     heat.getContext("2d").putImageData(pixels, 0, 0);
     const [width, height] = get("heat_size");
     heat.style.width = `${(100 * width) / get("width")}%`;
@@ -126,7 +126,7 @@ function render({ model, el }) {
       for (const rect of node.children) {
         set(rect, { x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top) });
       }
-      node.lastElementChild.setAttribute("stroke", thing.colour);
+      node.lastElementChild.setAttribute("stroke", thing.color);
       set(node, {
         tabindex: thing.fixed ? null : 0, role: thing.fixed ? "img" : "button", "aria-label": thing.label,
         "aria-pressed": thing.fixed ? null : String(picked),
@@ -135,25 +135,25 @@ function render({ model, el }) {
     const tagged = things.filter((thing) => thing.tag);
     match(tags, tagged, (parent) => html(parent, "span", "rg-tag")).forEach((node, n) => {
       node.textContent = tagged[n].tag;
-      node.style.background = tagged[n].colour;
+      node.style.background = tagged[n].color;
       place(node, tagged[n].box);
     });
   }
 
   function drawLines() {
     match(lines, get("lines"), (group) => svg(group, "line")).forEach((node, n) => {
-      const { ends, width, colour } = get("lines")[n];
-      set(node, { x1: ends[0], y1: ends[1], x2: ends[2], y2: ends[3], stroke: colour, "stroke-width": width });
+      const { ends, width, color } = get("lines")[n];
+      set(node, { x1: ends[0], y1: ends[1], x2: ends[2], y2: ends[3], stroke: color, "stroke-width": width });
     });
   }
 
   function drawPoints() {
     match(points, get("points"), (group) => svg(group, "path")).forEach((node, n) => {
-      const { x, y, r, opacity, colour, shape } = get("points")[n];
+      const { x, y, r, opacity, color, shape } = get("points")[n];
       const dot = `M${x - r},${y}a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0`;
       const cross = `M${x - r},${y}h${2 * r}M${x},${y - r}v${2 * r}`;
       set(node, { d: shape === "cross" ? cross : dot, opacity, "data-x": x, "data-y": y, class: `rg-${shape}` });
-      set(node, shape === "cross" ? { stroke: colour, fill: null } : { fill: colour, stroke: null });
+      set(node, shape === "cross" ? { stroke: color, fill: null } : { fill: color, stroke: null });
     });
   }
 
@@ -164,7 +164,7 @@ function render({ model, el }) {
     point.style.left = `${(100 * (x ?? get("width") / 2)) / get("width")}%`;
     point.style.top = `${(100 * (y ?? get("height") / 2)) / get("height")}%`;
     const where = x === undefined ? "no point yet" : `x ${Math.round(x)}, y ${Math.round(y)}`;
-    set(point, { tabindex: 0, "aria-label": `point of the picture, ${where}; arrow keys move it` });
+    set(point, { tabindex: 0, "aria-label": `point of the image, ${where}; arrow keys move it` });
   }
 
   function drawWords() {
@@ -186,7 +186,7 @@ function render({ model, el }) {
     figure.dataset.settings = get("settings"); // last: whoever waits for it sees the rest
   }
 
-  // A box as it is drawn: what reaches beyond the picture ends a little before its edge, where it can be seen.
+  // A box as it is drawn: what reaches beyond the image ends a little before its edge, where it can be seen.
   function inside([left, top, right, bottom]) {
     const seam = EDGE * Math.max(get("width"), get("height"));
     const kept = (value, end) => Math.max(seam, Math.min(end - seam, value));
@@ -194,7 +194,7 @@ function render({ model, el }) {
     return [kept(left, width), kept(top, height), kept(right, width), kept(bottom, height)];
   }
 
-  // A label at an upper corner of a box, inside the picture: at the left one, but for boxes far to the right.
+  // A label at an upper corner of a box, inside the image: at the left one, but for boxes far to the right.
   function place(node, box) {
     const [left, top, right] = inside(box).map((value, n) => (100 * value) / get(n % 2 ? "height" : "width"));
     const far = left > 60;
@@ -270,17 +270,17 @@ function render({ model, el }) {
       draw();
     });
   };
-  const pictureChanged = () => (drawPicture(), drawSoon());
+  const imageChanged = () => (drawImage(), drawSoon());
   const guardOwn = (event) => guard(event); // a listener of each view's own, to take away with it
   window.addEventListener("keydown", guardOwn, true); // on the window: before the notebook hears of the key
-  model.on("change:picture", pictureChanged);
+  model.on("change:image", imageChanged);
   model.on("change", drawSoon);
-  drawPicture();
+  drawImage();
   draw();
 
   return () => {
     window.removeEventListener("keydown", guardOwn, true);
-    model.off("change:picture", pictureChanged);
+    model.off("change:image", imageChanged);
     model.off("change", drawSoon);
     if (url) URL.revokeObjectURL(url);
   };

@@ -1,8 +1,8 @@
-"""A picture in a notebook that can be clicked: boxes, points, lines and heat over it, by mouse and by keyboard.
+"""An image in a notebook that can be clicked: boxes, points, lines and heat over it, by mouse and by keyboard.
 
-:class:`PictureCanvas` is an anywidget: its look and its behaviour in the browser stand in ``canvas.js`` and
+:class:`ImageCanvas` is an anywidget: its look and its behavior in the browser stand in ``canvas.js`` and
 ``canvas.css`` next to this file, as they are, with no build step. It knows nothing of detectors: it shows what it is
-given, in pixels of the picture, and says what was picked. :mod:`regolite.viewers.explorer` gives it something to show.
+given, in pixels of the image, and says what was picked. :mod:`regolite.viewers.explorer` gives it something to show.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 SIDE = 1280
-"""Longest side, in pixels, of the picture that is sent to the browser; all places stay in those of the original."""
+"""Longest side, in pixels, of the image that is sent to the browser; all places stay in those of the original."""
 
 
-class PictureCanvas(anywidget.AnyWidget):
-    """A picture, and over it whatever can be said about places in it.
+class ImageCanvas(anywidget.AnyWidget):
+    """An image, and over it whatever can be said about places in it.
 
     Boxes are buttons: Tab goes from one to the next, Enter or the space bar picks one, and a click picks the smallest
     one around it. A box under the mouse, or with the keyboard's focus, shows its label. Where points can be asked
@@ -33,20 +33,20 @@ class PictureCanvas(anywidget.AnyWidget):
     there is no box.
 
     Attributes:
-        picture: JPEG of the picture.
-        width: of the original picture, in pixels; all places are in these.
-        height: of the original picture.
-        label: what the picture shows, for those who cannot see it.
-        boxes: each a dictionary: ``box`` (xyxy), ``label``, ``colour``, and if wanted ``tag`` (a word that always
+        image: JPEG of the image.
+        width: of the original image, in pixels; all places are in these.
+        height: of the original image.
+        label: what the image shows, for those who cannot see it.
+        boxes: each a dictionary: ``box`` (xyxy), ``label``, ``color``, and if wanted ``tag`` (a word that always
             shows), ``dashed``, ``fixed`` (no button, cannot be picked).
-        points: each ``x``, ``y``, ``r`` (pixels of the picture), ``opacity``, ``colour``, ``shape`` (dot or cross).
-        lines: each ``ends`` (x, y, x, y), ``width`` (in pixels of the screen), ``colour``.
+        points: each ``x``, ``y``, ``r`` (pixels of the image), ``opacity``, ``color``, ``shape`` (dot or cross).
+        lines: each ``ends`` (x, y, x, y), ``width`` (in pixels of the screen), ``color``.
         heat: rows of shades, a byte a cell, or nothing.
         heat_shape: rows and columns of the heat.
-        heat_size: width and height that it covers from the upper left corner, in pixels of the picture.
+        heat_size: width and height that it covers from the upper left corner, in pixels of the image.
         smooth: blend from cell to cell.
-        legend: pairs of a colour and what it stands for.
-        caption: a line below the picture.
+        legend: pairs of a color and what it stands for.
+        caption: a line below the image.
         asks: whether points can be asked.
         pointing: whether a click sets the point, and not a box.
         settings: in words that a test can read, what is shown.
@@ -57,10 +57,10 @@ class PictureCanvas(anywidget.AnyWidget):
     _esm = Path(__file__).with_name("canvas.js").read_text(encoding="utf-8")
     _css = Path(__file__).with_name("canvas.css").read_text(encoding="utf-8")
 
-    picture = traitlets.Bytes().tag(sync=True)
+    image = traitlets.Bytes().tag(sync=True)
     width = traitlets.Int(4).tag(sync=True)
     height = traitlets.Int(3).tag(sync=True)
-    label = traitlets.Unicode("no picture yet").tag(sync=True)
+    label = traitlets.Unicode("no image yet").tag(sync=True)
     boxes = traitlets.List().tag(sync=True)
     points = traitlets.List().tag(sync=True)
     lines = traitlets.List().tag(sync=True)
@@ -76,10 +76,10 @@ class PictureCanvas(anywidget.AnyWidget):
     picked = traitlets.Int(-1).tag(sync=True)
     clicked = traitlets.List().tag(sync=True)
 
-    def show_picture(self, picture: Image.Image, jpeg: bytes, label: str) -> None:
-        """Show another picture; what lay over the last one is taken away."""
+    def show_image(self, image: Image.Image, jpeg: bytes, label: str) -> None:
+        """Show another image; what lay over the last one is taken away."""
         self.show(
-            picture=jpeg, width=picture.width, height=picture.height, label=label,
+            image=jpeg, width=image.width, height=image.height, label=label,
             boxes=[], points=[], lines=[], legend=[], caption="", picked=-1, clicked=[], settings="", **no_heat(),
         )  # fmt: skip
 
@@ -96,24 +96,24 @@ def no_heat() -> dict[str, Any]:
 
 
 def heat_of(heat: Float[Tensor, "h w"], size: Sequence[float]) -> dict[str, Any]:
-    """The attributes of a canvas that show a map: its largest value gets the full colour.
+    """The attributes of a canvas that show a map: its largest value gets the full color.
 
     Args:
         heat: not negative.
-        size: width and height that the whole map covers, in pixels of the picture.
+        size: width and height that the whole map covers, in pixels of the image.
     """
     shades = (heat / heat.max().clamp(min=1e-12) * 255).round().to(torch.uint8)
     return {"heat": shades.numpy().tobytes(), "heat_shape": list(heat.shape), "heat_size": [float(n) for n in size]}
 
 
-def shades_of(canvas: PictureCanvas) -> np.ndarray:
+def shades_of(canvas: ImageCanvas) -> np.ndarray:
     """The heat that a canvas shows, back as rows of bytes."""
     return np.frombuffer(canvas.heat, np.uint8).reshape(canvas.heat_shape)
 
 
-def jpeg_of(picture: Image.Image) -> bytes:
-    """A picture as JPEG, its longest side at most :data:`SIDE`."""
-    small = picture.convert("RGB")
+def jpeg_of(image: Image.Image) -> bytes:
+    """An image as JPEG, its longest side at most :data:`SIDE`."""
+    small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "jpeg", quality=85)

@@ -1,10 +1,10 @@
-"""Look inside a detector, live in a notebook: pick a picture, click what is in it, choose layer, head, stage, level.
+"""Look inside a detector, live in a notebook: pick an image, click what is in it, choose layer, head, stage, level.
 
 ::
 
-    Explorer(model, pictures=["picture.jpg", dataset])
+    Explorer(model, images=["image.jpg", dataset])
 
-A picture is computed once: one recorded forward pass (:func:`regolite.record`), whose trace all viewers read. Every
+An image is computed once: one recorded forward pass (:func:`regolite.record`), whose trace all viewers read. Every
 other choice only draws again, from the trace. An :class:`Explorer` has a tab for each viewer that suits the detector:
 
 - :class:`AttentionViewer`: where a query looks, or a cell of the encoder, as heat on the cells;
@@ -12,7 +12,7 @@ other choice only draws again, from the trace. An :class:`Explorer` has a tab fo
 - :class:`StageViewer`: one object's way through the stages of REGO, with its glimpses;
 - :class:`RelationViewer`: which other objects an object asks.
 
-They work alone too, each with its own choice of pictures. ``figure()`` gives what a viewer shows as a matplotlib
+They work alone too, each with its own choice of images. ``figure()`` gives what a viewer shows as a matplotlib
 figure, for print and for places where nothing is live; "Save PNG" writes that figure, its settings within.
 """
 
@@ -32,13 +32,13 @@ from torch import Tensor, nn
 
 from regolite.errors import UserError
 from regolite.plots import attention, stages
-from regolite.plots.drawing import CLASS_COLOURS, INK, ORANGE, SKY, stage_colour
+from regolite.plots.drawing import CLASS_COLORS, INK, ORANGE, SKY, stage_color
 from regolite.plots.selection import Look, class_name, heads_of, last_stage, looks, predictions
 from regolite.tracing.trace import AttentionMap, Sampling, Trace, Weights
 from regolite.types import stage_name
 from regolite.viewers.base import ALL, Viewer, offer, rounded, span
 from regolite.viewers.canvas import heat_of
-from regolite.viewers.gallery import Gallery, Given, Scene, labelled
+from regolite.viewers.gallery import Gallery, Given, Scene, labeled
 
 # --------------------------------------------------------------------------------------- where queries and cells look
 
@@ -47,9 +47,9 @@ class AskingViewer(Viewer):
     """Viewers in which an object is asked, or the cell of the encoder under a point."""
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102 (said above)
-        self.ask = labelled(ipywidgets.Dropdown, "Ask", options=[("an object", "object"), ("a point", "point")])
-        self.x = labelled(ipywidgets.BoundedIntText, "Point: x", width="160px")
-        self.y = labelled(ipywidgets.BoundedIntText, "y", width="106px")
+        self.ask = labeled(ipywidgets.Dropdown, "Ask", options=[("an object", "object"), ("a point", "point")])
+        self.x = labeled(ipywidgets.BoundedIntText, "Point: x", width="160px")
+        self.y = labeled(ipywidgets.BoundedIntText, "y", width="106px")
         self.y.style.description_width = "24px"
         return {
             "threshold": self.threshold, "ask": self.ask, "object": self.object,
@@ -73,9 +73,9 @@ class AskingViewer(Viewer):
 
     def fit(self, scene: Scene) -> None:  # noqa: D102
         trace = scene.trace
-        width, height = scene.picture.size
+        width, height = scene.image.size
         self.x.max, self.y.max = width - 1, height - 1
-        if not self.canvas.clicked:  # a new picture: its middle
+        if not self.canvas.clicked:  # a new image: its middle
             self.x.value, self.y.value = width // 2, height // 2
         if not self.names(trace):  # a trace without its encoder, or without its decoder
             self.ask.value = "object" if self.ask.value == "point" else "point"
@@ -106,7 +106,7 @@ class AskingViewer(Viewer):
         if len(there) == 2 and [int(n) for n in there] == [self.x.value, self.y.value]:
             clicked = there  # as it came from the browser, which may be further by now
         if self.point:
-            boxes = [box | {"colour": SKY} for box in boxes]
+            boxes = [box | {"color": SKY} for box in boxes]
         picked = -1 if self.point else self.picked
         asks = {"asks": bool(scene.trace.names("encoder.*")), "pointing": self.point is not None}
         return {"boxes": boxes, "picked": picked, "clicked": clicked, **asks, **self.draw_look(look)}
@@ -154,11 +154,11 @@ class AttentionViewer(AskingViewer):
     all_heads = "mean of {}"
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102
-        self.smooth = labelled(ipywidgets.Checkbox, "Smooth", indent=True)
+        self.smooth = labeled(ipywidgets.Checkbox, "Smooth", indent=True)
         return super().controls() | {"smooth": self.smooth}
 
     def lacks(self, trace: Trace) -> str:  # noqa: D102
-        return "" if trace.names("decoder.*.cross") else "The trace has no attention of the decoder to the picture."
+        return "" if trace.names("decoder.*.cross") else "The trace has no attention of the decoder to the image."
 
     def draw_look(self, look: Look) -> dict[str, Any]:  # noqa: D102
         record, number = look.record, look.number
@@ -168,7 +168,7 @@ class AttentionViewer(AskingViewer):
         level = None if self.level.value == ALL else self.level.value
         heat = _on_cells(record, number, head, level)
         _, right, bottom, _ = record.extent(level or 0)
-        # Cells that begin beyond the picture are padding: they must not set the scale either.
+        # Cells that begin beyond the image are padding: they must not set the scale either.
         high, wide = bottom / heat.shape[0], right / heat.shape[1]
         heat = heat[: math.ceil(self.canvas.height / high), : math.ceil(self.canvas.width / wide)]
         right, bottom = wide * heat.shape[1], high * heat.shape[0]
@@ -181,13 +181,13 @@ class AttentionViewer(AskingViewer):
         return {**heat_of(heat, (right, bottom)), "smooth": self.smooth.value, "caption": caption}
 
     def draw_figure(self, scene: Scene) -> Figure:  # noqa: D102
-        return attention.attention_figure(scene.picture, scene.trace, **self._figure_choices())
+        return attention.attention_figure(scene.image, scene.trace, **self._figure_choices())
 
 
 def _on_cells(record: Weights, query: int, head: int | None, level: int | None) -> Float[Tensor, "h w"]:
     """The weights on one map, or on the cells of the finest, where those of coarser cells are spread evenly.
 
-    It is :meth:`Weights.over_picture`, a number a cell instead of a number a pixel.
+    It is :meth:`Weights.over_image`, a number a cell instead of a number a pixel.
     """
     if level is not None:
         return record.heat(query, head, level)
@@ -201,14 +201,14 @@ def _on_cells(record: Weights, query: int, head: int | None, level: int | None) 
 
 
 class SamplingViewer(AskingViewer):
-    """The points at which deformable attention reads the picture: large and clear where it takes much."""
+    """The points at which deformable attention reads the image: large and clear where it takes much."""
 
     title = "Sampling"
     all_heads = "all {}"
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102
-        self.colour = labelled(ipywidgets.Dropdown, "Colour by", options=["level", "head"])
-        return super().controls() | {"colour": self.colour}
+        self.color = labeled(ipywidgets.Dropdown, "Color by", options=["level", "head"])
+        return super().controls() | {"color": self.color}
 
     def lacks(self, trace: Trace) -> str:  # noqa: D102
         if any(isinstance(trace[name], Sampling) for name in trace.names("decoder.*.cross")):
@@ -231,31 +231,31 @@ class SamplingViewer(AskingViewer):
         points, outside = [], 0
         for head in heads:
             for level in levels:
-                colour = CLASS_COLOURS + (INK,)
-                colour = colour[(level if self.colour.value == "level" else head) % len(colour)]
+                color = CLASS_COLORS + (INK,)
+                color = color[(level if self.color.value == "level" else head) % len(color)]
                 for (x, y), weight in zip(places[head, level].tolist(), weights[head, level].tolist()):
                     share = weight / peak
                     outside += not (0 <= x <= width and 0 <= y <= height)
                     r = largest * max(share, 0.02) ** 0.5  # the area shows the weight
                     points.append({"x": round(x, 2), "y": round(y, 2), "r": round(r, 2), "shape": "dot",
-                                   "opacity": round(0.3 + 0.7 * share, 3), "colour": colour})  # fmt: skip
+                                   "opacity": round(0.3 + 0.7 * share, 3), "color": color})  # fmt: skip
         dots = len(points)
         points.sort(key=lambda point: point["r"])  # the heaviest last, over the others
         for x, y in one.reference_points()[0].unique(dim=0).tolist():
-            points.append({"x": round(x, 2), "y": round(y, 2), "r": largest, "opacity": 1.0, "colour": INK,
+            points.append({"x": round(x, 2), "y": round(y, 2), "r": largest, "opacity": 1.0, "color": INK,
                            "shape": "cross"})  # fmt: skip
         crosses = "Cross: reference point" if len(points) == dots + 1 else "Crosses: reference points, by level"
-        by_level = self.colour.value == "level"
-        colours, shown = CLASS_COLOURS + (INK,), (levels if by_level else heads)
+        by_level = self.color.value == "level"
+        colors, shown = CLASS_COLORS + (INK,), (levels if by_level else heads)
         names = [f"level {n} (stride {record.strides[n]})" if by_level else f"head {n}" for n in shown]
         total = float(weights[list(heads)][:, list(levels)].sum()) / len(heads)
-        note = f"; {outside} of {dots} lie outside the picture" if outside else ""
+        note = f"; {outside} of {dots} lie outside the image" if outside else ""
         caption = f"{self.who(look)}: these points hold {100 * total:.0f} % of the weight{note}. {crosses}."
-        legend = [[colours[n % len(colours)], name] for n, name in zip(shown, names)]
+        legend = [[colors[n % len(colors)], name] for n, name in zip(shown, names)]
         return {"points": points, "legend": legend, "caption": caption}
 
     def draw_figure(self, scene: Scene) -> Figure:  # noqa: D102
-        return attention.sampling_figure(scene.picture, scene.trace, **self._figure_choices())
+        return attention.sampling_figure(scene.image, scene.trace, **self._figure_choices())
 
 
 # ------------------------------------------------------------------------------------------------- stages, relations
@@ -267,8 +267,8 @@ class StageViewer(Viewer):
     title = "Stages"
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102
-        self.glimpse = labelled(ipywidgets.Checkbox, "Its glimpse", value=True, indent=True)
-        self.path = labelled(ipywidgets.Checkbox, "Its path", value=True, indent=True)
+        self.glimpse = labeled(ipywidgets.Checkbox, "Its glimpse", value=True, indent=True)
+        self.path = labeled(ipywidgets.Checkbox, "Its path", value=True, indent=True)
         return {
             "threshold": self.threshold, "stage": self.stage, "object": self.object,
             "glimpse": self.glimpse, "path": self.path,
@@ -291,12 +291,12 @@ class StageViewer(Viewer):
         for number, boxes in enumerate(found):
             scores, labels = boxes.best()
             said.append(f"{stage_name(number)}: {class_name(trace, int(labels[query]))} {scores[query]:.2f}")
-        boxes = [box | {"colour": stage_colour(stage)} for box in self.draw_objects(found[stage], SKY)]
+        boxes = [box | {"color": stage_color(stage)} for box in self.draw_objects(found[stage], SKY)]
         boxes[self.picked]["tag"] = said[stage].split(": ")[1]
         if self.path.value:
             for number in range(stage):
                 place = found[number].boxes_xyxy()[query].tolist()
-                boxes.append({"box": rounded(place), "label": said[number], "colour": stage_colour(number),
+                boxes.append({"box": rounded(place), "label": said[number], "color": stage_color(number),
                               "fixed": True})  # fmt: skip
         caption = f"Query {query}: " + ", ".join(word.replace(":", "") for word in said[: stage + 1]) + "."
         if self.glimpse.value and stage:
@@ -304,14 +304,14 @@ class StageViewer(Viewer):
             level = int(glimpses.level[0, query])
             name = f"glimpse of stage {stage}, read from level {level} (stride {glimpses.strides[level]})"
             place = glimpses.boxes_xyxy()[query].tolist()
-            boxes.append({"box": rounded(place), "label": name, "colour": stage_colour(stage), "fixed": True,
+            boxes.append({"box": rounded(place), "label": name, "color": stage_color(stage), "fixed": True,
                           "dashed": True})  # fmt: skip
             caption += f" Dashed: {name}."
-        legend = [[stage_colour(number), stage_name(number)] for number in range(stage + 1)]
+        legend = [[stage_color(number), stage_name(number)] for number in range(stage + 1)]
         return {"boxes": boxes, "picked": self.picked, "legend": legend, "caption": caption}
 
     def draw_figure(self, scene: Scene) -> Figure:  # noqa: D102
-        return stages.stages_figure(scene.picture, scene.trace, query=self.object.value)
+        return stages.stages_figure(scene.image, scene.trace, query=self.object.value)
 
 
 class RelationViewer(Viewer):
@@ -320,7 +320,7 @@ class RelationViewer(Viewer):
     title = "Relations"
 
     def controls(self) -> dict[str, ipywidgets.Widget]:  # noqa: D102
-        self.top = labelled(ipywidgets.IntSlider, "Related", value=4, min=1, max=10)
+        self.top = labeled(ipywidgets.IntSlider, "Related", value=4, min=1, max=10)
         return {
             "threshold": self.threshold, "stage": self.stage, "object": self.object, "layer": self.layer,
             "head": self.head, "top": self.top,
@@ -359,9 +359,9 @@ class RelationViewer(Viewer):
             if other not in at:  # more objects than are offered
                 at[other] = len(boxes)
                 boxes.append({"box": rounded(places[other]), "label": labels[other], "fixed": True})
-            boxes[at[other]] |= {"colour": ORANGE, "tag": word}
-            ends = [*_middle(places[query], scene.picture), *_middle(places[other], scene.picture)]
-            lines.append({"ends": rounded(ends), "width": round(1 + 16 * weight, 2), "colour": ORANGE})
+            boxes[at[other]] |= {"color": ORANGE, "tag": word}
+            ends = [*_middle(places[query], scene.image), *_middle(places[other], scene.image)]
+            lines.append({"ends": rounded(ends), "width": round(1 + 16 * weight, 2), "color": ORANGE})
         boxes[self.picked]["tag"] = labels[query]
         rest = float(found.weights[top:].sum())
         who = f"{stage_name(stage).capitalize()}, layer {choices['layer']}: {labels[query]} (query {query}) asks"
@@ -370,7 +370,7 @@ class RelationViewer(Viewer):
         return {"boxes": boxes, "picked": self.picked, "lines": lines, "caption": caption}
 
     def draw_figure(self, scene: Scene) -> Figure:  # noqa: D102
-        return stages.relations_figure(scene.picture, scene.trace, **self._figure_choices())
+        return stages.relations_figure(scene.image, scene.trace, **self._figure_choices())
 
     def _figure_choices(self) -> dict[str, Any]:
         head = None if self.head.value == ALL else self.head.value
@@ -380,10 +380,10 @@ class RelationViewer(Viewer):
         }  # fmt: skip
 
 
-def _middle(box: Sequence[float], picture: Image.Image) -> tuple[float, float]:
-    """The middle of that part of a box that lies in the picture."""
-    x0, x1 = (min(max(x, 0.0), float(picture.width)) for x in (box[0], box[2]))
-    y0, y1 = (min(max(y, 0.0), float(picture.height)) for y in (box[1], box[3]))
+def _middle(box: Sequence[float], image: Image.Image) -> tuple[float, float]:
+    """The middle of that part of a box that lies in the image."""
+    x0, x1 = (min(max(x, 0.0), float(image.width)) for x in (box[0], box[2]))
+    y0, y1 = (min(max(y, 0.0), float(image.height)) for y in (box[1], box[3]))
     return (x0 + x1) / 2, (y0 + y1) / 2
 
 
@@ -391,12 +391,12 @@ def _middle(box: Sequence[float], picture: Image.Image) -> tuple[float, float]:
 
 
 class Explorer(ipywidgets.VBox):
-    """All viewers that suit a detector, a tab each, over one choice of pictures.
+    """All viewers that suit a detector, a tab each, over one choice of images.
 
     Args:
         model: the detector; None where a trace is all there is.
-        pictures: paths, PIL pictures and data sets to choose from.
-        trace: what was recorded of the first picture, so that it need not be computed.
+        images: paths, PIL images and data sets to choose from.
+        trace: what was recorded of the first image, so that it need not be computed.
 
     Attributes:
         viewers: all four, by title; also those that the detector has no use for.
@@ -404,9 +404,9 @@ class Explorer(ipywidgets.VBox):
     """
 
     def __init__(
-        self, model: nn.Module | None = None, pictures: Sequence[Given] | Given = (), trace: Trace | None = None
+        self, model: nn.Module | None = None, images: Sequence[Given] | Given = (), trace: Trace | None = None
     ) -> None:
-        self.gallery = Gallery(model, pictures, trace)
+        self.gallery = Gallery(model, images, trace)
         kinds = (AttentionViewer, SamplingViewer, StageViewer, RelationViewer)
         self.viewers = {kind.title: kind(gallery=self.gallery) for kind in kinds}
         self.tabs = ipywidgets.Tab()
@@ -417,7 +417,7 @@ class Explorer(ipywidgets.VBox):
 
     def __repr__(self) -> str:
         """What stands in a stored notebook, where nothing is live."""
-        return f"Explorer of {len(self.gallery.sources)} pictures"
+        return f"Explorer of {len(self.gallery.sources)} images"
 
     @property
     def viewer(self) -> Viewer:

@@ -1,4 +1,4 @@
-"""The choice of a picture, for viewers: one of those that were given, or one's own. The detector runs here, once."""
+"""The choice of an image, for viewers: one of those that were given, or one's own. The detector runs here, once."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from torch import nn
 from regolite.data import DetectionDataset, list_images, read_image
 from regolite.errors import UserError
 from regolite.inference import detect
-from regolite.plots.selection import check_picture
+from regolite.plots.selection import check_image
 from regolite.tracing.recorder import record
 from regolite.tracing.trace import Trace
 from regolite.viewers.canvas import jpeg_of
 
-KEPT = 3  # pictures whose traces are kept: that of a large DETR takes hundreds of megabytes
+KEPT = 3  # images whose traces are kept: that of a large DETR takes hundreds of megabytes
 
 Given = str | os.PathLike | Image.Image | DetectionDataset
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, and what happened inside the detector that looked at it."""
+    """An image, and what happened inside the detector that looked at it."""
 
     name: str
-    picture: Image.Image
+    image: Image.Image
     trace: Trace
 
     @cached_property
     def jpeg(self) -> bytes:
-        """The picture as browsers get it."""
-        return jpeg_of(self.picture)
+        """The image as browsers get it."""
+        return jpeg_of(self.image)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a picture comes from, and its trace, where somebody has it already."""
+    """Where an image comes from, and its trace, where somebody has it already."""
 
     name: str
     open: Callable[[], Image.Image]
     trace: Trace | None = None
 
 
-def labelled(kind: type, label: str, **more: Any) -> Any:
+def labeled(kind: type, label: str, **more: Any) -> Any:
     """A control with its label, all of them aligned."""
     width = more.pop("width", "270px")
     style = {"description_width": "84px"}
@@ -69,47 +69,47 @@ class Message(ipywidgets.HTML):
 
     def say(self, text: str, wrong: bool = True) -> None:
         """Show a line; screen readers read it out."""
-        colour = "var(--jp-error-color1, #b3261e)" if wrong else "inherit"
+        color = "var(--jp-error-color1, #b3261e)" if wrong else "inherit"
         role = "alert" if wrong else "status"
         self.text = text
-        self.value = f'<div role="{role}" style="color: {colour}; line-height: 1.4">{html.escape(text)}</div>'
+        self.value = f'<div role="{role}" style="color: {color}; line-height: 1.4">{html.escape(text)}</div>'
         self.layout.display = "block" if text else "none"
 
 
 class Gallery(ipywidgets.VBox):
-    """The choice of a picture: one of those that were given, or one's own; it runs the detector and keeps the traces.
+    """The choice of an image: one of those that were given, or one's own; it runs the detector and keeps the traces.
 
     Args:
         model: the detector; None where a trace is all there is.
-        pictures: paths, PIL pictures and data sets.
-        trace: what was recorded of the first picture, so that it need not be computed.
+        images: paths, PIL images and data sets.
+        trace: what was recorded of the first image, so that it need not be computed.
 
     Attributes:
-        scene: the picture that is looked at, with its trace; None before there is one. Observe it.
+        scene: the image that is looked at, with its trace; None before there is one. Observe it.
     """
 
     scene = traitlets.Any(None)
 
     def __init__(
-        self, model: nn.Module | None = None, pictures: Sequence[Given] | Given = (), trace: Trace | None = None
+        self, model: nn.Module | None = None, images: Sequence[Given] | Given = (), trace: Trace | None = None
     ) -> None:
         self.model = model
-        self.sources: dict[int, Source] = dict(enumerate(_sources(pictures)))
+        self.sources: dict[int, Source] = dict(enumerate(_sources(images)))
         if trace is not None:
             if not self.sources:
-                raise UserError("a trace is shown over its picture: give that too, as the first of pictures")
+                raise UserError("a trace is shown over its image: give that too, as the first of images")
             self.sources[0] = replace(self.sources[0], trace=trace)
         self._next = len(self.sources)
-        self._own: list[int] = []  # pictures that were uploaded, which only we hold
+        self._own: list[int] = []  # images that were uploaded, which only we hold
         self._scenes: OrderedDict[int, Scene] = OrderedDict()
 
-        self.chooser = labelled(ipywidgets.Dropdown, "Picture", width="290px")
+        self.chooser = labeled(ipywidgets.Dropdown, "Image", width="290px")
         self.upload = ipywidgets.FileUpload(
-            accept="image/*", description="Your picture", tooltip="a file of your computer",
+            accept="image/*", description="Your image", tooltip="a file of your computer",
             layout=ipywidgets.Layout(width="140px"),
         )  # fmt: skip
         self.path = ipywidgets.Text(
-            description="or its path", placeholder="picture.jpg", continuous_update=False,
+            description="or its path", placeholder="image.jpg", continuous_update=False,
             style={"description_width": "70px"}, layout=ipywidgets.Layout(width="260px"),
         )  # fmt: skip
         self.message = Message()
@@ -124,18 +124,18 @@ class Gallery(ipywidgets.VBox):
 
     @property
     def kept(self) -> list[str]:
-        """Names of the pictures whose traces are kept."""
+        """Names of the images whose traces are kept."""
         return [scene.name for scene in self._scenes.values()]
 
     def _offer(self, chosen: int | None) -> None:
-        """Let the drop-down offer all pictures there are."""
-        options = [("no picture yet", None)] if not self.sources else []
+        """Let the drop-down offer all images there are."""
+        options = [("no image yet", None)] if not self.sources else []
         self.chooser.options = options + [(source.name, number) for number, source in self.sources.items()]
         self.chooser.value = chosen
 
     def _choose(self, number: int | None) -> None:
         if number is None:
-            return self.message.say("Choose a picture: a file of your own, or its path.", wrong=False)
+            return self.message.say("Choose an image: a file of your own, or its path.", wrong=False)
         try:
             self.scene = self._compute(number)
             self.message.say("")
@@ -146,17 +146,17 @@ class Gallery(ipywidgets.VBox):
         if number not in self._scenes:
             source = self.sources[number]
             self.message.say(f"computing {source.name} ...", wrong=False)
-            picture, trace = source.open(), source.trace
+            image, trace = source.open(), source.trace
             if trace is not None:
-                check_picture(picture, trace, 0)
+                check_image(image, trace, 0)
             elif self.model is None:
                 raise UserError(f"{source.name} has no trace, and without a model it can't be computed: give a model")
             else:
                 while len(self._scenes) >= KEPT:  # before, so that there is room
                     self._scenes.popitem(last=False)
                 with record(self.model) as trace:
-                    detect(self.model, picture)
-            self._scenes[number] = Scene(source.name, picture, trace)
+                    detect(self.model, image)
+            self._scenes[number] = Scene(source.name, image, trace)
             while len(self._scenes) > KEPT:
                 self._scenes.popitem(last=False)
         self._scenes.move_to_end(number)
@@ -167,7 +167,7 @@ class Gallery(ipywidgets.VBox):
             return
         file = files[0]
         try:
-            picture = _decode(file["name"], bytes(file["content"]))
+            image = _decode(file["name"], bytes(file["content"]))
         except UserError as error:
             return self.message.say(str(error))
         finally:
@@ -177,7 +177,7 @@ class Gallery(ipywidgets.VBox):
             old = self._own.pop(0)
             del self.sources[old]
             self._scenes.pop(old, None)
-        self._add(Source(file["name"], lambda: picture))
+        self._add(Source(file["name"], lambda: image))
 
     def _named(self, path: str) -> None:
         path = path.strip()
@@ -199,15 +199,15 @@ class Gallery(ipywidgets.VBox):
         self._offer(number)
 
 
-def _sources(pictures: Sequence[Given] | Given) -> Iterator[Source]:
-    if isinstance(pictures, (str, os.PathLike, Image.Image, DetectionDataset)):
-        pictures = [pictures]
-    for number, given in enumerate(pictures):
+def _sources(images: Sequence[Given] | Given) -> Iterator[Source]:
+    if isinstance(images, (str, os.PathLike, Image.Image, DetectionDataset)):
+        images = [images]
+    for number, given in enumerate(images):
         if isinstance(given, DetectionDataset):
             for i in range(len(given)):
                 yield Source(Path(given.file_name(i)).name, lambda given=given, i=i: given.image(i))
         elif isinstance(given, Image.Image):
-            name = Path(getattr(given, "filename", "") or f"picture {number + 1}").name
+            name = Path(getattr(given, "filename", "") or f"image {number + 1}").name
             yield Source(name, lambda given=given: read_image(given))
         else:
             for path in _files(given):
@@ -227,4 +227,4 @@ def _decode(name: str, content: bytes) -> Image.Image:
     try:
         return read_image(content)
     except UserError:
-        raise UserError(f"{name} is no picture that can be read: choose a JPEG or PNG file") from None
+        raise UserError(f"{name} is no image that can be read: choose a JPEG or PNG file") from None

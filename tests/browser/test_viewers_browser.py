@@ -1,7 +1,7 @@
 """The viewers in a real JupyterLab, in a real browser: every control, by mouse and by keyboard.
 
 What the browser then shows is compared with a mirror: the same Explorer in this process, whose controls are set to the
-same values. So every check asks both whether the control arrived and whether the picture is the expected one.
+same values. So every check asks both whether the control arrived and whether the image is the expected one.
 """
 
 import io
@@ -142,7 +142,7 @@ STATE = """figure => {
   return {
     boxes: all('.rg-box').map(box => numbers(box.firstChild, ['x', 'y', 'width', 'height'])),
     labels: all('.rg-box').map(box => box.getAttribute('aria-label')),
-    colours: all('.rg-box .rg-line').map(line => line.getAttribute('stroke')),
+    colors: all('.rg-box .rg-line').map(line => line.getAttribute('stroke')),
     picked: all('.rg-box').findIndex(box => box.getAttribute('aria-pressed') === 'true'),
     tags: all('.rg-tag').map(tag => tag.textContent),
     points: all('.rg-points path').map(point => numbers(point, ['data-x', 'data-y', 'opacity'])),
@@ -152,8 +152,8 @@ STATE = """figure => {
     caption: figure.querySelector('.rg-caption').textContent,
     legend: all('.rg-legend .rg-words').map(words => words.textContent),
     pointing: figure.querySelector('.rg-stage').classList.contains('rg-pointing'),
-    natural: figure.querySelector('.rg-picture').naturalWidth,
-    label: figure.querySelector('.rg-picture').getAttribute('aria-label'),
+    natural: figure.querySelector('.rg-image').naturalWidth,
+    label: figure.querySelector('.rg-image').getAttribute('aria-label'),
   };
 }"""
 
@@ -172,7 +172,7 @@ def expected_of(canvas):
     return {
         "boxes": [corners(box["box"]) for box in canvas.boxes],
         "labels": [box["label"] for box in canvas.boxes],
-        "colours": [box["colour"] for box in canvas.boxes],
+        "colors": [box["color"] for box in canvas.boxes],
         "picked": canvas.picked,
         "tags": [box["tag"] for box in canvas.boxes if box.get("tag")],
         "points": [[point["x"], point["y"], point["opacity"]] for point in canvas.points],
@@ -182,7 +182,7 @@ def expected_of(canvas):
         "caption": canvas.caption,
         "legend": [words for _, words in canvas.legend],
         "pointing": canvas.asks and canvas.pointing,
-        "natural": Image.open(io.BytesIO(canvas.picture)).width,
+        "natural": Image.open(io.BytesIO(canvas.image)).width,
         "label": canvas.label,
     }
 
@@ -227,11 +227,11 @@ class Hand:
         self.wait_for(lambda shown: shown.get("viewer") == title.lower(), f"tab {title}")
         self.agree()
 
-    def agree(self, what="the picture"):
+    def agree(self, what="the image"):
         """What is shown is what the mirror shows."""
         wanted = json.loads(self.viewer.canvas.settings)
         self.wait_for(lambda shown: shown == wanted, f"{what}: wanted {wanted}")
-        self.page.wait_for_function("figure => figure.querySelector('.rg-picture').complete",
+        self.page.wait_for_function("figure => figure.querySelector('.rg-image').complete",
                                     arg=self.figure.element_handle())  # fmt: skip
         seen, expected = self.state(), expected_of(self.viewer.canvas)
         assert seen["shape"] == expected["shape"], what
@@ -251,7 +251,7 @@ class Hand:
         set_mirror(self.settings())
         after = self.agree(what)
         if alters:
-            assert after != shown, f"{what}: the picture is the same"
+            assert after != shown, f"{what}: the image is the same"
         return self.settings()
 
     def follow(self, control, name):
@@ -305,12 +305,12 @@ class Hand:
         assert shown[name] is before
 
     def at(self, x, y):
-        """A place of the picture, as a click's."""
+        """A place of the image, as a click's."""
         frame, canvas = self.stage.bounding_box(), self.viewer.canvas
         return {"x": x / canvas.width * frame["width"], "y": y / canvas.height * frame["height"]}
 
     def use_boxes(self):
-        """Hover, click, Tab, Enter, Space: on boxes of the picture."""
+        """Hover, click, Tab, Enter, Space: on boxes of the image."""
         boxes, viewer = self.viewer.canvas.boxes, self.viewer
         count = sum(not box.get("fixed") for box in boxes)
         assert count > 1
@@ -362,7 +362,7 @@ class Hand:
         return (x, y), index
 
     def use_point(self):
-        """A point by mouse, by arrow keys on the picture, by its numbers."""
+        """A point by mouse, by arrow keys on the image, by its numbers."""
         viewer, page = self.viewer, self.page
         shown = self.change("ask a point", lambda: self.control("Ask").select_option(index=1),
                             self.follow(viewer.ask, "ask"))  # fmt: skip
@@ -373,7 +373,7 @@ class Hand:
             viewer.canvas.clicked = [shown["point"][0], shown["point"][1]]
 
         wanted = (0.2 * width, 0.3 * height)
-        shown = self.change("a click on the picture", lambda: self.stage.click(position=self.at(*wanted)), follow)
+        shown = self.change("a click on the image", lambda: self.stage.click(position=self.at(*wanted)), follow)
         np.testing.assert_allclose(shown["point"], wanted, atol=2.0)
         point = self.stage.locator(".rg-point")
         point.focus()
@@ -411,9 +411,9 @@ class Hand:
                 self.page.wait_for_timeout(50)
             [file] = new
             self.explorer.get_by_text(f"Saved {file}", exact=True).locator("visible=true").wait_for()
-            with Image.open(file) as picture:
-                assert json.loads(picture.text["regolite"]) == self.settings()
-                assert picture.width > 300
+            with Image.open(file) as image:
+                assert json.loads(image.text["regolite"]) == self.settings()
+                assert image.width > 300
 
     def shoot(self, name):
         """Keep a screenshot, where a folder for them is named."""
@@ -464,8 +464,8 @@ def test_attention(hand):
 
 def test_sampling(hand):
     hand.open("Sampling")
-    colour = hand.viewer.colour
-    use_asking(hand, lambda: hand.use_choice("Colour by", colour, "colour", "head", option=1))
+    color = hand.viewer.color
+    use_asking(hand, lambda: hand.use_choice("Color by", color, "color", "head", option=1))
     hand.shoot("sampling")
     hand.check_quiet()
 
@@ -501,19 +501,19 @@ def test_relations(hand):
     hand.check_quiet()
 
 
-def test_pictures(hand):
-    """The drop-down, a file, a path; what is no picture gets one line."""
+def test_images(hand):
+    """The drop-down, a file, a path; what is no image gets one line."""
     hand.open("Attention")
     gallery, page = hand.mirror.gallery, hand.page
-    before = hand.settings()["picture"]
+    before = hand.settings()["image"]
 
     def chosen(act, follow, name):
         shown = hand.change(name, act, lambda _: follow())
-        assert shown["picture"] == name
+        assert shown["image"] == name
 
-    picture = hand.control("Picture")
-    chosen(lambda: picture.select_option(index=1), lambda: setattr(gallery.chooser, "value", 1), ALBUM[1].name)
-    picture.focus()
+    image = hand.control("Image")
+    chosen(lambda: image.select_option(index=1), lambda: setattr(gallery.chooser, "value", 1), ALBUM[1].name)
+    image.focus()
     chosen(lambda: page.keyboard.press("ArrowUp"), lambda: setattr(gallery.chooser, "value", 0), before)
 
     def upload(path, act):
@@ -521,18 +521,18 @@ def test_pictures(hand):
             act()
         chooser.value.set_files(path)
 
-    button = hand.explorer.get_by_role("button", name="Your picture")
+    button = hand.explorer.get_by_role("button", name="Your image")
     content = {
         "name": OWN.name, "type": "image/jpeg", "size": OWN.stat().st_size, "content": memoryview(OWN.read_bytes()),
         "last_modified": datetime.now(timezone.utc),
     }  # fmt: skip
     chosen(lambda: upload(OWN, button.click), lambda: setattr(gallery.upload, "value", (content,)), OWN.name)
     text = hand.folder / "words.jpg"
-    text.write_text("no picture")
+    text.write_text("no image")
     button.focus()
     upload(text, lambda: page.keyboard.press("Enter"))
-    hand.explorer.get_by_role("alert").filter(has_text="words.jpg is no picture that can be read").wait_for()
-    hand.shoot("no_picture")
+    hand.explorer.get_by_role("alert").filter(has_text="words.jpg is no image that can be read").wait_for()
+    hand.shoot("no_image")
 
     path = hand.control("or its path")
     path.click()
@@ -541,7 +541,7 @@ def test_pictures(hand):
     hand.explorer.get_by_role("alert").filter(has_text="image nowhere.jpg does not exist").wait_for()
     path.fill(str(NAMED))
     chosen(lambda: page.keyboard.press("Enter"), lambda: setattr(gallery.path, "value", str(NAMED)), str(NAMED))
-    for title in hand.mirror.viewers:  # all tabs show the new picture
+    for title in hand.mirror.viewers:  # all tabs show the new image
         hand.open(title)
     hand.check_quiet()
 

@@ -56,7 +56,7 @@ WRONG = [
     ("3.1", lambda layer, x, p: pre_norm(layer, x, p, values=True), "added to the values"),
     ("3.1", lambda layer, x, p: pre_norm(layer, x, p, keys=False), "keys have no positions"),
     ("3.1", lambda layer, x, p: pre_norm(layer, x, p, first="ffn_norm", second="attention_norm"), "exchanged"),
-    ("3.1", normed_sum, "starts from the normalised"),
+    ("3.1", normed_sum, "starts from the normalized"),
     ("3.1", lambda layer, x, p: pre_norm(layer, x, p)[:, :3], "shape"),
     ("3.2", lambda C, F: 0, "this says 0"),
     ("3.2", lambda C, F: None, "a number is wanted"),

@@ -95,7 +95,7 @@ WRONG = [
     ),
     ("5.4", lambda costs, counts: [each[:1] for each in match_batch(costs, counts)], "and 1 are matched"),
     ("5.4", greedy_batch, "is possible"),
-    ("5.4", lambda costs, counts: match_batch(costs, counts)[0], "one entry a picture"),
+    ("5.4", lambda costs, counts: match_batch(costs, counts)[0], "one entry an image"),
     ("5.5", lambda *args: 0, "there are 2 doubles among 7 detections, not 0"),
     ("5.5", lambda *args: doubles(*args, alike=False), "boxes of different classes"),
     ("5.5", lambda *args: doubles(*args, count="pairs"), "You count pairs"),

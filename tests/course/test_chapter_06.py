@@ -36,7 +36,7 @@ def focal_by(formula):
     return lambda logits, truth, alpha=0.25, gamma=2.0: formula(*pieces(logits, truth))
 
 
-def picture_loss(nothing=-1, weight=0.1, l1="sum", corners=True, overlap="sum", only_matched=False, free=False):
+def image_loss(nothing=-1, weight=0.1, l1="sum", corners=True, overlap="sum", only_matched=False, free=False):
     def answer(logits, boxes, labels, wanted, query, objects):
         columns = logits.shape[1]
         truth = torch.full((len(logits),), nothing % columns)
@@ -53,7 +53,7 @@ def picture_loss(nothing=-1, weight=0.1, l1="sum", corners=True, overlap="sum", 
         far = {
             "sum": apart.sum() / objects,
             "mean": apart.mean(),
-            "picture": apart.sum(-1).mean(),
+            "image": apart.sum(-1).mean(),
             "undivided": apart.sum(),
         }
         return label, far[l1], giou.sum() / objects if overlap == "sum" else giou.mean()
@@ -92,7 +92,7 @@ RIGHT = [
     ("6.2", settles),
     ("6.2", lambda q, n, w: torch.tensor(settles(q, n, w))),
     ("6.3", focal),
-    ("6.4", picture_loss()),
+    ("6.4", image_loss()),
     ("6.5", adapt()),
 ]
 
@@ -135,15 +135,15 @@ WRONG = [
         ),
         "F.logsigmoid",
     ),
-    ("6.4", picture_loss(nothing=0), "taught class 0"),
-    ("6.4", picture_loss(weight=1.0), "weighs as much"),
-    ("6.4", picture_loss(only_matched=True), "leaves out the queries"),
-    ("6.4", picture_loss(l1="mean"), "a mean over pairs and numbers"),
-    ("6.4", picture_loss(l1="picture"), "this picture's objects"),
-    ("6.4", picture_loss(l1="undivided"), "not divided"),
-    ("6.4", picture_loss(corners=False), "cxcywh boxes for corners"),
-    ("6.4", picture_loss(overlap="mean"), "mean over the picture's pairs"),
-    ("6.4", lambda *given: picture_loss()(*given)[0], "three terms"),
+    ("6.4", image_loss(nothing=0), "taught class 0"),
+    ("6.4", image_loss(weight=1.0), "weighs as much"),
+    ("6.4", image_loss(only_matched=True), "leaves out the queries"),
+    ("6.4", image_loss(l1="mean"), "a mean over pairs and numbers"),
+    ("6.4", image_loss(l1="image"), "this image's objects"),
+    ("6.4", image_loss(l1="undivided"), "not divided"),
+    ("6.4", image_loss(corners=False), "cxcywh boxes for corners"),
+    ("6.4", image_loss(overlap="mean"), "mean over the image's pairs"),
+    ("6.4", lambda *given: image_loss()(*given)[0], "three terms"),
     ("6.5", lambda state, old, model, new: None, "should come from the checkpoint"),
     ("6.5", adapt(by_name=False), "by its number"),
     ("6.5", adapt(nothing=False), "both know 'no object'"),

@@ -90,7 +90,7 @@ def test_pooled_solved():
     [
         (
             lambda scores, right, objects: torch.stack([at_101(r, n) for r, n in zip(right, objects) if n]).mean(),
-            "still a mean of one AP a picture",
+            "still a mean of one AP an image",
         ),
         (
             lambda scores, right, objects: sum(at_101(r, n) for r, n in zip(right, objects) if n) / len(objects),
@@ -165,7 +165,7 @@ def test_relabel_solved():
         (in_place, "in place"),
         (
             lambda labels, overlap, truth: relabel(labels, overlap, truth) if len(truth) else labels[:0],
-            "in a picture without objects",
+            "in an image without objects",
         ),
         (lambda labels, overlap, truth: labels + 1, "should come"),
     ],

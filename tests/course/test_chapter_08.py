@@ -27,7 +27,7 @@ def gap(p, n, S):
 
 
 def ordered(matches):
-    return matches.query[(matches.picture * 1000 + matches.target).argsort()]
+    return matches.query[(matches.image * 1000 + matches.target).argsort()]
 
 
 def share_changed(before, after):

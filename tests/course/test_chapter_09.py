@@ -75,7 +75,7 @@ WRONG = [
     ("9.4", lambda x, p, r, o: x * torch.tensor([p[1], p[0]]), "pixels of the padded batch"),
     ("9.4", lambda x, p, r, o: x * torch.tensor([p[1], p[0]]) * 2.5, "2.5 was the scale"),
     ("9.4", lambda x, p, r, o: to_photograph(x, p[::-1], r[::-1], o[::-1]), "x goes with the width"),
-    ("9.4", lambda x, p, r, o: to_photograph(x, (256, 320), (250, 167), (640, 427)), "of another picture"),
+    ("9.4", lambda x, p, r, o: to_photograph(x, (256, 320), (250, 167), (640, 427)), "of another image"),
     ("9.5", lambda s, w: torch.zeros_like(w), "leaves every box where it is"),
     ("9.5", lambda s, w: w - s, "added as logits"),
     ("9.5", lambda s, w: -correction(s, w), "sign"),

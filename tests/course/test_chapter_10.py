@@ -11,8 +11,8 @@ from regolite.models.glimpse import _taps
 
 def corners(boxes, alpha):
     low, high = boxes[..., :2], boxes[..., 2:]
-    centre, half = (low + high) / 2, (high - low) / 2
-    return torch.cat([centre - alpha * half, centre + alpha * half], -1)
+    center, half = (low + high) / 2, (high - low) / 2
+    return torch.cat([center - alpha * half, center + alpha * half], -1)
 
 
 def grow_in_place(boxes, alpha):
@@ -70,7 +70,7 @@ def test_right(number, answer):
     ("number", "answer", "said"),
     [
         ("10.1", lambda b, a: b * 1.0, "as they were"),
-        ("10.1", lambda b, a: b * a, "centre must stay"),
+        ("10.1", lambda b, a: b * a, "center must stay"),
         ("10.1", lambda b, a: corners(b, a**0.5), "area grew"),
         ("10.1", lambda b, a: corners(b, 2 * a), "twice too much"),
         ("10.1", lambda b, a: corners(b, a).clamp(min=0), "clipped at 0"),
@@ -92,7 +92,7 @@ def test_right(number, answer):
         ("10.5", lambda b, d: torch.ones(len(b)), "every alpha is 1"),
         ("10.5", lambda b, d: alphas(b, d) / 2, "half of what is needed"),
         ("10.5", lambda b, d: (2 * (d[:, :2] - b[:, :2]).abs() / b[:, 2:]).amin(1), "one axis is not enough"),
-        ("10.5", lambda b, d: (2 * (d[:, :2] - b[:, :2]).abs() / d[:, 2:]).amax(1), "neighbour's size"),
+        ("10.5", lambda b, d: (2 * (d[:, :2] - b[:, :2]).abs() / d[:, 2:]).amax(1), "neighbor's size"),
         ("10.5", lambda b, d: (2 * (d[:, :2] - b[:, :2]) / b[:, 2:]).amax(1), "absolute value"),
         ("10.5", lambda b, d: 2 * (d[:, :2] - b[:, :2]).norm(dim=1) / b[:, 2], "not a circle"),
     ],

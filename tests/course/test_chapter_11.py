@@ -68,7 +68,7 @@ def test_right(number, answer):
     ("number", "answer", "said"),
     [
         ("11.1", lambda b, c: b, "change is not used"),
-        ("11.1", lambda b, c: b + c, "leave the picture"),
+        ("11.1", lambda b, c: b + c, "leave the image"),
         ("11.1", lambda b, c: (b + c).clamp(0, 1), "stops learning"),
         ("11.1", lambda b, c: (b + c).sigmoid(), "0.5 would become 0.62"),
         ("11.1", lambda b, c: b + c.sigmoid(), "means nothing by itself"),

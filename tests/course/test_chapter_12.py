@@ -131,7 +131,7 @@ def test_going_on(saved, restored, message):
 
 
 DIAGNOSIS = {
-    "A": "part of the model not handed to the optimiser",
+    "A": "part of the model not handed to the optimizer",
     "B": "learning rate too high",
     "C": "boxes in the wrong format",
     "D": "learning rate too low",
@@ -144,7 +144,7 @@ DIAGNOSIS = {
         ({}, "would have passed"),
         ({"A": "frozen backbone"}, "do all of them fall?"),
         ({"B": "learning rate too low"}, "first ten steps"),
-        ({"C": "learning rate too low"}, "AP on the very pictures"),
+        ({"C": "learning rate too low"}, "AP on the very images"),
         ({"D": "learning rate too high"}, "how far?"),
         ({"D": ""}, "no diagnosis yet"),
         ({"D": "flu"}, "none of the six"),
@@ -174,7 +174,7 @@ def accumulate(model, set_loss, parts, zero=True, divisor=None, each=False, mean
         ({"mean": None}, "parts were summed"),
         ({"mean": 2}, "as much weight as one with many"),
         ({"each": True, "mean": None}, "only the last part"),
-        ({"divisor": 3.0}, "number of pictures is not the number of objects"),
+        ({"divisor": 3.0}, "number of images is not the number of objects"),
         ({"zero": False}, "still there"),
         ({"divisor": 7.7}, "differs from that of one batch by"),
     ],

@@ -29,9 +29,9 @@ def line(line, width, height, order=lambda x, y, w, h: [x - w / 2, y - h / 2, x 
     [
         (lambda *a: (0, torch.zeros(4)), "the class of '3 0.5"),
         (lambda *a: torch.zeros(4), "two things"),
-        (lambda *a: line(*a, order=lambda x, y, w, h: [x, y, w, h]), "still centre and size"),
+        (lambda *a: line(*a, order=lambda x, y, w, h: [x, y, w, h]), "still center and size"),
         (lambda *a: line(*a, order=lambda x, y, w, h: [x - w / 2, y - h / 2, w, h]), "COCO's corner"),
-        (lambda text, w, h: line(text, 1, 1), "parts of the picture"),
+        (lambda text, w, h: line(text, 1, 1), "parts of the image"),
         (lambda text, w, h: line(text, h, w), "exchanged"),
         (lambda *a: (line(*a)[0], line(*a)[1] + 3), "should be 80.0000"),
     ],
@@ -50,7 +50,7 @@ def unusable(boxes, width, height):
     ("answer", "said"),
     [
         (lambda b, w, h: torch.zeros(len(b), dtype=torch.bool), "has no width"),
-        (lambda b, w, h: (b[:, 2:] <= b[:, :2]).any(1), "right of the picture"),
+        (lambda b, w, h: (b[:, 2:] <= b[:, :2]).any(1), "right of the image"),
         (lambda b, w, h: (b < 0).any(1), "reaches over the edge"),
         (lambda b, w, h: torch.zeros(3), r"should have shape \(7,\)"),
     ],
@@ -70,7 +70,7 @@ def by_groups(names, share, seed):
     return [name for name in names if name not in held], held
 
 
-def by_pictures(names, share, seed):
+def by_images(names, share, seed):
     names = random.Random(seed).sample(names, len(names))
     cut = int(share * len(names))
     return names[cut:], names[:cut]
@@ -79,7 +79,7 @@ def by_pictures(names, share, seed):
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (by_pictures, "are in both lists"),
+        (by_images, "are in both lists"),
         (lambda names, share, seed: (names, []), "one of the lists is empty"),
         (lambda names, share, seed: (names, names[:5]), "one only"),
         (lambda names, share, seed: by_groups(names, share, 0), "every seed holds out the same"),

@@ -94,8 +94,8 @@ def ask(model, images, **more):
     return model(pixel_values=pixels, pixel_mask=(~images.mask).long(), **more)
 
 
-def in_picture(boxes, model, images):
-    """Boxes of transformers, in the frame of the unpadded picture."""
+def in_image(boxes, model, images):
+    """Boxes of transformers, in the frame of the unpadded image."""
     if not model.config.model_type.startswith("rt_detr"):
         return boxes
     height, width = images.mask.shape[1:]
@@ -122,7 +122,7 @@ def test_last_layer_is_their_answer_bit_for_bit(kind, images):
     with torch.no_grad():
         theirs, ours = ask(model, images), adapt(model)(images)
     assert torch.equal(ours.layers[-1].logits, theirs.logits)
-    assert torch.equal(ours.layers[-1].boxes, in_picture(theirs.pred_boxes, model, images))
+    assert torch.equal(ours.layers[-1].boxes, in_image(theirs.pred_boxes, model, images))
     assert torch.equal(ours.queries, theirs.last_hidden_state)
     assert len(ours.layers) == LAYERS + (kind in RAW_PIXELS)
 
@@ -138,7 +138,7 @@ def test_layers_are_their_auxiliary_outputs(kind, images):
     assert len(theirs) == len(ours) - 1
     for their, our in zip(theirs, ours):
         torch.testing.assert_close(our.logits, their["logits"])
-        torch.testing.assert_close(our.boxes, in_picture(their["pred_boxes"], model, images))
+        torch.testing.assert_close(our.boxes, in_image(their["pred_boxes"], model, images))
 
 
 @pytest.mark.parametrize("kind", [detr, conditional_detr, table_transformer])
@@ -163,8 +163,8 @@ def test_proposals_are_the_encoders(images):
     assert torch.equal(ours.boxes, theirs.enc_outputs_coord_logits.sigmoid())
 
 
-def test_boxes_of_rt_detr_are_put_into_the_frame_of_the_picture():
-    """A box that covers the left half of a padded batch covers a picture of that half's width wholly."""
+def test_boxes_of_rt_detr_are_put_into_the_frame_of_the_image():
+    """A box that covers the left half of a padded batch covers an image of that half's width wholly."""
     model = make(rt_detr())
     images = batch((64, 128), (64, 64))
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_a_checkpoint_never_downloads_a_backbone():
     assert again.model.config.backbone_config.use_pretrained_backbone is False
 
 
-def test_detects_in_a_picture():
+def test_detects_in_a_image():
     model = Rego(adapt(make(conditional_detr())), stages=1, ffn_dim=32)
     model.model_config = replace(model.model_config, image_size=64)
     [found] = detect(model, Image.new("RGB", (100, 80)), threshold=0.0, top_k=5)
@@ -325,7 +325,7 @@ def test_category_ids_are_cocos():
 
 @pytest.mark.parametrize("kind", [conditional_detr, two_stage, rt_detr])
 def test_frozen_base_is_unchanged_bit_for_bit(kind, images):
-    """RT-DETR has batch normalisation that learns, the others dropout."""
+    """RT-DETR has batch normalization that learns, the others dropout."""
     model = make(kind(dropout=0.3))
     rego = Rego(adapt(model), stages=2, ffn_dim=32, frozen=True).train()
     before = copy.deepcopy(rego.state_dict())
@@ -366,8 +366,8 @@ def test_fresh_class_heads(kind, images, caplog):
         detector = adapt(model, num_classes=3)
     [message] = [record.getMessage() for record in caplog.records]
     assert message.startswith(f"class heads for {CLASSES} classes are replaced by new ones for 3: ")
-    assert detector.columns == 3 + (kind is detr) and len(detector.model_config.classes) == 3
-    assert detector(images).layers[-1].logits.shape[-1] == detector.columns
+    assert detector.num_logits == 3 + (kind is detr) and len(detector.model_config.classes) == 3
+    assert detector(images).layers[-1].logits.shape[-1] == detector.num_logits
     kept = [key for key, value in detector.model.state_dict().items() if value.shape == before[key].shape]
     assert len(kept) > 0.9 * len(before)
     assert all(torch.equal(detector.model.state_dict()[key], before[key]) for key in kept)
@@ -401,7 +401,7 @@ def test_the_same_number_of_classes_keeps_the_model():
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr("regolite.plots.draw_run", lambda *args, **kwargs: [])
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
 
     def make(name="run", **changes):
         return RunConfig(
@@ -467,7 +467,7 @@ def test_a_native_model_can_be_given_too(config):
 
 
 @pytest.mark.slow
-def test_rego_on_conditional_detr_overfits_four_pictures(config):
+def test_rego_on_conditional_detr_overfits_four_images(config):
     torch.manual_seed(0)
     network = NETWORK | {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 64]}
     backbone = transformers.ResNetConfig(**network, out_features=LAST)
@@ -475,7 +475,14 @@ def test_rego_on_conditional_detr_overfits_four_pictures(config):
     model = transformers.AutoModelForObjectDetection.from_config(conditional_detr(backbone_config=backbone, **sizes))
     model.model.unfreeze_backbone()
     rego = Rego(adapt(model, num_classes=14), stages=3, ffn_dim=128, dropout=0.0)
-    recipe = {"batch_size": 4, "epochs": 150, "lr": 3e-3, "backbone_lr": 1.0, "log_every": 1, "evaluate_train": True}
+    recipe = {
+        "batch_size": 4,
+        "epochs": 150,
+        "lr": 3e-3,
+        "backbone_lr_mult": 1.0,
+        "log_every": 1,
+        "evaluate_train": True,
+    }
     folder = train(config(data="scenes:4:val=1:size=96", image_size=96, **recipe), model=rego)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]

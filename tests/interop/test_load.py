@@ -137,7 +137,7 @@ def test_their_lists_of_heads_hold_one_and_the_same():
         interop.load(theirs, heads=4)
 
 
-# What is recognised
+# What is recognized
 
 
 def test_the_columns_are_cocos_ids():
@@ -172,7 +172,7 @@ def test_the_backbone_is_known_by_its_blocks(backbone, preset, monkeypatch):
     assert interop._preset("detr", config) == preset
 
 
-def test_what_is_given_wins_over_what_is_recognised():
+def test_what_is_given_wins_over_what_is_recognized():
     theirs = interop.state_dict(small("two_stage"))
     model = interop.load(theirs, heads=4, queries=5, image_size=320, base_label=0.5, dilated=True)
     config = model.model_config

@@ -117,9 +117,9 @@ def test_sampling_points_are_those_that_they_read(kind, images, monkeypatch):
         torch.testing.assert_close(trace[name].locations, locations, rtol=0, atol=1e-6)
         torch.testing.assert_close(trace[name].weights, weights, rtol=0, atol=1e-6)
     references = trace["references"].references
-    if kind in RAW_PIXELS:  # the encoder's choice, in the frame of the picture
+    if kind in RAW_PIXELS:  # the encoder's choice, in the frame of the image
         torch.testing.assert_close(references, output.layers[0].boxes)
-    scale = torch.tensor([96.0, 96.0]) / images.sizes.flip(1)  # of the padded batch by the picture
+    scale = torch.tensor([96.0, 96.0]) / images.sizes.flip(1)  # of the padded batch by the image
     on_map = trace["decoder.0.cross"].references[:, :, 0, :2]
     if kind in RAW_PIXELS:
         torch.testing.assert_close(on_map * scale[:, None], references[..., :2])

@@ -1,6 +1,6 @@
 """Parity with Hugging Face's transformers, which we did not write: outputs, matching, loss, gradients, the way back.
 
-All weights are random, and none is zero. Batches hold pictures of three sizes, padded, one of them without objects.
+All weights are random, and none is zero. Batches hold images of three sizes, padded, one of them without objects.
 """
 
 import copy
@@ -80,7 +80,7 @@ def theirs(variant, timm=True, sizes=SIZES, shaken=True, **changes):
 
 @torch.no_grad()
 def shake(model, gain=1.0):
-    """Weights without zeros, of a size at which queries differ, and batch normalisation that does something."""
+    """Weights without zeros, of a size at which queries differ, and batch normalization that does something."""
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         if "backbone" in name:
             if weight.dim() == 1:
@@ -97,8 +97,8 @@ def shake(model, gain=1.0):
 
 
 def some_targets(counts=(3, 0, 2)):
-    centres = torch.rand(sum(counts), 2) * 0.6 + 0.2
-    boxes = torch.cat([centres, torch.rand(sum(counts), 2) * 0.3 + 0.05], 1).split(counts)
+    centers = torch.rand(sum(counts), 2) * 0.6 + 0.2
+    boxes = torch.cat([centers, torch.rand(sum(counts), 2) * 0.3 + 0.05], 1).split(counts)
     labels = torch.randint(CLASSES, (sum(counts),)).split(counts)
     return [Target(label, box, i, (96, 96)) for i, (label, box) in enumerate(zip(labels, boxes))]
 
@@ -152,7 +152,7 @@ def run_ours(detector, images):
     return SimpleNamespace(logits=logits, boxes=boxes, encoder=seen[0], output=output)
 
 
-def three_pictures():
+def three_images():
     return batch((96, 128), (128, 80), (75, 101))
 
 
@@ -170,7 +170,7 @@ def same_weights(model, other):
 def same_configuration(config, other):
     mine, others = config.to_dict(), other.to_dict()
     for free in ("backbone_config", "num_queries") if config.to_dict().get("two_stage") else ("backbone_config",):
-        mine.pop(free), others.pop(free)  # a two-stage model has no learnt queries
+        mine.pop(free), others.pop(free)  # a two-stage model has no learned queries
     assert mine == others
     assert config.backbone_config.out_indices == other.backbone_config.out_indices
 
@@ -179,7 +179,7 @@ def same_configuration(config, other):
 def test_outputs_of_every_layer_are_theirs_and_weights_go_round(small, variant, timm):
     model = theirs(variant, timm)
     detector = from_transformers(model)
-    images = three_pictures()
+    images = three_images()
     with torch.no_grad():
         mine, other = run_ours(detector, images), run_theirs(model, images, some_targets())
     assert len(mine.logits) == 3 and mine.logits.std(2).mean() > 0.01  # layers and queries that say something
@@ -198,7 +198,7 @@ def test_outputs_of_every_layer_are_theirs_and_weights_go_round(small, variant, 
 
 def test_proposals_are_theirs(small):
     model = theirs("two_stage")
-    images = three_pictures()
+    images = three_images()
     with torch.no_grad():
         proposals = from_transformers(model)(images).proposals
         other = model(images.pixels, pixel_mask=(~images.mask).long())
@@ -211,7 +211,7 @@ def test_loss_and_matching_are_theirs(small, variant):
     """Term by term. Their loss knows no terms for proposals."""
     model = theirs(variant)
     detector = from_transformers(model)
-    images, targets = three_pictures(), some_targets()
+    images, targets = three_images(), some_targets()
     with torch.no_grad():
         output, other = detector(images), run_theirs(model, images, targets)
     config = detector.model_config.loss
@@ -233,9 +233,9 @@ def test_loss_and_matching_are_theirs(small, variant):
     matches = match(output.layers, PaddedTargets.of(targets), detector.scoring, MatchingCosts(1.0, 5.0, 2.0))
     found = set(zip(*(part.tolist() for part in vars(matches).values())))
     pairs = {
-        (layer, picture, query, target)
+        (layer, image, query, target)
         for layer in range(3)
-        for picture, (queries, objects) in enumerate(
+        for image, (queries, objects) in enumerate(
             matcher({"logits": other.logits[layer], "pred_boxes": other.boxes[layer]}, in_their_form(targets))
         )
         for query, target in zip(queries.tolist(), objects.tolist())
@@ -249,7 +249,7 @@ def test_gradients_of_a_training_step_are_theirs(small, monkeypatch, variant):
     model = theirs(variant).train()
     model.model.unfreeze_backbone()
     detector = from_transformers(model).train()
-    images, targets = three_pictures(), some_targets()
+    images, targets = three_images(), some_targets()
     run_theirs(model, images, targets).loss.backward()
     output = replace(detector(images), proposals=None)
     SetLoss(detector.model_config.loss, detector.scoring)(output, targets)[0].backward()
@@ -288,7 +288,7 @@ def test_detectors_of_ours_run_there(small, preset):
     assert model.config.id2label == {0: "cat", 1: "dog"} and model.config.label2id == {"cat": 0, "dog": 1}
     assert model.config.class_cost == detector.model_config.loss.label and model.config.dropout == 0.1
     assert not model.training
-    images = three_pictures()
+    images = three_images()
     with torch.no_grad():
         mine, other = run_ours(detector, images), model(images.pixels, pixel_mask=(~images.mask).long())
     torch.testing.assert_close(mine.logits[-1], other.logits, **CLOSE)
@@ -299,12 +299,12 @@ def test_detectors_of_ours_run_there(small, preset):
     assert again.model_config.loss == detector.model_config.loss
 
 
-def test_a_detector_that_hides_padding_runs_there_for_a_picture_alone(small, caplog):
+def test_a_detector_that_hides_padding_runs_there_for_a_image_alone(small, caplog):
     config = configure("deformable_detr_refined_r50", weights=None, dim=32, heads=4, queries=6, encoder_layers=1)
     detector = shake(build(config, num_classes=CLASSES)).eval()
     model = to_transformers(detector)
     assert "mask_padding=True" in caplog.text
-    alone, padded = batch((75, 101), multiple=1), three_pictures()
+    alone, padded = batch((75, 101), multiple=1), three_images()
     with torch.no_grad():
         torch.testing.assert_close(detector(alone).final.boxes, model(alone.pixels).pred_boxes, **CLOSE)
         other = model(padded.pixels, pixel_mask=(~padded.mask).long())
@@ -369,7 +369,7 @@ def test_backbones_without_a_counterpart_are_named(small, backbone, message):
 
 def test_auxiliary_losses_there_make_another_model(small):
     """Why such a model is refused."""
-    model, images = theirs("detr"), three_pictures()
+    model, images = theirs("detr"), three_images()
     answers = []
     for model.config.auxiliary_loss in (False, True):
         with torch.no_grad():
