@@ -9,6 +9,7 @@ import torch
 from small_models import CLASSES, anchor_detr, batch, random_images, shake, small_resnet, unchecked, with_stub
 from torch import nn
 
+from regolite import interop
 from regolite.data import Scenes, batch_images, collate
 from regolite.errors import UserError
 from regolite.losses import LossConfig, SetLoss
@@ -362,7 +363,7 @@ def test_training_lowers_the_loss(name):
             "12 anchor points fill no square grid; choose queries=27 for 3 x 3 points",
         ),
         ({"heads": 7}, "7 heads do not divide 128 channels"),
-        ({"anchors": "learned"}, "anchors='learned' is not one of 'learned', 'grid'"),
+        ({"anchors": "random"}, "anchors='random' is not one of 'learned', 'grid'"),
         ({"patern": 1}, "no field 'patern'; did you mean 'patterns'"),
     ],
 )

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from small_models import CLASSES, batch, conditional_detr, random_images, shake, small_resnet, unfold_norms, with_stub
 from torch import nn
 
+from regolite import interop
 from regolite.checkpoint import save_model
 from regolite.data import batch_images
 from regolite.errors import UserError

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from regolite import exercises
+from regolite import course
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 CHAPTERS = sorted(path for path in FOLDER.glob("[01]*.ipynb"))
@@ -152,7 +152,7 @@ class TestExercises:
     @chapters
     def test_hints_lead_on(self, path: Path):
         for number in headings(path):
-            assert all(len(text) > 15 for text in exercises.find(number).hints)
+            assert all(len(text) > 15 for text in course.find(number).hints)
 
 
 SAME = [

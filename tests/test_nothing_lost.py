@@ -425,7 +425,7 @@ def test_full_disk_for_a_while(config, whole, monkeypatch, capsys, name):
         write(path, data)
 
     monkeypatch.setattr(folder, "write_atomic", scarce)
-    monkeypatch.setattr("regolite.utils.files.write_atomic", scarce)
+    monkeypatch.setattr("regolite.checkpoint.write_atomic", scarce)
 
     def watch(line):
         if line["kind"] == "train":

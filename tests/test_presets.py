@@ -199,9 +199,9 @@ def test_number_and_names_of_classes():
     assert model.num_logits == 4
     assert (model.model_config.classes, model.model_config.category_ids) == (("0", "1", "2"), (0, 1, 2))
     named = build("detr_scenes", classes=("cat", "dog"), category_ids=(17, 18))
-    assert named.columns == 3
+    assert named.num_logits == 3
     assert (named.model_config.classes, named.model_config.category_ids) == (("cat", "dog"), (17, 18))
-    assert build("detr_scenes").columns == 81
+    assert build("detr_scenes").num_logits == 81
     with pytest.raises(UserError, match="num_classes=3, but the configuration names 2 classes"):
         build("detr_scenes", 3, classes=("cat", "dog"))
 

@@ -346,12 +346,12 @@ def test_an_attention_to_a_spot_is_drawn_at_that_spot(width, height, x, y):
 def test_in_a_padded_batch_every_image_has_its_own_frame():
     model = planted(256)
     spots = [(110, 50, (64, 160)), (50, 110, (160, 64)), (20, 20, (50, 40))]
-    pixels = []
+    several = []
     for x, y, size in spots:
         pixels = torch.zeros(3, *size)
         pixels[0, y - 4 : y + 4, x - 4 : x + 4] = 2.0
-        pixels.append(pixels)
-    images = regolite.data.batch_images(pixels, 32)
+        several.append(pixels)
+    images = regolite.data.batch_images(several, 32)
     with record(model) as trace, torch.no_grad():
         model(images)
     found = trace["decoder.0.cross"]

@@ -296,7 +296,7 @@ def test_regions_are_the_previous_boxes_enlarged(monkeypatch):
 
 
 def test_what_is_no_detector_is_named_with_what_it_lacks():
-    with pytest.raises(UserError, match=r"can't stand on a Linear, which has no dim, heads, .*published\.adapt"):
+    with pytest.raises(UserError, match=r"can't stand on a Linear, which has no dim, heads, .*interop\.adapt"):
         Rego(nn.Linear(2, 2), stages=1)
 
 

@@ -273,7 +273,7 @@ class Knower(nn.Module):
         sees_ball: whether the ball is still found where the decider is not.
     """
 
-    scoring, projected, dim, heads, columns, feature_channels = "sigmoid", True, 16, 2, len(CLASSES), [16]
+    scoring, projected, dim, heads, num_logits, feature_channels = "sigmoid", True, 16, 2, len(CLASSES), [16]
 
     def __init__(self, weights=((0.7, 0.1, 0.1, 0.1),) * 2, cause="decider", sees_ball=True):
         super().__init__()

@@ -205,7 +205,7 @@ def test_shared_evaluation_loses_and_doubles_nothing(monkeypatch, images, count)
     assert {line["image_id"] for line in wanted[0]} == set(data.image_ids)
 
     shares = []
-    monkeypatch.setattr(distributed, "count", lambda: count)
+    monkeypatch.setattr(distributed, "world_size", lambda: count)
     for rank in reversed(range(count)):  # the first process last, when the others have told what they have
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from small_models import CLASSES, batch, random_images, shake, small_resnet, smca, unchecked, with_stub
 from torch import nn
 
+from regolite import interop
 from regolite.data import Scenes, batch_images, collate
 from regolite.errors import UserError
 from regolite.interop import smca as table
@@ -287,7 +288,7 @@ def test_published_weights_load(monkeypatch):
         batch((64, 96), (96, 64)),
     )
     assert loaded.model_config.detector == replace(model.model_config.detector, dropout=0.2)
-    assert (loaded.columns, loaded.model_config.classes[90:]) == (92, ("toothbrush", "N/A"))
+    assert (loaded.num_logits, loaded.model_config.classes[90:]) == (92, ("toothbrush", "N/A"))
     one, other = model(images).final, loaded(images).final
     assert torch.equal(one.logits, other.logits) and torch.equal(one.boxes, other.boxes)
     assert interop.load(weights, "smca", num_classes=3).columns == 3

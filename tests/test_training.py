@@ -591,7 +591,10 @@ class TestCopyPaste:
     ("values", "message"),
     [
         ({"epohcs": 3}, "unknown parameter 'epohcs'; did you mean 'epochs'?"),
-        ({"zzz": 3}, "unknown parameter 'zzz'; choose from accumulate, augment, backbone_lr_mult"),
+        (
+            {"zzz": 3},
+            "unknown parameter 'zzz'; choose from accumulate, activation_checkpointing, augment, backbone_lr_mult",
+        ),
         ({"epochs": "3"}, "epochs='3' is not a whole number"),
         ({"epochs": 2.5}, "epochs=2.5 is not a whole number"),
         ({"epochs": True}, "epochs=True is not a whole number"),

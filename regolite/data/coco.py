@@ -123,7 +123,7 @@ class CocoFolder(DetectionDataset):
             targets = self._objects.targets(*sizes[owners].T)
             kept = np.unique(owners[np.isin(self._objects.ids, targets.ids)])
             if not len(kept):
-                raise UserError(f"{file} has no owners with an object: nothing is left without the empty ones")
+                raise UserError(f"{file} has no image with an object: nothing is left without the empty ones")
         kept = kept[::every][:limit]
         self._start, self._end, self._sizes = start[kept], end[kept], sizes[kept]
         self._file_names = [file_names[i] for i in kept]

@@ -12,6 +12,9 @@ from regolite.data import DetectionDataset
 from regolite.errors import UserError
 from regolite.inference import detect_by_stage
 from regolite.models.rego import Rego
+from regolite.plots.curves import plot_ap_by_stage, plot_curves
+from regolite.plots.detections import draw_stages, ground_truth
+from regolite.plots.drawing import save_figure
 
 
 def draw_run(

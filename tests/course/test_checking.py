@@ -7,14 +7,14 @@ import linecache
 import pytest
 import torch
 
-from regolite import exercises
+from regolite import course
 from regolite.course import Mistake, check, close, exercise, find, has_gradient, hint, same_shape
 from regolite.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def one_exercise(monkeypatch):
-    monkeypatch.setattr(exercises, "_EXERCISES", {})
+    monkeypatch.setattr(course, "_EXERCISES", {})
 
     @exercise("99.1", "Multiply.", "By two.")
     def doubled(answer):
