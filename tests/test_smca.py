@@ -291,7 +291,7 @@ def test_published_weights_load(monkeypatch):
     assert (loaded.num_logits, loaded.model_config.classes[90:]) == (92, ("toothbrush", "N/A"))
     one, other = model(images).final, loaded(images).final
     assert torch.equal(one.logits, other.logits) and torch.equal(one.boxes, other.boxes)
-    assert interop.load(weights, "smca", num_classes=3).columns == 3
+    assert interop.load(weights, "smca", num_classes=3).num_logits == 3
 
 
 def test_weights_of_another_smca_are_refused(monkeypatch):
