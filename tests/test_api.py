@@ -124,6 +124,7 @@ def test_measuring(model, function, options, said):
         ({"workers": -1}, "workers=-1 must be at least 0"),
         ({"draws": -5}, "draws=-5 must be at least 0"),
         ({"backend": "coco"}, "unknown backend 'coco'"),
+        ({"on_broken": "ignore"}, "on_broken='ignore' is not one of 'stop', 'skip'"),
     ],
 )
 def test_evaluate(model, options, said):

@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
-from regolite.data import CocoFolder, batch_images, collate, open_data, read_image
+from regolite.data import CocoFolder, batch_images, check_coco, collate, make_transform, open_data, read_image
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from regolite.errors import UserError
 from regolite.training import RunConfig
@@ -407,16 +407,74 @@ def test_wrong_images_are_named_when_read(folder):
     root = folder(content())
     (root / "images" / "a.png").write_bytes((root / "images" / "a.png").read_bytes()[:60])
     Image.new("RGB", (30, 40)).save(root / "images" / "b.png")
-    Image.new("RGB", (41, 30)).save(root / "images" / "c.png")
+    Image.new("RGB", (44, 30)).save(root / "images" / "c.png")
     data = CocoFolder(root)
     with pytest.raises(UserError, match="a.png cannot be read.*replace"):
         data[0]
-    with pytest.raises(UserError, match="b.png is 30x40 .* says 40x30: correct the width and height"):
+    with pytest.raises(UserError, match="b.png is 30x40 .* says 40x30: put the file back .* or correct the width"):
         data[1]
-    with pytest.raises(UserError, match="c.png is 41x30 .* says 40x30: correct"):
+    with pytest.raises(UserError, match="c.png is 44x30 .* says 40x30: put the file back"):
         data[2]
     with pytest.raises(UserError, match="gone.png does not exist"):
         read_image(root / "gone.png")
+
+
+def corners_of(seen):
+    """Left, top, right and bottom of what is seen in an image."""
+    rows, columns = np.nonzero(np.asarray(seen))
+    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("factor", [0.5, 1, 2])
+def test_files_that_were_scaled_after_annotation(tmp_path, caplog, factor, orientation):
+    """Boxes, the image and the ground truth of evaluation are in the same pixels, those of the annotation."""
+    box, exif = [40, 20, 60, 40], Image.Exif()
+    exif[0x0112] = orientation
+    given = {
+        "images": [{"id": 3, "file_name": "a.png", "width": 160, "height": 120}],
+        "annotations": [{"id": 1, "image_id": 3, "category_id": 1, "bbox": box, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(given))
+    shown = Image.new("RGB", (160, 120))
+    shown.paste("white", (40, 20, 100, 60))
+    shown = shown.resize((int(160 * factor), int(120 * factor)))
+    stored = shown if orientation == 1 else shown.transpose(Image.Transpose.ROTATE_90)  # by a camera held sideways
+    stored.save(tmp_path / "images" / "a.png", exif=exif)
+    caplog.clear()
+    data = CocoFolder(tmp_path, transform=make_transform("laptop", 80, train=False))
+    said = [record.getMessage() for record in caplog.records]
+    size = f"{stored.width}x{stored.height}"
+    wanted = f"1 of 1 images were scaled after annotation, as a.png ({size} pixels, annotated at 160x120)"
+    assert len(said) == (factor != 1) and all(wanted in one for one in said)
+    report = check_coco(tmp_path, ["train"], read_images=True)
+    assert not report.wrong
+    assert [one["kind"] for one in report.notes] == ["image scaled after annotation"] * (factor != 1)
+
+    image = np.asarray(data.image(0))
+    assert image.shape == (120, 160, 3)
+    assert np.abs(corners_of(image[..., 0] > 127) - [40, 20, 100, 60]).max() <= 1
+    pixels, target = data[0]
+    assert target.size == (120, 160)
+    torch.testing.assert_close(
+        target.boxes, torch.tensor([[70 / 160, 40 / 120, 60 / 160, 40 / 120]]), atol=0.01, rtol=0
+    )
+    found = corners_of(pixels[0] > pixels[0].mean())
+    assert np.abs(found - np.array([40, 20, 100, 60]) * pixels.shape[2] / 160).max() <= 1, "after the transform, too"
+    assert data.coco.anns[1]["bbox"] == box and data.coco.imgs[3]["width"] == 160
+
+
+def test_of_a_large_data_set_a_sample_is_looked_at(folder, caplog, monkeypatch):
+    monkeypatch.setattr("regolite.data.coco.PROBED", 2)
+    root = folder(content())
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (80, 60)).save(root / "images" / name)
+    CocoFolder(root)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "2 of 2 images looked at were scaled after annotation, as a.png (80x60 pixels, annotated at 40x30)" in said
 
 
 def test_collate_pads_right_and_bottom():

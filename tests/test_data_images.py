@@ -1,7 +1,9 @@
 """One function reads an image everywhere: the same pixels by every way, and one clear line for what is none."""
 
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,55 @@ def test_the_same_colors_by_every_way(source):
 )
 def test_the_same_grays_by_every_way_and_of_every_depth(source):
     np.testing.assert_array_equal(pixels(source), np.stack([GRAY] * 3, -1))
+
+
+def png_of_16_bits(array):
+    """A PNG file of gray and alpha, colors, or colors and alpha, which Pillow cannot write with 16 bits."""
+    height, width, channels = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tiff_of_16_bits(array, order="<", packed=False):
+    """A TIFF file of colors."""
+    height, width, _ = array.shape
+    data = array.astype(order + "u2").tobytes()
+    data = zlib.compress(data) if packed else data
+    tags = {256: width, 257: height, 259: 8 if packed else 1, 262: 2, 273: 128, 277: 3, 278: height, 279: len(data)}
+    entries = {tag: struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items()}
+    entries[258] = struct.pack(order + "HHII", 258, 3, 3, 122)  # three depths, which follow the table of tags
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(entries))
+    table = b"".join(entries[tag] for tag in sorted(entries)) + bytes(4)
+    return head + table + struct.pack(order + "3H", 16, 16, 16) + data
+
+
+@pytest.mark.parametrize("shift", [8, 4, 0])  # all 16 bits, 12 bits in 16, 8 in 16
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda colors: png_of_16_bits(colors),
+        lambda colors: png_of_16_bits(np.dstack([colors, np.full((6, 10), 65535)])),
+        lambda colors: Image.open(io.BytesIO(png_of_16_bits(colors))),
+        lambda colors: tiff_of_16_bits(colors),
+        lambda colors: tiff_of_16_bits(colors, ">"),
+        lambda colors: tiff_of_16_bits(colors, "<", packed=True),
+        lambda colors: tiff_of_16_bits(colors, ">", packed=True),
+    ],
+    ids=range(7),
+)
+def test_colors_of_16_bits_in_files(source, shift):
+    """Pillow itself keeps the upper byte alone, and so an image of 12 bits in 16 is nearly black."""
+    np.testing.assert_array_equal(pixels(source(COLORS.astype(np.uint16) << shift)), COLORS)
+
+
+@pytest.mark.parametrize("shift", [8, 4])
+def test_gray_of_16_bits_with_alpha_in_a_file(tmp_path, shift):
+    gray_and_alpha = np.dstack([GRAY.astype(np.uint16) << shift, GRAY[::-1].astype(np.uint16) << 8])
+    (tmp_path / "deep.png").write_bytes(png_of_16_bits(gray_and_alpha))
+    np.testing.assert_array_equal(pixels(tmp_path / "deep.png"), np.stack([GRAY] * 3, -1))
 
 
 def test_bits():
@@ -236,7 +287,7 @@ def test_annotations_say_which_pixels_they_refer_to(tmp_path, annotated):
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations").mkdir()
     Image.fromarray(COLORS).save(tmp_path / "images" / "phone.png", exif=exif)
-    width, height = {"stored": (10, 6), "upright": (6, 10), "neither": (5, 3)}[annotated]
+    width, height = {"stored": (10, 6), "upright": (6, 10), "neither": (5, 4)}[annotated]
     (tmp_path / "annotations" / "instances_train.json").write_text(
         f"""{{"images": [{{"id": 1, "file_name": "phone.png", "width": {width}, "height": {height}}}],
         "annotations": [{{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2]}}],
@@ -245,7 +296,7 @@ def test_annotations_say_which_pixels_they_refer_to(tmp_path, annotated):
     dataset = CocoFolder(tmp_path, "train")
     report = check_coco(tmp_path, ["train"], read_images=True)
     if annotated == "neither":
-        with pytest.raises(UserError, match="phone.png is 10x6 pixels but its annotation says 5x3.*regolite convert"):
+        with pytest.raises(UserError, match="phone.png is 10x6 pixels but its annotation says 5x4: put the file back"):
             dataset.image(0)
         assert [one["kind"] for one in report.wrong] == ["image of another size"]
         return

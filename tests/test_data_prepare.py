@@ -182,12 +182,15 @@ class TestWhole:
             ("--splits test", "invalid choice: 'test'"),
             ("--root {file}", "is a file: give a folder"),
             ("--check --root {file}/none", "does not exist"),
+            ("--check --root {deep}", "instances_train.json is nested too deeply"),
             ("--json {folder}", "is a folder; give a file"),
         ],
     )
     def test_wrong_input_is_one_line(self, words, said, tmp_path, capsys):
         (tmp_path / "file").touch()
-        words = words.format(file=tmp_path / "file", folder=tmp_path).split()
+        (tmp_path / "deep" / "annotations").mkdir(parents=True)
+        (tmp_path / "deep" / "annotations" / "instances_train.json").write_text(10**5 * "[")
+        words = words.format(file=tmp_path / "file", folder=tmp_path, deep=tmp_path / "deep").split()
         assert main(["prepare-coco", "--root", str(tmp_path / "new"), *words]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert said in line

@@ -15,6 +15,7 @@ from torch import nn
 
 from regolite import build, configure
 from regolite.data import CocoFolder, Scenes, make_transform
+from regolite.data.views import OfImages
 from regolite.errors import UserError
 from regolite.evaluation import FIGURES, average_precision, detect_all, evaluate, measure
 from regolite.types import DetectorOutput, FeatureMap, Prediction
@@ -170,6 +171,54 @@ def test_evaluate_by_stage(folder, backend, batch_size):
     assert figures["APs"] is None and figures["ARs"] is None
     assert figures["APm"] == figures["APl"] == 100.0
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_files_that_were_scaled_after_annotation_change_no_figure(folder):
+    wanted = evaluate(Oracle(CocoFolder(folder, "val")), CocoFolder(folder, "val"), progress=False)
+    Image.new("RGB", (400, 320)).save(folder / "images" / "7.png")
+    dataset = CocoFolder(folder, "val")
+    assert evaluate(Oracle(dataset), dataset, progress=False) == wanted
+
+
+def without(oracle, *left_out):
+    """An oracle that is not asked for these images."""
+    order = [i for i in range(len(oracle.dataset)) if i not in left_out]
+    oracle.dataset = OfImages(oracle.dataset, order)
+    return oracle
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_image_that_cannot_be_read_is_left_out_with_its_ground_truth(folder, tmp_path, batch_size, workers):
+    oracle = Oracle(CocoFolder(folder, "val"))
+    (folder / "images" / "7.png").write_bytes(b"")  # the first, which has most objects
+    dataset = CocoFolder(folder, "val")
+    how = {"batch_size": batch_size, "workers": workers, "progress": False}
+    with pytest.raises(UserError, match="^image .*7.png cannot be read"):
+        evaluate(oracle, dataset, **how)
+    file = tmp_path / "found.json"
+    figures = evaluate(without(oracle, 0), dataset, **how, on_broken="skip", detections=file)
+    assert figures["images"] == 2 and figures["AP"] == 100.0 and figures["APl"] is None
+    assert [said.partition(" cannot")[0] for said in figures["broken"]] == [f"image {folder / 'images' / '7.png'}"]
+    assert {line["image_id"] for line in json.loads(file.read_text())} == {3, 12}
+
+    for name in ("3.png", "12.png"):
+        (folder / "images" / name).unlink()
+    dataset = CocoFolder(folder, "val", check_files=False)
+    with pytest.raises(UserError, match="3 of 3 images cannot be read, is the disk there.*7.png"):
+        evaluate(oracle, dataset, **how, on_broken="skip")
+
+
+def test_many_broken_images_in_a_row_are_the_disk(folder, monkeypatch):
+    monkeypatch.setattr("regolite.evaluation.coco.TRIES", 2)
+    oracle, dataset = Oracle(CocoFolder(folder, "val")), CocoFolder(folder, "val")
+    for name in ("7.png", "12.png"):  # the first and the last
+        (folder / "images" / name).write_bytes(b"")
+    assert evaluate(without(oracle, 0, 2), dataset, progress=False, on_broken="skip")["images"] == 1
+    Image.new("RGB", (200, 160)).save(folder / "images" / "7.png")
+    (folder / "images" / "3.png").write_bytes(b"")
+    with pytest.raises(UserError, match="2 of 3 images cannot be read, is the disk there.*3.png"):
+        evaluate(Oracle(dataset), dataset, progress=False, on_broken="skip")
 
 
 def test_nothing_detected_keeps_missing_sizes_missing(folder):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +31,7 @@ from regolite.models.presets import build, configure
 from regolite.paper import cost, queue, report, runner, statistics
 from regolite.paper.experiments import ARMS, EXPERIMENTS, PROTOCOL, Claim, Side, experiment
 from regolite.paper.statistics import Estimate, judge
+from regolite.training.metrics import MEASURED
 from regolite.training.setup import parse_overrides
 
 ROOT = Path(__file__).parents[1]
@@ -212,23 +216,69 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path: Path, monke
     assert set(statistics.read_results(tmp_path / "results")) == {"rego"}
 
 
+def small_experiment(place: Path) -> list[str]:
+    words = [sys.executable, "-m", "regolite", "experiment", "encoder", "--small", "--seeds", "0"]
+    return [*words, "--output", str(place / "runs"), "--results", str(place / "results")]
+
+
+def left_by(place: Path) -> dict[str, Any]:
+    """Results, metrics and weights of an experiment, without what depends on the clock."""
+    left: dict[str, Any] = {}
+    for file in sorted(place.rglob("*")):
+        name = file.relative_to(place).as_posix()
+        if file.suffix == ".safetensors":
+            left[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        elif file.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            left[name] = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+        elif file.parent.name == "results" or file.name == "result.json":
+            found = json.loads(file.read_text())
+            for one in found.get("runs", [found]):
+                del one["seconds"], one["finished"]
+            left[name] = json.dumps(found)
+    return left
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("uninterrupted")
+    subprocess.run(small_experiment(place), cwd=ROOT, check=True, capture_output=True)
+    return place
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_queue_stops_its_runs_and_they_go_on_later(tmp_path: Path, by: signal.Signals) -> None:
-    words = [sys.executable, "-m", "regolite", "experiment", "encoder", "--small", "--seeds", "0"]
-    words += ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+@pytest.mark.parametrize(
+    ("by", "file"),  # when the file is there: in training, or in measuring at its end
+    [
+        ("SIGTERM", "metrics.jsonl"),
+        ("SIGKILL", "metrics.jsonl"),
+        ("SIGTERM", "model.safetensors"),
+        ("SIGKILL to all", "model.safetensors"),
+    ],
+)
+def test_a_stopped_queue_stops_its_runs_and_they_go_on_to_the_same_bytes(
+    tmp_path: Path, by: str, file: str, uninterrupted: Path
+) -> None:
+    (tmp_path / "results").mkdir()
+    shutil.copy(uninterrupted / "results" / "rego_encoder.json", tmp_path / "results")  # done, so only rego is left
+    process = subprocess.Popen(
+        small_experiment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
     place = tmp_path / "runs" / "rego" / "0"
-    wait_for(lambda: (place / "metrics.jsonl").exists())  # so there is something to save
+    wait_for(lambda: (place / file).exists())  # so there is something to save
+    time.sleep(random.uniform(0, 0.5))  # other moments every time
     runs = psutil.Process(process.pid).children()
-    process.send_signal(by)
-    process.wait(60)
+    process.send_signal(getattr(signal, by.partition(" ")[0]))
+    for run_of_it in runs if by == "SIGKILL to all" else []:
+        run_of_it.kill()
+    assert process.wait(60) != 0, "it was too late"
     wait_for(lambda: not any(is_alive(run) for run in runs))
-    assert any((place / "checkpoints").iterdir())
-    assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
-    resumed = statistics.read_results(tmp_path / "results")["rego"][0]
-    assert resumed["curve"][-1]["epoch"] == 2
+    if by != "SIGKILL to all":
+        assert any((place / "checkpoints").iterdir())
+    assert subprocess.run(small_experiment(tmp_path), cwd=ROOT, capture_output=True).returncode == 0
+    wanted = {name: left for name, left in left_by(uninterrupted).items() if not name.startswith("runs/rego_encoder")}
+    assert left_by(tmp_path) == wanted and len(wanted) >= 5
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -175,6 +175,62 @@ def test_stopped_from_outside(config, whole, signum, code, capsys):
     assert_same(plan.output, whole)
 
 
+# `python -m regolite` that is sent a signal in the middle of an evaluation, before one of its batches.
+IN_EVALUATION = """
+import os, runpy, signal, sys
+from regolite.evaluation import coco
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signum, batches, detect = int(sys.argv.pop(1)), int(sys.argv.pop(1)), coco.detections_by_stage
+def detections_by_stage(*args):
+    global batches
+    batches -= 1
+    if not batches:
+        os.kill(os.getpid(), signum)
+    return detect(*args)
+coco.detections_by_stage = detections_by_stage
+runpy.run_module("regolite", run_name="__main__", alter_sys=True)
+"""
+
+
+def killed_in_evaluation(signum, batch, words):
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-c", IN_EVALUATION, str(int(signum)), str(batch), *words]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode in (-signum, 128 + signum), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_in_an_evaluation_of_a_run(config, whole, number, signum):
+    """The first one is in the middle of the run, the second at its end; each has one batch."""
+    plan = config()
+    killed_in_evaluation(signum, number, command(plan))
+    assert newest(plan.output) == 6 * number, "saved before it is evaluated"
+    assert [line["kind"] for line in lines(plan.output)].count("evaluation") == number - 1
+    assert cli.main(command(plan, "--resume")) == 0
+    assert_same(plan.output, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_evaluate_is_killed_and_done_again(whole, tmp_path, signum):
+    written = tmp_path / "figures.json", tmp_path / "found.json"
+    words = ["evaluate", "--checkpoint", str(whole / "model.safetensors"), "--data", "scenes:12:size=64"]
+    words += ["--split", "train", "--batch-size", "2", "--bootstrap", "3", "--device", "cpu"]
+    words += ["--json", str(written[0]), "--save-detections", str(written[1])]
+    killed_in_evaluation(signum, 4, words)
+    assert not list(tmp_path.iterdir()), "nothing half written"
+    assert cli.main(words) == 0
+    before = [sha256(file) for file in written]
+    killed_in_evaluation(signum, 4, words)
+    assert [sha256(file) for file in written] == before and len(list(tmp_path.iterdir())) == 2, "what was there is kept"
+    for file in written:
+        file.unlink()
+    assert cli.main(words) == 0
+    assert [sha256(file) for file in written] == before
+
+
 # ----------------------------------------------------------------------------------------------------------- signals
 
 
@@ -577,6 +633,23 @@ def test_the_next_image_takes_the_place_of_a_broken_one(data):
     shutil.rmtree(data / "images")
     with pytest.raises(UserError, match=f"{TRIES} images in a row .* is the disk there.*train_000003.png does not"):
         items[0, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", ["broken", "missing"])
+def test_a_broken_validation_image_is_left_out_and_that_is_said_once(config, data, capsys, how, workers):
+    Scenes(3, size=64, split="val").write(data)
+    path = data / "images" / "val_000002.png"
+    path.unlink() if how == "missing" else path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="val_000002.png"):
+        train(config("strict", data=str(data)))
+    run = config(data=str(data), on_broken="skip", workers=workers)
+    train(run)
+    found = [line for line in lines(run.output) if line["kind"] == "evaluation"]
+    assert [(line["images"], line["broken_images"]) for line in found] == [(2, 1)] * 2
+    said = f"1 of 3 images of val are left out when it is evaluated: image {path} "
+    assert capsys.readouterr().out.count(said) == 1
+    assert (Path(run.output) / "train.log").read_text().count(said) == 1
 
 
 def test_skipping_leaves_no_whole_set_to_evaluate(config):

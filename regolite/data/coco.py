@@ -11,6 +11,7 @@ image to be opened (a broken file, a wrong size) waits until that image is read.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections import defaultdict
@@ -29,10 +30,12 @@ from pycocotools import mask
 from regolite.data.dataset import DetectionDataset, Objects
 from regolite.data.images import read_image
 from regolite.errors import UserError
+from regolite.utils import distributed
 from regolite.utils.validation import whole
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LONGEST = 1e6  # pixels: no image is wider or higher, so a box that says so is a mistake
+PROBED = 200  # images whose files are looked at when the data set is made: to open all of COCO's would take minutes
 LARGEST_ID = 2**53  # of an annotation: pycocotools keeps these ids as 64-bit floats, which are exact up to here
 
 
@@ -40,7 +43,8 @@ class CocoFolder(DetectionDataset):
     """The images of one split of a COCO-format folder; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
 
     Crowds and boxes without area are no targets (both stay in ``coco`` for evaluation); boxes are clipped to the
-    image. Images are read as their annotations mean them (:func:`read_annotated`); any color mode becomes RGB.
+    image. Images are read as their annotations mean them (:func:`read_annotated`), scaled back to the annotated size
+    where the files were scaled since, which a warning says once; any color mode becomes RGB.
 
     Args:
         root: the data folder.
@@ -62,7 +66,7 @@ class CocoFolder(DetectionDataset):
     Raises:
         UserError: a missing folder or file, invalid JSON, annotations that contradict themselves, two categories of
             one name, a value that is no id, box or number of its field, a limit below 1;
-            when an image is read: a broken file, or one of another size than its annotation says.
+            when an image is read: a broken file, or one of other proportions than its annotation says.
     """
 
     def __init__(
@@ -135,6 +139,23 @@ class CocoFolder(DetectionDataset):
                 f"{len(missing)} of the {len(kept)} images of {file} are missing in {self._files.folder}, "
                 f"the first is {missing[0]}: add them or take them out of the annotations"
             )
+        if distributed.rank() == 0:
+            self._warn_of_scaled_files()
+
+    def _warn_of_scaled_files(self) -> None:
+        """Say how many files were scaled after annotation; of a large data set a sample is looked at."""
+        places = np.unique(np.linspace(0, len(self) - 1, min(len(self), PROBED)).astype(int)).tolist()
+        scaled = []
+        for i in places:
+            height, width = self.size(i)
+            if size := size_if_scaled(self.path(i), width, height):
+                scaled.append(f"{self.file_name(i)} ({size[0]}x{size[1]} pixels, annotated at {width}x{height})")
+        if scaled:
+            logging.getLogger("regolite").warning(
+                f"{self.file}: {len(scaled)} of {len(places)} images {'looked at ' * (len(places) < len(self))}were "
+                f"scaled after annotation, as {scaled[0]}: each is scaled back when it is read; `regolite convert` "
+                "scales the boxes instead, once and for all"
+            )
 
     def objects(self, i: int) -> Objects:
         """All annotations of image ``i``, crowds included."""
@@ -157,35 +178,53 @@ class CocoFolder(DetectionDataset):
         """Image ``i`` as PIL RGB, untransformed.
 
         Raises:
-            UserError: the file is broken, or of another size than its annotation says.
+            UserError: the file is broken, or of other proportions than its annotation says.
         """
         height, width = self.size(i)
         return read_annotated(self.path(i), width, height)
 
 
 class WrongSize(UserError):
-    """An image has another size than its annotation says."""
+    """An image has other proportions than its annotation says."""
 
 
 def read_annotated(path: str | os.PathLike[str], width: int, height: int) -> Image.Image:
     """The image that annotations of this size in pixels refer to: as it is stored or, if only that fits, upright.
 
-    COCO's annotations refer to stored pixels. Labeling tools show an image as its EXIF orientation says.
+    COCO's annotations refer to stored pixels. Labeling tools show an image as its EXIF orientation says. A file that
+    was scaled after annotation is scaled back, so that boxes, outlines and areas in pixels are right.
 
     Raises:
         UserError: it cannot be read.
-        WrongSize: it has another size.
+        WrongSize: it has other proportions.
     """
-    stored = read_image(path, upright=False)
-    if stored.size == (width, height):
-        return stored
-    if stored.size == (height, width) and (upright := read_image(path)).size == (width, height):
-        return upright
-    found = f"{stored.width}x{stored.height}"
+    said = (width, height)
+    image = stored = read_image(path, upright=False)
+    if not is_scaled(said, stored.size) and is_scaled(said, stored.size[::-1]):
+        image = read_image(path)
+    if is_scaled(said, image.size):
+        return image if image.size == said else image.resize(said)
     raise WrongSize(
-        f"image {path} is {found} pixels but its annotation says {width}x{height}: correct the width and height, or "
-        "let `regolite convert` scale the boxes"
+        f"image {path} is {stored.width}x{stored.height} pixels but its annotation says {width}x{height}: put the file "
+        "back that was annotated, or correct the width and height"
     )
+
+
+def is_scaled(said: tuple[int, int], real: tuple[int, int]) -> bool:
+    """Whether an image of the one width and height, scaled by one factor, has the other, but for rounding."""
+    (w, h), (width, height) = said, real
+    return abs(h * width / w - height) < 1 or abs(w * height / h - width) < 1
+
+
+def size_if_scaled(path: str | os.PathLike[str], width: int, height: int) -> tuple[int, int] | None:
+    """Width and height of a file that was scaled after annotation; None for any other, and for one that is broken."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except Exception:  # of whatever kind: reading it raises the error that says it
+        return None
+    said = ((width, height), (height, width))
+    return size if size not in said and any(is_scaled(one, size) for one in said) else None
 
 
 def find_annotations(root: Path, split: str) -> Path:

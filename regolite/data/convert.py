@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from regolite.data.coco import outline_box
+from regolite.data.coco import is_scaled, outline_box
 from regolite.data.exports import Labeled, read_export
 from regolite.data.images import orientation_of, read_image
 from regolite.errors import UserError
@@ -174,9 +174,9 @@ def _fit(image: Labeled, changes: dict[str, list[str]]) -> _Fit:
     corners = np.array([one.corners for one in image.objects], dtype=float).reshape(-1, 4)
     outlines = [one.outline for one in image.objects]
     areas = [one.area for one in image.objects]
-    if image.fractions or _is_scaled(said, upright):
+    if image.fractions or is_scaled(said, upright):
         turn, scale = UPRIGHT[1], np.array(upright) / said
-    elif _is_scaled(said, stored):
+    elif is_scaled(said, stored):
         turn, scale = UPRIGHT[orientation], np.array(stored) / said
         changes["annotated as stored, not as shown: boxes turned with the image"].append(image.path.name)
     else:
@@ -212,12 +212,6 @@ def _header(path: Path) -> tuple[tuple[int, int], int]:
             return image.size, orientation if orientation in UPRIGHT else 1
     except Exception as error:  # Pillow raises nearly anything on a broken file
         raise UserError(f"image {path} cannot be read ({error}): replace the file") from error
-
-
-def _is_scaled(said: tuple[int, int], real: tuple[int, int]) -> bool:
-    """Whether an image of the one width and height, scaled by one factor, has the other, but for rounding."""
-    (w, h), (width, height) = said, real
-    return abs(h * width / w - height) < 1 or abs(w * height / h - width) < 1
 
 
 def _scaled(outline: Any, scale: Float[np.ndarray, "2"]) -> Any:

@@ -31,6 +31,8 @@ from regolite.data.transforms import to_pixels
 from regolite.errors import UserError
 from regolite.types import Target
 
+TRIES = 20  # images in a row that may be broken where they are skipped; when there are more, it is the disk
+
 
 @dataclass
 class Objects:
@@ -181,6 +183,19 @@ class DetectionDataset(Dataset, ABC):
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints whatever it does
             coco.createIndex()
         return coco
+
+
+def item_or_error(dataset: Dataset, i: int) -> tuple[Float[Tensor, "3 H W"], Target] | UserError:
+    """``dataset[i]``, or the error that names the image which cannot be read or prepared."""
+    try:
+        return dataset[i]
+    except UserError as error:
+        return error
+    except Exception as error:  # whatever else one image can cause, as in its augmentation
+        name = dataset.file_name(i) if isinstance(dataset, DetectionDataset) else f"number {i}"
+        named = UserError(f"image {name} cannot be prepared ({type(error).__name__}: {error}): take it out of the data")
+        named.__cause__ = error
+        return named
 
 
 def _to_coco(objects: Objects, image_id: int, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:

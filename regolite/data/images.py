@@ -21,6 +21,7 @@ import glob
 import io
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -56,6 +57,7 @@ TURNS = {
 }
 """What makes an image upright, by EXIF's orientation."""
 BITS = (8, 12, 16, 32)  # depths; few, or every dark image of 16 bits would be taken for one of fewer
+OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # Pillow's letters for byte orders
 ALMOST = 1e-3  # by how much rounding may carry floating-point pixels out of their range
 
 
@@ -87,12 +89,13 @@ def read_image(source: ImageSource, upright: bool = True) -> Image.Image:
         )
     try:
         with _opened(source) as image:
+            lower = _lower_bytes(image)
             image.load()
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photograph and its previews
                 said = f"image {name} has {image.n_frames} frames: only frame {image.tell() + 1} is used"
                 warnings.warn(said, stacklevel=2)
             turn = TURNS.get(orientation_of(image)) if upright else None
-            rgb = _to_rgb(image, name)
+            rgb = _to_rgb(image, name, lower)
             rgb = rgb if turn is None else rgb.transpose(turn)
     except (UserError, UserWarning):
         raise
@@ -127,8 +130,36 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A PIL image of any mode as RGB; never the same object."""
+def _lower_bytes(image: Image.Image) -> UInt8[np.ndarray, "H W C"] | None:
+    """The lower byte of each color of 16 bits, which Pillow drops; None for other images, and for decoded ones.
+
+    Pillow keeps the upper byte. Told that the bytes come in the other order, it keeps the lower one.
+    """
+    tiles = getattr(image, "tile", [])  # what the file holds where, and how: codec, extents, offset, arguments
+    arguments = tiles[0][3] if tiles else ""
+    raw_mode = str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+    if image.mode not in ("RGB", "RGBA", "RGBX") or not re.search(";16[BLN]$", raw_mode):
+        return None
+    is_gray = raw_mode.startswith("LA")  # 16 bits of gray and of alpha are four times 8, gray's lower byte the second
+    other = "RGBA" if is_gray else raw_mode[:-1] + OTHER_ORDER[raw_mode[-1]]
+    position = image.fp.tell()
+    image.fp.seek(0)
+    file = io.BytesIO(image.fp.read())
+    image.fp.seek(position)
+    with Image.open(file) as lower:
+        lower.seek(image.tell())
+        for n, (*tile, args) in enumerate(lower.tile):
+            args = (other, *args[1:]) if isinstance(args, tuple) else other
+            lower.tile[n] = getattr(type(lower.tile[n]), "_make", tuple)((*tile, args))  # a plain tuple in older Pillow
+        lower.load()
+        found = np.asarray(lower)
+    return found[..., 1:2] if is_gray else found
+
+
+def _to_rgb(image: Image.Image, name: str, lower: UInt8[np.ndarray, "H W C"] | None) -> Image.Image:
+    """A PIL image of any mode as RGB, with the lower bytes of its colors if there are any; never the same object."""
+    if lower is not None:
+        return _from_array((np.asarray(image).astype(np.uint16) << 8) | lower, name)
     if image.mode[0] in "IF":  # Pillow's own conversion clips at 255 instead of scaling
         return _from_array(np.asarray(image), name)
     if image.mode == "La":

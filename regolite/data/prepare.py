@@ -45,6 +45,7 @@ from regolite.data.coco import (
     is_id,
     read_annotated,
     read_annotations,
+    size_if_scaled,
 )
 from regolite.data.images import read_image
 from regolite.errors import UserError
@@ -58,6 +59,7 @@ TIMEOUT = 60.0  # seconds without a byte
 WAITS = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds before each new attempt; what arrives in between resets the count
 CHUNK = 1 << 20  # bytes
 NO_SIZE = 1 << 60  # pixels of an image that has no size: no box can lie outside
+SCALED = "image scaled after annotation"
 
 
 @dataclass(frozen=True)
@@ -515,13 +517,14 @@ def check_coco(
     names of categories given twice; categories that differ between the splits; annotations of unknown images or
     categories; boxes that are no four numbers, have a negative size or lie outside their image; other fields that are
     no number of their kind. Noted are boxes without area (no targets in training), boxes that reach more than a pixel
-    over the edge (training clips them), objects whose outline has no area, images without objects, and images that are
-    not listed. A folder with COCO's categories and fewer images than COCO is said to be no more than a part of it.
+    over the edge (training clips them), objects whose outline has no area, images without objects, images that were
+    scaled after annotation (training scales them back), and images that are not listed. A folder with COCO's categories
+    and fewer images than COCO is said to be no more than a part of it.
 
     Args:
         root: the data folder, as :func:`regolite.data.open_data` takes it.
         splits: names of the splits.
-        read_images: open every image too, which takes long: finds broken ones and those of another size.
+        read_images: open every image too, which takes long: finds broken ones and those of another size or scale.
         workers: how many images to open at a time; as many as there are processors by default.
 
     Raises:
@@ -582,7 +585,7 @@ def _check_split(root: Path, split: str, read_images: bool, workers: int | None,
     if read_images:
         there = {number: image for number, image in by_id.items() if image[0] not in files.missing}
         for number, kind, said in _read_all(files, there, f"open the images of {split}", workers):
-            wrong(kind, there[number][0], said, image_id=number)
+            (note if kind == SCALED else wrong)(kind, there[number][0], said, image_id=number)
     names = {category["id"]: str(category["name"]) for category in categories} if are_right else {}
     is_coco = (len(names), names.get(1), names.get(90)) == (80, "person", "toothbrush")
     if is_coco and len(images) < IMAGES.get(split, 0):
@@ -673,7 +676,7 @@ def _check_annotations(
 def _read_all(
     files: ImageFiles, images: Mapping[int, tuple[str, int, int]], title: str, workers: int | None
 ) -> list[tuple[int, str, str]]:
-    """Id, kind and details of the images that cannot be read or have another size."""
+    """Id, kind and details of the images that cannot be read, have another size, or were scaled."""
 
     def read(number: int) -> tuple[int, str, str] | None:
         name, width, height = images[number]
@@ -682,6 +685,8 @@ def _read_all(
                 read_image(files.path(name))
             else:
                 read_annotated(files.path(name), width, height)
+                if size := size_if_scaled(files.path(name), width, height):
+                    return number, SCALED, f"{size[0]}x{size[1]} pixels, annotated at {width}x{height}"
         except WrongSize as error:
             return number, "image of another size", str(error)
         except UserError as error:

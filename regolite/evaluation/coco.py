@@ -13,7 +13,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,17 @@ import torch
 from jaxtyping import Float
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from regolite.data import DetectionDataset, collate, make_transform
+from regolite.data.dataset import TRIES, item_or_error
+from regolite.data.views import OfImages
 from regolite.errors import UserError
 from regolite.evaluation.bootstrap import intervals
 from regolite.inference import check_stages, detections_by_stage
 from regolite.models.config import ModelConfig
-from regolite.types import stage_name
+from regolite.types import ImageBatch, Target, stage_name
 from regolite.utils import distributed
 from regolite.utils.files import write_atomic
 from regolite.utils.modes import evaluating
@@ -140,6 +141,7 @@ def evaluate(
     progress: bool = True,
     detections: str | Path | None = None,
     draws: int = 0,
+    on_broken: str = "stop",
 ) -> dict[str, Any]:
     """Evaluate a detector and every stage of it.
 
@@ -155,15 +157,18 @@ def evaluate(
         progress: show a progress bar.
         detections: a file to write the last stage's detections to, in COCO's form, for other tools; none by default.
         draws: how many draws of the images say how sure the figures are, see :mod:`regolite.evaluation.bootstrap`.
+        on_broken: ``"stop"`` at an image that cannot be read, or ``"skip"``: leave it out, with its ground truth.
 
     Returns:
-        The figures of the last stage, and ``stages``: the figures by stage, of which number 0 is the base detector.
-        With draws also, as :func:`regolite.evaluation.bootstrap.intervals` has them, ``intervals`` and ``classes``.
+        The figures of the last stage, the number of ``images`` that were measured, and ``stages``: the figures by
+        stage, of which number 0 is the base detector. With draws also, as
+        :func:`regolite.evaluation.bootstrap.intervals` has them, ``intervals`` and ``classes``. If images were left
+        out, ``broken``: what is wrong with each.
 
     Raises:
         UserError: when the model does not know all of the data's categories or has no such stages, a number makes no
-            sense, there is no such backend, or the data has no annotation at all and no file of detections is asked
-            for.
+            sense, there is no such backend, an image cannot be read (with ``"skip"``: none, or many in a row), or the
+            data has no annotation at all and no file of detections is asked for.
     """
     backend_of(backend)  # now, and not after an hour
     draws = whole("draws", draws, 0)
@@ -173,18 +178,24 @@ def evaluate(
             f"{getattr(dataset, 'file', 'the data')}: {len(dataset)} images without a single annotation, nothing to "
             "measure: annotate some, or only save the detections"
         )
-    results, figures = detect_all(model, dataset, stages, batch_size, top_k, workers, progress), None
+    if on_broken not in ("stop", "skip"):
+        raise UserError(f"on_broken={on_broken!r} is not one of 'stop', 'skip'")
+    how = (stages, batch_size, top_k, workers, progress)
+    (results, broken), figures = _detect_all(model, dataset, *how, skip=on_broken == "skip"), None
     if distributed.rank() == 0:
+        if broken:
+            dataset = OfImages(dataset, [i for i in range(len(dataset)) if i not in broken])
         if detections is not None:
             write_atomic(detections, json.dumps(results[-1]).encode())
         by_stage = [{"stage": i, **average_precision(dataset.coco, r, backend)} for i, r in enumerate(results)]
         figures = {**{name: by_stage[-1][name] for name in FIGURES}, "images": len(dataset), "stages": by_stage}
+        if broken:
+            figures["broken"] = [broken[i] for i in sorted(broken)]
         if draws:
             figures |= intervals(dataset.coco, results, draws, progress=progress)
     return distributed.from_first(figures)
 
 
-@torch.inference_mode()
 def detect_all(
     model: nn.Module,
     dataset: DetectionDataset,
@@ -201,6 +212,21 @@ def detect_all(
 
     Arguments and errors are those of :func:`evaluate`, which measures these lists.
     """
+    return _detect_all(model, dataset, stages, batch_size, top_k, workers, progress, skip=False)[0]
+
+
+@torch.inference_mode()
+def _detect_all(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    stages: int | None,
+    batch_size: int,
+    top_k: int,
+    workers: int,
+    progress: bool,
+    skip: bool,
+) -> tuple[list[list[dict[str, Any]]], dict[int, str]]:
+    """All that a detector finds, by stage, and what is wrong with images that were skipped, by index."""
     check_stages(model, stages)
     of_kind("dataset", dataset, DetectionDataset, "a data set: regolite.data.open_data(FOLDER) gives one")
     batch_size, top_k = whole("batch_size", batch_size, 1), whole("top_k", top_k, 1)
@@ -209,16 +235,24 @@ def detect_all(
     dataset, device = prepared(model, dataset), next(model.parameters()).device
     every = torch.arange(len(dataset)).split(batch_size)
     batches = DataLoader(
-        dataset,
+        _Items(dataset),
         batch_sampler=[batch.tolist() for batch in every[distributed.rank() :: distributed.world_size()]],
         num_workers=workers,
-        collate_fn=partial(collate, multiple=32),
+        collate_fn=_collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or a seed for the workers would be drawn from everybody's generator
     )
-    results: list[list[list[dict[str, Any]]]] = []  # of each batch: of each stage
+    results: list[list[list[dict[str, Any]]] | None] = []  # of each batch: of each stage
+    broken: dict[int, str] = {}
     with evaluating(model):
-        for images, targets in track(batches, "evaluating", progress and distributed.rank() == 0):
+        for batch, errors in track(batches, "evaluating", progress and distributed.rank() == 0):
+            if errors and not skip:
+                raise next(iter(errors.values()))
+            broken |= {i: str(error) for i, error in errors.items()}
+            if batch is None:  # all of it is broken
+                results.append(None)
+                continue
+            images, targets = batch
             sizes = torch.tensor([target.size for target in targets])
             by_stage = detections_by_stage(model, images.to(device, non_blocking=True), sizes, stages, top_k)
             results.append(
@@ -231,9 +265,39 @@ def detect_all(
                     for stage in by_stage
                 ]
             )
-    shares = distributed.gather(results)
-    in_order = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
-    return [list(chain.from_iterable(stage)) for stage in zip(*in_order)]
+    shares = distributed.gather((results, broken))
+    broken = {i: said for _, part in shares for i, said in part.items()}
+    _check_broken(sorted(broken.items()), len(dataset))
+    in_order = [batch for turn in zip_longest(*(part for part, _ in shares)) for batch in turn if batch is not None]
+    return [list(chain.from_iterable(stage)) for stage in zip(*in_order)], broken
+
+
+class _Items(Dataset):
+    """The images of a data set with their indices; where one cannot be read, the error that says so."""
+
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, i: int) -> tuple[int, tuple[Float[Tensor, "3 H W"], Target] | UserError]:
+        return i, item_or_error(self.dataset, i)
+
+
+def _collate(items: list[tuple[int, Any]]) -> tuple[tuple[ImageBatch, list[Target]] | None, dict[int, UserError]]:
+    """The padded batch of the images that could be read, None for none, and the errors of the others by index."""
+    errors = {i: found for i, found in items if isinstance(found, UserError)}
+    sound = [found for i, found in items if i not in errors]
+    return collate(sound, multiple=32) if sound else None, errors
+
+
+def _check_broken(broken: list[tuple[int, str]], count: int) -> None:
+    """Go on without single images, but not without a disk.
+
+    Raises:
+        UserError: all of the images are broken, or as many in a row as no training goes on with.
+    """
+    rows = zip(broken, broken[TRIES - 1 :])
+    if broken and (len(broken) == count or any(last[0] - first[0] == TRIES - 1 for first, last in rows)):
+        raise UserError(f"{len(broken)} of {count} images cannot be read, is the disk there? The first: {broken[0][1]}")
 
 
 def prepared(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:

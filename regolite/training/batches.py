@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from regolite.data import DetectionDataset, collate
+from regolite.data import collate
+from regolite.data.dataset import TRIES, item_or_error
 from regolite.errors import UserError
 from regolite.types import ImageBatch, Target
 from regolite.utils.interrupts import leave_signals_to_parent
 
-TRIES = 20  # images in a row that may be broken; when there are more, it is the disk
 STRIDE = 32  # batches are padded to whole cells of the coarsest map of a backbone
 
 
@@ -42,23 +42,13 @@ class SeededItems(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
                 i = (index + len(broken)) % len(self.dataset)
-                try:
-                    return *self.dataset[i], broken
-                except UserError as error:
-                    if self.on_broken == "stop":
-                        raise
-                    broken.append(str(error))
-                except Exception as error:  # whatever else one image can cause, as in its augmentation
-                    named = self._named(i, error)
-                    if self.on_broken == "stop":
-                        raise named from error
-                    broken.append(str(named))
+                found = item_or_error(self.dataset, i)
+            if not isinstance(found, UserError):
+                return *found, broken
+            if self.on_broken == "stop":
+                raise found
+            broken.append(str(found))
         raise UserError(f"{TRIES} images in a row cannot be read, is the disk there? The first: {broken[0]}")
-
-    def _named(self, i: int, error: Exception) -> UserError:
-        """An error that says which image has caused another one."""
-        name = self.dataset.file_name(i) if isinstance(self.dataset, DetectionDataset) else f"number {i}"
-        return UserError(f"image {name} cannot be prepared ({type(error).__name__}: {error}): take it out of the data")
 
 
 class EpochBatches(Sampler):

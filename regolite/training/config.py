@@ -53,7 +53,7 @@ class RunConfig(Checked):
     )
     limit_images: int | None = _option(None, "use only the first N training images")
     on_broken: Literal["stop", "skip"] = _option(
-        "stop", "what to do with a training image that cannot be read: stop, or skip and count it"
+        "stop", "what to do with an image that cannot be read: stop, or skip and count it"
     )
     evaluate_every: int = _option(1, "epochs between evaluations; 0 for one at the end")
     evaluate_start: bool = _option(

@@ -131,12 +131,12 @@ def _train(
         by_cpu_time = progress.cpu_seconds / (60 * config.max_cpu_minutes) if config.max_cpu_minutes else 0.0
         return min(1.0, max(progress.step / total_steps, by_time, by_cpu_time))
 
+    named: set[str] = set()  # images that could not be read
     if config.evaluate_start and progress.step == 0:
         with cpu_clock.paused():
-            _evaluate(state, val_set, "val", config.workers)
+            _evaluate(state, val_set, "val", config, named)
     status = Status(model_config.preset, accelerator.is_main_process)
     status.update(done())
-    named: set[str] = set()  # images that could not be read
     stop.hold()
     while done() < 1.0 and not (config.patience and progress.stale >= config.patience):
         batches = EpochBatches(
@@ -190,7 +190,7 @@ def _train(
             progress.epoch, progress.batch = progress.epoch + 1, 0
             if ends:
                 with stop.at_once(state.where("while evaluating ")), cpu_clock.paused():
-                    _evaluate(state, val_set, "val", config.workers)
+                    _evaluate(state, val_set, "val", config, named)
     status.close()
     if done() < 1.0 and accelerator.is_main_process:
         why = f"stopped early after step {progress.step}: no better AP on val in {progress.stale} evaluations"
@@ -202,10 +202,10 @@ def _train(
     progress.seconds = clock.seconds
     state.save_the_end()
     with stop.at_once(state.where("while evaluating ")):
-        _evaluate(state, val_set, "val", config.workers)
+        _evaluate(state, val_set, "val", config, named)
         if config.evaluate_train:
             train_set.transform = make_transform(model_config.augment, model_config.image_size, train=False)
-            _evaluate(state, train_set, "train", config.workers)
+            _evaluate(state, train_set, "train", config, named)
     state.save_the_end()
     if accelerator.is_main_process:
         with stop.at_once(state.where("while drawing the figures ")):
@@ -325,13 +325,19 @@ def _name(folder: RunFolder, messages: list[str], named: set[str]) -> None:
             folder.warn(f"{message}. Another takes its place")
 
 
-def _evaluate(state: State, dataset: DetectionDataset, split: str, workers: int) -> None:
+def _evaluate(state: State, dataset: DetectionDataset, split: str, config: RunConfig, named: set[str]) -> None:
     progress = state.progress
     if progress.evaluated.get(split) == progress.step:
         return
     is_first = split not in progress.evaluated
     progress.evaluated[split] = progress.step
-    figures = evaluate(state.evaluated, dataset, batch_size=8, workers=workers)
+    figures = evaluate(state.evaluated, dataset, batch_size=8, workers=config.workers, on_broken=config.on_broken)
+    if broken := figures.pop("broken", []):
+        figures["broken_images"] = len(broken)
+        if not named.issuperset(broken):
+            named.update(broken)
+            said = f"{len(broken)} of {len(dataset)} images of {split} are left out when it is evaluated: {broken[0]}"
+            state.folder.warn(said + "; ..." * (len(broken) > 1))
     if state.accelerator.is_main_process:
         _write_figures(state, figures, split, is_first)
     progress.best, progress.stale = distributed.from_first((progress.best, progress.stale))

@@ -82,7 +82,7 @@ def prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionD
     size, augment = config.image_size or model.image_size, config.augment or model.augment
     transform, strict = make_transform(augment, size, train=True), config.on_broken == "stop"
     train_set = open_data(config.data, "train", transform, config.limit_images, check_files=strict)
-    val_set = open_data(config.data, "val", make_transform(augment, size, train=False))
+    val_set = open_data(config.data, "val", make_transform(augment, size, train=False), check_files=strict)
     if given is not None and len(model.classes) != len(train_set.classes):
         raise UserError(
             f"the model has {len(model.classes)} classes and {config.data} has {len(train_set.classes)}: make it with "
