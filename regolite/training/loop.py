@@ -10,7 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -86,6 +88,83 @@ def train(
         return _train(config, model_config, model, folder, accelerator, train_set, shown_set, val_set)
 
 
+class _Clock:
+    """Seconds of the run by one of Python's clocks, those of earlier sessions included."""
+
+    def __init__(self, before: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._start = now, now() - before
+
+    @property
+    def seconds(self) -> float:
+        return self._now() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile does not count."""
+        begun = self._now()
+        yield
+        self._start += self._now() - begun
+
+
+@dataclass
+class Run:
+    """What a run needs from step to step.
+
+    Attributes:
+        state: what is saved: the model, its optimizer, its average, its progress.
+        trained: the model as Accelerate has prepared it.
+        set_loss: the loss.
+        shown_set: the training images as they are shown, some of them several times.
+        clock, cpu_clock: seconds of wall time and of CPU time, pauses excluded.
+        status: the progress bar.
+        broken: what is wrong with images that could not be read.
+        saved: when the last checkpoint was written.
+    """
+
+    config: RunConfig
+    state: State
+    trained: nn.Module
+    set_loss: SetLoss
+    train_set: DetectionDataset
+    shown_set: DetectionDataset
+    val_set: DetectionDataset
+    clock: _Clock
+    cpu_clock: _Clock
+    status: Status
+    broken: set[str] = field(default_factory=set)
+    saved: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def aspect_ratios(self) -> Float[Tensor, "N"]:
+        """Height by width of each training image: a batch holds images of similar shapes."""
+        sizes = torch.tensor([self.shown_set.size(i) for i in range(len(self.shown_set))], dtype=torch.float32)
+        return sizes[:, 0] / sizes[:, 1]
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch; the last one may be smaller."""
+        return math.ceil(len(self.shown_set) / self.config.batch_size)
+
+    @property
+    def done(self) -> float:
+        """The share of the run that is done, by steps or by time, whichever is more; the same in every process."""
+        config, progress = self.config, self.state.progress
+        by_step = progress.step / (config.epochs * self.steps_per_epoch)
+        by_time = progress.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
+        by_cpu_time = progress.cpu_seconds / (60 * config.max_cpu_minutes) if config.max_cpu_minutes else 0.0
+        return min(1.0, max(by_step, by_time, by_cpu_time))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is done, or has not improved for ``patience`` evaluations."""
+        return self.done >= 1.0 or bool(self.config.patience and self.state.progress.stale >= self.config.patience)
+
+    def save(self) -> None:
+        """Write a checkpoint; a disk that is full for a while does not end the run."""
+        self.state.save_or_go_on()
+        self.saved = time.monotonic()
+
+
 def _train(
     config: RunConfig,
     model_config: ModelConfig,
@@ -97,11 +176,9 @@ def _train(
     val_set: DetectionDataset,
 ) -> Path:
     """Train with all that :func:`train` has prepared; no other process writes to the folder."""
-    device = accelerator.device
     set_seed(config.seed)
-    model = _model(config, model_config, model, device, folder)
-    set_loss = SetLoss(model_config.loss, model.scoring)
-    fused = True if device.type == "cuda" else None  # one kernel for all weights
+    model = _model(config, model_config, model, accelerator.device, folder)
+    fused = True if accelerator.device.type == "cuda" else None  # one kernel for all weights
     optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     described = describe_run(config, model_config, train_set, val_set)
@@ -117,102 +194,127 @@ def _train(
 
     if config.activation_checkpointing:
         checkpoint_activations(model)
-    trained, optimizer = accelerator.prepare(model, optimizer)
-    sizes = torch.tensor([shown_set.size(i) for i in range(len(shown_set))], dtype=torch.float32)
-    shapes = sizes[:, 0] / sizes[:, 1]
-    steps_per_epoch = math.ceil(len(shown_set) / config.batch_size)
-    total_steps = config.epochs * steps_per_epoch
+    trained, state.optimizer = accelerator.prepare(model, optimizer)
     clock, cpu_clock = _Clock(progress.seconds), _Clock(progress.cpu_seconds, time.process_time)
-    saved = time.monotonic()
+    status, set_loss = (
+        Status(model_config.preset, accelerator.is_main_process),
+        SetLoss(model_config.loss, model.scoring),
+    )
+    run = Run(config, state, trained, set_loss, train_set, shown_set, val_set, clock, cpu_clock, status)
 
-    def done() -> float:
-        """How much of the run is done: by steps or by time, whichever ends first; the same in every process."""
-        by_time = progress.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
-        by_cpu_time = progress.cpu_seconds / (60 * config.max_cpu_minutes) if config.max_cpu_minutes else 0.0
-        return min(1.0, max(progress.step / total_steps, by_time, by_cpu_time))
-
-    named: set[str] = set()  # images that could not be read
     if config.evaluate_start and progress.step == 0:
         with cpu_clock.paused():
-            _evaluate(state, val_set, "val", config, named)
-    status = Status(model_config.preset, accelerator.is_main_process)
-    status.update(done())
+            _evaluate(state, val_set, "val", config, run.broken)
+    status.update(run.done)
     stop.hold()
-    while done() < 1.0 and not (config.patience and progress.stale >= config.patience):
-        batches = EpochBatches(
-            shapes, config.batch_size, config.seed, progress.epoch, progress.batch,
-            accelerator.process_index, accelerator.num_processes, config.accumulate,
-        )  # fmt: skip
-        model.train()
-        loaded = loader(shown_set, config.seed, config.workers, batches, device.type == "cuda", config.on_broken)
-        for waited, parts in timed(state.items_saved_before_errors(steps(loaded, batches))):
-            begun = time.perf_counter()
-            factor = lr_factor(config, progress.epoch, done())
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            # What a step draws (dropout) depends on its number and the process alone, not on how the run came to it.
-            torch.manual_seed(hash((config.seed, progress.step, accelerator.process_index)) % 2**63)
-            optimizer.zero_grad()
-            with fastest_kernels(device), state.saved_before_errors():
-                losses, images = _backward(trained, set_loss, parts, state)
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.clip) if config.clip else None
-            optimizer.step()
-            if average is not None:
-                average.update_parameters(model)
-
-            progress.step, progress.batch = progress.step + 1, progress.batch + 1
-            broken = [message for part in parts for message in part.broken * part.counts]
-            totals = distributed.total(clock.seconds, cpu_clock.seconds, stop.asked or 0, len(broken))
-            seconds, cpu_seconds, asked, skipped = totals
-            progress.seconds = seconds / accelerator.num_processes  # one time for all: it says when to end
-            progress.cpu_seconds = cpu_seconds / accelerator.num_processes
-            if skipped:
-                progress.broken += int(skipped)
-                _name(folder, broken, named)
-            took = time.perf_counter() - begun
-            state.window.add(losses, norm, accelerator.optimizer_step_was_skipped, images, waited, took)
-            status.update(done(), f"epoch {progress.epoch}, loss {losses['loss']:.2f}")
-            if progress.step % config.log_every == 0:
-                _log(state, optimizer.param_groups[-1]["lr"])
-            if time.monotonic() - saved > 60 * config.checkpoint_minutes:
-                state.save_or_go_on()
-                saved = time.monotonic()
-            if asked:  # who is asked to stop stops all
-                status.close()
-                state.save_and_leave()
-            if done() >= 1.0 and progress.batch < steps_per_epoch:
-                break  # in the middle of an epoch; one that has ended is counted below
-        else:
-            ends = config.evaluate_every and (progress.epoch + 1) % config.evaluate_every == 0 and done() < 1.0
-            if ends:  # saved as the last step of its epoch: whoever goes on from here evaluates again
-                state.save_or_go_on()
-                saved = time.monotonic()
-            progress.epoch, progress.batch = progress.epoch + 1, 0
-            if ends:
-                with stop.at_once(state.where("while evaluating ")), cpu_clock.paused():
-                    _evaluate(state, val_set, "val", config, named)
+    while not run.is_over:
+        train_epoch(run)
     status.close()
-    if done() < 1.0 and accelerator.is_main_process:
+    return _finish(run)
+
+
+def train_epoch(run: Run) -> None:
+    """Train for an epoch, from the batch after the last one on, or until the time of the run is over."""
+    config, state, progress, accelerator = run.config, run.state, run.state.progress, run.state.accelerator
+    batches = EpochBatches(
+        run.aspect_ratios, config.batch_size, config.seed, progress.epoch, progress.batch,
+        accelerator.process_index, accelerator.num_processes, config.accumulate,
+    )  # fmt: skip
+    pinned = accelerator.device.type == "cuda"
+    loaded = loader(run.shown_set, config.seed, config.workers, batches, pinned, config.on_broken)
+    state.model.train()
+    for waited, parts in timed(state.items_saved_before_errors(steps(loaded, batches))):
+        begun = time.perf_counter()
+        losses, images, norm = train_step(run, parts)
+        progress.step, progress.batch = progress.step + 1, progress.batch + 1
+        asked = _share(run, parts)
+        took = time.perf_counter() - begun
+        state.meter.add(losses, norm, accelerator.optimizer_step_was_skipped, images, waited, took)
+        run.status.update(run.done, f"epoch {progress.epoch}, loss {losses['loss']:.2f}")
+        if progress.step % config.log_every == 0:
+            _log(state, state.optimizer.param_groups[-1]["lr"])
+        if time.monotonic() - run.saved > 60 * config.checkpoint_minutes:
+            run.save()
+        if asked:  # a signal that one process has received stops all of them
+            run.status.close()
+            state.save_and_leave()
+        if run.done >= 1.0 and progress.batch < run.steps_per_epoch:
+            return  # in the middle of the epoch
+
+    evaluates = config.evaluate_every and (progress.epoch + 1) % config.evaluate_every == 0 and run.done < 1.0
+    if evaluates:  # saved as the last step of its epoch: a run that resumes here evaluates again
+        run.save()
+    progress.epoch, progress.batch = progress.epoch + 1, 0
+    if evaluates:
+        with stop.at_once(state.where("while evaluating ")), run.cpu_clock.paused():
+            _evaluate(state, run.val_set, "val", config, run.broken)
+
+
+def train_step(run: Run, parts: list[Part]) -> tuple[dict[str, float], float, Tensor | None]:
+    """One step of the optimizer.
+
+    Args:
+        run: the run.
+        parts: this process's share of the batch.
+
+    Returns:
+        The loss and its terms by name and the number of images, both of the whole batch, and the norm of the gradient
+        if it is clipped.
+    """
+    config, state, accelerator = run.config, run.state, run.state.accelerator
+    factor = lr_factor(config, state.progress.epoch, run.done)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    # Dropout and noise depend on the number of the step and the process alone, not on where the run was resumed.
+    torch.manual_seed(hash((config.seed, state.progress.step, accelerator.process_index)) % 2**63)
+    state.optimizer.zero_grad()
+    with fastest_kernels(accelerator.device), state.saved_before_errors():
+        losses, images = _backward(run.trained, run.set_loss, parts, state)
+    norm = accelerator.clip_grad_norm_(state.model.parameters(), config.clip) if config.clip else None
+    state.optimizer.step()
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+    return losses, images, norm
+
+
+def _share(run: Run, parts: list[Part]) -> int:
+    """Share times, signals and broken images among the processes after a step; returns the signal, 0 for none."""
+    progress, count = run.state.progress, run.state.accelerator.num_processes
+    broken = [message for part in parts for message in part.broken * part.counts]
+    totals = distributed.total(run.clock.seconds, run.cpu_clock.seconds, stop.asked or 0, len(broken))
+    seconds, cpu_seconds, asked, skipped = totals
+    progress.seconds, progress.cpu_seconds = seconds / count, cpu_seconds / count  # all processes end together
+    if skipped:
+        progress.broken += int(skipped)
+        _name(run.state.folder, broken, run.broken)
+    return int(asked)
+
+
+def _finish(run: Run) -> Path:
+    """Save, evaluate and draw what the run has come to; returns its folder."""
+    config, state, progress, folder = run.config, run.state, run.state.progress, run.state.folder
+    if run.done < 1.0 and state.accelerator.is_main_process:
         why = f"stopped early after step {progress.step}: no better AP on val in {progress.stale} evaluations"
         folder.log.info(why)
         Status.say(why)
-
-    if progress.batch == steps_per_epoch:  # as it was saved after the last step of the run
+    if progress.batch == run.steps_per_epoch:  # as it was saved after the last step of the run
         progress.epoch, progress.batch = progress.epoch + 1, 0
-    progress.seconds = clock.seconds
+    progress.seconds = run.clock.seconds
     state.save_the_end()
     with stop.at_once(state.where("while evaluating ")):
-        _evaluate(state, val_set, "val", config, named)
+        _evaluate(state, run.val_set, "val", config, run.broken)
         if config.evaluate_train:
-            train_set.transform = make_transform(model_config.augment, model_config.image_size, train=False)
-            _evaluate(state, train_set, "train", config, named)
+            recipe = state.model.model_config
+            run.train_set.transform = make_transform(recipe.augment, recipe.image_size, train=False)
+            _evaluate(state, run.train_set, "train", config, run.broken)
     state.save_the_end()
-    if accelerator.is_main_process:
+    if state.accelerator.is_main_process:
         with stop.at_once(state.where("while drawing the figures ")):
-            _draw(state, {"val": val_set, "train": train_set})
-    accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # a model that was given is given back as it was
-    keep_all_activations(model)
-    accelerator.end_training()
+            _draw(state, {"val": run.val_set, "train": run.train_set})
+    # A model that was given is given back as it was.
+    state.accelerator.unwrap_model(run.trained, keep_fp32_wrapper=False)
+    keep_all_activations(state.model)
+    state.accelerator.end_training()
     if isinstance(folder.watch, TensorBoard):
         folder.watch.close()
     folder.close()
@@ -306,8 +408,8 @@ def _finite_loss(
 
 def _log(state: State, lr: float) -> None:
     progress = state.progress
-    line = state.window.line(progress.step, progress.epoch, progress.seconds, lr, state.accelerator.device)
-    state.window = Meter()
+    line = state.meter.line(progress.step, progress.epoch, progress.seconds, lr, state.accelerator.device)
+    state.meter = Meter()
     if not state.accelerator.is_main_process:
         return
     state.folder.write_metrics(line | ({"broken_images": progress.broken} if progress.broken else {}))
@@ -378,21 +480,3 @@ def _draw(state: State, datasets: dict[str, DetectionDataset]) -> None:
     except Exception as error:  # whatever fonts, names and disks make of it
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         state.folder.warn(f"the run is done, and its figures cannot be drawn ({reason})")
-
-
-class _Clock:
-    """Seconds of the run by one of Python's clocks, those of earlier sessions included."""
-
-    def __init__(self, before: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._now, self._start = now, now() - before
-
-    @property
-    def seconds(self) -> float:
-        return self._now() - self._start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens meanwhile does not count."""
-        begun = self._now()
-        yield
-        self._start += self._now() - begun

@@ -70,7 +70,7 @@ class State:
 
     Attributes:
         progress: how far the run has come.
-        window: the metrics since the last line.
+        meter: the metrics since the last line.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class State:
     ) -> None:
         self.config = config
         self.folder, self.model, self.optimizer, self.average = folder, model, optimizer, average
-        self.accelerator, self.progress, self.window = accelerator, Progress(), Meter()
+        self.accelerator, self.progress, self.meter = accelerator, Progress(), Meter()
 
     @property
     def evaluated(self) -> nn.Module:
@@ -124,7 +124,7 @@ class State:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "window": self.window.state(),
+            "meter": self.meter.state(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         try:
@@ -227,4 +227,4 @@ class State:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.folder.cut_metrics(state)
         self.progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-        self.window = Meter(**state.get("window", {}))
+        self.meter = Meter(**state.get("meter", {}))
