@@ -2,6 +2,7 @@
 #   make demo [MINUTES=5] [DATA=data/coco_tiny] [MODEL=preset] [RUN=runs/name]
 #   make coco-table1 [DATA=folder of COCO] [ARGS="--processes 4 --tflops 20"]
 #   make PYTHON=python3.12 test ARGS="-k boxes"
+#   make demo ARGS=--cpu        (or --gpu: the build of PyTorch that a new environment on Linux gets)
 PYTHON ?= python3
 ARGS ?=
 

@@ -1,8 +1,8 @@
 """One word for everything that this repository does: ``python3 tasks.py demo`` (Windows: ``py tasks.py demo``).
 
-It needs nothing but Python >= 3.10. The first run makes a virtual environment in ``.venv`` with the exact versions of
-``constraints.txt``; later runs use it, and renew it when ``pyproject.toml`` or ``constraints.txt`` changed. The
-Makefile calls this file, so ``make demo`` and ``python3 tasks.py demo`` are the same.
+It needs nothing but Python >= 3.10. The first run creates a virtual environment in ``.venv`` with the exact versions of
+``constraints.txt``. Later runs use it, add the extras that their task needs, and renew it when ``pyproject.toml`` or
+``constraints.txt`` changed. The Makefile calls this file, so ``make demo`` and ``python3 tasks.py demo`` are the same.
 """
 
 # The file must still parse on old Pythons, so that they can be told what is wrong: no newer syntax here.
@@ -27,7 +27,20 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
-EVERYDAY = ROOT / "data" / "checkpoints" / "rego_deformable_detr_everyday.safetensors"
+# The extras of pyproject.toml. A task needs all of them unless NEEDS lists fewer.
+EXTRAS = ("book", "convert", "course", "fast-eval", "tensorboard", "test", "transformers", "video")
+NEEDS = {
+    "demo": ("course",),
+    "lab": ("convert", "course", "transformers"),  # what the chapters import
+    "coco-table1": (),
+    "lint": ("test",),
+    "format": ("test",),
+}
+
+# On Linux the package index has PyTorch with CUDA libraries; here PyTorch publishes it without.
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+
+EVERYDAY = ROOT / "regolite" / "weights" / "rego_deformable_detr_everyday.safetensors"
 
 # What makes a run of minutes learn; the notebook's own parameters are a rehearsal of a few steps.
 RECIPE = {
@@ -65,40 +78,92 @@ def shown(path):
         return str(path)
 
 
-def works(code):
-    """Whether the Python of .venv is there and runs ``code``."""
+def works(code, seconds=None):
+    """Whether the Python of .venv is there and runs ``code``, in at most so many seconds."""
+    command = [str(VENV_PYTHON), "-c", code]
     try:
-        done = subprocess.run([str(VENV_PYTHON), "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    except OSError:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
 
 
-def environment(number):
-    """Make or renew .venv where it is missing or older than what it is made from."""
+def has_nvidia_driver():
+    """Whether this machine has a driver for NVIDIA GPUs."""
+    return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
+
+
+def read_stamp(stamp):
+    """What .venv was made from, its extras and its build of PyTorch; {} where there is no finished environment."""
+    try:
+        content = json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def environment(number, extras, build=None):
+    """Create or renew .venv where it is missing, older than what it is made from, or lacks extras.
+
+    ``build`` is the build of PyTorch, "cpu" or "gpu". None keeps the one in .venv; a new .venv follows the machine.
+    """
     stamp = VENV / "regolite.stamp"
+    had = read_stamp(stamp)
     # The folder's place counts too: `pip install -e` wrote it down.
     made_from = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")] + [str(ROOT).encode()]
-    wanted = hashlib.sha256(b"\0".join(made_from)).hexdigest()
-    if stamp.is_file() and stamp.read_text() == wanted and works("import pip"):
+    wanted = {
+        "made_from": hashlib.sha256(b"\0".join(made_from)).hexdigest(),
+        "extras": sorted(set(extras).union(had.get("extras", ())).intersection(EXTRAS)),
+        "build": build or had.get("build") or ("gpu" if has_nvidia_driver() else "cpu"),
+    }
+    usable = works("import pip")
+    if had == wanted and usable:
         return step(number, "the environment in .venv is ready")
-    if stamp.is_file():
+    other_build = had.get("build", wanted["build"]) != wanted["build"]
+    renewed = had.get("made_from") != wanted["made_from"]
+    if not had or not usable:
+        step(
+            number, "creating the environment in .venv (about 2 minutes, 2 GB; 4 GB more with PyTorch's CUDA libraries)"
+        )
+    elif other_build:
+        step(number, f"creating the environment in .venv again: PyTorch for {wanted['build'].upper()}s")
+    elif renewed:
         step(number, "renewing the environment in .venv: pyproject.toml, constraints.txt or the folder's place changed")
     else:
-        step(number, "making the environment in .venv (the first time about 2 minutes, 6 GB on Linux; less elsewhere)")
-    if not works("import pip"):
-        clear = [] if works("pass") else ["--clear"]
+        step(
+            number,
+            "adding to the environment in .venv: " + ", ".join(sorted(set(wanted["extras"]) - set(had["extras"]))),
+        )
+    if other_build or not usable:
+        # pip would keep the other build: its version number is the same.
+        clear = [] if works("pass") and not other_build else ["--clear"]
         if subprocess.run([sys.executable, "-m", "venv", *clear, str(VENV)], stdout=subprocess.DEVNULL).returncode:
             shutil.rmtree(str(VENV), ignore_errors=True)
             stop(
                 f"{sys.executable} could make no virtual environment. On Debian and Ubuntu: sudo apt install "
                 "python3-venv. Or name another Python: make PYTHON=python3.12 ..."
             )
+    index = []
+    if wanted["build"] == "cpu" and sys.platform == "linux" and (other_build or renewed or not usable):
+        # A probe, since pip would wait and try again for each package. The limit covers the look-up of the name too.
+        if works(f"import urllib.request; urllib.request.urlopen({CPU_WHEELS + '/torch/'!r}, timeout=4)", seconds=6):
+            index = ["--extra-index-url", CPU_WHEELS]
+        else:
+            print("      PyTorch's CPU wheels cannot be reached: PyTorch comes from the package index", flush=True)
+    install([*index, "-c", "constraints.txt", "-e", f".[{','.join(wanted['extras'])}]" if wanted["extras"] else "."])
+    # Every kernel would warn of connections that are not encrypted; they never leave this machine.
+    config = VENV / "etc" / "ipython" / "ipython_kernel_config.py"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text('c.IPKernelApp.log_level = "ERROR"\n')
+    stamp.write_text(json.dumps(wanted), encoding="utf-8")
+
+
+def install(words):
+    """Run ``pip install WORDS`` in .venv; show what takes long, keep the rest in a log."""
     log = VENV / "install.log"
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["-c", "constraints.txt", "-e", ".[transformers,test,tensorboard,fast-eval,book]"]
     with log.open("w", encoding="utf-8") as file:
-        pip = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        pip = subprocess.Popen([*command, *words], cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for raw in pip.stdout:
             line = raw.decode("utf-8", "replace")
             file.write(line)
@@ -112,22 +177,17 @@ def environment(number):
         errors = [line for line in log.read_text(encoding="utf-8").splitlines() if "ERROR" in line or "error:" in line]
         print("\n".join(errors[-12:]), file=sys.stderr)
         stop(f"pip could not install the packages (no network?); all it said is in {shown(log)}. Then run this again.")
-    # Every kernel would warn of connections that are not encrypted; they never leave this machine.
-    config = VENV / "etc" / "ipython" / "ipython_kernel_config.py"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text('c.IPKernelApp.log_level = "ERROR"\n')
-    stamp.write_text(wanted)
 
 
-def activate(no_venv, number):
+def activate(args, number):
     """Choose the Python that the tools run in and what they inherit."""
-    if no_venv:
+    if args.no_venv:
         if importlib.util.find_spec("papermill") is None:
             stop(f"--no-venv: {sys.executable} lacks the packages; make them: conda env create -f environment.yml")
         step(number, f"using {sys.executable} as it is")
         python = Path(sys.executable)
     else:
-        environment(number)
+        environment(number, NEEDS.get(args.task, EXTRAS), args.build)
         python = VENV_PYTHON
         os.environ["VIRTUAL_ENV"] = str(VENV)
     os.environ.update(
@@ -165,7 +225,7 @@ def demo(args, rest):
     run = Path(args.run or ROOT / "runs" / time.strftime("demo-%Y%m%d-%H%M%S")).resolve()
     if not data.is_dir():
         stop(f"--data {args.data}: no such folder; it should hold images/ and annotations/ (COCO format)")
-    python = activate(args.no_venv, "1/3")
+    python = activate(args, "1/3")
     step("2/3", f"training for {args.minutes:g} minutes on {shown(data)}, then evaluating (Ctrl-C stops it)")
     run.mkdir(parents=True, exist_ok=True)
     executed = run / "20_train_coco.ipynb"
@@ -244,7 +304,7 @@ def pytest(python, *words):
 
 def test(args, rest):
     """Run all that CI runs: style, tests, and every notebook again, its outputs compared with the stored ones."""
-    python = activate(args.no_venv, "1/3")
+    python = activate(args, "1/3")
     style(python, "2/3")
     step("3/3", "tests, and the notebooks by nbval")
     words = ["tests", "notebooks", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=300"]
@@ -253,7 +313,7 @@ def test(args, rest):
 
 def test_fast(args, rest):
     """Run a quick part of the tests: style, and the tests that take seconds; no notebooks."""
-    python = activate(args.no_venv, "1/3")
+    python = activate(args, "1/3")
     style(python, "2/3")
     step("3/3", "the quick tests")
     pytest(python, "tests", "-m", "not slow", *rest)
@@ -262,7 +322,7 @@ def test_fast(args, rest):
 def notebooks(args, rest):
     """Run notebooks again (all, or those named) and store their outputs, as `test` will compare them."""
     found = [Path(name).resolve() for name in args.names] or sorted((ROOT / "notebooks").rglob("[0-9]*.ipynb"))
-    python = activate(args.no_venv, "1/2")
+    python = activate(args, "1/2")
     for notebook in found:
         step("2/2", f"running {shown(notebook)}")
         words = ["--ExecutePreprocessor.store_widget_state=False", "--ExecutePreprocessor.record_timing=False", *rest]
@@ -302,21 +362,21 @@ def write_time(notebook, seconds, kilobytes):
 
 def coco_table1(args, rest):
     """Print the command of every training of Table 1, with the paper's AP and estimates of GPU hours and memory."""
-    python = activate(args.no_venv, "1/2")
+    python = activate(args, "1/2")
     step("2/2", "counting what each takes (half a minute)")
     module(python, "regolite", "recipes", *rest)
 
 
 def lab(args, rest):
     """Open JupyterLab on the course."""
-    python = activate(args.no_venv, "1/2")
+    python = activate(args, "1/2")
     step("2/2", "opening JupyterLab on notebooks/ (Ctrl-C ends it)")
     module(python, "jupyterlab", f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks", *rest)
 
 
 def book(args, rest):
     """Make the book: the executed course as a static site in build/book/html."""
-    python = activate(args.no_venv, "1/2")
+    python = activate(args, "1/2")
     step("2/2", "making the book from the stored notebooks")
     if subprocess.call([python, str(ROOT / "book" / "build.py")], cwd=str(ROOT)):
         stop("the book could not be made; what Sphinx said stands above")
@@ -325,12 +385,12 @@ def book(args, rest):
 
 def lint(args, rest):
     """Check the style: ruff check, ruff format --check."""
-    style(activate(args.no_venv, "1/2"), "2/2")
+    style(activate(args, "1/2"), "2/2")
 
 
 def format(args, rest):
     """Mend the style where ruff can: ruff check --fix, ruff format."""
-    python = activate(args.no_venv, "1/2")
+    python = activate(args, "1/2")
     step("2/2", "ruff check --fix, ruff format")
     module(python, "ruff", "check", "--fix", ".")
     module(python, "ruff", "format", ".")
@@ -354,6 +414,15 @@ def main():
         parsers[name].add_argument(
             "--no-venv", action="store_true", help="use this Python as it is (conda), make no .venv"
         )
+        build = parsers[name].add_mutually_exclusive_group()
+        for one, when in (("cpu", "no NVIDIA driver"), ("gpu", "an NVIDIA driver")):
+            build.add_argument(
+                f"--{one}",
+                dest="build",
+                action="store_const",
+                const=one,
+                help=f"a new .venv on Linux gets PyTorch for {one.upper()}s (default where there is {when})",
+            )
         parsers[name].set_defaults(do=task)
     parsers["demo"].add_argument("--minutes", type=float, default=5.0, help="minutes of training (default 5)")
     parsers["demo"].add_argument("--data", help="a COCO-format folder (default data/coco_tiny)")

@@ -21,7 +21,7 @@ from regolite.utils.files import write_atomic
 from regolite.utils.validation import shown
 
 KEY = "regolite"
-EVERYDAY = Path(__file__).parent.parent / "data" / "checkpoints" / "rego_deformable_detr_everyday.safetensors"
+EVERYDAY = Path(__file__).with_name("weights") / "rego_deformable_detr_everyday.safetensors"
 """The everyday detector: 20 classes of everyday objects in photographs. It is what is loaded where nothing is named."""
 
 

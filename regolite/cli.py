@@ -4,7 +4,7 @@
 
     regolite presets
     regolite train --data data/mine --model rego_deformable_detr_everyday --output runs/mine --max-minutes 30 --resume \
-        --checkpoint data/checkpoints/rego_deformable_detr_everyday.safetensors --schedule one_cycle --batch-size 4
+        --checkpoint regolite/weights/rego_deformable_detr_everyday.safetensors --schedule one_cycle --batch-size 4
     regolite evaluate --checkpoint runs/mine/best.safetensors --data data/coco_tiny --json figures.json
     regolite detect --checkpoint runs/mine/best.safetensors street.jpg photos clip.mp4 --output found
     regolite convert my_export --output data/mine

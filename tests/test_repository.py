@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -19,13 +20,16 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import regolite
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = PYPROJECT["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
 NOTEBOOKS = [path for path in sorted((ROOT / "notebooks").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
 TEXT = {".cff", ".cfg", ".csv", ".ipynb", ".json", ".jsonl", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}
@@ -92,19 +96,11 @@ def test_one_version_applies_to_every_python_and_system():
 def test_conda_environment_names_the_same_ranges():
     listed = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["dependencies"]
     (pip,) = [entry["pip"] for entry in listed if isinstance(entry, dict)]
-    extras = ",".join(sorted(PROJECT["optional-dependencies"], reverse=True))
+    extras = ",".join(sorted(PROJECT["optional-dependencies"]))
     assert pip == ["-c constraints.txt", f"-e .[{extras}]"], "every range comes from pyproject.toml, through pip"
     (python,) = [SpecifierSet(entry[len("python") :]) for entry in listed if str(entry).startswith("python")]
     lower = [str(s) for s in python if s.operator == ">="]
     assert lower == [PROJECT["requires-python"]]
-
-
-def test_make_and_conda_install_the_same():
-    text = (ROOT / "tasks.py").read_text("utf-8")
-    listed = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["dependencies"]
-    for line in next(entry["pip"] for entry in listed if isinstance(entry, dict)):
-        option, value = line.split()
-        assert f'"{option}", "{value}"' in text
 
 
 def test_there_are_notebooks_to_check():
@@ -186,10 +182,53 @@ def test_the_tables_of_tests_are_right():
 def test_citation_names_the_paper_and_the_course():
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert {"cff-version", "message", "title", "authors", "version", "license", "references"} <= set(cff)
-    assert cff["version"] == PROJECT["version"] and cff["license"] == PROJECT["license"]
+    assert cff["license"] == PROJECT["license"]
     (paper,) = cff["references"]
     assert [author["family-names"] for author in paper["authors"]] == ["Chen", "Zhang", "Tao"]
     assert (paper["year"], paper["type"]) == (2022, "conference-paper")
+
+
+def test_the_version_has_one_place():
+    """``regolite/__init__.py``; packaging reads it there, and what people read repeats it."""
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "regolite.__version__"}
+    literal = f'__version__ = "{regolite.__version__}"'  # setuptools then needs no import, and so no PyTorch
+    assert literal in (ROOT / "regolite" / "__init__.py").read_text("utf-8").splitlines()
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text("utf-8").splitlines() if line.startswith("## "))
+    assert regolite.__version__ == cff["version"]
+    assert regolite.__version__ in newest, "CHANGELOG.md: the first heading names the version"
+
+
+def test_floors_are_those_of_pyproject():
+    printed = subprocess.run(
+        [sys.executable, ".ci/floors.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    floors = [f"{r.name}=={s.version}" for r in requirements() for s in r.specifier if s.operator == ">="]
+    assert printed.split() == floors and len(floors) == len(requirements()), "every requirement has a floor"
+
+
+def test_a_package_page_has_no_relative_links():
+    absolute = runpy.run_path(str(ROOT / ".ci" / "absolute_links.py"))["absolute"]
+    text = (ROOT / "README.md").read_text("utf-8")
+    page = absolute(text, "https://host.test/us/regolite", "v1")
+    before, after = (re.findall(r"\]\(([^)\s]+)|<img[^>]+src=\"([^\"]+)\"", t) for t in (text, page))
+    assert len(before) == len(after) and before != after
+    for old, new in zip(map("".join, before), map("".join, after)):
+        if re.match(r"[a-z]+:|#", old):
+            assert new == old
+        else:
+            assert re.fullmatch(r"https://host\.test/us/regolite/(blob|raw)/v1/" + re.escape(old), new)
+            assert ("/raw/" in new) == old.endswith((".png", ".jpg")), "a page shows images by their raw addresses"
+    assert absolute(page, "https://elsewhere.test", "v2") == page
+
+
+def test_containers_and_binder_install_what_the_lab_needs(tasks):
+    needed = f".[{','.join(tasks.NEEDS['lab'])}]"
+    for name, times in (("Dockerfile", 2), (".binder/requirements.txt", 1)):
+        lines = (ROOT / name).read_text("utf-8").splitlines()
+        found = re.findall(r"\.\[[\w,-]+\]", "\n".join(line for line in lines if not line.startswith("#")))
+        assert found == [needed] * times, name
 
 
 def test_ci_runs_what_a_person_runs():

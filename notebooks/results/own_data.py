@@ -16,7 +16,7 @@ import regolite
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "coco_tiny"
-CHECKPOINT = ROOT / "data" / "checkpoints" / "rego_deformable_detr_everyday.safetensors"
+CHECKPOINT = ROOT / "regolite" / "weights" / "rego_deformable_detr_everyday.safetensors"
 NEW = ("toilet", "laptop", "stop sign", "oven")
 PER_CLASS = 4  # labeled training photographs of a class
 BACKGROUND = {"train": 40, "val": 20}  # photographs with none of the classes

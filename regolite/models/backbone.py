@@ -22,12 +22,12 @@ from regolite.errors import UserError
 from regolite.types import FeatureMap, ImageBatch
 from regolite.utils.weight_files import read
 
-_BACKBONES = Path(__file__).parents[2] / "data" / "backbones"
+_WEIGHTS = Path(__file__).parents[1] / "weights"
 BUNDLED = {
-    "bundled": _BACKBONES / "mobilenet_v2.safetensors",  # ImageNet
-    "bundled_coco": _BACKBONES / "mobilenet_v2_coco.safetensors",  # the body of a detector, an SSD
+    "bundled": _WEIGHTS / "mobilenet_v2.safetensors",  # ImageNet
+    "bundled_coco": _WEIGHTS / "mobilenet_v2_coco.safetensors",  # the body of a detector, an SSD
 }
-"""Files of the MobileNetV2 weights that come with the repository, by the name that asks for them."""
+"""The MobileNetV2 weights that are installed with the package, by the value of ``weights`` that selects them."""
 WEIGHTS = {
     "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
     "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
