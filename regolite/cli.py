@@ -55,6 +55,10 @@ if TYPE_CHECKING:
     from regolite.types import Detections
 
 
+EXTRAS = {"matplotlib": "course", "IPython": "course", "ipywidgets": "course", "av": "video", "supervision": "convert"}
+"""Which extra of the package installs a library that not every command needs."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -80,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `regolite presets | head -3`: nobody reads on, and nobody wants to hear of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        return _fail(f"{package} is not installed: pip install 'regolite[{EXTRAS[package]}]'")
     except OSError as error:
         return _fail(_about_file(error, arguments))
     except (MemoryError, RuntimeError) as error:

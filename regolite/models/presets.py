@@ -38,7 +38,7 @@ _SOFTMAX_LOSS = LossConfig(label=1.0)
 
 # Laptop sizes: a small network that a CPU trains in minutes. `tiny` starts from the bundled ImageNet features, `scenes`
 # from nothing.
-_TINY = {
+_TINY: dict[str, Any] = {
     "backbone": "mobilenet_v2", "weights": "bundled", "frozen_stages": 2, "dim": 128,
     "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512, "dropout": 0.0, "queries": 100,
 }  # fmt: skip
@@ -61,7 +61,7 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"detr_{tag}", replace(_DETR, backbone=backbone), _SOFTMAX_LOSS, rego)
         table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, backbone=backbone), focal, rego)
         if tag != "x101":
-            dc5 = {"backbone": backbone, "dilated": True}
+            dc5: dict[str, Any] = {"backbone": backbone, "dilated": True}
             table |= _family(f"detr_dc5_{tag}", replace(_DETR, **dc5), _SOFTMAX_LOSS, rego)
             table |= _family(f"detr_star_dc5_{tag}", replace(_DETR_STAR, **dc5), focal, rego)
             table |= _family(f"conditional_detr_{tag}", replace(_CONDITIONAL, backbone=backbone), focal, rego)
@@ -75,14 +75,14 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
     for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
-        recipe = {"augment": "laptop", "image_size": image_size}
+        recipe: dict[str, Any] = {"augment": "laptop", "image_size": image_size}
         deformable = {**sizes, "levels": 3}
         table |= _family(f"detr_{tag}", replace(_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
         table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, **sizes), focal, _TINY_REGO, **recipe)
         table |= _family(f"conditional_detr_{tag}", replace(_CONDITIONAL, **sizes), focal, _TINY_REGO, **recipe)
         anchored = {**sizes, "queries": 3 * (sizes["queries"] // 3)}  # points times 3 patterns
         table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, **anchored), focal, _TINY_REGO, **recipe)
-        levels = {"backbone_stages": (3, 4, 5), "coarser": False, "multi_scale_layers": (2,)}
+        levels: dict[str, Any] = {"backbone_stages": (3, 4, 5), "coarser": False, "multi_scale_layers": (2,)}
         table |= _family(f"smca_{tag}", replace(_SMCA, **sizes, **levels), focal, _TINY_REGO, **recipe)
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, **deformable), focal, _TINY_REGO, **recipe)
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, **deformable), focal, _TINY_REGO, **recipe)
@@ -96,12 +96,13 @@ def _presets() -> dict[str, ModelConfig]:
     everyday = replace(_TWO_STAGE, **_TINY | {"levels": 3, "decoder_layers": 1} | learns_fast)
     tighter, inherited = replace(_TINY_REGO, alphas=(2.0, 1.5, 1.0)), LossConfig(stage_matching="base")
     table |= _family("deformable_detr_everyday", everyday, inherited, tighter, augment="laptop", image_size=320)
-    for name, kind, backbone, weights, norm_eps in (
+    baselines: tuple[tuple[str, Any, str, str, float], ...] = (
         ("fcos_r50", "fcos", "resnet50", "coco", 1e-5),
         ("faster_rcnn_r50", "faster_rcnn", "resnet50", "coco", 0.0),
         ("faster_rcnn_r101", "faster_rcnn", "resnet101", "imagenet", 1e-5),
         ("mask_rcnn_x101", "mask_rcnn", "resnext101_64x4d", "imagenet", 1e-5),
-    ):
+    )
+    for name, kind, backbone, weights, norm_eps in baselines:
         table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps))
     return table
 
@@ -135,10 +136,11 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
         narrow = min(1024, config.rego.ffn_dim)
         beside = {"rego_ffn_dim": narrow, "mask_padding": False, "stage_auxiliary": False, "base_label": 0.8}
         overrides = beside | overrides
-    parts = {"detector": config.detector, "rego": config.rego, "loss": config.loss}
-    changes: dict[str, dict[str, Any]] = {"model": {}} | {part: {} for part in parts}
+    parts: dict[str, Any] = {"detector": config.detector, "rego": config.rego, "loss": config.loss}
+    changes: dict[str, dict[str, Any]] = {part: {} for part in ("model", *parts)}
     for name, value in overrides.items():
         short = name.removeprefix("rego_")
+        where: str | None
         if name in set(_names(config)) - set(parts):
             where = "model"
         else:
@@ -149,7 +151,8 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
             raise UserError(f"{preset} has no field {name!r}; {_nearest(name, known)}")
         changes[where][short] = tuple(value) if isinstance(value, list) else value
     config = checked(config, changes["model"])
-    return replace(config, **{p: checked(old, changes[p]) for p, old in parts.items() if old is not None})
+    changed: dict[str, Any] = {p: checked(old, changes[p]) for p, old in parts.items() if old is not None}
+    return replace(config, **changed)
 
 
 def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:

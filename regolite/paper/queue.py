@@ -111,6 +111,7 @@ def work(
         RunStopped: when a signal came; what the running ones had done is saved.
     """
     folder, files = Path(folder), {arm: Path(results) / f"{arm}.json" for arm, _ in pairs}
+    Path(results).mkdir(parents=True, exist_ok=True)  # fails now, not after the first run
     waiting = missing(pairs, results)
     status, count = Status(f"{len(pairs)} runs"), len(pairs)
     status.update(1 - len(waiting) / count)

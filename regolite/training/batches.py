@@ -102,8 +102,8 @@ class EpochBatches(Sampler):
         batches: list[Tensor] = []
         for pool in order.split(self.POOL * self.batch_size):
             batches += pool[self.shapes[pool].argsort(stable=True)].split(self.batch_size)
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        return [batches[number].tolist() for number in order[self.skip :]]
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        return [batches[number].tolist() for number in shuffled[self.skip :]]
 
 
 def loader(
@@ -165,4 +165,4 @@ def steps(loaded: DataLoader, batches: EpochBatches) -> Iterator[list[Part]]:
     items = iter(loaded)
     for batch in batches.whole():
         numbers = [part * batches.processes + batches.rank for part in range(batches.parts)]
-        yield [Part(*next(items), counts=int(number < len(batch))) for number in numbers]
+        yield [Part(*next(items), int(number < len(batch))) for number in numbers]

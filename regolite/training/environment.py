@@ -24,14 +24,15 @@ def from_slurm(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     if launched(environment) or tasks == "1":
         return {}
     nodes = environment.get("SLURM_STEP_NODELIST", "127.0.0.1")
-    first = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)  # of "gpu[07-09,12].site,other"
+    # The first node of "gpu[07-09,12].site,other" is "gpu07.site".
+    [name, number, domain] = re.findall(r"^([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)[0]
     found = {
         "RANK": environment["SLURM_PROCID"],
         # With --gpus-per-task a process sees one GPU alone, and that is number 0.
         "LOCAL_RANK": str(int(environment["SLURM_LOCALID"]) % max(torch.cuda.device_count(), 1)),
         "WORLD_SIZE": tasks,
-        "LOCAL_WORLD_SIZE": re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", tasks))[0],
-        "MASTER_ADDR": "".join(part or "" for part in first.groups()),
+        "LOCAL_WORLD_SIZE": re.findall(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", tasks))[0],
+        "MASTER_ADDR": name + number + domain,
         # The same for all tasks of a step, and another one for the next step.
         "MASTER_PORT": str(20000 + (31 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 20000),
     }

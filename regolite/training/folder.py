@@ -97,10 +97,10 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.figures, self.path / "tensorboard"):
             if folder.exists():
                 try:
-                    with tempfile.TemporaryFile(dir=folder) as file:
-                        file.write(bytes(4096))
-                        file.flush()
-                        os.fsync(file.fileno())  # some file systems notice only now that they are full
+                    with tempfile.TemporaryFile(dir=folder) as probe:
+                        probe.write(bytes(4096))
+                        probe.flush()
+                        os.fsync(probe.fileno())  # some file systems notice only now that they are full
                 except OSError as error:
                     raise OSError(error.errno, error.strerror, str(folder)) from error  # not the temporary file's name
         for file in (self.metrics, self.path / "train.log"):

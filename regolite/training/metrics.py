@@ -83,10 +83,12 @@ class Meter:
 
 def timed(items: Iterable[T]) -> Iterator[tuple[float, T]]:
     """Every item, and how many seconds it was waited for."""
-    iterator, end = iter(items), object()
+    iterator = iter(items)
     while True:
         start = time.perf_counter()
-        if (item := next(iterator, end)) is end:
+        try:
+            item = next(iterator)
+        except StopIteration:
             return
         yield time.perf_counter() - start, item
 
@@ -96,7 +98,7 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
-        import psutil  # comes with Accelerate
+        import psutil
 
         return psutil.Process().memory_info().peak_wset / 1e9
     import resource
@@ -119,8 +121,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError("tensorboard=True needs TensorBoard: pip install tensorboard") from error
-        self.folder, self.watch, self._kind, self._writer = folder, watch, SummaryWriter, None
+            raise UserError("tensorboard=True needs TensorBoard: pip install 'regolite[tensorboard]'") from error
+        self.folder, self.watch, self._kind = folder, watch, SummaryWriter
+        self._writer: SummaryWriter | None = None
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Write a line, now: a run that is killed has lost nothing."""
