@@ -20,7 +20,7 @@ import pathlib, regolite
 from ipywidgets.embed import embed_minimal_html
 from regolite.viewers import Explorer
 assert pathlib.Path(regolite.__file__).is_relative_to("SITE"), regolite.__file__
-embed_minimal_html("explorer.html", Explorer(regolite.load(), "photo.png"))
+embed_minimal_html("explorer.html", [Explorer(regolite.load(), "photo.png")], drop_defaults=False)
 """
 
 
