@@ -28,7 +28,18 @@ LIST = """# {title}
 ```
 """
 
-PAGE = """# `{name}`
+PAGE = """# `{module}`
+
+{chapters}
+
+```{{eval-rst}}
+.. automodule:: {module}
+   :members:
+   :ignore-module-all:
+   :member-order: bysource
+```
+
+## Source
 
 ~~~~{{code-block}} python
 :linenos:
@@ -56,6 +67,12 @@ def gather() -> None:
         write(name, json.dumps(notebook))
         linked |= links(notebook, name.parent)
         (solutions if path.parent.name == "solutions" else chapters).append("/" + name.with_suffix("").as_posix())
+    guides = []
+    for path in sorted((ROOT / "book" / "docs").glob("*.md")):
+        name = path.relative_to(ROOT)
+        write(name, linked_pages(path.read_text("utf-8")))
+        linked |= targets(path.read_text("utf-8"), name.parent)
+        guides.append("/" + name.with_suffix("").as_posix())
     for name in linked:
         if (ROOT / name).is_file() and not (SOURCE / name).exists():
             (SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,12 +82,14 @@ def gather() -> None:
     write("notebooks/solutions/index.md", LIST.format(title="Solutions", text=text, pages="\n".join(solutions)))
     modules = sorted(path.relative_to(ROOT) for path in (ROOT / "regolite").rglob("*.py") if path.name != "__main__.py")
     for module in modules:
-        write(page_of(module), PAGE.format(name=module.as_posix(), code=(ROOT / module).read_text("utf-8")))
-    text = "The chapters build these modules; each one is a page to be read from top to end."
+        name = ".".join(module.with_suffix("").parts).removesuffix(".__init__")
+        code = (ROOT / module).read_text("utf-8")
+        write(page_of(module), PAGE.format(module=name, chapters=chapters_of(module, name), code=code))
+    text = "The reference of the package: what each module offers, the chapters that build it, and its source."
     pages = "\n".join("/" + page_of(module).removesuffix(".md") for module in modules)
-    write("package/index.md", LIST.format(title="The package", text=text, pages=pages))
+    write("package/index.md", LIST.format(title="API reference", text=text, pages=pages))
     index = (ROOT / "book" / "index.md").read_text("utf-8")
-    write("index.md", index.replace("CHAPTERS", "\n".join(chapters)))
+    write("index.md", index.replace("CHAPTERS", "\n".join(chapters)).replace("GUIDES", "\n".join(guides)))
 
 
 def course_table() -> str:
@@ -89,10 +108,7 @@ def prepared(notebook: dict) -> dict:
     """A notebook as Sphinx shall read it."""
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
-            text = "".join(cell["source"])
-            text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/([\w/]+)\.py\)", r"](\1package/\2.md)", text)
-            text = re.sub(r"\]\((\.\./(?:\.\./)?)README\.md(#[\w-]+)?\)", r"](\1index.md)", text)
-            cell["source"] = text
+            cell["source"] = linked_pages("".join(cell["source"]))
             continue
         described = [
             output["metadata"][kind]["alt"]
@@ -105,9 +121,32 @@ def prepared(notebook: dict) -> dict:
     return notebook
 
 
+def linked_pages(text: str) -> str:
+    """Markdown whose links to modules and to the README are links to their pages in the book."""
+    text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/([\w/]+)\.py\)", r"](\1package/\2.md)", text)
+    text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/(\w+)\)", r"](\1package/\2/__init__.md)", text)
+    return re.sub(r"\]\((\.\./(?:\.\./)?)README\.md(#[\w-]+)?\)", r"](\1index.md)", text)
+
+
+def chapters_of(module: Path, name: str) -> str:
+    """The chapters that link to a module, or define what it defines, as links."""
+    found = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        text = path.read_text("utf-8")
+        if f"](../{module.as_posix()})" in text or f'"same-as:{name}.' in text:
+            up = "../" * (len(Path(page_of(module)).parts) - 1)
+            found.append(f"[{path.stem[:2]}]({up}notebooks/{path.name})")
+    return f"Built in chapter {', '.join(found)}." if found else ""
+
+
 def links(notebook: dict, folder: Path) -> set[Path]:
     """The files that a notebook in a folder links to, relative to the repository's root."""
     text = "\n".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    return targets(text, folder)
+
+
+def targets(text: str, folder: Path) -> set[Path]:
+    """The files that Markdown in a folder links to, relative to the repository's root."""
     found = (target for target in re.findall(r"\]\(([^)\s#]+)", text) if not re.match(r"[a-z]+:", target))
     return {(ROOT / folder / target).resolve().relative_to(ROOT) for target in found}
 

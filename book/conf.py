@@ -9,7 +9,10 @@ author = "The regolite authors"
 copyright = "The regolite authors, Apache License 2.0"
 release = metadata.version("regolite")
 
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_typehints = "none"  # the docstrings say what arguments are; shapes stand in the source below
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True
 exclude_patterns = ["course.md"]  # a part of index.md
 suppress_warnings = [
     "myst.header",  # solutions have their exercises' headings at the level that these have in the chapters

@@ -143,7 +143,15 @@ def test_no_file_is_too_big_for_git():
     }  # the most that a shipped checkpoint may have
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "tests/README.md"])
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "tests/README.md",
+    *sorted(f"book/docs/{p.name}" for p in (ROOT / "book/docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_between_files_resolve(name: str):
     page = ROOT / name
     links = re.findall(r"\]\(([^)\s]+)|<img[^>]+src=\"([^\"]+)\"", page.read_text("utf-8"))

@@ -4,20 +4,20 @@ A :class:`Trace` is made by :func:`regolite.record`. Its names are the same for 
 that make sense for it. Layers count from 0, as PyTorch counts modules; stages count from 1, as in the paper, where
 stage 0 is the base detector.
 
-===============================  ======================================================================================
-``proposals``                    the encoder's own :class:`Boxes` (two-stage Deformable DETR, RT-DETR)
-``encoder.{layer}``              self-attention of the cells: :class:`AttentionMap`, :class:`RowColumnMap` (Anchor DETR)
-                                 or :class:`Sampling` (deformable attention)
-``references``                   where the queries start: :class:`References`
-``decoder.{layer}.self``         self-attention of the queries: :class:`AttentionMap`
-``decoder.{layer}.cross``        how queries look at the image, of the same kinds as ``encoder.{layer}``
-``decoder.{layer}.boxes``        what the layer predicts: :class:`Boxes`
-``stage.{i}.glimpses``           the regions that stage i looks at again: :class:`Glimpses`
-``stage.{i}.encoder.{layer}``    self-attention of the hidden states, in a stage that has encoder layers
+==================================  ====================================================================================
+``proposals``                       the encoder's own :class:`Boxes` (two-stage Deformable DETR, RT-DETR)
+``encoder.{layer}``                 self-attention of the cells: :class:`AttentionMap`, :class:`RowColumnMap` (Anchor DETR)
+                                    or :class:`Sampling` (deformable attention)
+``references``                      where the queries start: :class:`References`
+``decoder.{layer}.self``            self-attention of the queries: :class:`AttentionMap`
+``decoder.{layer}.cross``           how queries look at the image, of the same kinds as ``encoder.{layer}``
+``decoder.{layer}.boxes``           what the layer predicts: :class:`Boxes`
+``stage.{i}.glimpses``              the regions that stage i looks at again: :class:`Glimpses`
+``stage.{i}.encoder.{layer}``       self-attention of the hidden states, in a stage that has encoder layers
 ``stage.{i}.decoder.{layer}.self``  self-attention of the glimpse decoder
-``stage.{i}.relations.{layer}``  its cross-attention: which queries of stage i - 1 each glimpse asks, Q x Q
-``stage.{i}.boxes.{layer}``      what its layers predict: :class:`Boxes`; the last is O(i)
-===============================  ======================================================================================
+``stage.{i}.relations.{layer}``     its cross-attention: which queries of stage i - 1 each glimpse asks, Q x Q
+``stage.{i}.boxes.{layer}``         what its layers predict: :class:`Boxes`; the last is O(i)
+==================================  ====================================================================================
 
 Numbers are kept as the network has them. **Image coordinates**, x and y in pixels of the original image, are what
 methods give: they undo padding and resizing. A cell is drawn where its stride puts it: cell (row, column) of a map of
