@@ -563,7 +563,9 @@ class TestCopyPaste:
 
     def test_measures_images_as_they_are(self, photographs, monkeypatch):
         measured = {}
-        monkeypatch.setattr(loop, "_evaluate", lambda state, dataset, split, workers, on_broken: measured.update({split: dataset}))
+        monkeypatch.setattr(
+            loop, "_evaluate", lambda state, dataset, split, workers, on_broken: measured.update({split: dataset})
+        )
         train(photographs("a", copy_paste=1.0, evaluate_train=True))
         [pixels, target], [same, _] = measured["train"][0], measured["train"][0]
         assert torch.equal(pixels, same) and len(target) == len(measured["train"].objects(0).targets(1000, 1000))

@@ -6,8 +6,8 @@ stage 0 is the base detector.
 
 ==================================  ====================================================================================
 ``proposals``                       the encoder's own :class:`Boxes` (two-stage Deformable DETR, RT-DETR)
-``encoder.{layer}``                 self-attention of the cells: :class:`AttentionMap`, :class:`RowColumnMap` (Anchor DETR)
-                                    or :class:`Sampling` (deformable attention)
+``encoder.{layer}``                 self-attention of the cells: :class:`AttentionMap`, :class:`Sampling` (deformable
+                                    attention) or :class:`RowColumnMap` (Anchor DETR)
 ``references``                      where the queries start: :class:`References`
 ``decoder.{layer}.self``            self-attention of the queries: :class:`AttentionMap`
 ``decoder.{layer}.cross``           how queries look at the image, of the same kinds as ``encoder.{layer}``
