@@ -16,6 +16,8 @@ import torch.nn.functional as F
 import torchvision
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 
 from regolite.errors import UserError
@@ -59,6 +61,11 @@ class TinyNet(nn.Sequential):
 class FoldedNorm(FrozenBatchNorm2d):
     """A frozen batch normalization whose scale and shift the convolution before it applies; it only keeps them."""
 
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """The input: :class:`NormalizedConv2d` has normalized it."""
         return x
@@ -73,6 +80,8 @@ class NormalizedConv2d(nn.Conv2d):
     Attributes:
         norm: the normalization.
     """
+
+    norm: FoldedNorm
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D _h _w"]:
         """Convolve and normalize."""
@@ -140,11 +149,6 @@ class Backbone(nn.Module):
         self.strides = [16 if dilated and s == 5 else 2**s for s in self.stages]
         self.mask_padding = mask_padding
         fold_norms(self.body)
-        if mask_padding:
-            for module in self.body.modules():
-                # All that reads neighbors; the maximum is taken of a ReLU's output, where zeros say nothing.
-                if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.kernel_size != (1, 1):
-                    module.register_forward_pre_hook(self._hide_padding)
         if weights is not None:
             self.body.load_state_dict(_state_dict(name, weights, self.body.state_dict()))
         if frozen_stages:
@@ -153,24 +157,62 @@ class Backbone(nn.Module):
 
     def forward(self, images: ImageBatch) -> list[FeatureMap]:
         """The pyramid of a batch, finest map first."""
-        maps, x = {}, images.pixels
-        self._masks = halvings(images.mask)
+        maps, x, mask = {}, images.pixels, images.mask
         stage_of = {end: stage for stage, end in self.ends.items()}
         for number, part in enumerate(self.body, start=1):
-            x = part(x)
+            if self.mask_padding:
+                x, mask = run_masked(part, x, mask)
+            else:
+                x = part(x)
             if number in stage_of:
-                maps[stage_of[number]] = x
+                maps[stage_of[number]] = x, mask
         features = []
         for stage, stride in zip(self.stages, self.strides):
-            x, size = maps[stage], tuple(maps[stage].shape[-2:])
-            mask = self._masks[size] if self.mask_padding else shrink(images.mask, size)
-            features.append(FeatureMap(hide(x, mask) if self.mask_padding else x, mask, stride))
-        self._masks = {}
+            x, mask = maps[stage]
+            if self.mask_padding:
+                features.append(FeatureMap(hide(x, mask), mask, stride))
+            else:
+                features.append(FeatureMap(x, shrink(images.mask, x.shape[-2:]), stride))
         return features
 
-    def _hide_padding(self, module: nn.Module, inputs: tuple[Float[Tensor, "B C h w"]]) -> Float[Tensor, "B C h w"]:
-        (x,) = inputs
-        return hide(x, self._masks[tuple(x.shape[-2:])])
+
+def run_masked(
+    module: nn.Module, x: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B H W"]
+) -> tuple[Float[Tensor, "B D h w"], Bool[Tensor, "B h w"]]:
+    """Run a part of a network with zeros on padding before each layer that reads neighbors.
+
+    torchvision's blocks are written out here, since their own ``forward`` has no argument for a mask.
+
+    Args:
+        module: a layer, or a block of the networks in :class:`Backbone`.
+        x: its input.
+        mask: True on padding.
+
+    Returns:
+        The output, and the mask at its stride. A cell is padding where it lies wholly on padding. Since padding is at
+        the right and at the bottom, that is where the first of the cells that it replaces is padding.
+    """
+    if isinstance(module, nn.Sequential):
+        for part in module:
+            x, mask = run_masked(part, x, mask)
+        return x, mask
+    if isinstance(module, InvertedResidual):
+        out, small = run_masked(module.conv, x, mask)
+        return (x + out if module.use_res_connect else out), small
+    if isinstance(module, Bottleneck):
+        out = module.relu(module.bn1(module.conv1(x)))
+        out, small = run_masked(module.conv2, out, mask)
+        out = module.bn3(module.conv3(module.relu(module.bn2(out))))
+        out += x if module.downsample is None else module.downsample(x)
+        return module.relu(out), small
+    if list(module.children()):
+        raise TypeError(f"padding cannot be hidden inside a {type(module).__name__}: write out its forward here")
+    if not isinstance(module, (nn.Conv2d, nn.MaxPool2d)):  # a normalization or an activation
+        return module(x), mask
+    if module.kernel_size not in (1, (1, 1)):  # the maximum is taken of a ReLU's output, where zeros change nothing
+        x = hide(x, mask)
+    rows, columns = module.stride if isinstance(module.stride, tuple) else (module.stride, module.stride)
+    return module(x), mask[:, ::rows, ::columns]
 
 
 def hide(x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
@@ -181,18 +223,9 @@ def hide(x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tens
     return x * (~mask)[:, None].to(x.dtype)
 
 
-def halvings(mask: Bool[Tensor, "B H W"]) -> dict[tuple[int, int], Bool[Tensor, "B _h _w"]]:
-    """The padding mask at strides 1 to 32, by its size: a cell is padding where it lies wholly on padding."""
-    masks = {}
-    for _ in range(6):
-        masks[tuple(mask.shape[1:])] = mask
-        mask = mask[:, ::2, ::2]
-    return masks
-
-
-def shrink(mask: Bool[Tensor, "B H W"], size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
+def shrink(mask: Bool[Tensor, "B H W"], size: Sequence[int]) -> Bool[Tensor, "B h w"]:
     """The padding mask at the size of a feature map, nearest neighbor, as the published detectors do it."""
-    return F.interpolate(mask[None].float(), size=size)[0].bool()
+    return F.interpolate(mask[None].float(), size=tuple(size))[0].bool()
 
 
 def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dict[int, int]]:
