@@ -58,8 +58,9 @@ class NoisedQueries(nn.Module):
         is_noised = torch.rand(labels.shape, device=device) < self.label_noise
         labels = torch.where(is_noised, torch.randint_like(labels, self.labels.num_embeddings), labels)
 
-        corners = to_xyxy(padded.boxes).repeat(1, 2, 1)
-        half = padded.boxes[..., 2:].repeat(1, 2, 2) / 2
+        true_boxes = padded.boxes.to(self.labels.weight.dtype)
+        corners = to_xyxy(true_boxes).repeat(1, 2, 1)
+        half = true_boxes[..., 2:].repeat(1, 2, 2) / 2
         least = torch.tensor([0.0, 1.0], device=device).repeat_interleave(most)[:, None]  # positives, negatives
         sign = torch.randint_like(corners, 2) * 2 - 1
         corners = corners + sign * (least + torch.rand_like(corners)) * self.box_noise * half

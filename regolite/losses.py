@@ -138,14 +138,15 @@ class SetLoss:
             matches = self._match(named, targets, scoring)
         else:
             matches = known_matches(targets, len(predictions))
-        logits = torch.stack([p.logits for p in predictions]).float()  # [P, B, Q, K]
-        boxes = torch.stack([p.boxes for p in predictions]).float()
+        precision = torch.promote_types(predictions[0].boxes.dtype, torch.float32)
+        logits = torch.stack([p.logits for p in predictions]).to(precision)  # [P, B, Q, K]
+        boxes = torch.stack([p.boxes for p in predictions]).to(precision)
 
         if query_mask is not None:
             logits = logits.masked_fill(query_mask[..., None], -1e4)  # sure to be nothing: no loss, and no gradient
         label = self._label_loss(logits, targets, matches, scoring, num_boxes, num_images)
         matched = boxes[matches.prediction, matches.image, matches.query]
-        wanted = targets.boxes[matches.image, matches.target]
+        wanted = targets.boxes[matches.image, matches.target].to(precision)
         l1 = F.l1_loss(matched, wanted, reduction="none").sum(-1)
         giou = generalized_box_iou_loss(to_xyxy(matched), to_xyxy(wanted), reduction="none")
         sums = torch.stack([l1, giou]).new_zeros(2, len(predictions))

@@ -241,8 +241,9 @@ class ConditionalCrossAttention(SplitAttention):
     def __init__(self, dim: int, heads: int, dropout: float, first: bool) -> None:
         super().__init__(dim, heads, dropout)
         self.query_spatial = nn.Linear(dim, dim)
+        self.first = first
         if not first:
-            self.query_position = None
+            del self.query_position
 
     def forward(
         self,
@@ -252,8 +253,9 @@ class ConditionalCrossAttention(SplitAttention):
         memory: Memory,
     ) -> Float[Tensor, "B Q C"]:
         """What each query takes from the image."""
-        query, key, where = self.query(x), self.key(memory.tokens), self.key_position(memory.positions)
-        if self.query_position is not None:
+        query, key = self.query(x), self.key(memory.tokens)
+        where = self.key_position(memory.positions.to(memory.tokens.dtype))
+        if self.first:
             query, key = query + self.query_position(positions), key + where
         both = self.split(query, self.query_spatial(spatial)), self.split(key, where)
         return self.mix(*both, self.split(self.value(memory.tokens)), memory.mask)

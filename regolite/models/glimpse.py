@@ -52,9 +52,8 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
     """
     batch, queries = boxes_xyxy.shape[:2]
     device = boxes_xyxy.device
-    boxes = (
-        boxes_xyxy.detach().float().nan_to_num()
-    )  # the loss names boxes that are not numbers; here they have no index
+    precision = torch.promote_types(features[0].tensor.dtype, torch.float32)
+    boxes = boxes_xyxy.detach().to(precision).nan_to_num()  # NaN has no cell; the loss reports it
     level = choose_level(boxes, [f.stride for f in features])
 
     # What each box needs to know of its level, looked up: stride, cells of its own image, cells of the padded map.
@@ -75,7 +74,7 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
     weight = y_weight[:, :, :, None, :, None] * x_weight[:, :, None, :, None, :]
 
     rows = torch.cat([f.tensor.permute(0, 2, 3, 1).flatten(0, 2) for f in features])  # [B * cells of all levels, C]
-    bins = weighted_sums(rows.float(), index.flatten(4).flatten(0, 3), weight.flatten(4).flatten(0, 3))
+    bins = weighted_sums(rows.to(precision), index.flatten(4).flatten(0, 3), weight.flatten(4).flatten(0, 3))
     return bins.unflatten(0, (batch * queries, BINS, BINS)).permute(0, 3, 1, 2)
 
 
@@ -118,7 +117,7 @@ class GlimpseHead(nn.Module):
         self.project_norm = nn.LayerNorm(dim)
         for layer in (self.window, self.project):
             nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # torch types the bias as optional
 
     def forward(self, glimpses: Float[Tensor, "N C 7 7"]) -> Float[Tensor, "N D"]:
         """The glimpse vectors V(i)."""

@@ -13,10 +13,9 @@ Models compute attention with a fused kernel that never writes the weights down.
   same bit for bit. Modules that write a softmax themselves (Anchor DETR, some of transformers) are seen in the same
   way, by that softmax. So one mechanism serves every detector, of whatever family;
 - **hooks** say which module runs, and hand over what it was given: memories, reference points, regions;
-- deformable attention says by its method ``sampling`` where it reads; for the time of the record a function that
-  listens stands in its place.
+- sampling locations and weights of deformable attention are computed a second time, from its inputs.
 
-All of it is taken away at the end, after an exception too. A model that nobody records pays nothing.
+Everything is removed at the end, also after an exception. Models that are not recorded run without overhead.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -196,7 +196,7 @@ class _Recorder(TorchFunctionMode):
             if not self.wanted(name):
                 continue
             if isinstance(attention, DeformableAttention):
-                self._listen_to_sampling(name, attention, stack)
+                hook(attention, partial(self._see_sampling, name, attention))
             elif hasattr(attention, "sampling_offsets"):
                 self._watch_their_sampling(name, attention, hook, before)
             else:
@@ -220,22 +220,6 @@ class _Recorder(TorchFunctionMode):
         _watched.update(watched)
         stack.callback(lambda: [_watched.discard(module) for module in watched])
         stack.enter_context(self)
-
-    def _listen_to_sampling(self, name: str, attention: DeformableAttention, stack: ExitStack) -> None:
-        original, own = attention.sampling, vars(attention).get("sampling")
-
-        def sampling(queries: Tensor, shapes: list[tuple[int, int]], references: Tensor) -> tuple[Tensor, Tensor]:
-            locations, weights = original(queries, shapes, references)
-            self._keep_sampling(name, locations, weights, references, shapes)
-            return locations, weights
-
-        def put_back() -> None:
-            del attention.sampling
-            if own is not None:  # somebody else had put something there
-                attention.sampling = own
-
-        attention.sampling = sampling
-        stack.callback(put_back)
 
     def _watch_their_sampling(self, name: str, attention: nn.Module, hook: Callable, before: Callable) -> None:
         """Deformable attention of transformers: from what it is given and what its two projections answer."""
@@ -301,6 +285,12 @@ class _Recorder(TorchFunctionMode):
     def _weigh_levels(self, name: str, logits: Tensor) -> None:
         if self.now is not None:
             self.now.levels[name] = copied(logits.softmax(-1))
+
+    def _see_sampling(self, name: str, attention: DeformableAttention, args: tuple[Any, ...], output: Tensor) -> None:
+        queries, memory, references = args
+        with torch.no_grad():
+            locations, weights = attention.sampling(queries, memory.shapes, references)
+        self._keep_sampling(name, locations, weights, references, memory.shapes)
 
     def _keep_sampling(
         self, name: str, locations: Tensor, weights: Tensor, references: Tensor, shapes: Sequence[tuple[int, int]]
