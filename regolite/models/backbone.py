@@ -1,8 +1,8 @@
-"""Backbones: an image becomes a pyramid of feature maps.
+"""Backbones: a pyramid of feature maps of an image.
 
-The network is torchvision's; this module says which of its maps are read, keeps batch normalization frozen (batches of
-a detector are too small for it), and carries the padding mask along. Maps are named by *stage*, as ResNet's papers
-count: stage 2 has stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride 32.
+The networks are torchvision's. This module selects their feature maps, freezes batch normalization (batches of a
+detector are too small for it), and hides padding. Maps are numbered by *stage*, as in the ResNet paper: stage 2 has
+stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride 32.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from regolite.utils.weight_files import read
 _BACKBONES = Path(__file__).parents[2] / "data" / "backbones"
 BUNDLED = {
     "bundled": _BACKBONES / "mobilenet_v2.safetensors",  # ImageNet
-    "bundled_coco": _BACKBONES / "mobilenet_v2_coco.safetensors",  # the body of a detector, an SSD
+    "bundled_coco": _BACKBONES / "mobilenet_v2_coco.safetensors",  # the backbone of an SSD detector
 }
-"""Files of the MobileNetV2 weights that come with the repository, by the name that asks for them."""
+"""Files of the MobileNetV2 weights in the repository, by the value of ``weights``."""
 WEIGHTS = {
     "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
     "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
@@ -40,9 +40,9 @@ WEIGHTS = {
 
 
 class TinyNet(nn.Sequential):
-    """A small network that is trained from scratch: each stage halves the map, then convolves it once more.
+    """A small network for training from scratch: each stage has a convolution of stride 2 and one of stride 1.
 
-    GroupNorm needs no large batches. 0.6 M parameters.
+    GroupNorm does not need large batches. 0.6 M parameters.
     """
 
     channels = {2: 32, 3: 64, 4: 128, 5: 128}
@@ -59,7 +59,7 @@ class TinyNet(nn.Sequential):
 
 
 class FoldedNorm(FrozenBatchNorm2d):
-    """A frozen batch normalization whose scale and shift the convolution before it applies; it only keeps them."""
+    """A frozen batch normalization whose scale and shift are applied by the preceding convolution."""
 
     weight: Tensor
     bias: Tensor
@@ -67,15 +67,15 @@ class FoldedNorm(FrozenBatchNorm2d):
     running_var: Tensor
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """The input: :class:`NormalizedConv2d` has normalized it."""
+        """Return the input, which :class:`NormalizedConv2d` has normalized."""
         return x
 
 
 class NormalizedConv2d(nn.Conv2d):
     """A convolution and the frozen batch normalization after it, as one convolution.
 
-    ``norm(conv(x))`` is a convolution whose weights are scaled channel by channel, plus a shift. Scaling the weights
-    costs next to nothing; scaling the output would read and write the largest tensors of a detector twice more.
+    ``norm(conv(x))`` is a convolution with scaled weights plus a shift. Scaling the weights is cheap; scaling the
+    output would read and write the largest tensors of a detector twice more.
 
     Attributes:
         norm: the normalization.
@@ -92,13 +92,13 @@ class NormalizedConv2d(nn.Conv2d):
 
 
 def fold_norms(body: nn.Module) -> None:
-    """Let each convolution of a torchvision network apply the frozen batch normalization that follows it."""
+    """Fold each frozen batch normalization of a torchvision network into the preceding convolution."""
     for parent in list(body.modules()):
         children = list(parent.children())
         for conv, norm in zip(children, children[1:]):
             if isinstance(norm, FoldedNorm):
-                conv.__class__ = NormalizedConv2d  # the same module, with its weights
-                object.__setattr__(conv, "norm", norm)  # no submodule: it has a name of its own, torchvision's
+                conv.__class__ = NormalizedConv2d  # keeps the module and its weights
+                object.__setattr__(conv, "norm", norm)  # not a submodule: it keeps torchvision's name
 
 
 class Backbone(nn.Module):
@@ -107,22 +107,21 @@ class Backbone(nn.Module):
     Args:
         name: ``mobilenet_v2``, ``resnet50``, ``resnet101``, ``resnext101_32x8d`` (Table 1's X101, by
             its 105 M parameters), ``resnext101_64x4d`` or ``tiny``.
-        stages: which maps to return, finest first; 2 to 5.
+        stages: the returned maps, finest first; 2 to 5.
         weights: ``"imagenet"`` for torchvision's ImageNet weights (downloaded once, then cached), ``"bundled"`` for the
-            MobileNetV2 that comes with the repository, ``"bundled_coco"`` for the one that was trained on COCO as the
-            body of an SSD, the path of a ``.safetensors`` or ``.pth`` state dict, or None for random ones.
-        dilated: DC5: stage 5 keeps the stride of stage 4 and its convolutions are dilated (ResNets only).
+            MobileNetV2 in the repository, ``"bundled_coco"`` for the one trained on COCO as the backbone of an SSD, the
+            path of a ``.safetensors`` or ``.pth`` state dict, or None for random initialization.
+        dilated: DC5: stage 5 has the stride of stage 4 and dilated convolutions (ResNets only).
         frozen_stages: the stem and the stages up to this number are not trained (DETR freezes up to stage 2).
-        mask_padding: hide padding from every convolution, so that an image has the same maps alone and in any batch.
-            A convolution reads zeros beyond the edge of an image that is alone; in a batch it would read what the
-            layers before have made of the padding, as the published detectors do. (The GroupNorm of ``tiny`` counts
-            padding all the same.)
+        mask_padding: set padding to zero before every convolution, so that the maps of an image do not depend on the
+            batch. Otherwise convolutions read the features of the padding, as in the published detectors. (The
+            GroupNorm of ``tiny`` includes padding in either case.)
 
     Attributes:
         channels: channels of each returned map.
 
     Raises:
-        UserError: when the name or a stage is unknown, or weights are wanted and can't be had.
+        UserError: the name or a stage is unknown, or the weights are not available.
     """
 
     def __init__(
@@ -218,23 +217,23 @@ def run_masked(
 def hide(x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
     """The map with zeros on padding.
 
-    A product, since ``masked_fill`` gives up the channels-last layout, and every convolution after it converts back.
+    A product, since ``masked_fill`` does not keep the channels-last layout, to which convolutions would convert back.
     """
     return x * (~mask)[:, None].to(x.dtype)
 
 
 def shrink(mask: Bool[Tensor, "B H W"], size: Sequence[int]) -> Bool[Tensor, "B h w"]:
-    """The padding mask at the size of a feature map, nearest neighbor, as the published detectors do it."""
+    """The padding mask resized to a feature map by nearest neighbor, as in the published detectors."""
     return F.interpolate(mask[None].float(), size=tuple(size))[0].bool()
 
 
 def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dict[int, int]]:
-    """The network as one sequence of parts, after how many parts each stage ends, and the channels of each stage."""
+    """The network as a sequence of parts, the number of parts up to the end of each stage, and its channels."""
     if name == "tiny":
         return TinyNet(), {2: 1, 3: 2, 4: 3, 5: 4}, TinyNet.channels
     if name == "mobilenet_v2":
         net = torchvision.models.mobilenet_v2(norm_layer=FoldedNorm)
-        # The last 1x1 convolution (320 to 1280 channels) belongs to the classifier; detectors do without it.
+        # The last 1x1 convolution (320 to 1280 channels) belongs to the classifier; detectors do not use it.
         return net.features[:-1], {2: 4, 3: 7, 4: 14, 5: 18}, {2: 24, 3: 32, 4: 96, 5: 320}
     net = getattr(torchvision.models, name)(norm_layer=FoldedNorm, replace_stride_with_dilation=[False, False, dilated])
     del net.avgpool, net.fc
@@ -244,7 +243,7 @@ def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dic
 
 
 def _state_dict(name: str, weights: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by the names that the body wants, whatever the file's names and whatever else it holds."""
+    """The weights by our names, without those that the network does not have."""
     if weights == "imagenet":
         if name not in WEIGHTS:
             raise UserError(f"there are no ImageNet weights of backbone {name!r}; use weights=None")
@@ -272,7 +271,7 @@ def download(name: str) -> Mapping[str, Tensor]:
     """A state dict of torchvision by the name of its weights, downloaded once and then cached.
 
     Raises:
-        UserError: when it can't be downloaded.
+        UserError: the download fails.
     """
     weights = torchvision.models.get_weight(name)
     try:
