@@ -1,7 +1,7 @@
 """Boxes: formats, enlarging, overlap.
 
-Two formats exist. Models speak ``cxcywh``: center, width, height in [0, 1] of the unpadded image. People and RoIAlign
-speak ``xyxy``: two corners. IoU and GIoU are torchvision's own, re-exported so that there is one place to look.
+Models use ``cxcywh``: center, width and height in [0, 1] of the unpadded image. Results and RoIAlign use ``xyxy``: two
+corners. IoU and GIoU are torchvision's, re-exported here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ __all__ = ["box_iou", "enlarge", "generalized_box_iou", "inverse_sigmoid", "to_p
 
 
 def to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """Center, width, height to the two corners; the unit stays the same."""
+    """Convert ``cxcywh`` to ``xyxy`` in the same unit."""
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
 def enlarge(boxes: Float[Tensor, "*n 4"], alpha: float) -> Float[Tensor, "*n 4"]:
-    """Multiply width and height of ``cxcywh`` boxes by alpha and keep the center: R of equation (7)."""
+    """Multiply width and height of ``cxcywh`` boxes by alpha: R of equation (7)."""
     return torch.cat([boxes[..., :2], boxes[..., 2:] * alpha], dim=-1)
 
 
@@ -36,6 +36,6 @@ def to_pixels(boxes: Float[Tensor, "B Q 4"], sizes: Int[Tensor, "B 2"]) -> Float
 
 
 def inverse_sigmoid(x: Float[Tensor, "*n"], eps: float = 1e-5) -> Float[Tensor, "*n"]:
-    """The logit of x, with x kept away from 0 and 1 by ``eps``: the space in which boxes are added, equation (4)."""
+    """The logit of x, clamped to [eps, 1 - eps]: the space in which boxes are corrected, equation (4)."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -1,11 +1,11 @@
 """Query denoising (DN-DETR, Li et al., CVPR 2022; contrastive as in DINO, Zhang et al., ICLR 2023): training only.
 
-Early in training, matching gives an object to another query in every epoch, and the decoder learns little about how to
-refine a box. Denoising adds queries that need no matching: ground-truth boxes and classes with noise, which the
-decoder, and each stage of REGO, learns to undo. Half of them, the negatives, carry more noise and must be classified as
-nothing.
+Early in training the matching is unstable: in each epoch an object is assigned to another query, and the decoder learns
+little about refining boxes. Denoising adds queries with known matches: ground-truth boxes and classes with noise, which
+the decoder and each stage of REGO learn to remove. Half of them, the negatives, have more noise and must be classified
+as no object.
 
-They run through the decoder apart from the detector's own queries, so neither can look at the other.
+The decoder processes them separately from the detector's own queries, so that neither attend to the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from regolite.boxes import to_xyxy
 from regolite.matching import Matches, PaddedTargets
 from regolite.types import Target
 
-SMALLEST = 0.001  # of the image: a box keeps an area, and its inverse sigmoid stays finite
+SMALLEST = 0.001  # of the image: keeps areas positive and inverse sigmoids finite
 
 
 class NoisedQueries(nn.Module):
@@ -30,8 +30,8 @@ class NoisedQueries(nn.Module):
     Args:
         num_classes: number of classes K.
         dim: channels C.
-        box_noise: each corner of a positive moves by at most this share of half the box's size; those of a negative by
-            more than that and at most twice as much.
+        box_noise: the largest shift of a corner of a positive, as a fraction of half the box's size. A corner of a
+            negative is shifted by more than that, and at most twice as much.
         label_noise: probability that a class is replaced by a random one.
     """
 
@@ -52,14 +52,15 @@ class NoisedQueries(nn.Module):
         most, device = padded.boxes.shape[1], padded.boxes.device
         counts = torch.tensor(padded.counts, device=device)
         mask = (torch.arange(most, device=device) >= counts[:, None]).repeat(1, 2)
-        mask[:, 0] &= ~mask.all(1)  # attention needs a key, even in an image without objects
+        mask[:, 0] &= ~mask.all(1)  # attention needs at least one key, also in an image without objects
 
         labels = padded.labels.repeat(1, 2)
         is_noised = torch.rand(labels.shape, device=device) < self.label_noise
         labels = torch.where(is_noised, torch.randint_like(labels, self.labels.num_embeddings), labels)
 
-        corners = to_xyxy(padded.boxes).repeat(1, 2, 1)
-        half = padded.boxes[..., 2:].repeat(1, 2, 2) / 2
+        true_boxes = padded.boxes.to(self.labels.weight.dtype)
+        corners = to_xyxy(true_boxes).repeat(1, 2, 1)
+        half = true_boxes[..., 2:].repeat(1, 2, 2) / 2
         least = torch.tensor([0.0, 1.0], device=device).repeat_interleave(most)[:, None]  # positives, negatives
         sign = torch.randint_like(corners, 2) * 2 - 1
         corners = corners + sign * (least + torch.rand_like(corners)) * self.box_noise * half
@@ -68,11 +69,11 @@ class NoisedQueries(nn.Module):
 
 
 def known_matches(targets: PaddedTargets, predictions: int) -> Matches:
-    """The pairs of noised queries and objects, which need no matching: positive t belongs to object t.
+    """The known pairs of noised queries and objects: positive t belongs to object t.
 
     Args:
         targets: the objects.
-        predictions: for how many layers and stages.
+        predictions: number of predictions (layers and stages).
     """
     device = targets.boxes.device
     counts = torch.tensor(targets.counts, device=device)

@@ -1,8 +1,8 @@
-"""The set loss (DETR, section 3.1; Deformable DETR, section 3): what training minimizes.
+"""The set loss (DETR, section 3.1; Deformable DETR, section 3).
 
-Every decoder layer of the base detector and of every REGO stage predicts a full set of objects, is matched with the
-truth by itself, and pays three terms: for classes, for boxes (L1) and for their overlap (GIoU). All layers are computed
-together; the terms keep the names of their layers.
+Every decoder layer of the base detector and of every REGO stage predicts a set of objects. Each set is matched with the
+ground truth separately and has three loss terms: classification, L1 distance of boxes, and GIoU. The terms of all
+layers are computed together and named after their layers.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from regolite.utils.validation import Checked
 
 @dataclass(frozen=True)
 class LossConfig(Checked):
-    """Weights of the loss, which are those of the matching cost too.
+    """Weights of the loss, which are also those of the matching cost.
 
     Attributes:
         label: weight of the classification term.
         l1: weight of the L1 distance of boxes.
         giou: weight of 1 - GIoU.
         no_object: weight of "no object" in the softmax cross-entropy (DETR).
-        base_label: factor of the base detector's classification terms, its proposals' too; the released REGO has 0.8.
-        stage_auxiliary: pay for the first layers of REGO's stages too, as the paper says; the released code drops
-            these terms by an oversight.
-        proposals_per_object: how many proposals of a two-stage detector each object is matched with, in training. They
-            are only candidates, so more than one may be right (one-to-many matching).
-        stage_matching: ``"own"``, the paper's: every layer of a stage is matched with the ground truth independently.
-            With ``"base"`` a query keeps, through all stages, the object that it has in the base detector's last layer.
-            Then H_dec(0) already tells which of several queries on an object is the one to score high. In short
-            trainings on few images, independently matched stages scored several of them.
+        base_label: factor of the classification terms of the base detector and its proposals; 0.8 in the released REGO.
+        stage_auxiliary: include the loss of the first layers of REGO's stages, as in the paper; the released code omits
+            these terms by mistake.
+        proposals_per_object: number of proposals of a two-stage detector that are matched with each object in training
+            (one-to-many matching).
+        stage_matching: ``"own"`` (the paper): every layer of a stage is matched with the ground truth independently.
+            With ``"base"`` all stages use the matching of the base detector's last layer, so that H_dec(0) determines
+            which of several queries on an object scores high. In short training runs on few images, independently
+            matched stages gave high scores to several of them.
     """
 
     label: float = 2.0
@@ -64,7 +64,7 @@ class SetLoss:
 
     def __init__(self, config: LossConfig, scoring: str) -> None:
         self.config, self.scoring = config, scoring
-        # DETR's softmax matching weighs the class by 1 where its loss does, Deformable DETR's focal one by 2.
+        # As in the loss, the weight of the class is 1 in DETR's (softmax) matching and 2 in Deformable DETR's (focal).
         self.costs = MatchingCosts(config.label, config.l1, config.giou)
 
     def __call__(
@@ -76,28 +76,28 @@ class SetLoss:
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss and its weighted terms.
 
-        Every sum is divided by something of the batch. A batch that is done in parts, one after another or by several
-        processes, is divided by what the *whole* of it has: then the losses of its parts sum up to its own.
+        Every sum is normalized by the batch. If a batch is processed in parts, sequentially or by several processes,
+        the normalizers of the *whole* batch must be given; then the losses of the parts add up to that of the batch.
 
         Args:
             output: a detector's output.
             targets: the objects of each image.
-            num_boxes: the number of objects by which box and focal terms are divided; that of these targets by default.
-            num_images: the number of images for the cross-entropy, which is divided by the weight of all queries;
-                that of these targets, whatever ``num_boxes``, by default.
+            num_boxes: the number of objects that normalizes box and focal terms; that of these targets by default.
+            num_images: the number of images that, with ``num_boxes``, normalizes the cross-entropy; by default it is
+                normalized by the weights of these targets.
 
         Returns:
-            The sum to minimize, and every term of it by name: ``base/label``, ``base.1/l1`` (layer 1 of the base),
-            ``stage2/giou``, ``stage2.1/giou``, ``proposals/label``, ...
+            The loss, and its terms by name: ``base/label``, ``base.1/l1`` (layer 1 of the base), ``stage2/giou``,
+            ``stage2.1/giou``, ``proposals/label``, ...
 
         Raises:
-            NonFinitePrediction: when a prediction is infinite or not a number.
+            NonFinitePrediction: a prediction is infinite or NaN.
         """
         padded = PaddedTargets.of(targets)
         boxes = num_boxes if num_boxes is not None else float(len(padded))
         named = self._named(output)
         terms = self._terms(named, padded, self.scoring, boxes, num_images)
-        if output.proposals is not None:  # published proposals know one class only: object
+        if output.proposals is not None:  # published proposals have one class: object
             k = self.config.proposals_per_object
             many = PaddedTargets.of(
                 [replace(t, labels=t.labels.repeat(k), boxes=t.boxes.repeat(k, 1)) for t in targets]
@@ -111,11 +111,11 @@ class SetLoss:
         return torch.stack(list(terms.values())).sum(), terms
 
     def _named(self, output: DetectorOutput) -> dict[str, Prediction]:
-        """Every prediction that is trained, by name; the last layer of each decoder has the decoder's own."""
+        """All trained predictions by name; the last layer has the name of its decoder."""
         decoders = {"base": output.layers}
         for number, stage in enumerate(output.stages, start=1):
             decoders[f"stage{number}"] = stage if self.config.stage_auxiliary else stage[-1:]
-        named = {}
+        named: dict[str, Prediction] = {}
         for decoder, layers in decoders.items():
             named |= {f"{decoder}.{i}": p for i, p in enumerate(layers[:-1], start=1)} | {decoder: layers[-1]}
         return named
@@ -131,21 +131,22 @@ class SetLoss:
     ) -> dict[str, Float[Tensor, ""]]:
         """The weighted terms of several predictions with the same number of queries.
 
-        With ``query_mask``, True on padding, the queries are noised ground truth, and matched by how they were made.
+        With ``query_mask``, True on padding, the queries are noised ground truth with known matches.
         """
         predictions = list(named.values())
         if query_mask is None:
             matches = self._match(named, targets, scoring)
         else:
             matches = known_matches(targets, len(predictions))
-        logits = torch.stack([p.logits for p in predictions]).float()  # [P, B, Q, K]
-        boxes = torch.stack([p.boxes for p in predictions]).float()
+        precision = torch.promote_types(predictions[0].boxes.dtype, torch.float32)
+        logits = torch.stack([p.logits for p in predictions]).to(precision)  # [P, B, Q, K]
+        boxes = torch.stack([p.boxes for p in predictions]).to(precision)
 
         if query_mask is not None:
-            logits = logits.masked_fill(query_mask[..., None], -1e4)  # sure to be nothing: no loss, and no gradient
+            logits = logits.masked_fill(query_mask[..., None], -1e4)  # certainly no object: no loss and no gradient
         label = self._label_loss(logits, targets, matches, scoring, num_boxes, num_images)
         matched = boxes[matches.prediction, matches.image, matches.query]
-        wanted = targets.boxes[matches.image, matches.target]
+        wanted = targets.boxes[matches.image, matches.target].to(precision)
         l1 = F.l1_loss(matched, wanted, reduction="none").sum(-1)
         giou = generalized_box_iou_loss(to_xyxy(matched), to_xyxy(wanted), reduction="none")
         sums = torch.stack([l1, giou]).new_zeros(2, len(predictions))
@@ -175,7 +176,7 @@ class SetLoss:
         num_boxes: float,
         num_images: float | None,
     ) -> Float[Tensor, "P"]:
-        """Focal loss over all queries and classes, or the cross-entropy in which no-object weighs less."""
+        """Focal loss over all queries and classes, or cross-entropy with a lower weight of no-object."""
         at = (matches.prediction, matches.image, matches.query)
         labels = targets.labels[matches.image, matches.target]
         if scoring == "sigmoid":
@@ -187,7 +188,8 @@ class SetLoss:
         truth[at] = labels
         weight = torch.where(truth == nothing, self.config.no_object, 1.0)
         entropy = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), reduction="none").view_as(truth)
-        whole = weight.sum((1, 2))
-        if num_images is not None:  # that of all queries of the whole batch, of which every object has one
-            whole = num_boxes + self.config.no_object * (num_images * logits.shape[2] - num_boxes)
-        return (entropy * weight).sum((1, 2)) / whole
+        losses = (entropy * weight).sum((1, 2))
+        if num_images is None:
+            return losses / weight.sum((1, 2))
+        # The total weight of the queries of the whole batch, one of which is matched with each object.
+        return losses / (num_boxes + self.config.no_object * (num_images * logits.shape[2] - num_boxes))

@@ -1,8 +1,8 @@
-"""Hungarian matching: which query answers for which object (DETR, section 3.1).
+"""Hungarian matching: a one-to-one assignment of queries to objects (DETR, section 3.1).
 
-The cost of giving object t to query q is small where the query's class is right and its box is near. The assignment
-with the least total cost is found by scipy for every image, and for every layer and stage by itself. The costs of all
-of them are computed at once on the device, and cross to the CPU in one transfer.
+The cost of assigning object t to query q is low if the query predicts its class and a similar box. scipy finds the
+assignment with the lowest total cost for each image, layer and stage separately. All costs are computed together on the
+device and copied to the CPU in one transfer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regolite.types import Prediction, Target
 
 
 class NonFinitePrediction(UserError):
-    """Logits or boxes are infinite or not a number, so that they cannot be matched; the message says which."""
+    """Logits or boxes are infinite or NaN and cannot be matched; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PaddedTargets:
 
     @staticmethod
     def of(targets: Sequence[Target], least: int = 0) -> PaddedTargets:
-        """Pad a batch of targets to the largest number of objects in an image, and to ``least`` at least."""
+        """Pad a batch of targets to the largest number of objects in an image, but at least to ``least``."""
         counts = [len(target) for target in targets]
         most, device = max(least, *counts), targets[0].boxes.device
         labels = torch.zeros(len(targets), most, dtype=torch.long, device=device)
@@ -66,13 +66,13 @@ class PaddedTargets:
 
 @dataclass
 class Matches:
-    """Matched pairs of P predictions (layers and stages), one entry a pair.
+    """Matched pairs of P predictions (layers and stages), one entry per pair.
 
     Attributes:
-        prediction: which of the P predictions.
-        image: which image of the batch.
-        query: which query.
-        target: which object of the image.
+        prediction: index of the prediction, below P.
+        image: index of the image in the batch.
+        query: index of the query.
+        target: index of the object in the image.
     """
 
     prediction: Int[Tensor, "M"]
@@ -81,11 +81,11 @@ class Matches:
     target: Int[Tensor, "M"]
 
     def repeat(self, which: int, times: int) -> Matches:
-        """The same with more predictions, whose pairs are those of prediction ``which``; they come last.
+        """Append copies of the pairs of one prediction, as pairs of further predictions.
 
         Args:
-            which: number of a prediction.
-            times: how many predictions more.
+            which: index of the prediction.
+            times: number of copies.
         """
         of = self.prediction == which
         first = int(self.prediction.max()) + 1 if len(self.prediction) else 0
@@ -99,10 +99,10 @@ class Matches:
 def matching_cost(
     prediction: Prediction, targets: PaddedTargets, scoring: str, costs: MatchingCosts
 ) -> Float[Tensor, "B Q T"]:
-    """The cost of giving object t of an image to query q.
+    """The cost of assigning object t of an image to query q.
 
     Args:
-        prediction: logits and boxes; several predictions can be joined along the queries.
+        prediction: logits and boxes; several predictions can be concatenated along the queries.
         targets: the objects.
         scoring: ``"softmax"`` or ``"sigmoid"``.
         costs: the weights of the parts.
@@ -111,7 +111,7 @@ def matching_cost(
     columns = targets.labels[:, None].expand(-1, logits.shape[1], -1)
     if scoring == "softmax":
         label = -logits.softmax(-1).gather(2, columns)
-    else:  # the focal loss with this class as the right one, less the loss with it as a wrong one
+    else:  # the focal loss of a positive minus that of a negative
         x = logits.gather(2, columns)
         p = x.sigmoid()
         right = 0.25 * (1 - p) ** 2 * -torch.nn.functional.logsigmoid(x)
@@ -138,14 +138,14 @@ def match(
         targets: the objects.
         scoring: ``"softmax"`` or ``"sigmoid"``.
         costs: the weights of the cost.
-        names: what the predictions are called in an error; by default their numbers.
+        names: names of the predictions in error messages; by default their indices.
 
     Raises:
-        NonFinitePrediction: when a cost is infinite or not a number.
+        NonFinitePrediction: a cost is infinite or NaN.
     """
     batch, queries = predictions[0].boxes.shape[:2]
     joined = Prediction(torch.cat([p.logits for p in predictions], 1), torch.cat([p.boxes for p in predictions], 1))
-    cost = matching_cost(joined, targets, scoring, costs).cpu().numpy()  # the one transfer
+    cost = matching_cost(joined, targets, scoring, costs).cpu().numpy()  # the only transfer
     if not np.isfinite(cost).all():
         raise NonFinitePrediction(_not_finite(predictions, targets, names or range(len(predictions))))
     cost = cost.reshape(batch, len(predictions), queries, cost.shape[-1])
@@ -155,14 +155,14 @@ def match(
         for b, count in enumerate(targets.counts)
     ]
     query, target = np.concatenate(found, axis=1)
-    pairs = np.array([len(q) for q, _ in found])  # in each image of each prediction
+    pairs = np.array([len(q) for q, _ in found])  # of each image and prediction
     prediction, image = np.divmod(np.repeat(np.arange(len(found)), pairs), batch)
     rows = torch.from_numpy(np.stack([prediction, image, query, target])).to(targets.boxes.device)
     return Matches(*rows)
 
 
 def _not_finite(predictions: Sequence[Prediction], targets: PaddedTargets, names: Sequence[str | int]) -> str:
-    """What makes a cost infinite or not a number, and the mend."""
+    """Which values make a cost infinite or NaN, and how to fix it."""
     bad = [
         f"{name}/{part}"
         for name, p in zip(names, predictions)

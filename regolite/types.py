@@ -1,14 +1,15 @@
-"""The few types that every room speaks.
+"""Shared data types.
 
-Conventions, everywhere in the package:
+Conventions of the whole package:
 
 - a **mask** is True on padding;
 - **boxes** are ``cxcywh`` (center, width, height) in [0, 1] of the *unpadded* image; ``boxes_xyxy`` are corners in
-  pixels of the *original* image, for people;
-- **labels** are contiguous class ids 0..K-1; COCO's own ids exist only at the border (``regolite.data``,
-  ``regolite.evaluation``).
+  pixels of the *original* image, in results;
+- **labels** are contiguous class ids 0..K-1; COCO's category ids occur only in ``regolite.data`` and
+  ``regolite.evaluation``.
 
-In the shapes, B is the batch, Q the queries, C the width of the transformer, K the classes, N the objects of an image.
+In shapes, B is the batch size, Q the number of queries, C the channels of the transformer, K the number of classes and
+N the number of objects in an image.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from regolite.errors import UserError
 
 @dataclass
 class ImageBatch:
-    """Images of different sizes, padded at the right and the bottom to one tensor.
+    """Images of different sizes, padded at the right and at the bottom to one tensor.
 
     Attributes:
         pixels: normalized pixels, zero on padding.
         mask: True on padding.
         sizes: height and width of each image before padding.
-        original_sizes: height and width of each image before it was resized, or None where nobody has told. No model
-            reads them: they are for people who look inside.
+        original_sizes: height and width of each image before resizing, or None if unknown. Models do not use them;
+            :func:`regolite.record` does.
     """
 
     pixels: Float[Tensor, "B 3 H W"]
@@ -48,13 +49,13 @@ class ImageBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
         """The same batch on another device."""
-        moved = (t.to(device, non_blocking=non_blocking) for t in (self.pixels, self.mask, self.sizes))
-        return ImageBatch(*moved, self.original_sizes)
+        pixels, mask, sizes = (t.to(device, non_blocking=non_blocking) for t in (self.pixels, self.mask, self.sizes))
+        return ImageBatch(pixels, mask, sizes, self.original_sizes)
 
     def pin_memory(self) -> ImageBatch:
-        """The same batch in pinned memory, from which a GPU can fetch it by itself; a ``DataLoader`` asks for it."""
-        pinned = (t.pin_memory() for t in (self.pixels, self.mask, self.sizes))
-        return ImageBatch(*pinned, self.original_sizes)
+        """The same batch in pinned memory, for asynchronous copies to a GPU; called by ``DataLoader``."""
+        pixels, mask, sizes = (t.pin_memory() for t in (self.pixels, self.mask, self.sizes))
+        return ImageBatch(pixels, mask, sizes, self.original_sizes)
 
 
 @dataclass
@@ -63,8 +64,8 @@ class FeatureMap:
 
     Attributes:
         tensor: the features.
-        mask: True on cells that lie wholly on padding.
-        stride: pixels of the input per cell.
+        mask: True on cells that are entirely padding.
+        stride: input pixels per cell.
     """
 
     tensor: Float[Tensor, "B C h w"]
@@ -74,12 +75,12 @@ class FeatureMap:
 
 @dataclass
 class Memory:
-    """Feature maps laid out as one row of tokens, as transformers read them; S is the number of cells of all levels.
+    """Feature maps as one sequence of tokens, the input of a transformer; S is the number of cells of all levels.
 
     Attributes:
         tokens: the cells' features.
         positions: their position encoding.
-        mask: True on padding, or None where there is none.
+        mask: True on padding, or None without padding.
         shapes: height and width of each level.
     """
 
@@ -91,10 +92,9 @@ class Memory:
 
 @dataclass
 class Prediction:
-    """What one decoder layer says about every query: class logits and a box.
+    """Class logits and a box of each query, predicted by one decoder layer.
 
-    ``logits`` has K columns where classes are scored by sigmoids, and K + 1 where they are scored by a softmax whose
-    last column is "no object".
+    There are K logits with sigmoid scoring, and K + 1 with softmax scoring, the last of which is "no object".
     """
 
     logits: Float[Tensor, "B Q K"]
@@ -103,18 +103,18 @@ class Prediction:
 
 @dataclass
 class DetectorOutput:
-    """Everything a detector computed, in the paper's names.
+    """The output of a detector, in the paper's notation.
 
     Attributes:
         layers: predictions of the base decoder, layer by layer; the last is O(0) of equation (4).
         queries: hidden states of the last base decoder layer, H_dec(0).
-        features: the maps X that glimpses are cut from, finest first.
-        proposals: the encoder's own predictions (two-stage Deformable DETR), one class each, or None.
-        stages: for each REGO stage the predictions of its decoder layers; the last of stage i is O(i). Empty when the
-            detector has no REGO or it is switched off.
-        proposals_by_class: the proposals' logits tell classes, and not only "object" in the first of them.
-        denoising: what became of noised ground truth, in training (:mod:`regolite.denoising`), or None.
-        query_mask: True on queries that are padding, or None where there are none, as in all but ``denoising``.
+        features: the maps X from which glimpses are cut, finest first.
+        proposals: the encoder's predictions (two-stage Deformable DETR), or None.
+        stages: for each REGO stage the predictions of its decoder layers; the last of stage i is O(i). Empty without
+            REGO.
+        proposals_by_class: whether the proposals' logits are of classes; otherwise only the first is used, as "object".
+        denoising: the output for noised ground truth in training (:mod:`regolite.denoising`), or None.
+        query_mask: True on queries that are padding; None except in ``denoising``.
     """
 
     layers: list[Prediction]
@@ -133,7 +133,7 @@ class DetectorOutput:
 
     @property
     def final(self) -> Prediction:
-        """The detector's answer: the last stage's prediction, or the base detector's where there are no stages."""
+        """The final prediction: the last stage's, or without stages the base detector's."""
         return self.by_stage[-1]
 
 
@@ -143,7 +143,7 @@ class Target:
 
     Attributes:
         labels: contiguous class ids.
-        boxes: ``cxcywh`` in [0, 1] of the (transformed, unpadded) image. Crowds are left out.
+        boxes: ``cxcywh`` in [0, 1] of the (transformed, unpadded) image, without crowds.
         image_id: COCO's id of the image.
         size: height and width of the original file in pixels, the frame of ``boxes_xyxy``.
     """
@@ -168,18 +168,18 @@ class Target:
 
 @dataclass
 class Detections:
-    """Detected objects of one image, best first.
+    """Detected objects of one image, highest-scoring first.
 
-    ``found[0]`` is the best of them, ``found[:3]`` the first three, ``found[found.labels == 2]`` those of a class; each
-    is a ``Detections`` again.
+    ``found[0]`` is the highest-scoring one, ``found[:3]`` the first three, ``found[found.labels == 2]`` those of a
+    class; each of these is a ``Detections``.
 
     Attributes:
         scores: confidence in [0, 1].
         labels: contiguous class ids.
-        boxes_xyxy: corners in pixels of the original image; they may reach over its edges.
-        queries: which query made each detection; 0, 1, 2, ... where a detector has no queries.
-        classes: names of the classes by label, or () where they are not known.
-        size: height and width of the image in pixels, or None where it is not known.
+        boxes_xyxy: corners in pixels of the original image; they may lie outside of it.
+        queries: index of the query of each detection; 0, 1, 2, ... for a detector without queries.
+        classes: names of the classes by label, or () if unknown.
+        size: height and width of the image in pixels, or None if unknown.
     """
 
     scores: Float[Tensor, "N"]
@@ -193,17 +193,18 @@ class Detections:
         return len(self.scores)
 
     def __getitem__(self, rows: Any) -> Detections:
-        """Some of the detections, by an index, a slice, several indices or a mask."""
+        """Select detections by an index, a slice, several indices or a mask."""
         if isinstance(rows, (int, np.integer)):
             rows = [range(len(self))[rows]]  # which raises the IndexError that ends a loop
         if not isinstance(rows, slice):
             rows = torch.as_tensor(rows)
             rows = rows if rows.dtype == torch.bool else rows.long()
         columns = (self.scores, self.labels, self.boxes_xyxy, self.queries)
-        return Detections(*(column[rows] for column in columns), self.classes, self.size)
+        scores, labels, boxes, queries = (column[rows] for column in columns)
+        return Detections(scores, labels, boxes, queries, self.classes, self.size)
 
     def above(self, threshold: float) -> Detections:
-        """The detections whose score is at least ``threshold``."""
+        """The detections with a score of at least ``threshold``."""
         return self[self.scores >= threshold]
 
     @property
@@ -211,32 +212,32 @@ class Detections:
         """The name of each detection's class.
 
         Raises:
-            UserError: the names of the classes are not known.
+            UserError: the names of the classes are unknown.
         """
         if len(self) and int(self.labels.max()) >= len(self.classes):
             raise UserError(f"label {int(self.labels.max())} has no name: give the detections all classes")
         return [self.classes[label] for label in self.labels.tolist()]
 
     def clip(self, size: tuple[int, int] | None = None) -> Detections:
-        """The same with boxes that end at the image's edges.
+        """Clip the boxes to the image.
 
         Args:
-            size: height and width of the image in pixels; what the detections know by default.
+            size: height and width of the image in pixels; :attr:`size` by default.
 
         Raises:
-            UserError: when neither says the size.
+            UserError: the size is unknown.
         """
         size = size or self.size
         if size is None:
-            raise UserError("these detections do not know the size of their image: give clip((height, width))")
+            raise UserError("the size of the image is unknown: give clip((height, width))")
         height, width = size
         most = self.boxes_xyxy.new_tensor([width, height, width, height])
         return replace(self, boxes_xyxy=self.boxes_xyxy.clamp(min=0).minimum(most))
 
-    # To and from other libraries.
+    # Conversion to and from other libraries.
 
     def to_supervision(self) -> Any:
-        """As ``supervision.Detections``, for its annotators, trackers and metrics; ``data`` keeps names and queries."""
+        """Convert to ``supervision.Detections``; ``data`` contains class names and queries."""
         supervision = _supervision()
         scores, labels, boxes, queries = self._columns()
         data = {"query": queries} | ({"class_name": np.array(self.class_names, dtype=str)} if self.classes else {})
@@ -244,11 +245,11 @@ class Detections:
 
     @staticmethod
     def from_supervision(given: Any, classes: Sequence[str] = (), size: tuple[int, int] | None = None) -> Detections:
-        """From ``supervision.Detections``, sorted by score.
+        """Convert from ``supervision.Detections``, sorted by score.
 
         Args:
-            given: with a ``class_id``; without a ``confidence``, as of ground truth, scores are 1.
-            classes: names of the classes by label; those that ``given`` tells by default.
+            given: with a ``class_id``; without a ``confidence``, as for ground truth, scores are 1.
+            classes: names of the classes by label; those in ``given`` by default.
             size: height and width of the image in pixels.
 
         Raises:
@@ -264,7 +265,7 @@ class Detections:
         return _by_score(scores, given.class_id, given.xyxy, given.data.get("query"), classes, size)
 
     def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """As COCO's results: ``image_id``, ``category_id``, ``bbox`` (corner, width, height in pixels), ``score``.
+        """Convert to COCO results: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels), ``score``.
 
         Args:
             image_id: COCO's id of the image.
@@ -284,16 +285,16 @@ class Detections:
         classes: Sequence[str] = (),
         size: tuple[int, int] | None = None,
     ) -> Detections:
-        """From COCO's results, or annotations, of one image, sorted by score.
+        """Convert from COCO results or annotations of one image, sorted by score.
 
         Args:
-            results: each with ``category_id``, ``bbox``, and a ``score`` (1 where it has none).
+            results: each with ``category_id``, ``bbox``, and ``score`` (default 1).
             category_ids: COCO's id of each label.
             classes: names of the classes by label.
             size: height and width of the image in pixels.
 
         Raises:
-            UserError: for results of several images, or of a category that has no label.
+            UserError: the results are of several images, or of a category without a label.
         """
         images = {result.get("image_id") for result in results}
         if len(images) > 1:
@@ -308,10 +309,10 @@ class Detections:
         return _by_score(scores, [label_of[r["category_id"]] for r in results], boxes, None, classes, size)
 
     def to_pandas(self) -> Any:
-        """As a ``pandas.DataFrame``, a row a detection; pandas is no requirement of regolite.
+        """Convert to a ``pandas.DataFrame`` with one row per detection; pandas is an optional dependency.
 
-        The columns: ``score``, ``label``, ``class_name`` where names are known, ``xmin``, ``ymin``, ``xmax``, ``ymax``
-        in pixels, ``query``.
+        Columns: ``score``, ``label``, ``class_name`` if names are known, ``xmin``, ``ymin``, ``xmax``, ``ymax`` in
+        pixels, ``query``.
 
         Raises:
             UserError: pandas is not installed.
@@ -327,7 +328,7 @@ class Detections:
 
     @staticmethod
     def from_pandas(frame: Any, classes: Sequence[str] = (), size: tuple[int, int] | None = None) -> Detections:
-        """From a table with the columns of :meth:`to_pandas`, sorted by score.
+        """Convert from a table with the columns of :meth:`to_pandas`, sorted by score.
 
         Args:
             frame: a ``pandas.DataFrame`` or any mapping of columns; ``query`` and ``class_name`` may be missing.
@@ -356,13 +357,13 @@ def stage_name(stage: int) -> str:
 
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-"""What a table calls the corners of a box."""
+"""Column names of the corners of a box."""
 
 
 def _by_score(
     scores: Any, labels: Any, boxes_xyxy: Any, queries: Any, classes: Sequence[str], size: tuple[int, int] | None
 ) -> Detections:
-    """Detections from columns of any kind, best first."""
+    """Detections from array-like columns, highest-scoring first."""
     scores, boxes = (torch.as_tensor(np.array(column), dtype=torch.float32) for column in (scores, boxes_xyxy))
     labels = torch.as_tensor(np.array(labels), dtype=torch.long)
     queries = torch.arange(len(scores)) if queries is None else torch.as_tensor(np.array(queries), dtype=torch.long)
@@ -371,7 +372,7 @@ def _by_score(
 
 
 def _supervision() -> Any:
-    """The library supervision, without its warning that OpenCV is missing: it does well without."""
+    """The library supervision, without its warning that the optional OpenCV is missing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import supervision

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from small_models import small_resnet, unfold_norms
+from small_models import small_resnet, unchecked, unfold_norms
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from regolite.data import batch_images
 from regolite.errors import UserError
-from regolite.models.backbone import BUNDLED, WEIGHTS, Backbone, FoldedNorm, NormalizedConv2d
+from regolite.models.backbone import BUNDLED, WEIGHTS, Backbone, FoldedNorm, NormalizedConv2d, run_masked
 from regolite.types import ImageBatch
 
 CHANNELS = {
@@ -218,6 +218,39 @@ def test_padding_changes_no_map(monkeypatch, name, dilated, multiple):
                 assert torch.equal(many.mask[b, :height, :width], one.mask[0])
                 assert many.mask[b, height:].all() and many.mask[b, :, width:].all()
                 assert (many.tensor[b, :, many.mask[b]] == 0).all()
+
+
+class Maps(nn.Module):
+    """A backbone from tensors to tensors, as ``torch.jit.trace`` needs it."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixels, mask, sizes):
+        return [x for feature in self.backbone(ImageBatch(pixels, mask, sizes)) for x in (feature.tensor, feature.mask)]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["tiny", "mobilenet_v2", "resnet50"])
+def test_a_traced_backbone_hides_padding_in_batches_of_any_size(monkeypatch, name):
+    small_resnet(monkeypatch)
+    module = Maps(Backbone(name)).eval()
+    batches = [batch_images([torch.randn(3, *size) for size in sizes]) for sizes in ([(64, 97), (99, 37)], [(50, 70)])]
+    before = {part: set(vars(part)) for part in module.modules()}
+    with torch.no_grad(), unchecked():
+        traced = torch.jit.trace(module, (batches[0].pixels, batches[0].mask, batches[0].sizes), check_trace=False)
+        for images in batches:
+            inputs = images.pixels, images.mask, images.sizes
+            for ours, expected in zip(traced(*inputs), module(*inputs), strict=True):
+                torch.testing.assert_close(ours, expected)
+    assert {part: set(vars(part)) for part in module.modules()} == before  # nothing of a batch is kept on a module
+
+
+def test_padding_cannot_be_hidden_inside_an_unknown_block():
+    block = torchvision.models.resnet.BasicBlock(8, 8)
+    with pytest.raises(TypeError, match="hidden inside a BasicBlock"):
+        run_masked(block, torch.randn(1, 8, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool))
 
 
 def test_published_detectors_let_padding_in(bundled):

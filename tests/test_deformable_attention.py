@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regolite.models.deformable_attention import DeformableAttention, sample_and_mix
+from regolite.models.transformer import DecoderLayer
 from regolite.types import Memory
 
 SHAPES = [(5, 4), (3, 2)]
@@ -137,12 +138,26 @@ def test_the_first_points_of_a_box_span_it():
 
 
 @pytest.mark.parametrize("numbers", [2, 4])
-def test_look_is_the_loop_between_two_projections(numbers):
+def test_output_is_the_loop_between_two_projections(numbers):
     attention, memory = shaken(heads=M), some_memory()
     query, reference = torch.randn(B, Q, DIM), torch.rand(B, Q, L, numbers)
     values = attention.value(memory.tokens).view(B, CELLS, M, DIM // M)
     mixed = loop(values, SHAPES, *attention.sampling(query, SHAPES, reference))
-    torch.testing.assert_close(attention.look(query, memory, reference), attention.out(mixed), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attention(query, memory, reference), attention.out(mixed), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_call_the_module_so_that_its_hooks_run():
+    attention, memory = shaken(), some_memory()
+    query, reference = torch.randn(2, 3, DIM), torch.rand(2, 3, 2, 2)
+    seen = []
+    attention.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
+    layer = DecoderLayer(DIM, 4, attention, 16, 0.0)
+    layer(query, 0.0, memory, reference)
+    [((_, given, points), output)] = seen
+    assert given is memory and points is reference and output.shape == query.shape
+    assert torch.equal(attention.look(query, memory, reference), attention(query, memory, reference))
+    with pytest.raises(ValueError, match="needs reference points"):
+        attention.look(query, memory)
 
 
 def test_padding_is_read_as_zero():

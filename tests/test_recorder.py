@@ -454,7 +454,7 @@ def test_a_point_outside_the_image_is_refused():
         regolite.detect(model, Image.new("RGB", (200, 100)))
     with pytest.raises(UserError, match="outside the image of 200 x 100"):
         trace["decoder.0.cross"].cell_at(200.0, 50.0)
-    with pytest.raises(UserError, match="queries look at queries"):
+    with pytest.raises(UserError, match="attention among queries"):
         trace["decoder.0.self"].heat(0)
 
 
@@ -502,7 +502,7 @@ def test_one_record_at_a_time_and_one_pass_a_record(images):
     model = with_rego("detr")
     with record(model) as trace, torch.no_grad():
         for other in (model, model.detector):
-            with pytest.raises(UserError, match="recorded already"), record(other):
+            with pytest.raises(UserError, match="already being recorded"), record(other):
                 pass
         model(images)
         with pytest.raises(UserError, match="second time"):

@@ -439,7 +439,7 @@ def test_a_model_that_lacks_it_gets_one_line(kind, words, plain, capfd):
 
 def test_a_model_that_can_not_be_recorded_gets_one_line():
     model = torch.nn.Linear(2, 2)
-    assert "no attention that could be recorded" in Gallery(model, [image_of()]).message.text
+    assert "no attention to record" in Gallery(model, [image_of()]).message.text
 
 
 # Saved images.

@@ -1,16 +1,16 @@
-"""Weights and models of others: what they are called there, and how they come here and go back.
+"""Import and export of published weights and of models of Hugging Face's transformers.
 
 ::
 
     model = interop.load("detr-r50-e632da11.pth")          # the authors' weights: recognized, converted, ready
     model = interop.load("r50_deformable_detr.pth", num_classes=3)   # new class heads, to fine-tune
-    interop.save(model, "for_their_code.pth")              # the way back: their names, their form of a file
-    detector = interop.from_transformers(hugging_face_model)         # and back: to_transformers(detector)
+    interop.save(model, "for_their_code.pth")              # export: their names and file format
+    detector = interop.from_transformers(hugging_face_model)         # export: to_transformers(detector)
     model = Rego(interop.adapt(hugging_face_model), stages=3)        # REGO on a detector of transformers
 
-The authors' code lets padding touch an image, so a model that comes from there has ``mask_padding=False`` and gives
-their outputs exactly. A model that was trained here with ``mask_padding=True`` gives its own outputs there for a
-image that is alone, and nearly so in a padded batch.
+In the authors' code padding influences an image, so an imported model has ``mask_padding=False`` and reproduces their
+outputs exactly. A model that was trained here with ``mask_padding=True`` has the same outputs there for a single image,
+and nearly the same in a padded batch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TAGS = {
     "resnet50": "r50", "resnet101": "r101", "resnext101_32x8d": "x101", "resnext101_64x4d": "x101",
     "mobilenet_v2": "tiny", "tiny": "scenes",
 }  # fmt: skip
-COCO_COLUMNS = ("N/A", *COCO_CLASSES)  # the column of a class is COCO's own id of it, 1 to 90 with holes
+COCO_COLUMNS = ("N/A", *COCO_CLASSES)  # the index of a class is its COCO id, 1 to 90 with gaps
 
 
 def load(
@@ -63,36 +63,36 @@ def load(
     num_classes: int | None = None,
     **overrides: Any,
 ) -> nn.Module:
-    """A regolite detector with published weights, which gives the same outputs as the authors' code.
+    """A regolite detector with published weights and the same outputs as the authors' code.
 
-    What the model is made of is read off the names and shapes of its weights, and off the options that the authors'
-    training scripts save beside them. **Published files of DETR hold no options**, and three things leave no trace in
-    the weights: ``dilated=True`` (DC5), ``heads`` (8 by default), and how many proposals a two-stage model keeps
-    (``queries``, 300 by default). Give them where they differ: ``load("detr-r50-dc5-f0fb7ef5.pth", dilated=True)``.
+    The configuration is inferred from names and shapes of the weights, and from the options that the authors' training
+    scripts save with them. **Published files of DETR contain no options**, and three settings cannot be inferred from
+    weights: ``dilated=True`` (DC5), ``heads`` (8 by default), and the number of proposals of a two-stage model
+    (``queries``, 300 by default). Give them if they differ: ``load("detr-r50-dc5-f0fb7ef5.pth", dilated=True)``.
 
     Args:
         source: a ``.pth`` or ``.safetensors`` file, or a state dict. Nothing in a file is executed.
-        form: a name in :data:`FORMS`, as ``"detr"``, to refuse anything else; by default it is recognized.
-        num_classes: None keeps the class heads. Another number than theirs replaces all of them by new ones, which is
-            said in a warning, and leaves everything else as published: a start for fine-tuning.
-        **overrides: fields of the configuration, as in :func:`regolite.configure`; they win over what is recognized.
+        form: the expected form, a name in :data:`FORMS`, as ``"detr"``; recognized by default.
+        num_classes: None keeps the class heads. A number other than theirs replaces all class heads by new ones, with a
+            warning, and keeps the other weights: an initialization for fine-tuning.
+        **overrides: fields of the configuration, as in :func:`regolite.configure`; they override inferred values.
 
     Returns:
-        The detector in evaluation mode. Of 91 columns each is the category of COCO with its number as id; the numbers
-        that COCO leaves out are called "N/A".
+        The detector in evaluation mode. If it has 91 classes, their indices are COCO's category ids, and unused ids are
+        called "N/A".
 
     Raises:
-        UserError: when there is no such file, when reading it would run code, when it is damaged, holds another model,
-            or when weights are missing, unknown or of a wrong shape, which are named.
+        UserError: the file does not exist, would run code when read, is damaged or contains another model, or weights
+            are missing, unknown or of a wrong shape; the message names them.
     """
     weights = read(source)
     chosen = _recognize(weights, form)
-    if "heads" in overrides:  # the number of sampling points follows from it
+    if "heads" in overrides:  # the number of sampling points depends on it
         weights = replace(weights, options=weights.options | {"nheads": overrides["heads"]})
     family, classes, fields = chosen.describe(weights)
     wanted = whole("num_classes", num_classes) if num_classes is not None else classes
     fields |= {"category_ids": tuple(range(wanted))}
-    if wanted == classes and classes - len(COCO_COLUMNS) in (0, 1):  # SMCA has a column for "no object", never wanted
+    if wanted == classes and classes - len(COCO_COLUMNS) in (0, 1):  # SMCA has an unused logit for "no object"
         fields |= {"classes": (*COCO_COLUMNS, "N/A")[:classes]}
     fields |= overrides
     model = build(configure(_preset(family, fields), **fields), wanted)
@@ -117,34 +117,34 @@ def load(
 
 
 def state_dict(detector: nn.Module) -> dict[str, Tensor]:
-    """The weights of a detector as the authors' code calls them: ``load_state_dict`` there takes them, strictly.
+    """The weights of a detector by the authors' names, for a strict ``load_state_dict`` in their code.
 
-    Their scripts build the model from options, which :func:`save` writes beside the weights, and set its number of
-    classes by the name of the data, 91 for COCO; for another number of classes that line there needs a change.
+    Their scripts build the model from options, which :func:`save` stores with the weights, and derive the number of
+    classes from the name of the data set, 91 for COCO. For another number, change that line of their script.
 
     Args:
-        detector: a detector of one of the :data:`FORMS`; a REGO of form ``released``, on a Deformable DETR.
+        detector: a detector of one of the :data:`FORMS`; a REGO must have the form ``released`` and a Deformable DETR.
 
     Raises:
-        UserError: when the authors' code has no such model.
+        UserError: the authors' code has no such model.
     """
     config = _config(detector)
     return to_theirs(detector.state_dict(), _form(config).pairs(config))
 
 
 def save(detector: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a detector for the authors' code, whole or not at all.
+    """Write a detector for the authors' code, atomically.
 
-    A ``.pth`` file has the weights under ``"model"``, where the authors' scripts look, and under ``"args"`` the options
-    with which these scripts build the model (``--nheads``, ``--num_queries``, ...). A ``.safetensors`` file has the
-    weights, and the options as JSON among its metadata.
+    A ``.pth`` file stores the weights under ``"model"``, where the authors' scripts expect them, and under ``"args"``
+    the options with which these scripts build the model (``--nheads``, ``--num_queries``, ...). A ``.safetensors`` file
+    stores the weights, and the options as JSON in its metadata.
 
     Args:
         detector: as for :func:`state_dict`.
         path: the ``.pth`` or ``.safetensors`` file.
 
     Raises:
-        UserError: for another kind of file, and as :func:`state_dict`.
+        UserError: the file name has another suffix; see also :func:`state_dict`.
     """
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
@@ -161,29 +161,29 @@ def save(detector: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _recognize(weights: Weights, form: str | None) -> Any:
-    """The module of :data:`FORMS` that knows these weights."""
+    """The module of :data:`FORMS` that recognizes these weights."""
     if form is not None and form not in FORMS:
         raise UserError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
-    # The last first: SMCA has the names of DETR, and more.
+    # In reverse order, since the names of SMCA's weights include those of DETR's.
     found = next((name for name in reversed(FORMS) if FORMS[name].recognize(weights)), None)
     if found is None:
         names = set(weights.tensors)
         if {"conv1.weight", "fc.weight"} <= names:
-            mend = "it is a ResNet: a detector takes it as its backbone by regolite.build(..., weights=FILE)"
+            hint = "it is a ResNet: a detector takes it as its backbone by regolite.build(..., weights=FILE)"
         elif any(name.startswith(("backbone.body.", "detector.")) for name in names):
-            mend = "it is a checkpoint of a run of regolite, which regolite.load reads"
+            hint = "it is a checkpoint of a run of regolite, which regolite.load reads"
         elif any(name.startswith("model.backbone.") for name in names):
-            mend = "it is a model of transformers: load it there and give it to regolite.interop.from_transformers"
+            hint = "it is a model of transformers: load it there and give it to regolite.interop.from_transformers"
         else:
-            mend = "it begins with " + ", ".join(list(weights.tensors)[:3])
-        raise UserError(f"{weights.source} holds no published detector of the forms {', '.join(FORMS)}; {mend}")
+            hint = "it begins with " + ", ".join(list(weights.tensors)[:3])
+        raise UserError(f"{weights.source} holds no published detector of the forms {', '.join(FORMS)}; {hint}")
     if form not in (None, found):
         raise UserError(f"{weights.source} has the form {found!r} and not {form!r}; leave form out, or give this one")
     return FORMS[found]
 
 
 def _preset(family: str, fields: Mapping[str, Any]) -> str:
-    """The preset of a family with this backbone, DC5 where there is one."""
+    """The preset of a family with this backbone, of DC5 if it exists."""
     tag = TAGS.get(fields["backbone"], "r50")
     dc5 = f"{family}_dc5_{tag}"
     return dc5 if fields.get("dilated") and dc5 in presets() else f"{family}_{tag}"
@@ -192,14 +192,14 @@ def _preset(family: str, fields: Mapping[str, Any]) -> str:
 def _config(detector: nn.Module) -> ModelConfig:
     config = getattr(detector, "model_config", None)
     if config is None:
-        raise UserError("the way back reads the model's configuration: make the model with regolite.build")
+        raise UserError("the export needs the model's configuration: make the model with regolite.build")
     return config
 
 
 def _form(config: ModelConfig) -> Any:
     """The module of :data:`FORMS` whose code can build this model."""
     kinds = {kind: name for name, (kind, _) in DETECTORS.items()}
-    form = FORMS.get("rego" if config.rego is not None else kinds.get(type(config.detector)))
+    form = FORMS.get("rego" if config.rego is not None else kinds.get(type(config.detector), ""))
     if form is None or not form.holds(config):
         there = f", which has {form.TITLE}" if form is not None else ""
         raise UserError(f"{config.preset}, as configured, can't run in published code{there}")

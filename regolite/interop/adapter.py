@@ -1,22 +1,21 @@
-"""REGO on any detector of Hugging Face's transformers: what REGO asks of a base detector, read off their models.
+"""Detectors of Hugging Face's transformers as base detectors of REGO.
 
-:func:`adapt` wraps a model as it is. The wrapper runs it on an :class:`~regolite.types.ImageBatch` and gives a
-full :class:`~regolite.types.DetectorOutput`::
+:func:`adapt` wraps a model without changing it. The wrapper runs it on an :class:`~regolite.types.ImageBatch` and
+returns a complete :class:`~regolite.types.DetectorOutput`::
 
     model = transformers.AutoModelForObjectDetection.from_pretrained("microsoft/conditional-detr-resnet-50")
     rego = regolite.Rego(regolite.interop.adapt(model), stages=3, frozen=True)
 
-Families differ in three things, and :data:`FAMILIES` is the table of them:
+Families differ in three respects, listed in :data:`FAMILIES`:
 
-- **predictions.** Their models answer with the last decoder layer alone; here the heads are applied to the states of
-  the other layers too (equation 3). The last layer is their answer to the last bit.
-- **features.** A model of one scale hands over the raw maps of its backbone's stages 2 to 5 (appendix A.1), though it
-  reads the last of them alone; a multi-scale one the projected pyramid that its transformer reads. Hooks, set for the
-  time of one forward pass, listen to the modules that make these maps.
-- **padding.** Most hide it from their attention by a mask and let it into their convolutions, as the published models
-  do, so that an image's boxes depend a little on its batch. RT-DETR has no mask: padding is black image to it, and
-  its boxes are relative to the padded batch. They are put into the frame of the image here, where a box that was
-  found on padding lies beyond 1.
+- **predictions.** Their models return the predictions of the last decoder layer; the wrapper applies the heads to the
+  states of the other layers too (equation 3). The last layer's predictions are bit for bit theirs.
+- **features.** Of a single-scale model the features are the backbone's maps of stages 2 to 5 (appendix A.1), of which
+  the model itself uses only the last; of a multi-scale model they are the projected pyramid. Forward hooks, registered
+  for one forward pass, collect the outputs of the modules that compute these maps.
+- **padding.** Most families mask padding in attention but not in convolutions, as the published models do, so that an
+  image's boxes depend slightly on its batch. RT-DETR has no mask: it sees padding as black pixels, and its boxes are
+  relative to the padded batch. The wrapper makes them relative to the image; boxes on padding lie beyond 1.
 """
 
 from __future__ import annotations
@@ -45,35 +44,38 @@ from regolite.models.config import DetectorConfig, ModelConfig, register
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
 from regolite.utils.validation import shown, whole
 
+HuggingFaceModel = Any
+"""A ``transformers.PreTrainedModel``; transformers is optional and does not type the parts of its models."""
+
 
 @dataclass(frozen=True)
 class TransformersConfig(DetectorConfig):
     """A detector of Hugging Face's transformers that :func:`adapt` has wrapped.
 
     Attributes:
-        model_type: its family, as transformers calls it: ``detr``, ``conditional_detr``, ...
-        json: its whole configuration, as transformers writes it.
+        model_type: its family by transformers' name: ``detr``, ``conditional_detr``, ...
+        json: its complete configuration as written by transformers.
     """
 
     model_type: str
     json: str
 
 
-def adapt(model: nn.Module, num_classes: int | None = None) -> TransformersDetector:
-    """Make a detector of transformers one that REGO can stand on.
+def adapt(model: HuggingFaceModel, num_classes: int | None = None) -> TransformersDetector:
+    """Wrap a detector of transformers as a base detector of REGO.
 
     Args:
-        model: a ``...ForObjectDetection`` of a family in :data:`FAMILIES`. It is used as it is, not copied: what trains
-            the result trains it.
-        num_classes: give it class heads for so many classes. Where it has another number, a copy is made whose class
-            heads start anew, which is said in a warning, and whose other weights stay: a start for fine-tuning.
+        model: a ``...ForObjectDetection`` of a family in :data:`FAMILIES`. It is not copied: training the result trains
+            the model.
+        num_classes: number of classes. If the model has another number, it is copied and the class heads of the copy
+            are re-initialized, with a warning: an initialization for fine-tuning.
 
     Returns:
         The detector, with a ``model_config`` of the model's own classes, so that it can detect, be evaluated, trained,
-        saved and loaded. Classes without names are called ``LABEL_0``, ..., as transformers calls them.
+        saved and loaded. Classes without names are called ``LABEL_0``, ..., as in transformers.
 
     Raises:
-        UserError: when the model is no detector of transformers, or of a family that is not supported.
+        UserError: the model is not a detector of transformers, or its family is not supported.
     """
     family = _family(model)
     if num_classes is not None and num_classes != model.config.num_labels:
@@ -85,7 +87,7 @@ class TransformersDetector(nn.Module):
     """A detector of transformers as REGO's base detector.
 
     Args:
-        model: theirs.
+        model: the model of transformers.
 
     Attributes:
         dim: channels of the hidden states.
@@ -99,7 +101,10 @@ class TransformersDetector(nn.Module):
         UserError: as :func:`adapt`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    family: Family
+    model: HuggingFaceModel
+
+    def __init__(self, model: HuggingFaceModel) -> None:
         super().__init__()
         self.family = family = _family(model)
         self.model, config = model, model.config
@@ -121,61 +126,57 @@ class TransformersDetector(nn.Module):
         """Detect.
 
         Raises:
-            UserError: when the strides of the feature maps do not double from map to map.
+            UserError: the strides of the feature maps do not double from map to map.
         """
         pixels = images.pixels
         if not self.family.normalized:
             mean, deviation = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
             pixels = (pixels * deviation + mean).masked_fill(images.mask[:, None], 0.0)
         options = {"output_hidden_states": True} if self.family.asks_states else {}
-        with _listening([module for module, _ in self._map_makers()]) as heard:
+        with _recorded_outputs([module for module, _ in self._map_makers()]) as outputs:
             out = self.model.model(pixels, pixel_mask=(~images.mask).long(), return_dict=True, **options)
         layers, proposals = self.family.read(self.model, out)
         if not self.family.masks_padding:
             layers = [Prediction(p.logits, _unpad(p.boxes, images)) for p in layers]
-        return DetectorOutput(layers, out.last_hidden_state, _feature_maps(heard, images), proposals)
+        return DetectorOutput(layers, out.last_hidden_state, _feature_maps(outputs, images), proposals)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Part tied heads for which the weights hold different values, as transformers does when it loads a model.
+        """Untie heads for which the state dict has different values, as transformers does when it loads a model.
 
-        A new refined Deformable DETR has one class head for all its decoder layers, a published one has one for each.
+        A new refined Deformable DETR has one class head for all decoder layers, a published one has one for each.
         """
         values = {
             name: state_dict.get(f"{prefix}model.{name}", parameter)
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
         }
 
-        def alike(name: str, other: str) -> bool:
-            return torch.equal(values[name], values[other])
-
-        _part(self.model, alike)
+        _untie(self.model, lambda name, other: torch.equal(values[name], values[other]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _map_makers(self) -> list[tuple[nn.Module, int]]:
-        """The modules whose outputs are the feature maps, finest first, and the channels of these."""
+        """The modules whose outputs are the feature maps, finest first, and the channels of the maps."""
         base = self.model.model
         if self.family.pyramid is not None:
             return [(module, self.dim) for module in getattr(base, self.family.pyramid)]
         encoder = getattr(base.backbone, "conv_encoder", base.backbone)
         network = getattr(encoder.model, "_backbone", encoder.model)
-        if hasattr(network, "feature_info"):  # timm's; the first of its maps has stride 2, which REGO does not read
+        if hasattr(network, "feature_info"):  # timm's; its first map has stride 2, which REGO does not use
             stages = [(info["module"], info["num_chs"]) for info in network.feature_info.info if info["reduction"] > 2]
             modules = dict(network.named_children())
             found = [(modules[name], channels) for name, channels in stages if name in modules]
-        else:  # transformers' own: ResNet, ConvNeXt and others; channels of the stem stand first
-            stages = getattr(getattr(network, "encoder", None), "stages", ())
-            found = list(zip(stages, (network.num_features or [])[1:]))
-        # Of a backbone that hides its stages, the maps that it returns, often the last one alone.
+        else:  # transformers' own: ResNet, ConvNeXt and others; the stem's channels come first
+            blocks: Any = getattr(getattr(network, "encoder", None), "stages", ())
+            found = list(zip(blocks, (network.num_features or [])[1:]))
+        # The fallback is the maps that the backbone returns, often only the last one.
         return found or [(encoder, channels) for channels in encoder.intermediate_channel_sizes]
 
 
 @register("transformers", TransformersConfig)
 def from_config(config: TransformersConfig, num_classes: int) -> TransformersDetector:
-    """The detector that a configuration describes, with random weights; nothing is downloaded.
+    """The detector of a configuration, with random weights and without a download.
 
     Raises:
-        UserError: when transformers is not installed, or knows no such model, or a number in the configuration is
-            beyond all reason.
+        UserError: transformers is not installed or has no such model, or a number in the configuration is too large.
     """
     transformers = _transformers()
     try:
@@ -193,7 +194,7 @@ def from_config(config: TransformersConfig, num_classes: int) -> TransformersDet
         if theirs.num_labels != num_classes:
             theirs.num_labels = num_classes
         return TransformersDetector(transformers.AutoModelForObjectDetection.from_config(theirs))
-    except Exception as error:  # whatever a configuration that nobody has checked makes of their code
+    except Exception as error:  # an unchecked configuration may raise anything in their code
         raise UserError(
             f"transformers {transformers.__version__} can't build this {config.model_type} ({error}); install the "
             f"version that it was saved with ({described.get('transformers_version', 'unknown')})"
@@ -201,34 +202,38 @@ def from_config(config: TransformersConfig, num_classes: int) -> TransformersDet
 
 
 def _check_numbers(value: Any, name: str) -> None:
-    """Refuse a configuration that would make models without end: of many modules, or of huge ones.
+    """Reject a configuration of a model with too many or too large modules.
 
     Raises:
-        UserError: it has a number or a list that is too large.
+        UserError: a number or a list in it is too large.
     """
     most = 100 if re.search("layers|depth|levels|points|blocks|stages", name) else 100_000
     if isinstance(value, (int, float)) and not value <= most:
         raise UserError(f"{name}={shown(value)} must be at most {most}")
-    parts = value.items() if isinstance(value, dict) else [(name, v) for v in value] if isinstance(value, list) else ()
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        parts = list(value.items())
+    elif isinstance(value, list):
+        parts = [(name, v) for v in value]
     if len(parts) > 100_000:
         raise UserError(f"{name} has {len(parts)} parts")
     for part, content in parts:
         _check_numbers(content, part)
 
 
-Read = Callable[[nn.Module, Any], tuple[list[Prediction], Prediction | None]]
+Read = Callable[[HuggingFaceModel, Any], tuple[list[Prediction], Prediction | None]]
 
 
 @dataclass(frozen=True)
 class Family:
-    """How detectors of one kind are read.
+    """How the wrapper uses a family of detectors.
 
     Attributes:
-        read: makes predictions by layer, and proposals or None, from a model and its base model's output.
+        read: from a model and its base model's output, the predictions of each layer, and proposals or None.
         scoring: how logits become scores.
-        pyramid: name of the modules whose outputs are the projected pyramid; None where the backbone's maps are read.
-        asks_states: whether the hidden states of all decoder layers must be asked for.
-        masks_padding: whether the model is told what padding is, and predicts in the frame of the image.
+        pyramid: name of the modules whose outputs are the projected pyramid; None to use the backbone's maps.
+        asks_states: whether the hidden states of all decoder layers must be requested.
+        masks_padding: whether the model masks padding and predicts boxes relative to the image.
         normalized: whether it takes pixels normalized by ImageNet's mean and deviation, or in [0, 1].
     """
 
@@ -240,28 +245,28 @@ class Family:
     normalized: bool = True
 
 
-def _read_detr(model: nn.Module, out: Any) -> tuple[list[Prediction], None]:
+def _read_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None]:
     states = _decoder_states(model, out)
     return [Prediction(model.class_labels_classifier(h), model.bbox_predictor(h).sigmoid()) for h in states], None
 
 
-def _read_conditional_detr(model: nn.Module, out: Any) -> tuple[list[Prediction], None]:
-    """Every layer corrects the same learned reference point."""
+def _read_conditional_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None]:
+    """Each layer corrects the same learned reference point."""
     start = F.pad(inverse_sigmoid(out.reference_points).transpose(0, 1), (0, 2))
     states = _decoder_states(model, out)
     boxes = ((model.bbox_predictor(h) + start).sigmoid() for h in states)
     return [Prediction(model.class_labels_classifier(h), b) for h, b in zip(states, boxes)], None
 
 
-def _read_dab_detr(model: nn.Module, out: Any) -> tuple[list[Prediction], None]:
-    """Every layer corrects the box that the layer before has left."""
+def _read_dab_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None]:
+    """Each layer corrects the box of the previous layer."""
     states = out.intermediate_hidden_states  # [layers, B, Q, C]
     boxes = (model.bbox_predictor(states) + inverse_sigmoid(out.reference_points)).sigmoid()
     return [Prediction(model.class_embed(h), b) for h, b in zip(states, boxes)], None
 
 
-def _read_deformable_detr(model: nn.Module, out: Any) -> tuple[list[Prediction], Prediction | None]:
-    """Every layer corrects a reference: the learned point, or, refined, the box of the layer before (or a proposal)."""
+def _read_deformable_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], Prediction | None]:
+    """Each layer corrects a reference: the learned point, or with refinement the previous box or a proposal."""
     layers = []
     references = [out.init_reference_points, *out.intermediate_reference_points.unbind(1)]
     for i, (h, reference) in enumerate(zip(out.intermediate_hidden_states.unbind(1), references)):
@@ -273,11 +278,11 @@ def _read_deformable_detr(model: nn.Module, out: Any) -> tuple[list[Prediction],
     return layers, Prediction(out.enc_outputs_class, out.enc_outputs_coord_logits.sigmoid())
 
 
-def _read_rt_detr(model: nn.Module, out: Any) -> tuple[list[Prediction], None]:
-    """The model has applied its heads itself.
+def _read_rt_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None]:
+    """The model applies its heads itself.
 
-    The encoder's choice, from which the decoder starts, stands before the decoder's layers: it names classes as they
-    do, and RT-DETR trains it like one of them.
+    The first prediction is that of the encoder's selected proposals, with which the decoder starts. It has class logits
+    like the decoder layers, and RT-DETR trains it like one of them.
     """
     boxes = out.intermediate_reference_points.unbind(1)
     layers = [Prediction(c, b) for c, b in zip(out.intermediate_logits.unbind(1), boxes)]
@@ -296,50 +301,49 @@ FAMILIES = {
     "rt_detr": _RT_DETR,
     "rt_detr_v2": _RT_DETR,
 }
-"""The families of detectors that :func:`adapt` takes, by transformers' ``model_type``."""
+"""The families of detectors that :func:`adapt` supports, by transformers' ``model_type``."""
 
 
-def _decoder_states(model: nn.Module, out: Any) -> list[Float[Tensor, "B Q C"]]:
-    """The decoder's hidden states after each layer, normalized as the heads read them.
+def _decoder_states(model: HuggingFaceModel, out: Any) -> list[Float[Tensor, "B Q C"]]:
+    """The decoder's hidden states after each layer, normalized for the heads.
 
-    With ``auxiliary_loss`` in a configuration, transformers feeds each layer the *normalized* state of the one before,
-    which the published DETR does not do: another model, with other answers. Leave it off; here all layers are trained
-    in any case.
+    With ``auxiliary_loss`` in a configuration, transformers passes the *normalized* state of each layer to the next,
+    which the published DETR does not do, so that outputs differ. Leave it off; here all layers are trained anyway.
     """
     inner = out.intermediate_hidden_states
-    if inner is None:  # their hidden states begin with the decoder's input, and the last of them is normalized already
+    if inner is None:  # the first hidden state is the decoder's input; the last one is already normalized
         inner = [model.model.decoder.layernorm(h) for h in out.decoder_hidden_states[1:]]
     return [*inner[:-1], out.last_hidden_state]
 
 
 @contextmanager
-def _listening(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """What modules put out in the meantime, in the order in which they run; the modules are left as they were."""
-    heard: list[Any] = []
+def _recorded_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Collect the outputs of modules, in the order in which they run, until the context ends."""
+    outputs: list[Any] = []
 
-    def hear(module: nn.Module, inputs: Any, output: Any) -> None:
-        heard.append(output)
+    def append(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output)
 
-    hooks = [module.register_forward_hook(hear) for module in dict.fromkeys(modules)]
+    hooks = [module.register_forward_hook(append) for module in dict.fromkeys(modules)]
     try:
-        yield heard
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _feature_maps(heard: Sequence[Any], images: ImageBatch) -> list[FeatureMap]:
-    """Maps as glimpses are cut from them: each stride a power of two and double the one before."""
+def _feature_maps(outputs: Sequence[Any], images: ImageBatch) -> list[FeatureMap]:
+    """Feature maps whose strides are powers of two, each double the previous one, as glimpses need them."""
     height, width = images.mask.shape[1:]
-    if len(heard) == 1 and isinstance(heard[0], (list, tuple)):  # a whole backbone: its maps, each with a mask
-        heard = [tensor for tensor, _ in heard[0]]
+    if len(outputs) == 1 and isinstance(outputs[0], (list, tuple)):  # a backbone: its maps, each with a mask
+        outputs = [tensor for tensor, _ in outputs[0]]
     maps: list[FeatureMap] = []
-    for x in heard:
+    for x in outputs:
         stride = 2 ** math.ceil(math.log2(max(height / x.shape[-2], width / x.shape[-1])))
-        # DC5, a last stage of the stride of the one before, is brought back to the normal stride (appendix A.1).
+        # The last stage of DC5 has the stride of the previous one: subsample it to the normal stride (appendix A.1).
         while maps and stride < 2 * maps[-1].stride:
             x, stride = x[:, :, ::2, ::2], 2 * stride
-        maps.append(FeatureMap(x, shrink(images.mask, tuple(x.shape[-2:])), stride))
+        maps.append(FeatureMap(x, shrink(images.mask, x.shape[-2:]), stride))
     strides = [f.stride for f in maps]
     if any(after != 2 * before for before, after in zip(strides, strides[1:])):
         raise UserError(f"glimpses need maps whose strides double, not {strides}: let the backbone return every stage")
@@ -347,20 +351,24 @@ def _feature_maps(heard: Sequence[Any], images: ImageBatch) -> list[FeatureMap]:
 
 
 def _category_ids(classes: Sequence[str]) -> tuple[int, ...]:
-    """COCO's id of each class: its number, as the DETR family counts up to 90, or one of the 80 ids that COCO uses."""
+    """COCO's id of each class: its index, as in the 91 classes of DETR, or for 80 classes the 80 ids that COCO uses."""
     used = [number for number, name in enumerate(COCO_CLASSES, start=1) if name != "N/A"]
     return tuple(used if len(classes) == len(used) and classes[0] == "person" else range(len(classes)))
 
 
 def _unpad(boxes: Float[Tensor, "B Q 4"], images: ImageBatch) -> Float[Tensor, "B Q 4"]:
-    """Boxes relative to the padded batch, made relative to the image."""
+    """Convert boxes relative to the padded batch to boxes relative to the image."""
     padded = images.sizes.new_tensor(images.mask.shape[1:])
-    factors = (padded / images.sizes).flip(1)  # [B, 2]: width and height of the batch by those of the image
+    factors = (padded / images.sizes).flip(1)  # [B, 2]: width and height of the batch divided by those of the image
     return boxes * factors.repeat(1, 2)[:, None]
 
 
-def _family(model: nn.Module) -> Family:
-    """The family of a model, or one error that says what is taken."""
+def _family(model: HuggingFaceModel) -> Family:
+    """The family of a model.
+
+    Raises:
+        UserError: the model is not a supported detector of transformers.
+    """
     transformers = _transformers()
     if not isinstance(model, transformers.PreTrainedModel):
         raise UserError(f"adapt takes a detector of transformers, not a {type(model).__name__}")
@@ -373,8 +381,8 @@ def _family(model: nn.Module) -> Family:
     return FAMILIES[kind]
 
 
-def _part(model: nn.Module, together: Callable[[str, str], bool]) -> None:
-    """Where several names have one parameter, give one of its own to those that do not belong together."""
+def _untie(model: nn.Module, together: Callable[[str, str], bool]) -> None:
+    """Give names that share a parameter, but are not ``together``, parameters of their own."""
     tied: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(parameter, []).append(name)
@@ -388,25 +396,25 @@ def _part(model: nn.Module, together: Callable[[str, str], bool]) -> None:
             setattr(model.get_submodule(place), last, owned[mate])
 
 
-def _with_fresh_heads(model: nn.Module, num_classes: int, family: Family) -> nn.Module:
-    """A copy of the model for another number of classes: what depends on that number starts anew."""
+def _with_fresh_heads(model: HuggingFaceModel, num_classes: int, family: Family) -> HuggingFaceModel:
+    """A copy of the model for another number of classes; parameters whose shape depends on it are re-initialized."""
     num_classes = whole("num_classes", num_classes)
     described = _without(model.config.to_dict(), "id2label", "label2id")
     config = TransformersConfig(model.config.model_type, json.dumps(described))
     detector = from_config(config, num_classes)
     fresh = detector.model.to(model.device, model.dtype).train(model.training)
     state, own = model.state_dict(), fresh.state_dict()
-    anew = [key for key, value in own.items() if value.shape != state[key].shape]
-    detector.load_state_dict({f"model.{key}": value for key, value in (state | {k: own[k] for k in anew}).items()})
+    reset = [key for key, value in own.items() if value.shape != state[key].shape]
+    detector.load_state_dict({f"model.{key}": value for key, value in (state | {k: own[k] for k in reset}).items()})
     theirs = dict(model.named_parameters(remove_duplicate=False))
-    _part(fresh, lambda name, other: theirs[name] is theirs[other])
+    _untie(fresh, lambda name, other: theirs[name] is theirs[other])
     for name, parameter in fresh.named_parameters():
         parameter.requires_grad_(theirs[name].requires_grad)
-        if name in anew and name.endswith("bias") and family.scoring == "sigmoid":
-            nn.init.constant_(parameter, -math.log(99))  # a probability of 0.01, from which the focal loss starts
+        if name in reset and name.endswith("bias") and family.scoring == "sigmoid":
+            nn.init.constant_(parameter, -math.log(99))  # an initial probability of 0.01, for the focal loss
     logging.getLogger("regolite").warning(
         "class heads for %d classes are replaced by new ones for %d: %s",
-        *(model.config.num_labels, num_classes, ", ".join(anew)),
+        *(model.config.num_labels, num_classes, ", ".join(reset)),
     )
     return fresh
 

@@ -1,8 +1,8 @@
-"""Anchor DETR as its authors publish it (megvii-research/AnchorDETR): how its weights are recognized and called.
+"""Published Anchor DETR weights (megvii-research/AnchorDETR): how they are recognized and named.
 
-As with DETR, what a state dict cannot tell comes from the options saved beside it: DC5, which must be given
-(``dilated=True``) where there are none, and the number of heads, 8 by default. The authors' code can also build models
-of several feature levels and models with dense attention; these have other weights, and are refused.
+DC5 and the number of heads cannot be inferred from a state dict. They are read from the options saved with it; the
+defaults are no dilation (give ``dilated=True`` for DC5) and 8 heads. The authors' models with several feature levels or
+with dense attention have other weights and are not supported.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def recognize(weights: Weights) -> bool:
 
 
 def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
-    """The model: the family of its preset, its number of classes, and its sizes as fields of the configuration."""
+    """The family of its preset, its number of classes, and the fields of its configuration."""
     patterns, dim = tensor(weights, "transformer.pattern.weight").shape
     grid = weights.options.get("spatial_prior") == "grid"
-    if grid:  # its points are no weights; the authors take the square number nearest to what is asked for
+    if grid:  # grid points are not stored; the authors round their number to a square
         points = round(weights.options.get("num_query_position", 300) ** 0.5) ** 2
     else:
         points = len(tensor(weights, "transformer.position.weight"))
@@ -51,8 +51,9 @@ def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
 
 
 def options(config: ModelConfig) -> dict[str, Any]:
-    """The options of the authors' training script with which it builds this model."""
+    """Options with which the authors' training script builds this model."""
     d = config.detector
+    assert isinstance(d, AnchorDetrConfig)
     return {
         "backbone": d.backbone, "dilation": d.dilated, "enc_layers": d.encoder_layers, "dec_layers": d.decoder_layers,
         "dim_feedforward": d.ffn_dim, "hidden_dim": d.dim, "dropout": d.dropout, "nheads": d.heads,
@@ -63,13 +64,15 @@ def options(config: ModelConfig) -> dict[str, Any]:
 
 
 def holds(config: ModelConfig) -> bool:
-    """Whether the authors' code can build this model; its position encodings are 256 channels wide, whatever C is."""
-    return type(config.detector) is AnchorDetrConfig and config.rego is None and config.detector.dim == 256
+    """Whether the authors' code can build this model; its position encodings have 256 channels for any C."""
+    d = config.detector
+    return type(d) is AnchorDetrConfig and d.dim == 256 and config.rego is None
 
 
 def pairs(config: ModelConfig) -> list[Pair]:
     """The table of names."""
     d = config.detector
+    assert isinstance(d, AnchorDetrConfig)
     table = [
         Pair("backbone.body.", "backbone.body."),
         Pair("input_projection.", "input_proj.0.0."),
@@ -87,17 +90,17 @@ def pairs(config: ModelConfig) -> list[Pair]:
         here, there = f"decoder_layers.{i}.", f"transformer.decoder_layers.{i}."
         table += attention(f"{here}self_attention.", f"{there}self_attn.")
         table += row_column(f"{here}cross_attention.", f"{there}cross_attn.")
-        # Their norms are numbered with the cross-attention first, which runs second.
+        # Their numbering of norms begins with the cross-attention, which runs second.
         table += [Pair(f"{here}self_norm.", f"{there}norm2."), Pair(f"{here}cross_norm.", f"{there}norm1.")]
         table += feed_forward(here, f"{there}ffn.")
-    # All layers share one pair of heads, which a state dict there lists once a layer.
+    # All layers share one pair of heads, which their state dict lists once for each layer.
     class_heads = tuple(f"transformer.class_embed.{i}." for i in range(d.decoder_layers))
     box_heads = [f"transformer.bbox_embed.{i}." for i in range(d.decoder_layers)]
     return [*table, Pair("class_head.", class_heads), *mlp("box_head.", box_heads)]
 
 
 def row_column(ours: str, theirs: str) -> list[Pair]:
-    """RCDA, whose five projections are kept in one tensor."""
+    """RCDA, whose five projections are stored in one tensor."""
     parts = ("query_x", "query_y", "key_x", "key_y", "value")
     stacked = [
         Pair(tuple(f"{ours}{part}.{kind}" for part in parts), f"{theirs}in_proj_{kind}") for kind in ("weight", "bias")
@@ -106,6 +109,6 @@ def row_column(ours: str, theirs: str) -> list[Pair]:
 
 
 def feed_forward(ours: str, theirs: str) -> list[Pair]:
-    """The feed-forward network of a layer with its norm, which is a part of the network there."""
+    """The feed-forward network of a layer and its norm, which their network contains."""
     names = (("ffn.0.", "linear1."), ("ffn.3.", "linear2."), ("ffn_norm.", "norm2."))
     return [Pair(f"{ours}{here}", f"{theirs}{there}") for here, there in names]

@@ -43,27 +43,29 @@ def recognize(weights: Weights) -> bool:
 
 
 def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
-    """The model: the family of its preset, its number of classes, and its sizes as fields of the configuration."""
+    """The family of its preset, its number of classes, and the fields of its configuration."""
     queries, dim = tensor(weights, "query_embed.weight").shape
     fields = detr.common(weights) | {"queries": queries, "dim": dim}
     return "conditional_detr", len(tensor(weights, "class_embed.bias")), fields
 
 
 def options(config: ModelConfig) -> dict[str, Any]:
-    """The options of the authors' training script with which it builds this model."""
+    """Options with which the authors' training script builds this model."""
     return detr.options(config)
 
 
 def holds(config: ModelConfig) -> bool:
-    """Whether the authors' code can build this model, which encodes reference points by 256 channels whatever C is."""
+    """Whether the authors' code can build this model; it encodes reference points with 256 channels for any C."""
     d = config.detector
-    fits = isinstance(d, ConditionalDetrConfig) and d.dim == 256
-    return fits and d.backbone.startswith("res") and config.rego is None
+    if not isinstance(d, ConditionalDetrConfig) or config.rego is not None:
+        return False
+    return d.dim == 256 and d.backbone.startswith("res")
 
 
 def pairs(config: ModelConfig) -> list[Pair]:
     """The table of names."""
     d = config.detector
+    assert isinstance(d, ConditionalDetrConfig)
     theirs = "transformer.decoder."
     return [
         Pair("backbone.body.", "backbone.0.body."),

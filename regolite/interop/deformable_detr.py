@@ -1,11 +1,11 @@
-"""Deformable DETR as its authors publish it (fundamentalvision/Deformable-DETR): recognizing and naming its weights.
+"""Published Deformable DETR weights (fundamentalvision/Deformable-DETR): how they are recognized and named.
 
-All of its forms have the same names: single scale, single scale DC5, multi-scale, refined and two-stage. A state dict
-there lists its heads once for every decoder layer, even where all layers share one pair, and once more inside of the
-decoder where it refines boxes: the same tensor under several names.
+All variants use the same names: single scale, single scale DC5, multi-scale, refined and two-stage. Their state dict
+lists the heads once for each decoder layer, even if all layers share one pair, and again inside the decoder if it
+refines boxes: the same tensor under several names.
 
-What a state dict cannot tell comes from the options that were saved beside it: DC5, the number of heads, and how many
-proposals a two-stage model keeps. Without options they are the authors' defaults: no dilation, 8 and 300.
+DC5, the number of heads and the number of proposals of a two-stage model cannot be inferred from a state dict. They are
+read from the options saved with it; the defaults are the authors': no dilation, 8 and 300.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def recognize(weights: Weights) -> bool:
 
 
 def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
-    """The model: the family of its preset, its number of classes, and its sizes as fields of the configuration."""
+    """The family of its preset, its number of classes, and the fields of its configuration."""
     fields = detr.common(weights)
     levels, dim = tensor(weights, "transformer.level_embed").shape
     refine = any(key.startswith("transformer.decoder.bbox_embed.") for key in weights.tensors)
@@ -41,7 +41,7 @@ def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
     offsets = tensor(weights, "transformer.encoder.layers.0.self_attn.sampling_offsets.bias")
     heads = fields.get("heads", 8)
     points = len(offsets) // (2 * heads * levels) if isinstance(heads, int) and heads > 0 else 1
-    # Levels that are stages of the backbone are projected by 1x1 convolutions, those made of the last stage by 3x3.
+    # Stages of the backbone are projected by 1x1 convolutions, coarser levels are computed by 3x3 convolutions.
     kernels = [tensor(weights, f"input_proj.{i}.0.weight").shape[-1] for i in range(levels)]
     fields |= {
         "levels": levels, "dim": dim, "points": points, "refine": refine, "two_stage": two_stage,
@@ -53,8 +53,9 @@ def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
 
 
 def options(config: ModelConfig) -> dict[str, Any]:
-    """The options of the authors' training script with which it builds this model."""
+    """Options with which the authors' training script builds this model."""
     d = config.detector
+    assert isinstance(d, DeformableDetrConfig)
     return detr.options(config) | {
         "num_feature_levels": d.levels, "enc_n_points": d.points, "dec_n_points": d.points,
         "with_box_refine": d.refine, "two_stage": d.two_stage,
@@ -74,8 +75,9 @@ def holds(config: ModelConfig) -> bool:
 
 
 def pairs(config: ModelConfig, ours: str = "") -> list[Pair]:
-    """The table of names; ``ours`` stands before all names here, where the detector is a part of another model."""
+    """The table of names; ``ours`` is a prefix of our names, for a detector that is part of another model."""
     d = config.detector
+    assert isinstance(d, DeformableDetrConfig)
     table = [
         Pair(f"{ours}backbone.body.", "backbone.0.body."),
         Pair(f"{ours}level_positions", "transformer.level_embed"),
@@ -93,11 +95,11 @@ def pairs(config: ModelConfig, ours: str = "") -> list[Pair]:
         table += attention(f"{here}self_attention.", f"{there}self_attn.")
         table += deformable_attention(f"{here}cross_attention.", f"{there}cross_attn.")
         table += feed_forward(here, there)
-        norms = ("cross_norm.", "self_norm.", "ffn_norm.")  # numbered there in this order, though called in ours
+        norms = ("cross_norm.", "self_norm.", "ffn_norm.")  # their numbering, which is not the order of execution
         table += [Pair(here + norm, f"{there}norm{n}.") for n, norm in enumerate(norms, start=1)]
 
-    # Where the heads are listed: layer by layer in the model, in the decoder too if it refines boxes, and if it makes
-    # proposals, whose heads stand behind those of the last layer.
+    # Their lists of heads have one entry per layer. The decoder also has a list of box heads if it refines boxes, and
+    # of class heads if it is two-stage; then the heads of the proposals are the last entries.
     class_lists = ["class_embed."] + ["transformer.decoder.class_embed."] * d.two_stage
     box_lists = ["bbox_embed."] + ["transformer.decoder.bbox_embed."] * d.refine
     layers = [str(i) for i in range(d.decoder_layers)]

@@ -1,7 +1,7 @@
-"""DETR as its authors publish it (facebookresearch/detr): how its weights are recognized, and what they are called.
+"""Published DETR weights (facebookresearch/detr): how they are recognized and named.
 
-What a state dict cannot tell comes from the options that were saved beside it: DC5 (dilation has no weights) and the
-number of heads. Without options they are the authors' defaults, no dilation and 8 heads.
+DC5 (dilation has no weights) and the number of heads cannot be inferred from a state dict. They are read from the
+options saved with it; the defaults are the authors': no dilation and 8 heads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from typing import Any
 
 from regolite.interop.keys import Pair
 from regolite.interop.sizes import backbone, count, tensor
+from regolite.models.conditional_detr import ConditionalDetrConfig
 from regolite.models.config import ModelConfig
+from regolite.models.deformable_detr import DeformableDetrConfig
 from regolite.models.detr import DetrConfig
 from regolite.utils.weight_files import Weights
 
@@ -23,14 +25,14 @@ def recognize(weights: Weights) -> bool:
 
 
 def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
-    """The model: the family of its preset, its number of classes, and its sizes as fields of the configuration."""
+    """The family of its preset, its number of classes, and the fields of its configuration."""
     queries, dim = tensor(weights, "query_embed.weight").shape
     fields = common(weights) | {"queries": queries, "dim": dim}
     return "detr", len(tensor(weights, "class_embed.bias")) - 1, fields
 
 
 def common(weights: Weights) -> dict[str, Any]:
-    """The fields that DETR and Deformable DETR have in common, and name alike."""
+    """Fields that DETR and Deformable DETR share under the same names."""
     options = {"nheads": "heads", "dilation": "dilated", "dropout": "dropout"}
     return {
         "backbone": backbone(weights, "backbone.0.body."),
@@ -43,8 +45,9 @@ def common(weights: Weights) -> dict[str, Any]:
 
 
 def options(config: ModelConfig) -> dict[str, Any]:
-    """The options of the authors' training script with which it builds this model."""
+    """Options with which the authors' training script builds this model."""
     d = config.detector
+    assert isinstance(d, DetrConfig | ConditionalDetrConfig | DeformableDetrConfig)
     return {
         "backbone": d.backbone, "dilation": d.dilated, "enc_layers": d.encoder_layers, "dec_layers": d.decoder_layers,
         "dim_feedforward": d.ffn_dim, "hidden_dim": d.dim, "dropout": d.dropout, "nheads": d.heads,
@@ -55,13 +58,15 @@ def options(config: ModelConfig) -> dict[str, Any]:
 def holds(config: ModelConfig) -> bool:
     """Whether the authors' code can build this model."""
     d = config.detector
-    plain = type(d) is DetrConfig and not d.reference_points and d.scoring == "softmax"
-    return plain and d.backbone.startswith("res") and config.rego is None
+    if type(d) is not DetrConfig or config.rego is not None:
+        return False
+    return not d.reference_points and d.scoring == "softmax" and d.backbone.startswith("res")
 
 
 def pairs(config: ModelConfig) -> list[Pair]:
     """The table of names."""
     d = config.detector
+    assert isinstance(d, DetrConfig)
     return [
         Pair("backbone.body.", "backbone.0.body."),
         Pair("input_projection.", "input_proj."),
@@ -98,7 +103,7 @@ def decoder(layers: int, ours: str, theirs: str) -> list[Pair]:
 
 
 def attention(ours: str, theirs: str) -> list[Pair]:
-    """Multi-head attention, where PyTorch's module keeps the projections of query, key and value in one tensor."""
+    """Multi-head attention; PyTorch's module stores the projections of query, key and value in one tensor."""
     stacked = [
         Pair(tuple(f"{ours}{part}.{kind}" for part in ("query", "key", "value")), f"{theirs}in_proj_{kind}")
         for kind in ("weight", "bias")
@@ -112,5 +117,5 @@ def feed_forward(ours: str, theirs: str) -> list[Pair]:
 
 
 def mlp(ours: str, theirs: list[str]) -> list[Pair]:
-    """A box head, which may be listed under several names there."""
+    """A box head, which may have several names in their state dict."""
     return [Pair(f"{ours}{2 * i}.", tuple(f"{name}layers.{i}." for name in theirs)) for i in range(3)]

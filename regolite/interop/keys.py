@@ -1,8 +1,8 @@
-"""One table says what a weight is called here and there, and is read in both directions.
+"""Translation of weight names between two implementations of a model, in both directions.
 
-Two implementations of a model hold the same numbers under other names. A :class:`Pair` says how one stretch of names
-translates: its prefix here, its prefix there. What stands behind the prefix (``weight``, ``bias``, or a whole network's
-own names) is the same. Where one side keeps in one tensor what the other keeps in several, the pair lists the several.
+A :class:`Pair` maps a prefix of our names to a prefix of theirs; the rest of a name (``weight``, ``bias``, or the names
+inside a network) is the same. If one implementation stores in one tensor what the other stores in several, the pair
+lists the several.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from regolite.errors import UserError
 
 @dataclass(frozen=True)
 class Pair:
-    """How names translate.
+    """A prefix of our names and a prefix of theirs.
 
     Attributes:
-        ours: the prefix of the names in regolite; several where their one tensor is ours stacked along ``dim``.
-        theirs: the prefix of the names there; several where they hold the same tensor under each of these names.
-        dim: along which ours are stacked.
+        ours: our prefix; several if their one tensor is ours concatenated along ``dim``.
+        theirs: their prefix; several if they store the same tensor under several names.
+        dim: the dimension of the concatenation.
     """
 
     ours: str | tuple[str, ...]
@@ -31,7 +31,7 @@ class Pair:
     dim: int = 0
 
     def names(self, wanted: Mapping[str, Tensor]) -> list[tuple[list[str], list[str]]]:
-        """The weights that this pair is about: our names and their names of each."""
+        """Our names and their names of each weight that this pair translates."""
         ours = (self.ours,) if isinstance(self.ours, str) else self.ours
         theirs = (self.theirs,) if isinstance(self.theirs, str) else self.theirs
         rests = [key.removeprefix(ours[0]) for key in wanted if key.startswith(ours[0])]
@@ -46,12 +46,12 @@ def from_theirs(
     Args:
         theirs: weights by their names.
         pairs: the table.
-        wanted: the model's own state dict, which says what there must be and of which shape.
-        source: what the weights are called in an error.
+        wanted: the state dict of our model, with the expected names and shapes.
+        source: name of the weights in error messages.
 
     Raises:
-        UserError: when weights are missing, unknown, of another shape, or differ where they must be the same; each kind
-            is counted and its first ones named.
+        UserError: weights are missing, unknown, of another shape, or differ although they must be equal. The message
+            has the number of each and the first names.
     """
     found: dict[str, Tensor] = {}
     missing, misshaped, used = [], [], set()
@@ -70,7 +70,7 @@ def from_theirs(
                 misshaped.append(f"{names[0]} is {tuple(whole.shape)} and should be {tuple(shape)}")
                 continue
             if not all(torch.equal(theirs[name], whole) for name in names[1:]):
-                raise UserError(f"{source}: {', '.join(names)} should be one and the same tensor, and they differ")
+                raise UserError(f"{source}: {', '.join(names)} should be the same tensor, but they differ")
             parts = whole.split([wanted[name].shape[pair.dim] for name in ours], pair.dim) if len(ours) > 1 else [whole]
             found.update(zip(ours, parts))
     unknown = [name for name in theirs if name not in used]
@@ -82,7 +82,7 @@ def from_theirs(
 
 
 def to_theirs(ours: Mapping[str, Tensor], pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """Translate our state dict to their names, the way back."""
+    """Translate our state dict to their names."""
     theirs: dict[str, Tensor] = {}
     for pair in pairs:
         for parts, names in pair.names(ours):

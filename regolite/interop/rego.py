@@ -1,8 +1,8 @@
-"""REGO as its authors publish it (zhechen/Deformable-DETR-REGO): recognizing and naming its weights.
+"""Published REGO weights (zhechen/Deformable-DETR-REGO): how they are recognized and named.
 
-It is a Deformable DETR with three stages beside it. Here they are a :class:`~regolite.models.rego.Rego` of form
-``released`` on a detector. There the two layers of a stage's decoder share one class head and one box head, listed once
-for each.
+The published model is a Deformable DETR with three stages, a :class:`~regolite.models.rego.Rego` of form ``released``
+here. The two layers of a stage's decoder share one class head and one box head, which their state dict lists once for
+each layer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from regolite.interop.detr import decoder, mlp
 from regolite.interop.keys import Pair
 from regolite.interop.sizes import count, tensor
 from regolite.models.config import ModelConfig
+from regolite.models.deformable_detr import DeformableDetrConfig
 from regolite.utils.weight_files import Weights
 
 TITLE = (
@@ -28,7 +29,7 @@ def recognize(weights: Weights) -> bool:
 
 
 def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
-    """The model: the family of its preset, its number of classes, and its sizes as fields of the configuration."""
+    """The family of its preset, its number of classes, and the fields of its configuration."""
     family, classes, fields = deformable_detr.describe(weights)
     stages = len({key.split(".")[0] for key in weights.tensors if key.startswith("rego_class_embed_")})
     fields |= {
@@ -43,15 +44,16 @@ def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
 
 
 def options(config: ModelConfig) -> dict[str, Any]:
-    """The options of the authors' training script with which it builds this model."""
+    """Options with which the authors' training script builds this model."""
     return deformable_detr.options(config) | {"use_rego": True}
 
 
 def holds(config: ModelConfig) -> bool:
-    """Whether the authors' code can build this model; there, most of what REGO can be is written into the code."""
+    """Whether the authors' code can build this model; most of its settings are hard-coded."""
     r, d = config.rego, config.detector
     return (
         r is not None
+        and isinstance(d, DeformableDetrConfig)
         and (r.form, r.ratios, r.decoder_layers, r.encoder_layers, r.query) == ("released", (3, 2, 1), 2, 0, "glimpse")
         and r.ffn_dim == d.ffn_dim
         and d.dim == 256
@@ -61,14 +63,16 @@ def holds(config: ModelConfig) -> bool:
 
 def pairs(config: ModelConfig) -> list[Pair]:
     """The table of names."""
+    r, d = config.rego, config.detector
+    assert r is not None and isinstance(d, DeformableDetrConfig)
     table = deformable_detr.pairs(config, "detector.")
-    for level in range(config.detector.levels):
+    for level in range(d.levels):
         for i in range(3):
             table.append(Pair(f"contexts.{level}.inward.{i}.", f"ctx_inconvs.{3 * level + i}."))
             table.append(Pair(f"contexts.{level}.outward.{i}.", f"ctx_outconvs.{3 * level + i}."))
         table.append(Pair(f"contexts.{level}.norm.", f"ctx_gns.{level}."))
-    layers = range(config.rego.decoder_layers)
-    for s in range(config.rego.stages):
+    layers = range(r.decoder_layers)
+    for s in range(r.stages):
         here = f"stages.{s}."
         table += [
             Pair(f"{here}glimpse.window.", f"rcnn_net_{s}.0."),
@@ -77,7 +81,7 @@ def pairs(config: ModelConfig) -> list[Pair]:
             Pair(f"{here}glimpse.project_norm.", f"rcnn_net_{s}.5."),
             Pair(f"{here}condense.", f"rego_hs_linear_{s}."),
             Pair(f"{here}condense_norm.", f"rego_hs_linear_norm_{s}."),
-            *decoder(config.rego.decoder_layers, f"{here}decoder.", f"glimpse_transformer_{s}.decoder."),
+            *decoder(r.decoder_layers, f"{here}decoder.", f"glimpse_transformer_{s}.decoder."),
             Pair(f"{here}fuse.", f"rego_hs_fuser_{s}."),
             Pair(f"{here}fuse_norms.", f"layer_norms_{s}."),
             Pair(f"{here}class_head.", tuple(f"rego_class_embed_{s}.{i}." for i in layers)),

@@ -1,4 +1,4 @@
-"""What names and shapes of a state dict tell about the model that it was saved from."""
+"""Properties of a model inferred from the names and shapes in its state dict."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from regolite.utils.weight_files import Weights
 
 
 def count(weights: Weights, prefix: str) -> int:
-    """How many numbered modules there are: ``prefix0.``, ``prefix1.``, ..."""
+    """Number of modules called ``prefix0.``, ``prefix1.``, ..."""
     numbers = (key.removeprefix(prefix).split(".")[0] for key in weights.tensors if key.startswith(prefix))
     return len({number for number in numbers if number.isdigit()})
 
 
 def tensor(weights: Weights, name: str) -> Tensor:
-    """A weight whose shape is needed to know the model.
+    """A weight whose shape determines the model.
 
     Raises:
-        UserError: when it is missing.
+        UserError: the weight is missing.
     """
     if name not in weights.tensors:
         raise UserError(f"{weights.source} misses {name}; give the whole state dict")
@@ -31,17 +31,17 @@ def backbone(weights: Weights, prefix: str) -> str:
     """The backbone, by the names and shapes of its weights.
 
     Raises:
-        UserError: when it resembles none of ours.
+        UserError: no backbone of regolite is similar.
     """
     found = {(key.removeprefix(prefix), t.shape) for key, t in weights.tensors.items() if key.startswith(prefix)}
-    differences = {}
+    differences: dict[str, int] = {}
     for name in ("tiny", *WEIGHTS):
         with torch.device("meta"):  # shapes without numbers
             body = Backbone(name).body
         differences[name] = len(found ^ {(key, value.shape) for key, value in body.state_dict().items()})
         if not differences[name]:
             return name
-    nearest = min(differences, key=differences.get)  # what it misses will be named
+    nearest = min(differences, key=lambda name: differences[name])  # loading it will report the differences
     if differences[nearest] > len(found) / 2:
         raise UserError(f"{weights.source} has a backbone that regolite lacks; it knows {', '.join(differences)}")
     return nearest

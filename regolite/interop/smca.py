@@ -1,7 +1,7 @@
-"""SMCA as its authors publish it (gaopengcuhk/SMCA-DETR): how its weights are recognized, and what they are called.
+"""Published SMCA weights (gaopengcuhk/SMCA-DETR): how they are recognized and named.
 
-This is the single-scale model. The archive beside it, with a multi-scale one, has another encoder than the paper's, of
-convolutions: weights of it are recognized, and refused.
+Only the single-scale model is supported. The published multi-scale model has a convolutional encoder, not the paper's;
+its weights are recognized and rejected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def recognize(weights: Weights) -> bool:
 
 
 def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
-    """The model: the family of its preset, its number of classes, and its sizes as fields of the configuration.
+    """The family of its preset, its number of classes, and the fields of its configuration.
 
     Raises:
         UserError: for a model that regolite lacks.
@@ -39,7 +39,9 @@ def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
     queries, dim = tensor(weights, "query_embed.weight").shape
     heads = len(tensor(weights, f"{LAYER}point2.bias")) // 2
     if len(tensor(weights, f"{LAYER}point3.bias")) != 2 * heads:
-        raise UserError(f"{weights.source} has not two scales for each head; give a model of --dynamic_scale type3")
+        raise UserError(
+            f"{weights.source} does not have two scales for each head; give a model of --dynamic_scale type3"
+        )
     fields = common(weights) | {"queries": queries, "dim": dim, "heads": heads}
     if fields.pop("dilated", False):
         raise UserError(f"{weights.source} is a dilated (DC5) SMCA, which regolite lacks")
@@ -49,8 +51,9 @@ def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
 
 
 def options(config: ModelConfig) -> dict[str, Any]:
-    """The options of the authors' training script with which it builds this model."""
+    """Options with which the authors' training script builds this model."""
     d = config.detector
+    assert isinstance(d, SmcaConfig)
     return {
         "backbone": d.backbone, "dilation": False, "enc_layers": d.encoder_layers, "dec_layers": d.decoder_layers,
         "dim_feedforward": d.ffn_dim, "hidden_dim": d.dim, "dropout": d.dropout, "nheads": d.heads,
@@ -59,7 +62,7 @@ def options(config: ModelConfig) -> dict[str, Any]:
 
 
 def holds(config: ModelConfig) -> bool:
-    """Whether the authors' code can build this model: one level, of stage 5; it fixes 256 channels and 8 heads."""
+    """Whether the authors' code can build this model: one level, stage 5, with 256 channels and 8 heads."""
     d = config.detector
     if type(d) is not SmcaConfig or config.rego is not None:
         return False
@@ -69,6 +72,7 @@ def holds(config: ModelConfig) -> bool:
 def pairs(config: ModelConfig) -> list[Pair]:
     """The table of names."""
     d = config.detector
+    assert isinstance(d, SmcaConfig)
     table = [
         Pair("backbone.body.", "backbone.0.body."),
         Pair("projections.0.", "input_proj."),
@@ -85,7 +89,7 @@ def pairs(config: ModelConfig) -> list[Pair]:
 
 
 def layer(ours: str, theirs: str) -> list[Pair]:
-    """A decoder layer, with what its prior is made of."""
+    """A decoder layer with the modules of its spatial prior."""
     names = {
         "self_norm": "norm1", "cross_norm": "norm2", "ffn_norm": "norm3", "prior_norm": "norm4",
         "offsets": "point2", "scales": "point3", "selection": "point4",

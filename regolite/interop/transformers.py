@@ -1,18 +1,18 @@
-"""DETR, Conditional DETR and Deformable DETR of Hugging Face's ``transformers``, weights and configuration both ways.
+"""Conversion of DETR, Conditional DETR and Deformable DETR from and to Hugging Face's ``transformers``.
 
-Two tables say all that is needed, and are read in both directions: one of configuration fields and one of weight names
-(:class:`~regolite.interop.keys.Pair`). What a family of detectors is called there and here, its tables, and the
-settings that only one side has, stand together in :data:`FAMILIES`; whoever adds a family adds an entry.
+Two tables are used in both directions: one of configuration fields and one of weight names
+(:class:`~regolite.interop.keys.Pair`). :data:`FAMILIES` has an entry for each family of detectors: its names, its
+tables, and the settings that only one side has.
 
-The outputs are the same; training there is not quite the authors'. In transformers 5.23
+The outputs are the same; training in transformers differs from the authors'. In transformers 5.23
 
 - ``auxiliary_loss=True`` changes the outputs of DETR and Conditional DETR: the decoder normalizes between its layers
-  and the last one twice; such a model is refused;
-- the classification loss of Conditional and Deformable DETR weighs 1 whatever the configuration says (the authors' 2);
+  and the last one twice; such a model is rejected;
+- the classification loss of Conditional and Deformable DETR has the weight 1 in any configuration (the authors' 2);
 - two-stage Deformable DETR has no loss for the proposals, and the refined form trains one class head for all layers
   (the authors one for each);
-- a ``timm`` backbone is trained whole and a ``ResNetConfig`` one not at all, where the authors train the stages 3 to 5;
-- dropout also falls on the encoder's input.
+- all stages of a ``timm`` backbone are trained and none of a ``ResNetConfig`` one; the authors train stages 3 to 5;
+- dropout is also applied to the encoder's input.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 from torch import nn
 
 from regolite.errors import UserError
+from regolite.interop.adapter import HuggingFaceModel
 from regolite.interop.keys import Pair, from_theirs, to_theirs
 from regolite.losses import LossConfig
 from regolite.models.conditional_detr import ConditionalDetrConfig
@@ -36,12 +37,12 @@ from regolite.models.detr import DetrConfig
 from regolite.models.presets import build
 from regolite.models.rego import Rego
 
-# Blocks of each stage: transformers' own ResNet has no name but these.
+# Blocks of each stage, which identify transformers' own ResNets.
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
-# Called the same here, in timm and in torchvision.
+# Backbones with the same name here, in timm and in torchvision.
 TIMM = ("resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d")
 
-# Our field of a configuration and theirs; where they have several for one of ours, these must agree.
+# Our field of a configuration and theirs. Several fields of theirs for one of ours must agree.
 FIELDS = (
     ("dim", "d_model"),
     ("heads", "encoder_attention_heads"),
@@ -60,7 +61,8 @@ DEFORMABLE_FIELDS = (
     ("refine", "with_box_refine"),
     ("two_stage", "two_stage"),
 )
-# Our weights serve the matching too. Theirs may differ there, which concerns training alone: the loss's are read.
+# Our weights of the loss are the matching costs too. Theirs may differ, which only affects training; the weights of the
+# loss take precedence.
 LOSS_FIELDS = (
     ("label", "class_cost"),
     ("l1", "bbox_cost"),
@@ -74,18 +76,18 @@ CONDITIONAL_LOSS_FIELDS = (*LOSS_FIELDS[:-1], ("label", "cls_loss_coefficient"))
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of detectors translates.
+    """Translation of one family of detectors.
 
     Attributes:
         config: our class of configuration.
-        fields: our field and theirs, of everything but the backbone.
-        pairs: the table of weight names, but the backbone's, for one of our configurations.
-        ours: what our configuration must say, since they know nothing else.
-        theirs: what theirs must say, and why.
-        loss: our weight of the loss and theirs.
+        fields: our fields and theirs, except those of the backbone.
+        pairs: the table of weight names, except the backbone's, for one of our configurations.
+        ours: required values of our configuration, the only ones that transformers supports.
+        theirs: required values of their configuration, and the reasons.
+        loss: our weights of the loss and theirs.
     """
 
-    config: type
+    config: type[DetrConfig | ConditionalDetrConfig | DeformableDetrConfig]
     fields: tuple[tuple[str, str], ...]
     pairs: Callable[[Any], list[Pair]]
     ours: dict[str, Any]
@@ -93,21 +95,21 @@ class Family:
     loss: tuple[tuple[str, str], ...] = LOSS_FIELDS
 
 
-def from_transformers(model: nn.Module) -> nn.Module:
-    """Make a detector of ours from one of transformers.
+def from_transformers(model: HuggingFaceModel) -> nn.Module:
+    """Convert a detector of transformers to one of ours.
 
-    Its backbone is a ResNet-50 or 101 (or timm's ResNeXt-101). Classes take their names from ``id2label`` and their
-    numbers as category ids; weights of the loss come along. Dropout is ``dropout`` everywhere.
+    Its backbone must be a ResNet-50 or 101 (or timm's ResNeXt-101). Classes have the names in ``id2label`` and their
+    indices as category ids; weights of the loss are converted. Dropout is ``dropout`` everywhere.
 
     Args:
         model: a ``...ForObjectDetection`` of DETR, Conditional DETR or Deformable DETR.
 
     Returns:
-        The detector, ready to detect, on the device of ``model``. It lets padding in, as ``model`` does, and so gives
-        the same outputs on the same padded batch.
+        The detector in evaluation mode, on the device of ``model``. Like ``model`` it does not hide padding from the
+        backbone, and has the same outputs on the same padded batch.
 
     Raises:
-        UserError: when the model is of another class, or one of its settings has no counterpart here; it is named.
+        UserError: the model is of another class, or a setting has no counterpart here; the message names it.
     """
     name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
     if name is None:
@@ -126,36 +128,37 @@ def from_transformers(model: nn.Module) -> nn.Module:
         raise UserError(f"{name} reads stage{stages[-1] - 1} of its backbone, and regolite's reads the last, stage4")
 
     labels = range(theirs.num_labels)
+    loss: dict[str, Any] = {ours: float(getattr(theirs, setting)) for ours, setting in family.loss}
+    c = family.config(weights=None, mask_padding=False, dropout=float(theirs.dropout), **backbone, **fields)
     config = ModelConfig(
         preset=theirs.model_type,
-        detector=family.config(weights=None, mask_padding=False, dropout=float(theirs.dropout), **backbone, **fields),
-        loss=LossConfig(**{ours: float(getattr(theirs, setting)) for ours, setting in family.loss}),
+        detector=c,
+        loss=LossConfig(**loss),
         classes=tuple(theirs.id2label.get(label, str(label)) for label in labels),
         category_ids=tuple(labels),
     )
     detector = build(config)
-    pairs = _backbone_pairs(config.detector.backbone, _is_timm(theirs.backbone_config)) + family.pairs(config.detector)
+    pairs = _backbone_pairs(c.backbone, _is_timm(theirs.backbone_config)) + family.pairs(c)
     detector.load_state_dict(from_theirs(model.state_dict(), pairs, detector.state_dict(), source=f"this {name}"))
     return detector.to(model.device).eval()
 
 
-def to_transformers(detector: nn.Module, timm: bool = True) -> nn.Module:
-    """Make a detector of transformers from one of ours, the way back.
+def to_transformers(detector: nn.Module, timm: bool = True) -> HuggingFaceModel:
+    """Convert one of our detectors to one of transformers.
 
-    Its labels are the classes in our order; their COCO ids are lost, since labels there have no gaps.
+    Its labels are the classes in our order; COCO ids are lost, since labels there have no gaps.
 
     Args:
         detector: a DETR, Conditional or Deformable DETR made by :func:`regolite.build` or :func:`regolite.load`.
-        timm: take timm's backbone, as the published checkpoints there do. transformers' own needs no timm, but has
-            neither ResNeXt nor DC5.
+        timm: use timm's backbone, as the checkpoints published there do. transformers' own backbone does not need timm,
+            but supports neither ResNeXt nor DC5.
 
     Returns:
-        A ``...ForObjectDetection`` of the same family on the CPU, ready to detect. It lets
-        padding in: a detector that hides it (``mask_padding``) gives the same outputs there for an image alone, and a
-        warning says so.
+        A ``...ForObjectDetection`` of the same family, on the CPU, in evaluation mode. It does not hide padding from
+        the backbone: a detector with ``mask_padding`` has the same outputs there only for single images (a warning).
 
     Raises:
-        UserError: when the detector has what transformers has not, as REGO, or transformers is not installed.
+        UserError: the detector has parts that transformers lacks, as REGO, or transformers is not installed.
     """
     if isinstance(detector, Rego):
         raise UserError("transformers has no REGO; convert the base detector alone: to_transformers(detector.detector)")
@@ -171,12 +174,12 @@ def to_transformers(detector: nn.Module, timm: bool = True) -> nn.Module:
     for setting, value in family.ours.items():
         if getattr(c, setting) != value:
             raise UserError(
-                f"{setting}={getattr(c, setting)!r} cannot be had in transformers: it knows {value!r} alone"
+                f"{setting}={getattr(c, setting)!r} is not supported by transformers, which has only {value!r}"
             )
     if c.mask_padding:
         logging.getLogger("regolite").warning(
-            "transformers lets padding in, which this detector hides (mask_padding=True): there its outputs are the "
-            "same for an image alone, and others in a padded batch"
+            "this detector hides padding (mask_padding=True) and transformers does not: there its outputs are the same "
+            "for a single image, but not in a padded batch"
         )
 
     transformers = _package("transformers")
@@ -202,7 +205,7 @@ def to_transformers(detector: nn.Module, timm: bool = True) -> nn.Module:
 
 
 def _package(name: str) -> Any:
-    """A package that comes with the extra."""
+    """Import an optional package."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -210,21 +213,21 @@ def _package(name: str) -> Any:
 
 
 def _read(theirs: Any, fields: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """Our fields, from their configuration."""
+    """Our fields from their configuration."""
     read: dict[str, Any] = {}
     for ours, setting in fields:
         value = getattr(theirs, setting)
         if read.setdefault(ours, value) != value:
-            raise UserError(f"{setting}={value}, but its like is {read[ours]}: regolite has one {ours} for both")
+            raise UserError(f"{setting}={value}, but must be {read[ours]}: regolite has one {ours} for both")
     return read
 
 
 def _weight(ours: str, value: float, theirs: str) -> float | int:
-    """A weight of the loss; theirs are whole numbers, all but no-object's."""
+    """A weight of the loss; except for no-object, theirs are whole numbers."""
     if theirs == "eos_coefficient":
         return value
     if value != int(value):
-        raise UserError(f"{ours}={value} of the loss cannot be had in transformers: its {theirs} is a whole number")
+        raise UserError(f"{ours}={value} of the loss is not supported by transformers: its {theirs} is a whole number")
     return int(value)
 
 
@@ -233,10 +236,10 @@ def _is_timm(theirs: Any) -> bool:
 
 
 def _read_backbone(theirs: Any) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Our fields of the backbone, and its stages, from the configuration of theirs."""
+    """Our fields of the backbone, and its stages, from their configuration."""
     dilated = False
     if _is_timm(theirs):
-        name = theirs.backbone.split(".")[0]  # what follows the dot names the weights
+        name = theirs.backbone.split(".")[0]  # the name of the weights follows the dot
         if name not in TIMM:
             raise UserError(f"backbone {theirs.backbone!r} of timm is not one of regolite's; it has {', '.join(TIMM)}")
         if theirs.output_stride not in (None, 16, 32):
@@ -257,27 +260,29 @@ def _read_backbone(theirs: Any) -> tuple[dict[str, Any], tuple[int, ...]]:
         raise UserError(
             f"backbone {theirs.model_type!r} is not one of regolite's; ResNets of timm and transformers are"
         )
-    # They count the stem as 0 and may count from the end; the papers call its successor stage 2.
+    # Their index of the stem is 0, and indices may be negative; the papers call the first stage after the stem stage 2.
     return {"backbone": name, "dilated": dilated}, tuple(index % 5 + 1 for index in theirs.out_indices)
 
 
 def _write_backbone(transformers: Any, c: Any, timm: bool) -> Any:
-    """The configuration of their backbone, from ours."""
+    """The configuration of their backbone from ours."""
     indices = [stage - 1 for stage in getattr(c, "backbone_stages", (2, 3, 4, 5))]
     if timm:
         if c.backbone not in TIMM:
-            raise UserError(f"backbone {c.backbone!r} cannot be had in transformers; {', '.join(TIMM)} can")
+            raise UserError(
+                f"backbone {c.backbone!r} is not supported by transformers; choose one of {', '.join(TIMM)}"
+            )
         _package("timm")
         stride = 16 if c.dilated else None
         return transformers.TimmBackboneConfig(backbone=c.backbone, out_indices=indices, output_stride=stride)
     if c.backbone not in DEPTHS or c.dilated:
         what = "dilated=True" if c.dilated else f"backbone {c.backbone!r}"
-        raise UserError(f"{what} cannot be had in transformers' own ResNet; with timm=True more can")
+        raise UserError(f"{what} is not supported by transformers' own ResNet; use timm=True")
     return transformers.ResNetConfig(depths=list(DEPTHS[c.backbone]), out_features=[f"stage{i}" for i in indices])
 
 
 def _backbone_pairs(name: str, timm: bool) -> list[Pair]:
-    """The backbone: timm's names are torchvision's and so ours, transformers has its own."""
+    """The backbone: timm uses torchvision's names, as we do; transformers has its own."""
     ours, theirs = "backbone.body.", "model.backbone.model."
     if timm:
         return [Pair(ours, theirs)]
@@ -299,7 +304,7 @@ def _backbone_pairs(name: str, timm: bool) -> list[Pair]:
 
 
 def linears(ours: str, theirs: str, names: dict[str, str]) -> list[Pair]:
-    """Pairs of the parts of a module, by our names and theirs."""
+    """Pairs of the layers of a module, by our names and theirs."""
     return [Pair(f"{ours}.{here}.", f"{theirs}.{there}.") for here, there in names.items()]
 
 
@@ -317,7 +322,7 @@ MLP = {"0": "layers.0", "2": "layers.1", "4": "layers.2"}
 
 
 def encoder_pairs(c: Any, attention: dict[str, str]) -> list[Pair]:
-    """The encoder, with either kind of attention."""
+    """The encoder, with dense or deformable attention."""
     pairs = []
     for i in range(c.encoder_layers):
         ours, theirs = f"encoder.layers.{i}", f"model.encoder.layers.{i}"
@@ -327,7 +332,7 @@ def encoder_pairs(c: Any, attention: dict[str, str]) -> list[Pair]:
 
 
 def decoder_pairs(c: Any, layers: str, attention: dict[str, str], among: dict[str, str] = DENSE) -> list[Pair]:
-    """The decoder's layers, with any kind of cross-attention, and of self-attention among the queries."""
+    """The decoder's layers, with the given names of cross-attention and self-attention."""
     pairs = []
     for i in range(c.decoder_layers):
         ours, theirs = f"{layers}.{i}", f"model.decoder.layers.{i}"
@@ -339,7 +344,7 @@ def decoder_pairs(c: Any, layers: str, attention: dict[str, str], among: dict[st
 
 
 def detr_pairs(c: DetrConfig) -> list[Pair]:
-    """DETR behind its backbone."""
+    """DETR without its backbone."""
     return [
         Pair("input_projection.", "model.input_projection."),
         *encoder_pairs(c, DENSE),
@@ -352,7 +357,7 @@ def detr_pairs(c: DetrConfig) -> list[Pair]:
 
 
 def conditional_pairs(c: ConditionalDetrConfig) -> list[Pair]:
-    """Conditional DETR behind its backbone."""
+    """Conditional DETR without its backbone."""
     return [
         Pair("input_projection.", "model.input_projection."),
         *encoder_pairs(c, DENSE),
@@ -367,10 +372,10 @@ def conditional_pairs(c: ConditionalDetrConfig) -> list[Pair]:
 
 
 def deformable_pairs(c: DeformableDetrConfig) -> list[Pair]:
-    """Deformable DETR behind its backbone.
+    """Deformable DETR without its backbone.
 
-    They name a head once for every layer, whether they share it or not, and those that the decoder itself uses a second
-    time as the decoder's: box heads that refine, and with two stages all. The proposals' heads come last.
+    Their state dict names a head once for each layer, shared or not. Heads that the decoder uses have a second name
+    there: the box heads if it refines boxes, and all heads if it is two-stage. The proposals' heads are the last.
     """
     pairs = [Pair("level_positions", "model.level_embed"), *encoder_pairs(c, DEFORMABLE)]
     for i in range(c.levels):
@@ -395,7 +400,7 @@ def deformable_pairs(c: DeformableDetrConfig) -> list[Pair]:
 
 
 def _head(class_head: str, box_head: str, numbers: tuple[int, ...], c: DeformableDetrConfig) -> list[Pair]:
-    """A pair of heads, which they have under one or several numbers."""
+    """A class head and a box head, with one or several numbers in their state dict."""
 
     def theirs(name: str, twice: bool, part: str = "") -> tuple[str, ...]:
         prefixes = ("", "model.decoder.") if twice else ("",)

@@ -1,14 +1,13 @@
-"""Anchor DETR (Wang et al., AAAI 2022): object queries that are points of the image.
+"""Anchor DETR (Wang et al., AAAI 2022): object queries at anchor points.
 
-A query of DETR is a learned vector, and where it will attend cannot be read off it. Here it is made of two things that
-have a meaning:
+A query of DETR is a learned vector that does not show where it attends. Here it has two interpretable parts:
 
-- an **anchor point** (x, y), learned or of a regular grid. It is encoded like the cells of the image, by sine waves
-  and a small network, so that points and cells are compared in one language; the box is predicted around it;
-- a **pattern**, one of a few learned vectors that all points share. Every point is asked once with every pattern, since
+- an **anchor point** (x, y), learned or on a regular grid. Points and cells of the image share one encoding, sine
+  embeddings and a small network; the box is predicted around the point;
+- a **pattern**, one of a few learned vectors that all points share. Every point is combined with every pattern, since
   several objects may lie around one point: 300 points with 3 patterns are 900 queries.
 
-The image is looked at by row-column decoupled attention, which is cheap on large maps.
+Row-column decoupled attention attends to the image at low cost on large maps.
 """
 
 from __future__ import annotations
@@ -24,24 +23,25 @@ from torch import Tensor, nn
 
 from regolite.boxes import inverse_sigmoid
 from regolite.errors import UserError
+from regolite.models.attention import MultiHeadAttention
 from regolite.models.backbone import Backbone
 from regolite.models.config import DetectorConfig, register
 from regolite.models.deformable_detr import ImageNorm
 from regolite.models.positions import sine_embedding
-from regolite.models.transformer import MLP, DecoderLayer, EncoderLayer, box_head, class_head, in_float32
+from regolite.models.transformer import MLP, FeedForward, box_head, class_head, in_float32
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
 
 
 @dataclass(frozen=True)
 class AnchorDetrConfig(DetectorConfig):
-    """What an Anchor DETR is made of; other fields are those of :class:`~regolite.models.detr.DetrConfig`.
+    """Configuration of Anchor DETR; other fields are those of :class:`~regolite.models.detr.DetrConfig`.
 
     Attributes:
         queries: number of object queries, patterns times anchor points.
         patterns: number of patterns.
-        anchors: whether anchor points are ``"learned"``, or stand on a fixed square ``"grid"``.
-        mask_padding: keep padding out of the maps, of their normalization and of the means of rows and columns, so that
-            an image's boxes do not depend on the batch. The published models let it in.
+        anchors: ``"learned"`` anchor points, or a fixed square ``"grid"``.
+        mask_padding: exclude padding from the maps, their normalization and the means of rows and columns, so that an
+            image's boxes do not depend on the batch. The published models include it.
     """
 
     channel_multiple: ClassVar[int] = 32
@@ -65,9 +65,9 @@ class AnchorDetrConfig(DetectorConfig):
 
 @dataclass
 class Grid:
-    """The cells of an image, with the encoded position of every column and of every row.
+    """The cells of an image, with encoded positions of columns and rows.
 
-    The mask is True on padding, a margin on the right and at the bottom, so that it hides whole columns and whole rows.
+    The mask is True on padding, which is at the right and at the bottom, so that it covers whole columns and rows.
     """
 
     cells: Float[Tensor, "B h w C"]
@@ -79,16 +79,15 @@ class Grid:
 class RowColumnAttention(nn.Module):
     """Row-column decoupled attention (RCDA).
 
-    Dense attention compares a query with all h w cells. Here it is compared with the w columns, each the mean of its
-    cells, and with the h rows; the weight of a cell is the product of its column's weight and its row's. So values can
-    be mixed along one side and then along the other, and the h w weights of every query, which fill the memory where
-    maps are large, are never written down.
+    Dense attention compares a query with all h w cells. RCDA compares it with the w columns, each the mean of its
+    cells, and with the h rows; the weight of a cell is the product of its column's and its row's weight. So values are
+    averaged along one axis and then along the other, and the h w weights of a query are never stored.
 
     Args:
         dim: channels C.
         heads: number of heads M; divides ``dim``.
-        dropout: probability with which a weight is dropped while training.
-        mask_padding: leave padding out of the means.
+        dropout: probability of dropping an attention weight in training.
+        mask_padding: exclude padding from the means.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, mask_padding: bool = True) -> None:
@@ -98,28 +97,28 @@ class RowColumnAttention(nn.Module):
         self.heads, self.dropout, self.mask_padding = heads, dropout, mask_padding
         self.query_x, self.query_y, self.key_x, self.key_y = (nn.Linear(dim, dim) for _ in range(4))
         self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        for layer in self.children():
+        for layer in (self.query_x, self.query_y, self.key_x, self.key_y, self.value, self.out):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(
         self, query_x: Float[Tensor, "B Q C"], query_y: Float[Tensor, "B Q C"], grid: Grid
     ) -> Float[Tensor, "B Q C"]:
-        """Look at a grid: ``query_x`` asks for columns, its encoded x added, and ``query_y`` for rows."""
+        """Attend to a grid: ``query_x``, encoded x added, to its columns, and ``query_y`` to its rows."""
         weights = self.weights(query_x, query_y, grid)
         first, second = (F.dropout(w, self.dropout, self.training) for w in weights)
         values = self.value(grid.cells).unflatten(-1, (self.heads, -1))  # [B, h, w, M, c]
-        if first.shape[-1] < second.shape[-1]:  # the longer side first: less lies between the two steps
+        if first.shape[-1] < second.shape[-1]:  # the longer side first: the intermediate tensor is smaller
             first, second, values = second, first, values.transpose(1, 2)
-        mixed = torch.einsum("bmqi,bjimc->bmqjc", first, values)  # the sum over i leaves a value for each j
+        mixed = torch.einsum("bmqi,bjimc->bmqjc", first, values)
         mixed = torch.einsum("bmqj,bmqjc->bqmc", second, mixed)
         return self.out(mixed.flatten(2))
 
     def weights(
         self, query_x: Float[Tensor, "B Q C"], query_y: Float[Tensor, "B Q C"], grid: Grid
     ) -> tuple[Float[Tensor, "B M Q w"], Float[Tensor, "B M Q h"]]:
-        """The weights of columns and of rows; each sums to 1."""
-        # The key of a mean is the mean of the keys, which the published code takes: one projection where it needs many.
+        """The weights of columns and of rows, which sum to 1 each."""
+        # The published code takes the mean of the keys, which is the key of the mean: one projection instead of many.
         counted = (~grid.mask if self.mask_padding else torch.ones_like(grid.mask))[..., None]
         columns, rows = ((grid.cells * counted).sum(side) / counted.sum(side).clamp(min=1) for side in (1, 2))
         return (
@@ -135,29 +134,42 @@ class RowColumnAttention(nn.Module):
         return scores.masked_fill(mask[:, None, None], float("-inf")).softmax(-1)
 
 
-class GridEncoderLayer(EncoderLayer):
-    """The encoder layer with RCDA: every cell asks for columns and rows."""
+class GridEncoderLayer(nn.Module):
+    """DETR's encoder layer with RCDA for self-attention among the cells."""
+
+    def __init__(self, dim: int, attention: RowColumnAttention, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.attention, self.attention_norm = attention, nn.LayerNorm(dim)
+        self.ffn, self.ffn_norm = FeedForward(dim, ffn_dim, dropout), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, grid: Grid) -> Grid:
-        """The same grid, whose cells have looked at each other."""
+        """The grid with updated cells."""
         x = grid.cells
         seen = self.attention((x + grid.x[:, None]).flatten(1, 2), (x + grid.y[:, :, None]).flatten(1, 2), grid)
         x = self.attention_norm(x + self.dropout(seen.view_as(x)))
         return replace(grid, cells=self.ffn_norm(x + self.dropout(self.ffn(x))))
 
 
-class AnchorDecoderLayer(DecoderLayer):
-    """The decoder layer with RCDA."""
+class AnchorDecoderLayer(nn.Module):
+    """DETR's decoder layer with RCDA for cross-attention."""
+
+    def __init__(self, dim: int, heads: int, cross_attention: RowColumnAttention, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attention, self.self_norm = MultiHeadAttention(dim, heads, dropout), nn.LayerNorm(dim)
+        self.cross_attention, self.cross_norm = cross_attention, nn.LayerNorm(dim)
+        self.ffn, self.ffn_norm = FeedForward(dim, ffn_dim, dropout), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, queries: Float[Tensor, "B Q C"], points: tuple[Float[Tensor, "Q C"], ...], grid: Grid
     ) -> Float[Tensor, "B Q C"]:
-        """The queries, having looked at each other as in DETR, and at the grid by columns and rows.
+        """The updated hidden states of the queries.
 
         Args:
             queries: hidden states.
-            points: the encoded anchor points: both coordinates together, x alone, y alone.
-            grid: what is looked at.
+            points: the encoded anchor points: both coordinates, x alone, y alone.
+            grid: what the cross-attention attends to.
         """
         xy, x, y = points
         among = self.self_attention(queries + xy, queries + xy, queries)
@@ -172,14 +184,15 @@ class AnchorDetr(nn.Module):
     """Anchor DETR; its attributes are those of :class:`~regolite.models.detr.Detr`.
 
     Args:
-        config: what it is made of.
+        config: its configuration.
         num_classes: number of classes K.
 
     Raises:
-        UserError: when the patterns do not divide the queries, or the anchor points fill no square grid.
+        UserError: the patterns do not divide the queries, or the anchor points fill no square grid.
     """
 
     projected = False
+    points: Tensor
 
     def __init__(self, config: AnchorDetrConfig, num_classes: int) -> None:
         super().__init__()
@@ -199,7 +212,7 @@ class AnchorDetr(nn.Module):
         self.feature_channels = self.backbone.channels
         self.input_projection = nn.Conv2d(self.backbone.channels[-1], c.dim, 1)
         nn.init.xavier_uniform_(self.input_projection.weight)
-        nn.init.zeros_(self.input_projection.bias)
+        nn.init.zeros_(self.input_projection.bias)  # type: ignore[arg-type]  # torch types the bias as optional
         self.input_norm = ImageNorm(32, c.dim, c.mask_padding)
 
         def attention() -> RowColumnAttention:
@@ -222,7 +235,7 @@ class AnchorDetr(nn.Module):
         self.box_head = box_head(c.dim, size=-2.0)
 
     def forward(self, images: ImageBatch) -> DetectorOutput:
-        """Detect: cells look at cells, points with patterns look at cells, boxes are predicted around the points."""
+        """Detect: encode the cells, decode points with patterns, predict boxes around the points."""
         maps = self.backbone(images)
         last = maps[-1]
         cells = self.input_norm(self.input_projection(last.tensor), last.mask).permute(0, 2, 3, 1)
@@ -240,11 +253,11 @@ class AnchorDetr(nn.Module):
             boxes = in_float32(self.box_head, queries) + F.pad(inverse_sigmoid(points), (0, 2))
             layers.append(Prediction(in_float32(self.class_head, queries), boxes.sigmoid()))
 
-        if self.dilated:  # the glimpses of a DC5 model read its last map at the normal stride (REGO, appendix A.1)
+        if self.dilated:  # REGO reads the last map of a DC5 model at the normal stride (appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
         return DetectorOutput(layers, queries, maps)
 
     def _along(self, mask: Bool[Tensor, "B n"]) -> Float[Tensor, "B n C"]:
         """The encoded positions of columns or rows, in [0, 1] of the unpadded image."""
-        number = (~mask).float().cumsum(1)
+        number = (~mask).to(self.points.dtype).cumsum(1)
         return self.encode_one(sine_embedding((number - 0.5) / number[:, -1:] * 2 * math.pi, self.dim))

@@ -1,8 +1,8 @@
 """Multi-head attention, equations (1) and (2) of the paper.
 
-Every head projects queries, keys and values to C' = C / M channels, mixes the values by the softmax of scaled dot
-products, and the heads' outputs are concatenated and projected once more. PyTorch's fused kernel does the middle part;
-:meth:`MultiHeadAttention.weights` writes it out, for whoever wants to look at the weights.
+Each head projects queries, keys and values to C' = C / M channels and averages the values, weighted by the softmax of
+scaled dot products. The heads' outputs are concatenated and projected. PyTorch's fused kernel computes the averages;
+:meth:`MultiHeadAttention.weights` returns the weights that the kernel does not expose.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class MultiHeadAttention(nn.Module):
     Args:
         dim: channels C of queries and output.
         heads: number of heads M; divides ``dim``.
-        dropout: probability with which an attention weight is dropped while training.
+        dropout: probability of dropping an attention weight in training.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
@@ -45,10 +45,10 @@ class MultiHeadAttention(nn.Module):
         """Attend.
 
         Args:
-            query: what asks, positions added.
-            key: what is compared with the queries, positions added.
-            value: what is mixed.
-            mask: True on keys that nobody may look at (padding).
+            query: queries, positions added.
+            key: keys, positions added.
+            value: values.
+            mask: True on keys that are hidden (padding).
         """
         q, k, v = self._split(self.query(query)), self._split(self.key(key)), self._split(self.value(value))
         allowed = None if mask is None else ~mask[:, None, None]
@@ -63,13 +63,13 @@ class MultiHeadAttention(nn.Module):
         memory: Memory,
         reference_points: Float[Tensor, "B Q L d"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
-        """Look at a flattened image everywhere; reference points, which deformable attention needs, are unused."""
+        """Attend to all tokens of a memory; reference points, which deformable attention needs, are unused."""
         return self(queries, memory.tokens + memory.positions, memory.tokens, memory.mask)
 
     def weights(
         self, query: Float[Tensor, "B Q C"], key: Float[Tensor, "B S C"], mask: Bool[Tensor, "B S"] | None = None
     ) -> Float[Tensor, "B M Q S"]:
-        """The attention weights A_qkv of equation (2), head by head; each row sums to 1."""
+        """The attention weights A_qkv of equation (2) of each head; each row sums to 1."""
         q, k = self._split(self.query(query)), self._split(self.key(key))
         scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
         if mask is not None:

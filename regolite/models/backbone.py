@@ -1,8 +1,8 @@
-"""Backbones: an image becomes a pyramid of feature maps.
+"""Backbones: a pyramid of feature maps of an image.
 
-The network is torchvision's; this module says which of its maps are read, keeps batch normalization frozen (batches of
-a detector are too small for it), and carries the padding mask along. Maps are named by *stage*, as ResNet's papers
-count: stage 2 has stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride 32.
+The networks are torchvision's. This module selects their feature maps, freezes batch normalization (batches of a
+detector are too small for it), and hides padding. Maps are numbered by *stage*, as in the ResNet paper: stage 2 has
+stride 4, stage 3 stride 8, stage 4 stride 16, stage 5 stride 32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 import torchvision
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d
 
 from regolite.errors import UserError
@@ -38,9 +40,9 @@ WEIGHTS = {
 
 
 class TinyNet(nn.Sequential):
-    """A small network that is trained from scratch: each stage halves the map, then convolves it once more.
+    """A small network for training from scratch: each stage has a convolution of stride 2 and one of stride 1.
 
-    GroupNorm needs no large batches. 0.6 M parameters.
+    GroupNorm does not need large batches. 0.6 M parameters.
     """
 
     channels = {2: 32, 3: 64, 4: 128, 5: 128}
@@ -57,22 +59,29 @@ class TinyNet(nn.Sequential):
 
 
 class FoldedNorm(FrozenBatchNorm2d):
-    """A frozen batch normalization whose scale and shift the convolution before it applies; it only keeps them."""
+    """A frozen batch normalization whose scale and shift are applied by the preceding convolution."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """The input: :class:`NormalizedConv2d` has normalized it."""
+        """Return the input, which :class:`NormalizedConv2d` has normalized."""
         return x
 
 
 class NormalizedConv2d(nn.Conv2d):
     """A convolution and the frozen batch normalization after it, as one convolution.
 
-    ``norm(conv(x))`` is a convolution whose weights are scaled channel by channel, plus a shift. Scaling the weights
-    costs next to nothing; scaling the output would read and write the largest tensors of a detector twice more.
+    ``norm(conv(x))`` is a convolution with scaled weights plus a shift. Scaling the weights is cheap; scaling the
+    output would read and write the largest tensors of a detector twice more.
 
     Attributes:
         norm: the normalization.
     """
+
+    norm: FoldedNorm
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D _h _w"]:
         """Convolve and normalize."""
@@ -83,13 +92,13 @@ class NormalizedConv2d(nn.Conv2d):
 
 
 def fold_norms(body: nn.Module) -> None:
-    """Let each convolution of a torchvision network apply the frozen batch normalization that follows it."""
+    """Fold each frozen batch normalization of a torchvision network into the preceding convolution."""
     for parent in list(body.modules()):
         children = list(parent.children())
         for conv, norm in zip(children, children[1:]):
             if isinstance(norm, FoldedNorm):
-                conv.__class__ = NormalizedConv2d  # the same module, with its weights
-                object.__setattr__(conv, "norm", norm)  # no submodule: it has a name of its own, torchvision's
+                conv.__class__ = NormalizedConv2d  # keeps the module and its weights
+                object.__setattr__(conv, "norm", norm)  # not a submodule: it keeps torchvision's name
 
 
 class Backbone(nn.Module):
@@ -98,22 +107,21 @@ class Backbone(nn.Module):
     Args:
         name: ``mobilenet_v2``, ``resnet50``, ``resnet101``, ``resnext101_32x8d`` (Table 1's X101, by
             its 105 M parameters), ``resnext101_64x4d`` or ``tiny``.
-        stages: which maps to return, finest first; 2 to 5.
+        stages: the returned maps, finest first; 2 to 5.
         weights: ``"imagenet"`` for torchvision's ImageNet weights (downloaded once, then cached), ``"bundled"`` for the
-            MobileNetV2 that comes with the repository, ``"bundled_coco"`` for the one that was trained on COCO as the
-            body of an SSD, the path of a ``.safetensors`` or ``.pth`` state dict, or None for random ones.
-        dilated: DC5: stage 5 keeps the stride of stage 4 and its convolutions are dilated (ResNets only).
+            MobileNetV2 in the repository, ``"bundled_coco"`` for the one trained on COCO as the backbone of an SSD, the
+            path of a ``.safetensors`` or ``.pth`` state dict, or None for random initialization.
+        dilated: DC5: stage 5 has the stride of stage 4 and dilated convolutions (ResNets only).
         frozen_stages: the stem and the stages up to this number are not trained (DETR freezes up to stage 2).
-        mask_padding: hide padding from every convolution, so that an image has the same maps alone and in any batch.
-            A convolution reads zeros beyond the edge of an image that is alone; in a batch it would read what the
-            layers before have made of the padding, as the published detectors do. (The GroupNorm of ``tiny`` counts
-            padding all the same.)
+        mask_padding: set padding to zero before every convolution, so that the maps of an image do not depend on the
+            batch. Otherwise convolutions read the features of the padding, as in the published detectors. (The
+            GroupNorm of ``tiny`` includes padding in either case.)
 
     Attributes:
         channels: channels of each returned map.
 
     Raises:
-        UserError: when the name or a stage is unknown, or weights are wanted and can't be had.
+        UserError: the name or a stage is unknown, or the weights are not available.
     """
 
     def __init__(
@@ -140,11 +148,6 @@ class Backbone(nn.Module):
         self.strides = [16 if dilated and s == 5 else 2**s for s in self.stages]
         self.mask_padding = mask_padding
         fold_norms(self.body)
-        if mask_padding:
-            for module in self.body.modules():
-                # All that reads neighbors; the maximum is taken of a ReLU's output, where zeros say nothing.
-                if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.kernel_size != (1, 1):
-                    module.register_forward_pre_hook(self._hide_padding)
         if weights is not None:
             self.body.load_state_dict(_state_dict(name, weights, self.body.state_dict()))
         if frozen_stages:
@@ -153,55 +156,84 @@ class Backbone(nn.Module):
 
     def forward(self, images: ImageBatch) -> list[FeatureMap]:
         """The pyramid of a batch, finest map first."""
-        maps, x = {}, images.pixels
-        self._masks = halvings(images.mask)
+        maps, x, mask = {}, images.pixels, images.mask
         stage_of = {end: stage for stage, end in self.ends.items()}
         for number, part in enumerate(self.body, start=1):
-            x = part(x)
+            if self.mask_padding:
+                x, mask = run_masked(part, x, mask)
+            else:
+                x = part(x)
             if number in stage_of:
-                maps[stage_of[number]] = x
+                maps[stage_of[number]] = x, mask
         features = []
         for stage, stride in zip(self.stages, self.strides):
-            x, size = maps[stage], tuple(maps[stage].shape[-2:])
-            mask = self._masks[size] if self.mask_padding else shrink(images.mask, size)
-            features.append(FeatureMap(hide(x, mask) if self.mask_padding else x, mask, stride))
-        self._masks = {}
+            x, mask = maps[stage]
+            if self.mask_padding:
+                features.append(FeatureMap(hide(x, mask), mask, stride))
+            else:
+                features.append(FeatureMap(x, shrink(images.mask, x.shape[-2:]), stride))
         return features
 
-    def _hide_padding(self, module: nn.Module, inputs: tuple[Float[Tensor, "B C h w"]]) -> Float[Tensor, "B C h w"]:
-        (x,) = inputs
-        return hide(x, self._masks[tuple(x.shape[-2:])])
+
+def run_masked(
+    module: nn.Module, x: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B H W"]
+) -> tuple[Float[Tensor, "B D h w"], Bool[Tensor, "B h w"]]:
+    """Run a part of a network with zeros on padding before each layer that reads neighbors.
+
+    torchvision's blocks are written out here, since their own ``forward`` has no argument for a mask.
+
+    Args:
+        module: a layer, or a block of the networks in :class:`Backbone`.
+        x: its input.
+        mask: True on padding.
+
+    Returns:
+        The output, and the mask at its stride. A cell is padding where it lies wholly on padding. Since padding is at
+        the right and at the bottom, that is where the first of the cells that it replaces is padding.
+    """
+    if isinstance(module, nn.Sequential):
+        for part in module:
+            x, mask = run_masked(part, x, mask)
+        return x, mask
+    if isinstance(module, InvertedResidual):
+        out, small = run_masked(module.conv, x, mask)
+        return (x + out if module.use_res_connect else out), small
+    if isinstance(module, Bottleneck):
+        out = module.relu(module.bn1(module.conv1(x)))
+        out, small = run_masked(module.conv2, out, mask)
+        out = module.bn3(module.conv3(module.relu(module.bn2(out))))
+        out += x if module.downsample is None else module.downsample(x)
+        return module.relu(out), small
+    if list(module.children()):
+        raise TypeError(f"padding cannot be hidden inside a {type(module).__name__}: write out its forward here")
+    if not isinstance(module, (nn.Conv2d, nn.MaxPool2d)):  # a normalization or an activation
+        return module(x), mask
+    if module.kernel_size not in (1, (1, 1)):  # the maximum is taken of a ReLU's output, where zeros change nothing
+        x = hide(x, mask)
+    rows, columns = module.stride if isinstance(module.stride, tuple) else (module.stride, module.stride)
+    return module(x), mask[:, ::rows, ::columns]
 
 
 def hide(x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
     """The map with zeros on padding.
 
-    A product, since ``masked_fill`` gives up the channels-last layout, and every convolution after it converts back.
+    A product, since ``masked_fill`` does not keep the channels-last layout, to which convolutions would convert back.
     """
     return x * (~mask)[:, None].to(x.dtype)
 
 
-def halvings(mask: Bool[Tensor, "B H W"]) -> dict[tuple[int, int], Bool[Tensor, "B _h _w"]]:
-    """The padding mask at strides 1 to 32, by its size: a cell is padding where it lies wholly on padding."""
-    masks = {}
-    for _ in range(6):
-        masks[tuple(mask.shape[1:])] = mask
-        mask = mask[:, ::2, ::2]
-    return masks
-
-
-def shrink(mask: Bool[Tensor, "B H W"], size: tuple[int, int]) -> Bool[Tensor, "B h w"]:
-    """The padding mask at the size of a feature map, nearest neighbor, as the published detectors do it."""
-    return F.interpolate(mask[None].float(), size=size)[0].bool()
+def shrink(mask: Bool[Tensor, "B H W"], size: Sequence[int]) -> Bool[Tensor, "B h w"]:
+    """The padding mask resized to a feature map by nearest neighbor, as in the published detectors."""
+    return F.interpolate(mask[None].float(), size=tuple(size))[0].bool()
 
 
 def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dict[int, int]]:
-    """The network as one sequence of parts, after how many parts each stage ends, and the channels of each stage."""
+    """The network as a sequence of parts, the number of parts up to the end of each stage, and its channels."""
     if name == "tiny":
         return TinyNet(), {2: 1, 3: 2, 4: 3, 5: 4}, TinyNet.channels
     if name == "mobilenet_v2":
         net = torchvision.models.mobilenet_v2(norm_layer=FoldedNorm)
-        # The last 1x1 convolution (320 to 1280 channels) belongs to the classifier; detectors do without it.
+        # The last 1x1 convolution (320 to 1280 channels) belongs to the classifier; detectors do not use it.
         return net.features[:-1], {2: 4, 3: 7, 4: 14, 5: 18}, {2: 24, 3: 32, 4: 96, 5: 320}
     net = getattr(torchvision.models, name)(norm_layer=FoldedNorm, replace_stride_with_dilation=[False, False, dilated])
     del net.avgpool, net.fc
@@ -211,7 +243,7 @@ def _split(name: str, dilated: bool) -> tuple[nn.Sequential, dict[int, int], dic
 
 
 def _state_dict(name: str, weights: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by the names that the body wants, whatever the file's names and whatever else it holds."""
+    """The weights by our names, without those that the network does not have."""
     if weights == "imagenet":
         if name not in WEIGHTS:
             raise UserError(f"there are no ImageNet weights of backbone {name!r}; use weights=None")
@@ -239,7 +271,7 @@ def download(name: str) -> Mapping[str, Tensor]:
     """A state dict of torchvision by the name of its weights, downloaded once and then cached.
 
     Raises:
-        UserError: when it can't be downloaded.
+        UserError: the download fails.
     """
     weights = torchvision.models.get_weight(name)
     try:

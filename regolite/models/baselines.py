@@ -1,14 +1,14 @@
-"""The baselines of Table 1: FCOS, Faster R-CNN and Mask R-CNN, torchvision's own networks in this package's harness.
+"""The baselines of Table 1: FCOS, Faster R-CNN and Mask R-CNN with torchvision's networks.
 
-They are what detection was before DETR. A transformer's queries settle among themselves who takes which object. These
-networks predict at every cell of a feature pyramid (FCOS) or around fixed anchor boxes (the R-CNNs), find every object
-many times, and keep the best of what overlaps: non-maximum suppression (NMS), the step that DETR did away with. So a
-baseline has no queries, no decoder layers and no :class:`~regolite.types.DetectorOutput`: it gives finished
-detections (:meth:`Baseline.detections`), which ``detect`` and ``evaluate`` take as one stage. It is not trained here.
+They predict at every cell of a feature pyramid (FCOS) or around fixed anchor boxes (the R-CNNs), detect each object
+several times, and select the highest-scoring of overlapping boxes: non-maximum suppression (NMS), which DETR does not
+need. So a baseline has no queries, no decoder layers and no :class:`~regolite.types.DetectorOutput`. It returns final
+detections (:meth:`Baseline.detections`), which ``detect`` and ``evaluate`` treat as one stage. Baselines are not
+trained.
 
-The networks are torchvision's to the last weight; :class:`Baseline` only translates. Images arrive normalized,
-resized and padded, labels leave as 0..K-1. As in torchvision, padding is let in: an image's boxes depend a little on
-its batch. Resizing is the package's own, with antialiasing, where torchvision's is without.
+The networks and weights are torchvision's; :class:`Baseline` converts inputs and outputs. Images are normalized,
+resized and padded, labels are 0..K-1. As in torchvision, padding is not hidden: an image's boxes depend slightly on its
+batch. Images are resized by this package with antialiasing, in torchvision without.
 """
 
 from __future__ import annotations
@@ -41,26 +41,25 @@ COCO_WEIGHTS = {
     ("faster_rcnn", "resnet50"): "FasterRCNN_ResNet50_FPN_Weights.COCO_V1",
     ("mask_rcnn", "resnet50"): "MaskRCNN_ResNet50_FPN_Weights.COCO_V1",
 }
-"""What torchvision has published, by kind and backbone."""
+"""Weights published by torchvision, by kind and backbone."""
 
-# torchvision's label is COCO's id, 1 to 90, and 0 is the background; ten ids of these COCO itself does not use ("N/A").
+# torchvision's labels are COCO's ids, 1 to 90, of which ten are unused ("N/A"); 0 is the background.
 COCO_CLASSES = tuple(get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"][1:])
 COCO_IDS = tuple(range(1, len(COCO_CLASSES) + 1))
 
 
 @dataclass(frozen=True)
 class BaselineConfig(DetectorConfig):
-    """What a baseline is made of.
+    """Configuration of a baseline.
 
     Attributes:
         kind: ``"fcos"`` (Tian et al. 2019), ``"faster_rcnn"`` with a feature pyramid (Lin et al. 2017), or
-            ``"mask_rcnn"`` (He et al. 2017), whose masks are left out: detections are boxes.
-        backbone: any ResNet or ResNeXt of torchvision by its name there.
-        weights: ``"coco"`` for the whole detector as torchvision has published it (downloaded once, then cached);
-            ``"imagenet"`` for the backbone's alone; the path of a ``.pth`` or ``.safetensors`` state dict of the whole
-            detector; or None for random ones.
-        norm_eps: added to the variance in the backbone's frozen batch normalization; torchvision's published R-CNNs
-            were trained with 0.
+            ``"mask_rcnn"`` (He et al. 2017), without its masks.
+        backbone: name of a ResNet or ResNeXt of torchvision.
+        weights: ``"coco"`` for the detector published by torchvision (downloaded once, then cached); ``"imagenet"`` for
+            the backbone only; the path of a ``.pth`` or ``.safetensors`` state dict of the detector; or None for random
+            initialization.
+        norm_eps: epsilon of the backbone's frozen batch normalization; 0 in torchvision's published R-CNNs.
     """
 
     default_classes: ClassVar = COCO_CLASSES
@@ -78,9 +77,9 @@ class Baseline(nn.Module):
     """A detector of torchvision.
 
     Args:
-        config: what it is made of.
-        num_classes: number of classes K. torchvision's heads get one column more, number 0: the R-CNNs' background,
-            and unused in FCOS, whose classes are scored by sigmoids but counted in the same way.
+        config: its configuration.
+        num_classes: number of classes K. torchvision's heads have one more logit, at index 0: the background of the
+            R-CNNs, unused in FCOS.
 
     Attributes:
         net: torchvision's network. Its parts are ``backbone`` (with the feature pyramid), then ``head`` (FCOS) or
@@ -88,7 +87,7 @@ class Baseline(nn.Module):
             ``roi_heads.mask_head`` and ``roi_heads.mask_predictor``.
 
     Raises:
-        UserError: when the backbone is unknown, or weights are wanted and can't be had or do not fit.
+        UserError: the backbone is unknown, or the weights are not available or do not fit.
     """
 
     def __init__(self, config: BaselineConfig, num_classes: int) -> None:
@@ -98,29 +97,29 @@ class Baseline(nn.Module):
             raise UserError(f"a baseline has no backbone {config.backbone!r}; give a ResNet of torchvision: resnet50")
         norm = partial(FrozenBatchNorm2d, eps=config.norm_eps)
         pyramid = partial(resnet_fpn_backbone, backbone_name=config.backbone, weights=None, norm_layer=norm)
-        if config.kind == "fcos":  # strides 8 to 128; the two coarsest by convolutions of their own
+        if config.kind == "fcos":  # strides 8 to 128; the two coarsest by extra convolutions
             self.net = FCOS(pyramid(returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)), num_classes + 1)
         else:  # strides 4 to 32, and 64 by pooling
             self.net = (FasterRCNN if config.kind == "faster_rcnn" else MaskRCNN)(pyramid(), num_classes + 1)
-            self.net.roi_heads.mask_roi_pool = None  # so that Mask R-CNN keeps its mask head and does not run it
-        self.net.transform = _Prepared(800, 1333, [0.0], [1.0])  # sizes, means and deviations that it does not use
+            self.net.roi_heads.mask_roi_pool = None  # so that Mask R-CNN does not run its mask head
+        self.net.transform = _Prepared(800, 1333, [0.0], [1.0])  # unused sizes, means and deviations
         if config.weights is not None:
             self._load(config.weights)
 
     def forward(self, images: ImageBatch) -> list[Detections]:
-        """What is found in each image, with boxes in pixels of the network's input."""
+        """The detections of each image, with boxes in pixels of the network's input."""
         return self.detections(images, images.sizes)
 
     def detections(self, images: ImageBatch, sizes: Int[Tensor, "B 2"], top_k: int = 100) -> list[Detections]:
-        """What is found in each image, best first: the method by which the harness knows a finished detector.
+        """The detections of each image, highest-scoring first, without a further step of postprocessing.
 
-        torchvision leaves out what scores less than 0.05 (FCOS: 0.2), and all but the best 100.
-        ``Detections.queries`` numbers the detections: no query made them.
+        torchvision removes detections with scores below 0.05 (FCOS: 0.2), and keeps at most 100 per image.
+        ``Detections.queries`` are the numbers of the detections.
 
         Args:
             images: the images.
             sizes: height and width of the original images in pixels.
-            top_k: how many to keep of each image.
+            top_k: largest number of detections of an image.
         """
         found = self.net([p[:, :h, :w] for p, (h, w) in zip(images.pixels, images.sizes.tolist())])
         scale = (sizes.cpu() / images.sizes.cpu()).flip(1).repeat(1, 2)  # of x, y, x, y
@@ -131,15 +130,13 @@ class Baseline(nn.Module):
         return detections
 
     def dense(self, images: ImageBatch) -> dict[str, Any]:
-        """Everything whose cost does not depend on what is found: for counting operations, on the meta device too.
+        """Run all parts with a fixed number of boxes, to count operations, also on the meta device.
 
-        NMS leaves a number of boxes that is known only when it has run, so :meth:`forward` needs real numbers. Here
-        the box head gets 1000 proposals an image and the mask head 100 detections, the most that torchvision lets
-        through, as zeros: RoIAlign is not run.
+        The number of boxes after NMS depends on the data. Here the box head gets 1000 proposals per image and the mask
+        head 100 detections, torchvision's maxima, as zeros; RoIAlign is not run.
 
         Returns:
-            The raw outputs by the names of the parts: ``"head"``, or ``"rpn"``, ``"box"`` and, of Mask R-CNN,
-            ``"mask"``.
+            The raw outputs of the parts by name: ``"head"``, or ``"rpn"``, ``"box"`` and, of Mask R-CNN, ``"mask"``.
         """
         maps = list(self.net.backbone(images.pixels).values())
         if self.config.kind == "fcos":
@@ -153,7 +150,7 @@ class Baseline(nn.Module):
         return outputs
 
     def _load(self, weights: str) -> None:
-        """Load the whole detector, or the backbone alone."""
+        """Load weights of the detector or of the backbone."""
         c, net = self.config, self.net
         if weights == "imagenet":
             net = self.net.backbone.body
@@ -185,7 +182,7 @@ class Baseline(nn.Module):
 
 
 class _Prepared(GeneralizedRCNNTransform):
-    """torchvision's preparation of images without its steps that are done already: what remains is padding."""
+    """torchvision's transform without normalization and resizing, which are already done; it only pads."""
 
     def normalize(self, image: Float[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
         return image

@@ -1,20 +1,20 @@
-"""Conditional DETR (Meng et al., ICCV 2021): a DETR whose queries are told where to look.
+"""Conditional DETR (Meng et al., ICCV 2021): a DETR with conditional cross-attention.
 
-Backbone, encoder and heads are DETR's; new is how a query looks at the image. DETR compares a query with a cell as
-sums of what they are, c, and where they are, p: (c_q + p_q) . (c_k + p_k). So the content of a query must also tell it
-where to look, and learning that takes hundreds of epochs. Conditional cross-attention leaves the mixed terms out
-(section 3.3); every head scores a cell by
+Backbone, encoder and heads are DETR's; the cross-attention is new. In DETR the score of a query and a cell is a product
+of sums of contents c and positions p: (c_q + p_q) . (c_k + p_k). So the content of a query also determines where it
+attends, which takes hundreds of epochs to learn. Conditional cross-attention omits the mixed terms (section 3.3); the
+score of a head is
 
     c_q . c_k + p_q . p_k
 
-where the *conditional spatial query* p_q is made of two things that a query has:
+where the *conditional spatial query* p_q is computed from two properties of a query:
 
-- its **reference point** s, the same in all layers: p_s = sine(sigmoid(s)) encodes it as the cells are encoded;
-- its hidden state f, which gives a factor for every channel, lambda = FFN(f): p_q = lambda * p_s. A query that knows
-  more of its object weighs the waves otherwise, and each head comes to look at another edge or part of the object.
+- its **reference point** s, the same in all layers: p_s = sine(sigmoid(s)) has the encoding of the cells;
+- its hidden state f, which gives a factor for every channel, lambda = FFN(f): p_q = lambda * p_s. As the hidden state
+  changes, so do the weights of the wavelengths, and each head attends to another edge or part of the object.
 
-Boxes are predicted around the reference point, classes by sigmoids. After 50 epochs it has 40.9 AP, where DETR has 34.8
-(and 42.0 after 500).
+Boxes are predicted around the reference point, classes by sigmoids. After 50 epochs it reaches 40.9 AP; DETR reaches
+34.8 (and 42.0 after 500).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ConditionalDetr(nn.Module):
     """Conditional DETR.
 
     Args:
-        config: what it is made of.
+        config: its configuration.
         num_classes: number of classes K.
 
     Attributes:
@@ -115,9 +115,9 @@ class ConditionalDetr(nn.Module):
         self.box_head = box_head(c.dim, size=0.0)
 
     def forward(self, images: ImageBatch) -> DetectorOutput:
-        """Detect: DETR's encoder, then decoder layers that ask for p_q = FFN(f) * p_s and not for the query's own p.
+        """Detect: DETR's encoder, then decoder layers with p_q = FFN(f) * p_s as positions of the queries.
 
-        In the first layer, whose hidden states f are zero, the scale is 1.
+        In the first layer, whose hidden states f are zero, the factor is 1.
         """
         maps = self.backbone(images)
         last = maps[-1]
@@ -135,7 +135,7 @@ class ConditionalDetr(nn.Module):
             queries = layer(queries, positions, spatial, memory)
             layers.append(self._predict(self.decoder_norm(queries), points))
 
-        if self.dilated:  # the glimpses of a DC5 model read its last map at the normal stride (REGO, appendix A.1)
+        if self.dilated:  # REGO reads the last map of a DC5 model at the normal stride (appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
         return DetectorOutput(layers, self.decoder_norm(queries), maps)
 
@@ -171,7 +171,7 @@ class ConditionalDecoderLayer(nn.Module):
         spatial: Float[Tensor, "B Q C"],
         memory: Memory,
     ) -> Float[Tensor, "B Q C"]:
-        """The queries, having looked at each other and at the image.
+        """The updated hidden states of the queries.
 
         Args:
             queries: hidden states f.
@@ -186,12 +186,12 @@ class ConditionalDecoderLayer(nn.Module):
 
 
 class SplitAttention(nn.Module):
-    """Multi-head attention that projects contents and positions apart; who uses it says how they come together.
+    """Multi-head attention with separate projections of contents and positions, which subclasses combine.
 
     Args:
         dim: channels C.
         heads: attention heads M; divides ``dim``.
-        dropout: probability with which an attention weight is dropped while training.
+        dropout: probability of dropping an attention weight in training.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
@@ -205,7 +205,7 @@ class SplitAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def split(self, *parts: Float[Tensor, "B N C"]) -> Float[Tensor, "B M N c"]:
-        """Each head's share of every part, side by side."""
+        """The channels of each head, concatenated over the parts."""
         return torch.cat([part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts], -1)
 
     def mix(
@@ -215,34 +215,35 @@ class SplitAttention(nn.Module):
         value: Float[Tensor, "B M S d"],
         mask: Bool[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
-        """Every head mixes the values by the softmax of scaled dot products; True in the mask hides a value."""
+        """Scaled dot-product attention and the output projection; True in the mask hides a key."""
         allowed, dropout = None if mask is None else ~mask[:, None, None], self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class ConditionalSelfAttention(SplitAttention):
-    """Self-attention of the queries: contents and positions are added, as in DETR."""
+    """Self-attention of the queries, with the sums of contents and positions as in DETR."""
 
     def forward(self, x: Float[Tensor, "B Q C"], positions: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q C"]:
-        """What each query takes from the others."""
+        """Attend to the queries."""
         query = self.query(x) + self.query_position(positions)
         key = self.key(x) + self.key_position(positions)
         return self.mix(self.split(query), self.split(key), self.split(self.value(x)))
 
 
 class ConditionalCrossAttention(SplitAttention):
-    """Cross-attention to the cells: every head scores a cell by c_q . c_k + p_q . p_k (section 3.3).
+    """Cross-attention to the cells with the scores c_q . c_k + p_q . p_k of each head (section 3.3).
 
-    A head's content and spatial part lie side by side: one dot product of vectors twice as long is the sum of the two.
-    In the first layer, where there is no content yet, positions are also added to the contents, as in DETR.
+    Content and spatial parts of a head are concatenated: the dot product of the results is the sum of both products.
+    In the first layer, whose hidden states are zero, positions are also added to the contents, as in DETR.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, first: bool) -> None:
         super().__init__(dim, heads, dropout)
         self.query_spatial = nn.Linear(dim, dim)
+        self.first = first
         if not first:
-            self.query_position = None
+            del self.query_position
 
     def forward(
         self,
@@ -251,9 +252,10 @@ class ConditionalCrossAttention(SplitAttention):
         spatial: Float[Tensor, "B Q C"],
         memory: Memory,
     ) -> Float[Tensor, "B Q C"]:
-        """What each query takes from the image."""
-        query, key, where = self.query(x), self.key(memory.tokens), self.key_position(memory.positions)
-        if self.query_position is not None:
+        """Attend to the image."""
+        query, key = self.query(x), self.key(memory.tokens)
+        where = self.key_position(memory.positions.to(memory.tokens.dtype))
+        if self.first:
             query, key = query + self.query_position(positions), key + where
         both = self.split(query, self.query_spatial(spatial)), self.split(key, where)
         return self.mix(*both, self.split(self.value(memory.tokens)), memory.mask)

@@ -1,8 +1,9 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, equation 3) in plain PyTorch.
 
-Dense attention compares a query with every cell of the image. Deformable attention looks at a handful of points: each
-head predicts, from the query alone, K offsets from a reference point on each of L levels and K L weights that sum to 1,
-and mixes the values that it reads there. There is nothing to compile: ``grid_sample`` does the reading on any device.
+Dense attention compares a query with every cell of the image. Deformable attention samples a few points: from the query
+alone, each head predicts K offsets from a reference point on each of L levels and K L weights that sum to 1, and
+returns the weighted sum of the values at these points. Nothing needs to be compiled: ``grid_sample`` interpolates on
+any device.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def sample_and_mix(
     locations: Float[Tensor, "B Q M L K 2"],
     weights: Float[Tensor, "B Q M L K"],
 ) -> Float[Tensor, "B Q C"]:
-    """Read values at the sampling locations by bilinear interpolation and sum them with the attention weights.
+    """Interpolate values bilinearly at the sampling locations and sum them with the attention weights.
 
     Args:
-        values: values of all levels in a row, split into heads; S is the number of cells of all levels.
+        values: concatenated values of all levels, split into heads; S is the number of cells of all levels.
         shapes: height and width of each level.
         locations: x, y in [0, 1] of the (padded) map; outside it the value is zero.
         weights: attention weights, which sum to 1 over levels and points.
@@ -37,8 +38,8 @@ def sample_and_mix(
     batch, _, heads, _ = values.shape
     locations = locations.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # [L, B*M, K, Q, 2]
     weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)  # [L, B*M, K, Q]
-    mixed = 0.0
-    # Level by level: the samples of all levels side by side would be the largest tensor of the whole model.
+    mixed = values.new_zeros(())
+    # Level by level: the samples of all levels together would be the largest tensor of the model.
     by_level = values.split([height * width for height, width in shapes], 1)
     for value, shape, places, weight in zip(by_level, shapes, locations, weights):
         maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, *shape)  # [B*M, c, h, w]
@@ -51,13 +52,13 @@ def read_and_mix(
 ) -> Float[Tensor, "N c Q"]:
     """``(F.grid_sample(maps, 2 * places - 1) * weight[:, None]).sum(2)``: the same numbers, with less memory.
 
-    Autograd would keep the samples, [N, c, K, Q], for the backward pass: most of the memory of the whole model. Here
-    the backward pass reads them a second time, and neither pass has more of them at once than a CPU's cache holds.
-    Where there are many, that takes less time, too.
+    Autograd would keep the samples, [N, c, K, Q], for the backward pass: most of the model's memory. Here the backward
+    pass samples again, and neither pass holds more samples at once than fit in a CPU's cache. For many samples this is
+    also faster.
 
     Args:
-        maps: one level, the heads as if they were images.
-        places: where to read, x and y in [0, 1].
+        maps: one level, with heads in the batch dimension.
+        places: sampling locations, x and y in [0, 1].
         weight: the weight of each sample.
     """
     return _ReadAndMix.apply(maps.to(places.dtype), places, weight.to(places.dtype)).to(maps.dtype)
@@ -68,39 +69,40 @@ class _ReadAndMix(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, places: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(maps, places, weight)
         mixed = maps.new_empty(*maps.shape[:2], places.shape[2])
-        for some_maps, at, w, out in _few(maps, places, weight, mixed):
-            torch.sum(_read(some_maps, 2 * at - 1).mul_(w[:, None]), 2, out=out)
+        for chunk, at, w, out in _chunks(maps, places, weight, mixed):
+            torch.sum(_read(chunk, 2 * at - 1).mul_(w[:, None]), 2, out=out)
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = []
-        for some_maps, at, w, upstream in _few(*ctx.saved_tensors, gradient[:, :, None]):
+        for chunk, at, w, upstream in _chunks(*ctx.saved_tensors, gradient[:, :, None]):
             grid = 2 * at - 1
-            samples = _read(some_maps, grid)
+            samples = _read(chunk, grid)
             to_weight = samples.mul_(upstream).sum(1)
             to_samples = torch.mul(upstream, w[:, None], out=samples)
-            to_maps, to_grid = _read_backward(to_samples, some_maps, grid, 0, 0, False, [True, True])
+            to_maps, to_grid = _read_backward(to_samples, chunk, grid, 0, 0, False, [True, True])
             parts.append((to_maps, 2 * to_grid, to_weight))
-        return parts[0] if len(parts) == 1 else tuple(torch.cat(several) for several in zip(*parts))
+        maps, places, weight = (rows[0] if len(parts) == 1 else torch.cat(rows) for rows in zip(*parts))
+        return maps, places, weight
 
 
 def _read(maps: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-_read_backward = torch.ops.aten.grid_sampler_2d_backward  # _read's modes as numbers, and which gradients are wanted
+_read_backward = torch.ops.aten.grid_sampler_2d_backward  # takes _read's modes as numbers and an output mask
 
 
-CACHED = 2**18  # samples: a MiB of float32, about what the cache of a core holds
+CACHED = 2**18  # samples: 1 MiB of float32, about the cache of a core
 
 
-def _few(maps: Tensor, places: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of every tensor after others: on a CPU as many as its cache holds the samples of, on a GPU all of them.
+def _chunks(maps: Tensor, places: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Chunks of rows of every tensor: on a CPU, as many rows as have samples that fit in the cache; on a GPU, all.
 
-    ``grid_sample`` gives each thread of a CPU a map of its own, so there are at least as many rows as threads. Small
-    maps go many at a time: for them a call takes longer than the reading.
+    On a CPU ``grid_sample`` assigns whole maps to threads, so a chunk has at least as many rows as there are threads.
+    Small maps are processed many at a time, since a call takes longer than their interpolation.
     """
     rows, channels, points, queries = len(maps), maps.shape[1], places.shape[1], places.shape[2]
     if maps.device.type == "cpu":
@@ -127,7 +129,7 @@ class DeformableAttention(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """At the start head m looks in direction m, its point k at distance k, with equal weights."""
+        """Initially head m samples in direction m, point k at distance k, with equal weights."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
@@ -142,13 +144,13 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def look(
+    def forward(
         self, queries: Float[Tensor, "B Q C"], memory: Memory, reference_points: Float[Tensor, "B Q L d"]
     ) -> Float[Tensor, "B Q C"]:
-        """Look at a flattened pyramid around the reference points.
+        """Attend to a flattened pyramid around the reference points.
 
         Args:
-            queries: what asks, positions added.
+            queries: the queries, positions added.
             memory: the tokens of all levels.
             reference_points: x, y (d = 2) or cxcywh (d = 4) on each level, in [0, 1] of the padded map.
         """
@@ -159,16 +161,27 @@ class DeformableAttention(nn.Module):
         mixed = sample_and_mix(values, memory.shapes, *self.sampling(queries, memory.shapes, reference_points))
         return self.out(mixed)
 
+    def look(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        memory: Memory,
+        reference_points: Float[Tensor, "B Q L d"] | None = None,
+    ) -> Float[Tensor, "B Q C"]:
+        """The module's output, by the method that transformer layers call; reference points are required."""
+        if reference_points is None:
+            raise ValueError("deformable attention needs reference points")
+        return self(queries, memory, reference_points)
+
     def sampling(
         self,
         queries: Float[Tensor, "B Q C"],
         shapes: list[tuple[int, int]],
         reference_points: Float[Tensor, "B Q L d"],
     ) -> tuple[Float[Tensor, "B Q M L K 2"], Float[Tensor, "B Q M L K"]]:
-        """Where each head looks, in [0, 1] of the padded map, and with which weight.
+        """Sampling locations of each head, in [0, 1] of the padded map, and their attention weights.
 
-        Offsets from a point are counted in cells of the level; offsets from a box in half sizes of the box over K, so
-        that the initial points spread over the box.
+        The unit of an offset is a cell of the level for a reference point, and 1 / K of half the box's size for a
+        reference box, so that the initial points spread over the box.
         """
         offsets = self.sampling_offsets(queries).unflatten(2, (self.heads, self.levels, self.points, 2))
         weights = self.attention_weights(queries).unflatten(2, (self.heads, self.levels * self.points))

@@ -1,8 +1,8 @@
 """Deformable DETR (Zhu et al., 2021): plain, with iterative box refinement, and two-stage.
 
-A pyramid of feature maps, an encoder and a decoder whose attention looks at a few points of every level around a
-reference point (:mod:`regolite.models.deformable_attention`). Every query owns a reference point;
-boxes are predicted around it.
+A pyramid of feature maps, and an encoder and a decoder with deformable attention, which samples a few points of every
+level around a reference point (:mod:`regolite.models.deformable_attention`). Every query has a reference point; boxes
+are predicted around it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Predi
 
 @dataclass(frozen=True)
 class DeformableDetrConfig(DetectorConfig):
-    """What a Deformable DETR is made of.
+    """Configuration of Deformable DETR.
 
     Attributes:
         backbone: name of the backbone, see :class:`~regolite.models.backbone.Backbone`.
@@ -45,14 +45,14 @@ class DeformableDetrConfig(DetectorConfig):
         ffn_dim: width of the feed-forward networks.
         dropout: probability of dropping.
         queries: number of object queries.
-        refine: iterative box refinement: every layer corrects the box of the layer before.
-        two_stage: queries are the encoder's best proposals and not learned ones; needs ``refine``.
-        mask_padding: keep padding out of the maps and of their normalization, so that an image's boxes do not depend
-            on the batch. The published models let it in.
-        token_queries: two-stage only: score proposals by class, and let the content of a query start as the token that
-            proposed it, as RT-DETR does. The published two-stage models score "object" alone, and make the content from
-            the proposed box.
-        denoising: two-stage only: train on noised ground truth too (:mod:`regolite.denoising`).
+        refine: iterative box refinement: each layer corrects the box of the previous layer.
+        two_stage: take the encoder's highest-scoring proposals as queries instead of learned ones; needs ``refine``.
+        mask_padding: exclude padding from the maps and their normalization, so that an image's boxes do not depend on
+            the batch. The published models include it.
+        token_queries: two-stage only: score proposals by class, and initialize the content of a query with the token
+            that proposed it, as RT-DETR does. The published two-stage models score only "object", and compute the
+            content from the proposed box.
+        denoising: two-stage only: also train on noised ground truth (:mod:`regolite.denoising`).
     """
 
     channel_multiple: ClassVar[int] = 32
@@ -84,7 +84,7 @@ class DeformableDetr(nn.Module):
     """Deformable DETR.
 
     Args:
-        config: what it is made of.
+        config: its configuration.
         num_classes: number of classes K.
 
     Attributes:
@@ -92,7 +92,7 @@ class DeformableDetr(nn.Module):
         scoring: how logits become scores, always ``"sigmoid"``.
         num_logits: logits per query, K.
         feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
-        projected: True: these maps are projections of the backbone's to C channels.
+        projected: True: these maps are the backbone's, projected to C channels.
     """
 
     projected = True
@@ -136,7 +136,7 @@ class DeformableDetr(nn.Module):
             nn.init.xavier_uniform_(self.reference_points.weight)
             nn.init.zeros_(self.reference_points.bias)
 
-        # With refinement every layer has heads of its own; without it all layers share one pair.
+        # With refinement each layer has its own heads; without it all layers share one pair.
         heads = c.decoder_layers if c.refine else 1
         self.class_heads = nn.ModuleList(class_head(c.dim, num_classes, prior=0.01) for _ in range(heads))
         sizes = [0.0 if c.two_stage or i else -2.0 for i in range(heads)]
@@ -144,15 +144,15 @@ class DeformableDetr(nn.Module):
 
     @property
     def denoises(self) -> bool:
-        """Whether training hands ``targets`` to :meth:`forward`."""
+        """Whether training passes ``targets`` to :meth:`forward`."""
         return self.config.denoising
 
     def forward(self, images: ImageBatch, targets: Sequence[Target] | None = None) -> DetectorOutput:
-        """Detect: tokens look at the pyramid (encoder), queries look at tokens (decoder), heads read the queries.
+        """Detect: encode the pyramid, decode the queries, predict classes and boxes.
 
         Args:
             images: the images.
-            targets: their ground truth, in training with denoising.
+            targets: the ground truth, for training with denoising.
         """
         maps = self.pyramid(self.backbone(images), images.mask)
         positions = [
@@ -190,7 +190,7 @@ class DeformableDetr(nn.Module):
         reference: Float[Tensor, "B Q d"],
         query_mask: Bool[Tensor, "B Q"] | None = None,
     ) -> tuple[list[Prediction], Float[Tensor, "B Q C"]]:
-        """Predictions by decoder layer, and the hidden states of the last."""
+        """Predictions of each decoder layer, and the hidden states of the last."""
         layers = []
         for number, layer in enumerate(self.decoder_layers):
             scale = valid.repeat(1, 1, reference.shape[-1] // 2)  # xy, or xy and wh
@@ -208,7 +208,7 @@ class DeformableDetr(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """The backbone's maps, projected to C channels, and coarser ones made from the last of them."""
+    """The backbone's maps projected to C channels, and coarser levels computed from the last one."""
 
     def __init__(self, channels: Sequence[int], levels: int, dim: int, mask_padding: bool) -> None:
         super().__init__()
@@ -219,14 +219,14 @@ class Pyramid(nn.Module):
             inputs = dim
         for projection in projections:
             nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
+            nn.init.zeros_(projection.bias)  # type: ignore[arg-type]  # torch types the bias as optional
         self.projections = nn.ModuleList(projections)
         self.norms = nn.ModuleList(ImageNorm(32, dim, mask_padding) for _ in projections)
         self.mask_padding = mask_padding
 
     def forward(self, features: list[FeatureMap], mask: Bool[Tensor, "B H W"]) -> list[FeatureMap]:
         """All levels, finest first."""
-        levels = []
+        levels: list[FeatureMap] = []
         for number, (project, norm) in enumerate(zip(self.projections, self.norms)):
             if number < len(features):
                 source = features[number]
@@ -234,29 +234,31 @@ class Pyramid(nn.Module):
             else:
                 source = features[-1] if number == len(features) else levels[-1]
                 x, stride = project(source.tensor), source.stride * 2
-                # A cell is the image's where the cell that it is centered on is, so that an image has the same cells
-                # in every batch. The published models stretch the whole mask, whose sides need not be multiples of 64.
+                # A cell is padding where the cell at its center is, so that an image has the same cells in every
+                # batch. The published models resize the whole mask, whose sides need not be multiples of 64.
                 small = source.mask[:, ::2, ::2] if self.mask_padding else shrink(mask, tuple(x.shape[-2:]))
             levels.append(FeatureMap(norm(x, small), small, stride))
         return levels
 
 
 class ImageNorm(nn.GroupNorm):
-    """GroupNorm whose mean and variance are those of the image alone, and whose output is zero on padding.
+    """GroupNorm that excludes padding from mean and variance and sets it to zero in the output.
 
-    PyTorch's GroupNorm counts the padding too, so that an image is normalized otherwise in every batch.
+    PyTorch's GroupNorm includes padding, so that the features of an image depend on the batch.
     """
 
     def __init__(self, groups: int, channels: int, mask_padding: bool) -> None:
         super().__init__(groups, channels)
         self.mask_padding = mask_padding
 
-    def forward(self, x: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+    def forward(
+        self, input: Float[Tensor, "B C h w"], mask: Bool[Tensor, "B h w"] | None = None
+    ) -> Float[Tensor, "B C h w"]:
         """Normalize each image by its own cells."""
-        if not self.mask_padding:
-            return super().forward(x)
-        inside = (~mask)[:, None, None].to(x.dtype)  # [B, 1, 1, h, w]
-        grouped = x.unflatten(1, (self.num_groups, -1))
+        if mask is None or not self.mask_padding:
+            return super().forward(input)
+        inside = (~mask)[:, None, None].to(input.dtype)  # [B, 1, 1, h, w]
+        grouped = input.unflatten(1, (self.num_groups, -1))
         count = inside.sum((-3, -2, -1), keepdim=True) * grouped.shape[2]
         mean = (grouped * inside).sum((2, 3, 4), keepdim=True) / count
         variance = ((grouped - mean) ** 2 * inside).sum((2, 3, 4), keepdim=True) / count
@@ -265,7 +267,7 @@ class ImageNorm(nn.GroupNorm):
 
 
 def valid_ratio(mask: Bool[Tensor, "B h w"]) -> Float[Tensor, "B 2"]:
-    """Which part of the padded map, in x and in y, is the image."""
+    """Fraction of the padded map, in x and in y, that is the image."""
     inside = (~mask).float()
     return torch.stack([inside[:, 0].mean(1), inside[:, :, 0].mean(1)], 1)
 
@@ -282,14 +284,15 @@ def cell_centers(shapes: list[tuple[int, int]], valid: Float[Tensor, "B L 2"]) -
 
 
 class Proposals(nn.Module):
-    """The first stage of two-stage Deformable DETR (appendix A.4): every cell proposes a box, the best become queries.
+    """The first stage of two-stage Deformable DETR (appendix A.4).
+
+    Every cell proposes a box; the highest-scoring proposals become queries.
 
     Args:
         dim: channels C.
-        num_classes: columns of the class head; only the first is used, as "object".
-        queries: how many proposals are kept.
-        mask_padding: propose nothing on padding. The published models can: all of it says the same, a box of ones, and
-            is chosen where that scores best.
+        num_classes: logits of the class head; without ``token_queries`` only the first is used, as "object".
+        queries: number of proposals that become queries.
+        mask_padding: never choose a proposal on padding. The published models can choose one: its box is all ones.
         token_queries: see :class:`DeformableDetrConfig`.
     """
 
@@ -306,7 +309,7 @@ class Proposals(nn.Module):
     def forward(
         self, memory: Memory
     ) -> tuple[Prediction, Float[Tensor, "B Q 4"], Float[Tensor, "B Q C"], Float[Tensor, "B Q C"]]:
-        """All proposals, then reference boxes, positions and hidden states of the queries made from the best."""
+        """All proposals; reference boxes, positions and hidden states of the queries from the highest-scoring ones."""
         anchors, usable = self._anchors(memory)
         tokens = memory.tokens.masked_fill(~usable, 0.0)
         tokens = self.project_norm(self.project(tokens))
@@ -315,7 +318,7 @@ class Proposals(nn.Module):
         # Anchors near the edge of the range have no finite logit: their boxes are set to ones, as published.
         boxes = boxes.masked_fill(~usable, float("inf")).sigmoid()
         scores = logits.max(-1).values if self.token_queries else logits[..., 0]
-        if self.mask_padding:
+        if self.mask_padding and memory.mask is not None:
             scores = scores.masked_fill(memory.mask, float("-inf"))
         best = scores.topk(min(self.count, scores.shape[1]), dim=1).indices
         reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
@@ -326,12 +329,13 @@ class Proposals(nn.Module):
 
     def embed(self, boxes: Float[Tensor, "B Q 4"]) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q C"]]:
         """Positions and hidden states of queries, from their boxes."""
-        both = self.to_query_norm(self.to_query(box_positions(boxes, self.dim // 2)))
-        return both.split(self.dim, dim=-1)
+        positions, queries = self.to_query_norm(self.to_query(box_positions(boxes, self.dim // 2))).chunk(2, dim=-1)
+        return positions, queries
 
     @staticmethod
     def _anchors(memory: Memory) -> tuple[Float[Tensor, "B S 4"], Bool[Tensor, "B S 1"]]:
-        """A box at every cell, 0.05 of the image wide on the finest level and twice that on each next one."""
+        """A box at each cell and whether it is usable. Sizes are 0.05 on the finest level and double on each next."""
+        assert memory.mask is not None  # flatten always sets it
         anchors = []
         masks = memory.mask.split([h * w for h, w in memory.shapes], 1)
         for level, ((height, width), mask) in enumerate(zip(memory.shapes, masks)):

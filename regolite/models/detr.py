@@ -1,7 +1,7 @@
-"""DETR (Carion et al., 2020) and DETR*, its improvement by 300 queries, reference points and focal loss.
+"""DETR (Carion et al., 2020) and DETR*, which adds 300 queries, reference points and the focal loss.
 
-One feature map, an encoder that lets all its cells look at each other, a decoder in which object queries look at the
-cells, and two heads that read each query: a class and a box (equation 3).
+One feature map, an encoder with self-attention among its cells, a decoder in which object queries attend to the cells,
+and heads that predict a class and a box for each query (equation 3).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
 
 @dataclass(frozen=True)
 class DetrConfig(DetectorConfig):
-    """What a DETR is made of.
+    """Configuration of DETR.
 
     Attributes:
         backbone: name of the backbone, see :class:`~regolite.models.backbone.Backbone`.
@@ -48,7 +48,7 @@ class DetrConfig(DetectorConfig):
         dropout: probability of dropping.
         queries: number of object queries N_d.
         mask_padding: hide padding from the backbone, so that an image's boxes do not depend on the batch. The
-            published models let it in.
+            published models do not hide it.
         reference_points: DETR*: each query predicts its box around a learned reference point.
         scoring: ``"softmax"`` over the classes and "no object" (DETR), or a ``"sigmoid"`` for each class (DETR*).
     """
@@ -74,7 +74,7 @@ class Detr(nn.Module):
     """DETR.
 
     Args:
-        config: what it is made of.
+        config: its configuration.
         num_classes: number of classes K.
 
     Attributes:
@@ -126,7 +126,7 @@ class Detr(nn.Module):
         hidden = self.decoder(positions.new_zeros(positions.shape), positions, memory)
         layers = [self._predict(h, positions) for h in hidden]
 
-        if self.dilated:  # the glimpses of a DC5 model read its last map at the normal stride (appendix A.1)
+        if self.dilated:  # REGO reads the last map of a DC5 model at the normal stride (appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
         return DetectorOutput(layers, hidden[-1], maps)
 

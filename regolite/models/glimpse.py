@@ -1,10 +1,9 @@
-"""Glimpses: what the network sees in an enlarged box, equation (7), V(i) = f_ext(X, R(O_box(i-1), alpha(i))).
+"""Glimpses: features of enlarged boxes, equation (7), V(i) = f_ext(X, R(O_box(i-1), alpha(i))).
 
-RoIAlign (He et al., Mask R-CNN) divides a box into 7 x 7 bins, reads the features at 2 x 2 points of each bin by
-bilinear interpolation, and takes the mean. Every point mixes four cells, so a bin is nothing but a weighted sum of
-sixteen cells. :func:`regolite.ops.weighted_sums` computes these for all bins of all boxes on all levels at once,
-several times as fast on a CPU as torchvision's ``roi_align``, whose backward pass runs on one thread
-(``python -m benchmarks.speed``).
+RoIAlign (He et al., Mask R-CNN) divides a box into 7 x 7 bins and averages bilinearly interpolated features at 2 x 2
+points of each bin. Each point depends on four cells, so a bin is a weighted sum of sixteen cells.
+:func:`regolite.ops.weighted_sums` computes the sums of all bins, boxes and levels at once. On a CPU it is several times
+as fast as torchvision's ``roi_align``, whose backward pass uses one thread (``python -m benchmarks.speed``).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ POINTS = 2  # per bin and axis
 
 
 def choose_level(boxes_xyxy: Float[Tensor, "B Q 4"], strides: Sequence[int]) -> Int[Tensor, "B Q"]:
-    """The level that each box is read from: large boxes from coarse maps (Lin et al., FPN, equation 1).
+    """The level from which each glimpse is cut: coarse levels for large boxes (Lin et al., FPN, equation 1).
 
     A box of 224 x 224 pixels belongs to stride 16, and every doubling moves one level up.
 
@@ -38,31 +37,30 @@ def choose_level(boxes_xyxy: Float[Tensor, "B Q 4"], strides: Sequence[int]) -> 
 
 
 def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 4"]) -> Float[Tensor, "BQ C 7 7"]:
-    """RoIAlign of every box on the level of its size, aware of padding.
+    """RoIAlign of every box on the level of its size, excluding padding.
 
-    A point more than one cell outside its own image reads zero, and one less far outside reads the border, as
-    RoIAlign has it; padding is never read. No gradient flows into the boxes.
+    As in RoIAlign, a point up to one cell outside its image reads the border, and a point farther outside reads zero;
+    padding is never read. No gradient flows into the boxes.
 
     Args:
         features: the maps X, finest first, all with C channels.
         boxes_xyxy: boxes in pixels of the network's input.
 
     Returns:
-        Glimpses, the queries of the first image first.
+        The glimpses, ordered by image and query.
     """
     batch, queries = boxes_xyxy.shape[:2]
     device = boxes_xyxy.device
-    boxes = (
-        boxes_xyxy.detach().float().nan_to_num()
-    )  # the loss names boxes that are not numbers; here they have no index
+    precision = torch.promote_types(features[0].tensor.dtype, torch.float32)
+    boxes = boxes_xyxy.detach().to(precision).nan_to_num()  # NaN has no cell; the loss reports it
     level = choose_level(boxes, [f.stride for f in features])
 
-    # What each box needs to know of its level, looked up: stride, cells of its own image, cells of the padded map.
+    # By level: stride, cells of each image, cells and width of the padded map.
     strides = torch.tensor([f.stride for f in features], device=device)
     extents = torch.stack([torch.stack([(~f.mask[:, 0]).sum(1), (~f.mask[:, :, 0]).sum(1)], -1) for f in features], 1)
     cells = torch.tensor([f.mask[0].numel() for f in features], device=device)
     widths = torch.tensor([f.mask.shape[2] for f in features], device=device)
-    starts = batch * (cells.cumsum(0) - cells)  # where each level begins among the rows
+    starts = batch * (cells.cumsum(0) - cells)  # first row of each level
     image = torch.arange(batch, device=device)[:, None]
     extent = extents[image, level]  # [B, Q, 2]: width and height in cells
     first = (starts[level] + image * cells[level])[..., None]  # [B, Q, 1]: the row of the image's first cell
@@ -75,18 +73,18 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
     weight = y_weight[:, :, :, None, :, None] * x_weight[:, :, None, :, None, :]
 
     rows = torch.cat([f.tensor.permute(0, 2, 3, 1).flatten(0, 2) for f in features])  # [B * cells of all levels, C]
-    bins = weighted_sums(rows.float(), index.flatten(4).flatten(0, 3), weight.flatten(4).flatten(0, 3))
+    bins = weighted_sums(rows.to(precision), index.flatten(4).flatten(0, 3), weight.flatten(4).flatten(0, 3))
     return bins.unflatten(0, (batch * queries, BINS, BINS)).permute(0, 3, 1, 2)
 
 
 def _taps(
     corners: Float[Tensor, "B Q 2"], extent: Int[Tensor, "B Q"]
 ) -> tuple[Int[Tensor, "B Q 7 4"], Float[Tensor, "B Q 7 4"]]:
-    """Along one axis: the four cells that each bin reads (two points, two neighbors each), and their weights.
+    """Along one axis, the four cells of each bin (two neighbors of two points) and their weights.
 
     Args:
         corners: begin and end of each box in cells.
-        extent: number of cells of the box's own image.
+        extent: number of cells of the box's image.
     """
     begin, end = corners[..., :1], corners[..., 1:]
     size = (end - begin).clamp(min=1) / (BINS * POINTS)
@@ -102,7 +100,7 @@ def _taps(
 
 
 class GlimpseHead(nn.Module):
-    """One C-vector from each glimpse: a convolution over the whole 7 x 7 window, then a linear layer.
+    """A vector for each glimpse: a convolution over the whole 7 x 7 window, then a linear layer.
 
     Args:
         channels: channels of the features.
@@ -118,24 +116,23 @@ class GlimpseHead(nn.Module):
         self.project_norm = nn.LayerNorm(dim)
         for layer in (self.window, self.project):
             nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # torch types the bias as optional
 
     def forward(self, glimpses: Float[Tensor, "N C 7 7"]) -> Float[Tensor, "N D"]:
         """The glimpse vectors V(i)."""
-        # A convolution whose window is the whole map is a matrix product, group by group; PyTorch's CPU kernels compute
-        # that several times as fast.
+        # A convolution over the whole map is a matrix product for each group, which is several times as fast on a CPU.
         groups = self.window.groups
         inputs = glimpses.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)  # [groups, N, C / groups * 49]
         weight = self.window.weight.unflatten(0, (groups, -1)).flatten(2)  # [groups, D / groups, C / groups * 49]
-        x = torch.bmm(inputs, weight.transpose(1, 2)).transpose(0, 1).flatten(1) + self.window.bias
+        x = torch.bmm(inputs, weight.transpose(1, 2)).transpose(0, 1).flatten(1) + self.window.bias  # type: ignore[operator]
         return self.project_norm(self.project(self.window_norm(x).relu()))
 
 
 class FeatureContext(nn.Module):
-    """What the released code adds to every level before glimpses are cut, and the paper does not mention.
+    """Context that the released code adds to every level before cutting glimpses; the paper does not mention it.
 
-    Three dilated 3 x 3 convolutions look around each cell; their output is added with a factor of 0.1. They read a
-    detached map, so that they do not train the features below them.
+    The outputs of three dilated 3 x 3 convolutions are added with a factor of 0.1. Their input is detached, so that
+    they do not train the features.
 
     Args:
         dim: channels of the features.
@@ -143,15 +140,16 @@ class FeatureContext(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int = 64) -> None:
         super().__init__()
-        self.inward = nn.ModuleList(nn.Conv2d(dim, hidden_dim, 3, padding=d, dilation=d, groups=8) for d in (3, 7, 11))
-        self.outward = nn.ModuleList(nn.Conv2d(hidden_dim, dim, 1) for _ in self.inward)
+        inwards = [nn.Conv2d(dim, hidden_dim, 3, padding=d, dilation=d, groups=8) for d in (3, 7, 11)]
+        outwards = [nn.Conv2d(hidden_dim, dim, 1) for _ in inwards]
+        self.inward, self.outward = nn.ModuleList(inwards), nn.ModuleList(outwards)
         self.norm = nn.GroupNorm(32, dim)
         self.dropout = nn.Dropout(0.01)
-        for inward, outward in zip(self.inward, self.outward):
+        for inward, outward in zip(inwards, outwards):
             nn.init.xavier_normal_(inward.weight)
             nn.init.normal_(outward.weight, std=1e-3)
-            nn.init.zeros_(inward.bias)
-            nn.init.zeros_(outward.bias)
+            nn.init.zeros_(inward.bias)  # type: ignore[arg-type]  # torch types the bias as optional
+            nn.init.zeros_(outward.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """The level with its context, normalized."""

@@ -1,7 +1,7 @@
-"""Sine positions: where a token stands, written as waves of many lengths.
+"""Sine embeddings of positions.
 
-Attention treats its tokens as a set. A position encoding added to queries and keys tells it where each one stands
-(DETR, section 3.2; Vaswani et al., section 3.5). Half of the channels encode y, half x.
+Attention treats its tokens as a set. A position encoding added to queries and keys gives each token a position (DETR,
+section 3.2; Vaswani et al., section 3.5). Half of the channels encode y, half x.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def sine_embedding(coordinate: Float[Tensor, "*n"], dim: int, temperature: float
 
 
 def sine_positions(mask: Bool[Tensor, "B h w"], dim: int, center: bool = False) -> Float[Tensor, "B dim h w"]:
-    """Positions of the cells of a feature map, relative to the unpadded image.
+    """Sine embeddings of the cells of a feature map, relative to the unpadded image.
 
-    A cell's coordinate is its number divided by the number of cells of its own image, so padding moves nothing.
+    A cell's coordinate is its index divided by the number of cells of its image, so that it is independent of padding.
 
     Args:
         mask: True on padding.
         dim: number of channels; the first half encodes y, the second x.
-        center: number the cells 0.5, 1.5, ... (Deformable DETR) and not 1, 2, ... (DETR).
+        center: cells have the indices 0.5, 1.5, ... (Deformable DETR) instead of 1, 2, ... (DETR).
     """
     inside = (~mask).float()
     y, x = inside.cumsum(1), inside.cumsum(2)
@@ -45,5 +45,5 @@ def sine_positions(mask: Bool[Tensor, "B h w"], dim: int, center: bool = False) 
 
 
 def box_positions(boxes: Float[Tensor, "B Q 4"], dim: int) -> Float[Tensor, "B Q four_dims"]:
-    """Waves of the four numbers of a ``cxcywh`` box, ``dim`` channels each (Deformable DETR, appendix A.4)."""
+    """Sine embeddings of the four numbers of a ``cxcywh`` box, ``dim`` each (Deformable DETR, appendix A.4)."""
     return sine_embedding(boxes * 2 * math.pi, dim).flatten(-2)

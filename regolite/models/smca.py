@@ -1,19 +1,19 @@
 """SMCA (Gao et al., "Fast Convergence of DETR with Spatially Modulated Co-Attention", ICCV 2021).
 
-DETR's queries have to learn where in an image to look, and need hundreds of epochs for it. A query of SMCA says so
-beforehand: it predicts the center of its object and, for every attention head, an offset from it and two scales. They
-draw a Gaussian-like map G over the cells of the image, whose logarithm is added to the scores of the decoder's
-cross-attention ("co-attention") before the softmax: each head looks around its point. Boxes are predicted around the
-center. All else is DETR with 300 queries and the focal loss.
+DETR's queries need hundreds of epochs to learn where to attend. A query of SMCA predicts the center of its object and,
+for every attention head, an offset from the center and two scales. They define a Gaussian-like map G over the cells of
+the image. Its logarithm is added to the scores of the decoder's cross-attention ("co-attention") before the softmax, so
+that each head attends around its point. Boxes are predicted around the center. The rest is DETR with 300 queries and
+the focal loss.
 
-The SMCA of Table 1 has three levels, of strides 16, 32 and 64. In its encoder cells look at their own level, and in one
-layer at all levels; in its decoder every query attends to each level by itself and weighs the levels ("scale
+The SMCA of Table 1 has three levels, of strides 16, 32 and 64. In its encoder cells attend to their own level, and in
+one layer to all levels; in its decoder every query attends to each level separately and weights the levels ("scale
 selection"). With one level, ``backbone_stages=(5,), coarser=False``, the same modules are the single-scale SMCA.
 
 The single-scale SMCA and the multi-scale decoder give the same numbers as the authors' code. The multi-scale encoder
-that they published is a later one, of convolutions: Table 1's follows the paper here, checked by its parameters alone.
-Where paper and code differ (G with s² in place of 1/s², a center head of three linear layers and not two, keys and
-values projected alike on all levels), this is the code.
+that they published is a later, convolutional one; this one follows the paper and is verified only by its number of
+parameters. Where paper and code differ (s² in G instead of 1/s², three instead of two linear layers in the center head,
+shared projections of keys and values on all levels), this module follows the code.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ from regolite.models.positions import sine_positions
 from regolite.models.transformer import (
     MLP,
     Decoder,
-    DecoderLayer,
-    Encoder,
     EncoderLayer,
+    FeedForward,
     box_head,
     class_head,
     flatten,
@@ -48,14 +47,13 @@ from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Predi
 
 @dataclass(frozen=True)
 class SmcaConfig(DetectorConfig):
-    """What an SMCA is made of.
+    """Configuration of SMCA.
 
     Attributes:
         backbone_stages: stages of the backbone that become levels, finest first.
-        coarser: one more level, at half the size of the last of these.
-        multi_scale_layers: those encoder layers, counted from 1, in which cells look at all levels and not at their own
-            alone.
-        beta: how wide the maps G are.
+        coarser: add a level at half the size of the last stage.
+        multi_scale_layers: encoder layers, counted from 1, in which cells attend to all levels and not only their own.
+        beta: width of the maps G.
 
     The other fields are those of :class:`~regolite.models.detr.DetrConfig`.
     """
@@ -94,11 +92,10 @@ class Smca(nn.Module):
     """SMCA.
 
     Args:
-        config: what it is made of.
+        config: its configuration.
         num_classes: number of classes K.
 
-    Its attributes are those of :class:`~regolite.models.detr.Detr`; it hands the backbone's own maps to REGO,
-    as DETR does.
+    Its attributes are those of :class:`~regolite.models.detr.Detr`; like DETR it returns the backbone's own maps.
     """
 
     projected = False
@@ -132,18 +129,18 @@ class Smca(nn.Module):
         self.query_positions = nn.Embedding(c.queries, c.dim)
         self.center_head = MLP(c.dim, c.dim, 2, layers=3)
         for number in (0, 2, 4):
-            nn.init.xavier_uniform_(self.center_head[number].weight)
+            nn.init.xavier_uniform_(self.center_head[number].weight)  # type: ignore[arg-type]  # of a Sequential
         self.class_head = class_head(c.dim, num_classes, prior=0.01)
         self.box_head = box_head(c.dim)
 
     def forward(self, images: ImageBatch) -> DetectorOutput:
-        """Detect: predict centers, look around them, predict boxes around them."""
+        """Detect: predict centers, attend around them, predict boxes around them."""
         maps = self.backbone(images)
         memory = self.encoder(self._memory(maps))
 
         positions = self.query_positions.weight.expand(len(images), -1, -1)
-        # Centers are read off what enters the first decoder layer: positions alone, since hidden states start at zero.
-        centers = in_float32(self.center_head, self.decoder.layers[0].prior_norm(positions))
+        # Centers are predicted from the input of the first decoder layer: positions alone, as hidden states are zero.
+        centers = in_float32(self.center_head, self.decoder.layers[0].prior_norm(positions))  # type: ignore[operator]
         pixels = centers.sigmoid() * images.sizes.flip(1)[:, None]  # x and y in the unpadded image
         cells = pixels[:, :, None] / pixels.new_tensor(self.strides)[:, None]  # [B, Q, L, 2]
         queries, hidden = positions.new_zeros(positions.shape), []
@@ -156,12 +153,12 @@ class Smca(nn.Module):
         return DetectorOutput(layers, hidden[-1], maps)
 
     def _memory(self, maps: list[FeatureMap]) -> Memory:
-        """The levels that the transformer reads, as one row of tokens."""
+        """The input levels of the transformer as one sequence of tokens."""
         sources = [maps[stage - 2] for stage in self.config.backbone_stages]
         levels = [FeatureMap(project(f.tensor), f.mask, f.stride) for project, f in zip(self.projections, sources)]
         if self.config.coarser:
             last, x = sources[-1], self.projections[-1](sources[-1].tensor)
-            # A cell is the image's where the cell that it is centered on is; the published code stretches the mask.
+            # A cell is padding where the cell at its center is; the published code resizes the mask.
             mask = last.mask[:, ::2, ::2] if self.config.mask_padding else shrink(last.mask, tuple(x.shape[-2:]))
             levels.append(FeatureMap(x, mask, 2 * last.stride))
         positions = [sine_positions(f.mask, self.dim) for f in levels]
@@ -170,15 +167,16 @@ class Smca(nn.Module):
         return flatten(levels, positions)
 
 
-class MultiScaleEncoder(Encoder):
-    """An encoder most of whose layers work on each level by itself, with the same weights ("intra-scale")."""
+class MultiScaleEncoder(nn.Module):
+    """An encoder in which most layers process each level separately, with shared weights ("intra-scale")."""
 
     def __init__(self, layers: Sequence[EncoderLayer], multi_scale_layers: Sequence[int]) -> None:
-        super().__init__(layers)
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
         self.multi_scale_layers = multi_scale_layers
 
     def forward(self, memory: Memory) -> Memory:
-        """H_enc: the same memory with tokens that know of each other."""
+        """H_enc: the memory with updated tokens."""
         for number, layer in enumerate(self.layers, start=1):
             parts = [memory] if number in self.multi_scale_layers else by_level(memory)
             memory = replace(memory, tokens=torch.cat([layer(part) for part in parts], 1))
@@ -187,44 +185,54 @@ class MultiScaleEncoder(Encoder):
 
 def by_level(memory: Memory) -> list[Memory]:
     """Each level of a memory as a memory of its own."""
-    rows = (memory.tokens, memory.positions, memory.mask)
-    parts = zip(*(row.split([h * w for h, w in memory.shapes], 1) for row in rows))
-    return [Memory(*part, [shape]) for part, shape in zip(parts, memory.shapes)]
+    cells = [h * w for h, w in memory.shapes]
+    tokens, positions = memory.tokens.split(cells, 1), memory.positions.split(cells, 1)
+    masks = [None] * len(cells) if memory.mask is None else memory.mask.split(cells, 1)
+    return [Memory(t, p, m, [shape]) for t, p, m, shape in zip(tokens, positions, masks, memory.shapes)]
 
 
 class CoAttention(MultiHeadAttention):
-    """Multi-head attention whose scores get something added before the softmax: here, log G of every head."""
+    """Multi-head attention that adds log G of each head to the scores before the softmax."""
 
     def forward(
         self,
         query: Float[Tensor, "B Q C"],
         key: Float[Tensor, "B S C"],
         value: Float[Tensor, "B S C"],
-        mask: Bool[Tensor, "B S"],
-        log_g: Float[Tensor, "B M Q S"],
+        mask: Bool[Tensor, "B S"] | None = None,
+        log_g: Float[Tensor, "B M Q S"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
-        """As in :class:`~regolite.models.attention.MultiHeadAttention`."""
+        """As :meth:`regolite.models.attention.MultiHeadAttention.forward`, with log G."""
+        if log_g is None:
+            return super().forward(query, key, value, mask)
         q, k, v = self._split(self.query(query)), self._split(self.key(key)), self._split(self.value(value))
-        scores, dropout = log_g.masked_fill(mask[:, None, None], float("-inf")), self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, dropout_p=dropout)
+        bias = log_g if mask is None else log_g.masked_fill(mask[:, None, None], float("-inf"))
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
+        )
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-class SmcaDecoderLayer(DecoderLayer):
-    """DETR's decoder layer with spatially modulated co-attention; every head and level has a map G of its own."""
+class SmcaDecoderLayer(nn.Module):
+    """DETR's decoder layer with spatially modulated co-attention; each head and level has its own map G."""
 
     def __init__(self, config: SmcaConfig, strides: Sequence[int]) -> None:
+        super().__init__()
         c, levels = config, len(strides)
-        super().__init__(c.dim, c.heads, CoAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
+        cross_attention = CoAttention(c.dim, c.heads, c.dropout)
+        self.self_attention, self.self_norm = MultiHeadAttention(c.dim, c.heads, c.dropout), nn.LayerNorm(c.dim)
+        self.cross_attention, self.cross_norm = cross_attention, nn.LayerNorm(c.dim)
+        self.ffn, self.ffn_norm = FeedForward(c.dim, c.ffn_dim, c.dropout), nn.LayerNorm(c.dim)
+        self.dropout = nn.Dropout(c.dropout)
         self.per_head = (levels, c.heads, 2)
-        # As in the authors' code: in pixels G widens with the root of the stride, and beta is that of stride 32.
+        # As in the authors' code: in pixels, G widens with the square root of the stride; beta is that of stride 32.
         self.sharpness = [stride / 32 / c.beta for stride in strides]
         self.prior_norm = nn.LayerNorm(c.dim)
         self.offsets, self.scales = (nn.Linear(c.dim, levels * c.heads * 2) for _ in range(2))
         self.selection = nn.Linear(c.dim, levels) if levels > 1 else None
         for layer in filter(None, (self.offsets, self.selection)):
             nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(self.scales.weight)  # all scales are 1 at the start
+        nn.init.zeros_(self.scales.weight)  # all scales are initially 1
         nn.init.ones_(self.scales.bias)
 
     def forward(
@@ -234,13 +242,13 @@ class SmcaDecoderLayer(DecoderLayer):
         memory: Memory,
         centers: Float[Tensor, "B Q L 2"],
     ) -> Float[Tensor, "B Q C"]:
-        """As in DETR; ``centers`` are x and y of the queries' centers, counted in cells of each level."""
+        """As in DETR; ``centers`` are x and y of the queries' centers, in cells of each level."""
         asking = queries + positions
         known = self.prior_norm(asking)
         points = centers[:, :, :, None] + self.offsets(known).unflatten(-1, self.per_head)  # [B, Q, L, M, 2]
         scales = self.scales(known).unflatten(-1, self.per_head).square()
         x = self.self_norm(queries + self.dropout(self.self_attention(asking, asking, queries)))
-        seen = []
+        seen: list[Tensor] = []
         for number, (level, sharpness) in enumerate(zip(by_level(memory), self.sharpness)):
             log_g = log_gaussian(points[:, :, number], sharpness * scales[:, :, number], level.shapes[0])
             keys = level.tokens + level.positions
@@ -254,7 +262,7 @@ class SmcaDecoderLayer(DecoderLayer):
 def log_gaussian(
     points: Float[Tensor, "B Q M 2"], scales: Float[Tensor, "B Q M 2"], shape: tuple[int, int]
 ) -> Float[Tensor, "B M Q S"]:
-    """The logarithm of G: 0 at the point, less by the scale times the squared distance in cells, in x and in y."""
+    """The logarithm of G: minus the squared distances in cells from the point, in x and y, times their scales."""
     (height, width), (x, y), (scale_x, scale_y) = shape, points.unbind(-1), scales.unbind(-1)
     across = scale_x[..., None] * (torch.arange(width, device=x.device) - x[..., None]) ** 2  # [B, Q, M, w]
     down = scale_y[..., None] * (torch.arange(height, device=y.device) - y[..., None]) ** 2

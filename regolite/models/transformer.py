@@ -1,9 +1,8 @@
-"""Encoder and decoder layers (DETR, appendix A.3), for dense and for deformable attention alike.
+"""Encoder and decoder layers (DETR, appendix A.3), for dense and deformable attention.
 
-A layer is given the attention by which it reads the image: with
-:class:`~regolite.models.attention.MultiHeadAttention` it is a layer of DETR, with
-:class:`~regolite.models.deformable_attention.DeformableAttention` one of Deformable DETR. Every branch is followed by
-dropout, a residual sum and a LayerNorm ("post-norm").
+The attention to the image is an argument of a layer: with :class:`~regolite.models.attention.MultiHeadAttention` it is
+a layer of DETR, with :class:`~regolite.models.deformable_attention.DeformableAttention` one of Deformable DETR. Every
+branch is followed by dropout, a residual sum and a LayerNorm ("post-norm").
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,32 +19,44 @@ from torch import Tensor, nn
 from regolite.models.attention import MultiHeadAttention
 from regolite.types import FeatureMap, Memory
 
-Attention = nn.Module  # a MultiHeadAttention, a DeformableAttention, or one that a detector brings along
+
+@runtime_checkable
+class ImageAttention(Protocol):
+    """An attention module that encoder and decoder layers can use to attend to the image."""
+
+    def look(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        memory: Memory,
+        reference_points: Float[Tensor, "B Q L d"] | None = None,
+    ) -> Float[Tensor, "B Q C"]:
+        """Attend to the tokens of ``memory``."""
+        ...
 
 
 def flatten(features: Sequence[FeatureMap], positions: Sequence[Float[Tensor, "B C _h _w"]]) -> Memory:
-    """Lay the levels of a pyramid out as one row of tokens, finest level first, row by row."""
+    """Concatenate the levels of a pyramid to one sequence of tokens, finest level first, in row-major order."""
     return Memory(
         tokens=torch.cat([f.tensor.flatten(2) for f in features], 2).transpose(1, 2),
         positions=torch.cat([p.flatten(2) for p in positions], 2).transpose(1, 2),
         mask=torch.cat([f.mask.flatten(1) for f in features], 1),
-        shapes=[tuple(f.tensor.shape[-2:]) for f in features],
+        shapes=[tuple(f.tensor.shape[-2:]) for f in features],  # type: ignore[misc]  # torch.Size has no typed length
     )
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with a ReLU between them, applied to every token by itself."""
+    """Two linear layers with a ReLU between them, applied to each token separately."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden_dim, dim))
         for layer in (self[0], self[3]):
-            nn.init.xavier_uniform_(layer.weight)
+            nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]  # Sequential does not type its layers
 
 
 class EncoderLayer(nn.Module):
     """Self-attention among the tokens of the image, then the feed-forward network."""
 
-    def __init__(self, dim: int, attention: Attention, ffn_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, attention: ImageAttention, ffn_dim: int, dropout: float) -> None:
         super().__init__()
         self.attention, self.attention_norm = attention, nn.LayerNorm(dim)
         self.ffn, self.ffn_norm = FeedForward(dim, ffn_dim, dropout), nn.LayerNorm(dim)
@@ -53,7 +65,7 @@ class EncoderLayer(nn.Module):
     def forward(
         self, memory: Memory, reference_points: Float[Tensor, "B S L 2"] | None = None
     ) -> Float[Tensor, "B S C"]:
-        """The tokens of ``memory``, each one having looked at the others."""
+        """The updated tokens of ``memory``."""
         x = memory.tokens
         seen = self.attention.look(x + memory.positions, memory, reference_points)
         x = self.attention_norm(x + self.dropout(seen))
@@ -68,7 +80,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, memory: Memory, reference_points: Float[Tensor, "B S L 2"] | None = None) -> Memory:
-        """H_enc: the same memory with tokens that know of each other."""
+        """H_enc: the memory with updated tokens."""
         for layer in self.layers:
             memory = replace(memory, tokens=layer(memory, reference_points))
         return memory
@@ -80,17 +92,17 @@ class DecoderLayer(nn.Module):
     Args:
         dim: channels C.
         heads: heads of the self-attention.
-        cross_attention: how the queries look at the memory.
+        cross_attention: attention of the queries to the memory.
         ffn_dim: width of the feed-forward network.
         dropout: probability of dropping.
-        branch_scale: factor of the two attention branches; 1 everywhere but in the released REGO, which has 0.5.
+        branch_scale: factor of the two attention branches: 0.5 in the released REGO, 1 in all other models.
     """
 
     def __init__(
         self,
         dim: int,
         heads: int,
-        cross_attention: Attention,
+        cross_attention: ImageAttention,
         ffn_dim: int,
         dropout: float,
         branch_scale: float = 1.0,
@@ -110,14 +122,14 @@ class DecoderLayer(nn.Module):
         reference_points: Float[Tensor, "B Q L d"] | None = None,
         query_mask: Bool[Tensor, "B Q"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
-        """The queries, having looked at each other and at the memory.
+        """The updated hidden states of the queries.
 
         Args:
             queries: hidden states.
-            positions: the queries' own positions, added wherever they ask or are compared; 0 where there are none.
-            memory: what the cross-attention looks at.
-            reference_points: where deformable cross-attention looks, on each level.
-            query_mask: True on queries that nobody may look at (padding).
+            positions: positions of the queries, added where they are queries or keys; 0 for none.
+            memory: what the cross-attention attends to.
+            reference_points: reference points of deformable cross-attention, on each level.
+            query_mask: True on queries that are hidden from the others (padding).
         """
         x = queries
         among = self.self_attention(x + positions, x + positions, x, query_mask)
@@ -128,14 +140,14 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder layers one after another; every layer's hidden states are kept, since every layer is trained.
+    """Decoder layers one after another. It returns the hidden states of every layer, since every layer has a loss.
 
     Args:
         layers: the layers.
-        norm: a LayerNorm that is applied to each layer's output before the heads read it (DETR), or None.
+        norm: LayerNorm between a layer's output and the heads (DETR), or None.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer], norm: nn.LayerNorm | None = None) -> None:
+    def __init__(self, layers: Sequence[nn.Module], norm: nn.LayerNorm | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm if norm is not None else nn.Identity()
@@ -147,13 +159,13 @@ class Decoder(nn.Module):
         memory: Memory,
         query_mask: Bool[Tensor, "B Q"] | None = None,
     ) -> list[Float[Tensor, "B Q C"]]:
-        """Hidden states by layer; the last is H_dec.
+        """Hidden states of each layer; the last is H_dec.
 
         Args:
-            queries: hidden states at the start.
-            positions: the queries' positions.
-            memory: what the queries look at.
-            query_mask: True on queries that nobody may look at (padding).
+            queries: initial hidden states.
+            positions: positions of the queries.
+            memory: what the queries attend to.
+            query_mask: True on queries that are hidden from the others (padding).
         """
         hidden = []
         for layer in self.layers:
@@ -163,16 +175,16 @@ class Decoder(nn.Module):
 
 
 def in_float32(head: nn.Module, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n D"]:
-    """What a head answers, in float32 under autocast too.
+    """The output of a head, computed in the precision of its weights under autocast too.
 
-    In mixed precision a linear layer answers in 16 bits. bfloat16 has 8 of precision: all boxes would lie on a grid
-    of 2.5 pixels in an image of 640, and what is rounded cannot be brought back.
+    Autocast computes linear layers in 16 bits. bfloat16 has 8 bits of precision, which would round all boxes to a grid
+    of 2.5 pixels in an image of 640 pixels.
     """
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return head(x)
     with torch.autocast(kind, enabled=False):
-        return head(x.float())
+        return head(x.to(next(head.parameters()).dtype))
 
 
 class MLP(nn.Sequential):
@@ -192,7 +204,7 @@ def class_head(dim: int, num_logits: int, prior: float | None = None) -> nn.Line
     Args:
         dim: channels of the hidden states.
         num_logits: number of logits.
-        prior: probability that every class has at the start (Lin et al., Focal Loss, section 4.1), or None.
+        prior: initial probability of every class (Lin et al., Focal Loss, section 4.1), or None.
     """
     head = nn.Linear(dim, num_logits)
     if prior is not None:
@@ -201,13 +213,13 @@ def class_head(dim: int, num_logits: int, prior: float | None = None) -> nn.Line
 
 
 def box_head(dim: int, size: float | None = None) -> MLP:
-    """The box head F_box: at the start every query gives its reference point, and the logit ``size`` as both sizes.
+    """The box head F_box. Initially it predicts the reference point as center and the logit ``size`` as both sizes.
 
-    With ``size=None`` the head starts as PyTorch leaves it (DETR, whose queries have no reference points).
+    With ``size=None`` it keeps PyTorch's initialization (DETR, whose queries have no reference points).
     """
     head = MLP(dim, dim, 4, layers=3)
     if size is not None:
-        nn.init.zeros_(head[-1].weight)
-        nn.init.zeros_(head[-1].bias)
-        nn.init.constant_(head[-1].bias[2:], size)
+        nn.init.zeros_(head[-1].weight)  # type: ignore[arg-type]  # Sequential does not type its layers
+        nn.init.zeros_(head[-1].bias)  # type: ignore[arg-type]
+        nn.init.constant_(head[-1].bias[2:], size)  # type: ignore[index]
     return head

@@ -1,4 +1,4 @@
-"""Fast forms of what detectors spend their time on, each beside a readable reference."""
+"""Fast implementations of expensive operations, each with a readable reference."""
 
 from regolite.ops.weighted_sums import weighted_sums
 

@@ -1,7 +1,7 @@
-"""Weighted sums of rows of a table: what RoIAlign comes down to.
+"""Weighted sums of rows of a table, the main operation of RoIAlign.
 
-Bilinear interpolation mixes four cells, and every bin takes the mean of several interpolated points. So a bin is a sum
-of a few rows of a table, the cells' features, with given weights: a product with a sparse matrix.
+Bilinear interpolation combines four cells, and a bin is the mean of several interpolated points. So a bin is a weighted
+sum of a few rows of a table, the cells' features: a product with a sparse matrix.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.autograd.function import once_differentiable
 def weighted_sums(
     rows: Float[Tensor, "R C"], index: Int[Tensor, "N T"], weight: Float[Tensor, "N T"]
 ) -> Float[Tensor, "N C"]:
-    """``(rows[index] * weight[..., None]).sum(1)`` without the [N, T, C] tensor in between.
+    """``(rows[index] * weight[..., None]).sum(1)`` without the intermediate [N, T, C] tensor.
 
-    Gradients flow into ``rows`` alone. ``embedding_bag`` computes the sums on any device. On a CPU its backward pass
+    Gradients flow only into ``rows``. ``embedding_bag`` computes the sums on any device. Its backward pass on a CPU
     sorts all indices; scipy's product with the transposed sparse matrix needs no sort.
 
     Args:
         rows: the table.
-        index: which rows each sum adds up.
-        weight: their weights, of the table's type.
+        index: the rows of each sum.
+        weight: their weights, of the table's data type.
     """
     if rows.device.type != "cpu":
         return F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum")

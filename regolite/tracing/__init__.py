@@ -1,4 +1,4 @@
-"""Record what happens inside a detector while it runs; nothing here draws."""
+"""Record attention, sampling points, glimpses and boxes during a forward pass of a detector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a detector that have attention, and the weights that fused kernels do not write down."""
+"""The attention modules of a detector, and attention weights that fused kernels do not return."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from regolite.interop.adapter import HuggingFaceModel
+
 LAYERS = (
     ("self_attention", "cross_attention"),  # our decoder layers
     ("self_attn", "encoder_attn"),  # those of transformers
@@ -15,7 +17,7 @@ LAYERS = (
     ("attention", None),  # our encoder layers
     ("self_attn", None),  # those of transformers
 )
-"""Layers are known by what their attentions are called: of each other, and of the image."""
+"""Names of the self- and cross-attention modules by which layers are recognized."""
 
 
 Attention = tuple[nn.Module, nn.Module]
@@ -23,7 +25,7 @@ Attention = tuple[nn.Module, nn.Module]
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, Attention]]:
-    """The attentions of all layers by name, in the order of the layers."""
+    """The attention modules of all layers by name, in the order of the layers."""
     encoder = decoder = 0
     for layer, among, cross in _layers(model):
         if cross is None:
@@ -36,42 +38,45 @@ def attentions(model: nn.Module) -> Iterator[tuple[str, Attention]]:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | None]]:
-    """The layers of encoders and decoders, with their attentions; a backbone that has attention is left out."""
+    """The layers of encoders and decoders with their attention modules; layers of a backbone are excluded."""
     for name, child in model.named_children():
         if name == "backbone":
             continue
         parts = dict(child.named_children())
         for among, cross in LAYERS:
             if among in parts and (cross is None or cross in parts):
-                # DAB-DETR has one more module around each, of the same name.
-                inner = (getattr(parts[part], part, parts[part]) if part else None for part in (among, cross))
-                yield (child, *inner)
+                # DAB-DETR wraps each attention in a module of the same name.
+                yield (
+                    child,
+                    getattr(parts[among], among, parts[among]),
+                    None if cross is None else getattr(parts[cross], cross, parts[cross]),
+                )
                 break
         else:
             yield from _layers(child)
 
 
 def in_stage(name: str, number: int) -> str:
-    """The name of an attention in REGO's stage: its decoder's cross-attention relates glimpses to queries."""
+    """The name of an attention in a stage of REGO; its cross-attention relates glimpses to queries."""
     if name.endswith(".cross"):
         return f"stage.{number}.relations.{name.split('.')[1]}"
     return f"stage.{number}.{name}"
 
 
 def their_sampling(
-    attention: nn.Module,
+    attention: HuggingFaceModel,
     offsets: Float[Tensor, "B Q _o"],
     weights: Float[Tensor, "B Q _w"],
     references: Float[Tensor, "B Q L d"],
     shapes: Sequence[tuple[int, int]],
 ) -> tuple[Float[Tensor, "B Q M L K 2"], Float[Tensor, "B Q M L K"]]:
-    """Locations and weights of deformable attention of transformers.
+    """Sampling locations and weights of deformable attention of transformers.
 
     Args:
-        attention: theirs.
-        offsets: what its projection ``sampling_offsets`` answered.
-        weights: what its projection ``attention_weights`` answered.
-        references: the reference points that it was given.
+        attention: the module of transformers.
+        offsets: the output of its projection ``sampling_offsets``.
+        weights: the output of its projection ``attention_weights``.
+        references: its reference points.
         shapes: height and width of each level.
     """
     heads, split = attention.n_heads, (attention.n_levels, attention.n_points)
@@ -81,7 +86,7 @@ def their_sampling(
     if references.shape[-1] == 2:
         offsets = offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
     else:
-        scale = getattr(attention, "offset_scale", 0.5)  # RT-DETRv2 lets one choose
+        scale = getattr(attention, "offset_scale", 0.5)  # configurable in RT-DETRv2
         offsets = offsets / attention.n_points * center[..., 2:] * scale
     return center[..., :2] + offsets, weights
 
@@ -97,7 +102,7 @@ def dense_weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "B M Q S"]:
-    """The weights of which ``scaled_dot_product_attention``, called with the same, gives only the mixed values."""
+    """The attention weights of ``scaled_dot_product_attention``, with the same arguments."""
     with torch.inference_mode(False), torch.autocast(query.device.type, enabled=False):
         scores = query.float() @ key.float().transpose(-2, -1)
         scores *= query.shape[-1] ** -0.5 if scale is None else scale
@@ -109,7 +114,7 @@ def dense_weights(
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """A copy in the computer's own memory that nothing of the model, nor its inference mode, clings to."""
+    """A copy on the CPU, outside of autograd and inference mode."""
     with torch.inference_mode(False):
         kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to("cpu", kind, copy=True)

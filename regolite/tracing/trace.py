@@ -1,10 +1,8 @@
-"""What a recorder keeps of one forward pass: attention, sampling points, glimpses, boxes, each under a name.
+"""Records of one forward pass: attention, sampling points, glimpses and boxes by name.
 
-A :class:`Trace` is made by :func:`regolite.record`. Its names are the same for every detector; a detector has those
-that make sense for it. Layers count from 0, as PyTorch counts modules; stages count from 1, as in the paper, where
-stage 0 is the base detector.
+:func:`regolite.record` returns a :class:`Trace`. Names are the same for all detectors; each detector has those that
+apply. Layers are numbered from 0, as in PyTorch; stages from 1, as in the paper, where stage 0 is the base detector.
 
-==================================  ====================================================================================
 ``proposals``                       the encoder's own :class:`Boxes` (two-stage Deformable DETR, RT-DETR)
 ``encoder.{layer}``                 self-attention of the cells: :class:`AttentionMap`, :class:`Sampling` (deformable
                                     attention) or :class:`RowColumnMap` (Anchor DETR)
@@ -18,10 +16,25 @@ stage 0 is the base detector.
 ``stage.{i}.relations.{layer}``     its cross-attention: which queries of stage i - 1 each glimpse asks, Q x Q
 ``stage.{i}.boxes.{layer}``         what its layers predict: :class:`Boxes`; the last is O(i)
 ==================================  ====================================================================================
+==================================  ====================================================================================
+==================================  ====================================================================================
+``proposals``                       the encoder's own :class:`Boxes` (two-stage Deformable DETR, RT-DETR)
+``encoder.{layer}``                 self-attention of the cells: :class:`AttentionMap`, :class:`Sampling` (deformable
+                                    attention) or :class:`RowColumnMap` (Anchor DETR)
+``references``                      initial references of the queries: :class:`References`
+``decoder.{layer}.self``            self-attention of the queries: :class:`AttentionMap`
+``decoder.{layer}.cross``           cross-attention to the image, of the same kinds as ``encoder.{layer}``
+``decoder.{layer}.boxes``           predictions of the layer: :class:`Boxes`
+``stage.{i}.glimpses``              the regions of the glimpses of stage i: :class:`Glimpses`
+``stage.{i}.encoder.{layer}``       self-attention of the hidden states, if the stage has encoder layers
+``stage.{i}.decoder.{layer}.self``  self-attention of the glimpse decoder
+``stage.{i}.relations.{layer}``     its cross-attention from glimpses to queries of stage i - 1, Q x Q
+``stage.{i}.boxes.{layer}``         predictions of its layers: :class:`Boxes`; the last is O(i)
+==================================  ====================================================================================
 
-Numbers are kept as the network has them. **Image coordinates**, x and y in pixels of the original image, are what
-methods give: they undo padding and resizing. A cell is drawn where its stride puts it: cell (row, column) of a map of
-stride s covers s x s pixels of the network's input, the first of them at (s * row, s * column).
+Fields have the coordinates of the network. Methods return **image coordinates**, x and y in pixels of the original
+image: they undo padding and resizing. Cell (row, column) of a map of stride s covers s x s pixels of the network's
+input, the first at (s * row, s * column).
 """
 
 from __future__ import annotations
@@ -33,7 +46,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -46,13 +59,13 @@ from regolite.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The images of a batch: as they are, as the network got them, and the padded tensor that holds them.
+    """Sizes of the images of a batch: original, as input of the network, and padded.
 
     Attributes:
-        padded: height and width of the batch, which all its images share.
+        padded: height and width of the padded batch.
         sizes: height and width of each image in the batch, before padding.
-        original: height and width of each image as it came. Where nobody told, as in ``model(images)``, those of
-            ``sizes``: then image coordinates are pixels of the network's input.
+        original: height and width of each image before resizing. If unknown, as in ``model(images)``, they are
+            ``sizes``, and image coordinates are pixels of the network's input.
     """
 
     padded: tuple[int, int]
@@ -60,18 +73,18 @@ class Frame:
     original: Int[Tensor, "B 2"]
 
     def to_image(self, points: Float[Tensor, "*n 2"], image: int = 0) -> Float[Tensor, "*n 2"]:
-        """Points x, y in pixels of the network's input, in pixels of the original image."""
+        """Convert points x, y from pixels of the network's input to pixels of the original image."""
         return points * (self.original[image] / self.sizes[image]).flip(0)
 
     def to_network(self, points: Float[Tensor, "*n 2"], image: int = 0) -> Float[Tensor, "*n 2"]:
-        """The way back."""
+        """Convert points x, y from pixels of the original image to pixels of the network's input."""
         return points * (self.sizes[image] / self.original[image]).flip(0)
 
     def strides(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
         """Pixels of the network's input per cell of maps of these heights and widths, finest first."""
         strides: list[int] = []
         for shape in shapes:
-            # A map of one cell may have any large stride; but every level is coarser than the one before.
+            # A map of one cell may have any large stride; but every level is coarser than the previous one.
             stride = 2 * strides[-1] if strides else 1
             while any(-(-side // stride) > cells for side, cells in zip(self.padded, shape)):
                 stride *= 2
@@ -80,9 +93,9 @@ class Frame:
 
 
 class OnCells:
-    """Whatever lies on the cells of one or several maps, in one row as the transformer reads them, finest map first.
+    """Records on the cells of one or several maps, concatenated as tokens of the transformer, finest map first.
 
-    ``shapes`` are the heights and widths of the maps; there are none where queries look at queries.
+    ``shapes`` are the heights and widths of the maps; it is empty for attention among queries.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -90,7 +103,7 @@ class OnCells:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels of the network's input per cell, map by map."""
+        """Pixels of the network's input per cell of each map."""
         return self.frame.strides(self.shapes)
 
     def centers(self, image: int = 0) -> Float[Tensor, "S 2"]:
@@ -102,18 +115,16 @@ class OnCells:
         return self.frame.to_image(torch.cat(centers), image)
 
     def cell_at(self, x: float | int, y: float | int, level: int = 0, image: int = 0) -> int:
-        """The number of the cell in which a point of the original image lies: its place among tokens.
-
-        Where cells are what asks, in an encoder, it is the query of this point.
+        """The token index of the cell at a point of the original image; in an encoder, also its query index.
 
         Args:
             x: in pixels of the original image.
             y: in pixels of the original image.
-            level: of which map.
-            image: of the batch.
+            level: index of the map.
+            image: index in the batch.
 
         Raises:
-            UserError: when the point is outside the image.
+            UserError: the point is outside the image.
         """
         height, width = self.frame.original[image].tolist()
         if not (0 <= x < width and 0 <= y < height):
@@ -123,13 +134,13 @@ class OnCells:
             (self.frame.to_network(torch.tensor([float(x), float(y)]), image) / self.strides[level]).long().tolist()
         )
         rows, columns = maps[level]
-        # Rounding can put a point at the very edge one cell too far.
+        # Rounding can move a point at the edge one cell too far.
         return sum(h * w for h, w in maps[:level]) + min(row, rows - 1) * columns + min(column, columns - 1)
 
     def extent(self, level: int = 0, image: int = 0) -> tuple[float, float, float, float]:
-        """Left, right, bottom and top of a whole map in pixels of the original image, as ``imshow`` wants it.
+        """Left, right, bottom and top of a map in pixels of the original image, the ``extent`` of ``imshow``.
 
-        A map with padding, or whose cells do not end where the image ends, reaches beyond the image.
+        A map with padding, or with cells across the edge of the image, extends beyond the image.
         """
         (height, width), stride = self._maps()[level], self.strides[level]
         corner = torch.tensor([float(stride * width), float(stride * height)])
@@ -138,36 +149,41 @@ class OnCells:
 
     def _maps(self) -> tuple[tuple[int, int], ...]:
         if not self.shapes:
-            raise UserError("here queries look at queries: there are no cells of an image; their boxes say where")
+            raise UserError("attention among queries has no cells of an image; use the boxes of the queries")
         return self.shapes
 
 
 class Weights(OnCells):
-    """Attention to cells or to queries: who looks at whom, by head. The weights of one who looks sum to 1."""
+    """Attention weights of each head on cells or queries; those of one query sum to 1."""
 
-    weights: Float[Tensor, "B M Q S"]
+    if TYPE_CHECKING:  # a field of some subclasses, a property of others
+
+        @property
+        def weights(self) -> Float[Tensor, "B M Q S"]:
+            """The weights of all queries."""
+            ...
 
     def of(self, query: int, head: int | None = None, image: int = 0) -> Float[Tensor, "S"]:
-        """The weights of one query, of one head, or the mean over the heads."""
+        """The weights of one query for one head, or the mean over the heads."""
         by_head = self.weights[image, :, query]
         return by_head.mean(0) if head is None else by_head[head]
 
     def heat(self, query: int, head: int | None = None, level: int = 0, image: int = 0) -> Float[Tensor, "h w"]:
-        """The weights of one query on one map, padding included; :meth:`extent` says where to draw it."""
+        """The weights of one query on one map including padding; :meth:`extent` is its extent for drawing."""
         maps = self._maps()
         return self.of(query, head, image).split([h * w for h, w in maps])[level].view(maps[level])
 
     def over_image(
         self, query: int, head: int | None = None, level: int | None = None, image: int = 0
     ) -> Float[Tensor, "height width"]:
-        """The weights of one query at every pixel of the original image: those of the cell that it lies in.
+        """The weights of one query at every pixel of the original image: those of the pixel's cell.
 
         Args:
-            query: who looks.
+            query: index of the query.
             head: one head; by default the mean over the heads.
-            level: one map; by default the sum over all, where a coarse cell's weight is spread evenly over the cells of
-                the finest map that it covers.
-            image: of the batch.
+            level: one map; by default the sum over all, in which the weight of a coarse cell is distributed evenly over
+                the cells of the finest map that it covers.
+            image: index in the batch.
         """
         height, width = self.frame.original[image].tolist()
         scale = self.frame.sizes[image] / self.frame.original[image]  # of height and width
@@ -182,7 +198,7 @@ class Weights(OnCells):
         return total
 
     def entropy(self) -> Float[Tensor, "B M Q"]:
-        """How widely each head of each query looks, in nats: 0 at one cell, log S evenly at all."""
+        """Entropy of the weights of each head and query in nats: 0 for one cell, log S for uniform weights."""
         return torch.special.entr(self.weights).sum(-1)
 
 
@@ -191,11 +207,11 @@ class AttentionMap(Weights):
     """Dense attention.
 
     Attributes:
-        weights: of everything that looks (Q) at everything that is looked at (S), by head; they sum to 1 over S.
-            SMCA's decoder attends to each level by itself and then weighs the levels: the product is kept. In those of
-            its encoder layers whose cells look at their own level alone, the weight of other levels is 0.
-        shapes: heights and widths of the maps whose cells are looked at; empty where queries look at queries.
-        mask: True on cells that nobody may look at (padding), or None.
+        weights: of Q queries on S keys, for each head; they sum to 1 over S. SMCA's decoder attends to each level
+            separately and then weights the levels: the record is the product. In its encoder layers whose cells attend
+            to their own level only, the weight of other levels is 0.
+        shapes: heights and widths of the maps of the keys; empty for attention among queries.
+        mask: True on hidden cells (padding), or None.
         frame: the images.
     """
 
@@ -207,13 +223,13 @@ class AttentionMap(Weights):
 
 @dataclass(frozen=True, eq=False)
 class RowColumnMap(Weights):
-    """Row-column decoupled attention (Anchor DETR): the weight of a cell is its column's times its row's.
+    """Row-column decoupled attention (Anchor DETR): the weight of a cell is that of its column times that of its row.
 
     Attributes:
         columns: weights of the columns, which sum to 1.
         rows: weights of the rows, which sum to 1.
         shapes: height and width of the one map.
-        mask: True on cells that nobody may look at (padding).
+        mask: True on hidden cells (padding).
         frame: the images.
     """
 
@@ -225,26 +241,26 @@ class RowColumnMap(Weights):
 
     @property
     def weights(self) -> Float[Tensor, "B M Q S"]:
-        """The weights of the cells, multiplied out; large where the map is."""
+        """The weights of the cells, a large tensor for a large map."""
         return (self.rows[..., None] * self.columns[..., None, :]).flatten(-2)
 
     def of(self, query: int, head: int | None = None, image: int = 0) -> Float[Tensor, "S"]:
-        """The weights of one query, of one head, or the mean over the heads."""
+        """The weights of one query for one head, or the mean over the heads."""
         rows, columns = self.rows[image, :, query], self.columns[image, :, query]
         by_head = (rows[..., None] * columns[:, None]).flatten(1)
         return by_head.mean(0) if head is None else by_head[head]
 
     def entropy(self) -> Float[Tensor, "B M Q"]:
-        """How widely each head of each query looks, in nats: of a product it is the sum."""
+        """Entropy of the weights of each head and query in nats: the sum of those of columns and rows."""
         return torch.special.entr(self.columns).sum(-1) + torch.special.entr(self.rows).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Sampling(OnCells):
-    """Deformable attention: where each query reads the maps, and with which weight.
+    """Deformable attention: sampling locations and weights.
 
     Attributes:
-        locations: x and y in [0, 1] of the padded map, by head, level and point.
+        locations: x and y in [0, 1] of the padded map, for each head, level and point.
         weights: they sum to 1 over levels and points.
         references: the reference points, x and y (d = 2) or boxes ``cxcywh`` (d = 4), in the same frame.
         shapes: heights and widths of the levels.
@@ -258,7 +274,7 @@ class Sampling(OnCells):
     frame: Frame
 
     def points(self, image: int = 0) -> Float[Tensor, "Q M L K 2"]:
-        """Where the maps are read, x and y in pixels of the original image; some points lie outside it."""
+        """Sampling locations x and y in pixels of the original image; some lie outside it."""
         return self._to_image(self.locations[image], self._spans()[:, None], image)
 
     def reference_points(self, image: int = 0) -> Float[Tensor, "Q L 2"]:
@@ -266,11 +282,11 @@ class Sampling(OnCells):
         return self._to_image(self.references[image, ..., :2], self._spans(), image)
 
     def level_weights(self) -> Float[Tensor, "B Q M L"]:
-        """How much each head of each query takes from each level."""
+        """The weight of each level for each head and query."""
         return self.weights.sum(-1)
 
     def entropy(self) -> Float[Tensor, "B M Q"]:
-        """How evenly each head of each query weighs its points, in nats: 0 for one point alone, log(L K) at most."""
+        """Entropy of the weights of each head and query in nats: 0 for one point, log(L K) for uniform weights."""
         return torch.special.entr(self.weights).sum((-2, -1)).transpose(1, 2)
 
     def _spans(self) -> Float[Tensor, "L 2"]:
@@ -283,11 +299,11 @@ class Sampling(OnCells):
 
 @dataclass(frozen=True, eq=False)
 class Glimpses:
-    """The regions that a stage looks at again. Each is read from one level, which its size chooses.
+    """The regions of a stage's glimpses. The level of each is chosen by its size.
 
     Attributes:
         regions: enlarged boxes, ``xyxy`` in pixels of the network's input.
-        level: the number of the map that each region is read from, finest first.
+        level: index of the map of each region, finest first.
         strides: stride of every map.
         frame: the images.
     """
@@ -304,7 +320,7 @@ class Glimpses:
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
-    """What a layer predicts, query by query.
+    """Predictions of a layer for each query.
 
     Attributes:
         logits: K columns with ``"sigmoid"``, K + 1 with ``"softmax"``, the last being "no object". Deformable DETR's
@@ -336,7 +352,7 @@ class Boxes:
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """Where queries start: learned points or boxes, or the encoder's proposals.
+    """Initial references of the queries: learned points or boxes, or the encoder's proposals.
 
     Attributes:
         references: x and y (d = 2) or ``cxcywh`` (d = 4), in [0, 1] of the unpadded image.
@@ -356,12 +372,12 @@ KINDS = {kind.__name__: kind for kind in (AttentionMap, RowColumnMap, Sampling, 
 
 
 class Trace:
-    """What was recorded of one forward pass, by name; see :mod:`regolite.tracing.trace` for the names.
+    """Records of one forward pass by name; see :mod:`regolite.tracing.trace` for the names.
 
     Args:
-        records: by name, in the order in which an image passes through the detector.
+        records: by name, in the order of computation.
         frame: the images; None until a model has run.
-        classes: names of the classes, where the model knows them.
+        classes: names of the classes, if the model has them.
     """
 
     def __init__(
@@ -374,7 +390,7 @@ class Trace:
             self.fill(records or {}, frame, classes)
 
     def fill(self, records: dict[str, Record], frame: Frame, classes: tuple[str, ...]) -> None:
-        """What the recorder does when the model has run."""
+        """Set the records after the model has run."""
         self._records, self._frame, self.classes = dict(records), frame, classes
 
     @property
@@ -387,7 +403,7 @@ class Trace:
         """The images.
 
         Raises:
-            UserError: when nothing was recorded yet.
+            UserError: nothing has been recorded yet.
         """
         if self._frame is None:
             raise UserError("nothing is recorded yet: run the model inside the record, on one image or batch")
@@ -407,13 +423,13 @@ class Trace:
         return len(self._records)
 
     def __getitem__(self, name: str) -> Record:
-        """What was recorded under a name.
+        """The record of this name.
 
         Raises:
-            UserError: when there is no such name; the message says which comes nearest.
+            UserError: there is no such name; the message suggests the nearest one.
         """
         if name not in self._records:
-            _ = self.frame  # which says so where nothing is recorded at all
+            _ = self.frame  # raises if nothing has been recorded
             raise UserError(f"the trace has no {name!r}; {nearest(name, self._records)}")
         return self._records[name]
 
@@ -426,7 +442,7 @@ class Trace:
 
     @property
     def by_stage(self) -> list[Boxes]:
-        """O(0), O(1), ..., O(S): the last boxes of the base decoder and of each stage, those of them that were kept."""
+        """O(0), O(1), ..., O(S): the last recorded boxes of the base decoder and of each stage."""
         last = {}
         for name, record in self._records.items():
             if isinstance(record, Boxes) and name != "proposals":
@@ -449,14 +465,14 @@ class Trace:
         text = {"padded": self.frame.padded, "classes": self.classes, "records": described}
         arrays["trace"] = np.array(json.dumps(text))
         with open(path, "wb") as file:  # an open file, since NumPy adds a suffix to paths that lack it
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub gives all keywords the type of allow_pickle
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Trace:
-        """Read what :meth:`save` has written; nothing in the file is executed.
+        """Read a file of :meth:`save`; nothing in the file is executed.
 
         Raises:
-            UserError: when there is no such file, or it holds no trace.
+            UserError: there is no such file, or it contains no trace.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -480,7 +496,7 @@ class Trace:
 
 
 def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """A hint at the known name that comes nearest to one that is not known."""
+    """A hint at the known name nearest to an unknown one."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
 

@@ -12,12 +12,20 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from regolite.models.anchor_detr import AnchorDecoderLayer, GridEncoderLayer
 from regolite.models.conditional_detr import ConditionalDecoderLayer
+from regolite.models.smca import SmcaDecoderLayer
 from regolite.models.transformer import DecoderLayer, EncoderLayer
 
-# The layers of all detectors here and of REGO's stages, by their base classes. Not the backbone's: they keep less, and
-# their convolutions are told by the whole image where padding is.
-LAYERS = (EncoderLayer, DecoderLayer, ConditionalDecoderLayer)
+# The transformer layers of all detectors and of REGO's stages. The backbone's layers keep fewer activations.
+LAYERS = (
+    EncoderLayer,
+    DecoderLayer,
+    GridEncoderLayer,
+    AnchorDecoderLayer,
+    ConditionalDecoderLayer,
+    SmcaDecoderLayer,
+)
 
 
 def checkpoint_activations(model: nn.Module) -> None:

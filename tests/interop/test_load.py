@@ -133,7 +133,7 @@ def test_their_lists_of_heads_hold_one_and_the_same():
         assert torch.equal(theirs[first], theirs[second])
         assert theirs[first].data_ptr() != theirs[second].data_ptr()  # safetensors refuses shared memory
     theirs["rego_class_embed_1.1.weight"] = theirs["rego_class_embed_1.1.weight"] + 1
-    with pytest.raises(UserError, match=r"rego_class_embed_1\.1\.weight should be one and the same tensor"):
+    with pytest.raises(UserError, match=r"rego_class_embed_1\.1\.weight should be the same tensor"):
         interop.load(theirs, heads=4)
 
 

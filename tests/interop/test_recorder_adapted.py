@@ -129,7 +129,7 @@ def test_a_kernel_that_cannot_be_seen_is_refused():
     model = make(detr())
     model.config._attn_implementation = "flash_attention_2"
     with (
-        pytest.raises(UserError, match=r"'flash_attention_2' can't be seen.*set_attn_implementation\('eager'\)"),
+        pytest.raises(UserError, match=r"'flash_attention_2' cannot be recorded.*set_attn_implementation\('eager'\)"),
         record(adapt(model)),
     ):
         pass

@@ -339,8 +339,8 @@ REFUSED = [
     ("detr", {"auxiliary_loss": True}, "auxiliary_loss=True and must have False"),
     ("plain", {"position_embedding_type": "learned"}, "position_embedding_type='learned' and must have 'sine'"),
     ("detr", {"activation_function": "gelu"}, "activation_function='gelu'"),
-    ("detr", {"encoder_ffn_dim": 40}, "decoder_ffn_dim=48, but its like is 40"),
-    ("plain", {"decoder_n_points": 2}, "decoder_n_points=2, but its like is 4"),
+    ("detr", {"encoder_ffn_dim": 40}, "decoder_ffn_dim=48, but must be 40"),
+    ("plain", {"decoder_n_points": 2}, "decoder_n_points=2, but must be 4"),
 ]
 
 
@@ -379,7 +379,7 @@ def test_auxiliary_losses_there_make_another_model(small):
 
 def test_heads_that_differ_where_layers_share_one_are_refused(small):
     model = theirs("plain", tie_word_embeddings=False)
-    with pytest.raises(ValueError, match="class_embed.0.weight.*should be one and the same tensor"):
+    with pytest.raises(ValueError, match="class_embed.0.weight.*should be the same tensor"):
         from_transformers(model)
 
 
@@ -390,10 +390,10 @@ def test_other_models_are_named():
 
 SMALL = {"weights": None, "dim": 32, "heads": 4, "encoder_layers": 1, "decoder_layers": 1, "queries": 4}
 NOT_THERE = [
-    ("detr_star_r50", {}, {}, "reference_points=True cannot be had in transformers"),
+    ("detr_star_r50", {}, {}, "reference_points=True is not supported by transformers"),
     ("detr_r50", {"scoring": "sigmoid"}, {}, "scoring='sigmoid' cannot be had"),
-    ("detr_tiny", {}, {}, "backbone 'mobilenet_v2' cannot be had in transformers"),
-    ("detr_dc5_r50", {}, {"timm": False}, "dilated=True cannot be had in transformers' own ResNet"),
+    ("detr_tiny", {}, {}, "backbone 'mobilenet_v2' is not supported by transformers"),
+    ("detr_dc5_r50", {}, {"timm": False}, "dilated=True is not supported by transformers' own ResNet"),
     ("detr_r50", {"label": 1.5}, {}, "label=1.5 of the loss cannot be had"),
 ]
 
