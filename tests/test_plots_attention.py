@@ -298,7 +298,7 @@ def test_relations_join_the_right_boxes_with_the_right_weights(frame):
         np.testing.assert_allclose(np.transpose(line.get_data()), [middles[0], to], atol=0.01)
     widths = [line.get_linewidth() - 0.8 for line in lines]
     assert widths[0] / widths[1] == pytest.approx(0.45 / 0.3)
-    assert {"cat", "dog 45 %", "cat 30 %", "itself 15 %, no object 10 % (evenly 17 %)"} <= set(written(ax))
+    assert {"cat", "dog 45 %", "cat 30 %", "itself 15 %, no object 10 % (uniform 17 %)"} <= set(written(ax))
     assert [box for color, _, box in rectangles(ax) if color == stage_color(1)] == [a]
 
     only = relations_figure(image_of(frame), trace, query=0, head=0, top=1)
@@ -373,7 +373,7 @@ def test_right_wrong_missed_and_crowds_have_their_own_look():
 
     other = errors_figure(image_of(frame), trace, truth, base=trace, threshold=0.85)
     assert len(other.axes) == 2 and "1 right, 0 wrong, 2 missed" in written(other.axes[0])
-    with pytest.raises(UserError, match="class 2, and the detector knows 0 to 1"):
+    with pytest.raises(UserError, match="class 2, but the detector knows only 0 to 1"):
         verdicts(Trace({"decoder.0.boxes": boxes_at(frame, [0, 0, 9, 9], classes=2)}, frame), truth)
 
 
@@ -410,10 +410,10 @@ def test_entropies_by_epoch_are_watched_and_drawn():
     figure = entropy_figure(entropy.by_epoch)
     titles = {ax.get_title(loc="left"): ax for ax in figure.axes if ax.get_title(loc="left")}
     assert len(titles) == 5
-    [first, second] = titles["Decoder: queries look at the image"].lines
+    [first, second] = titles["Decoder cross-attention"].lines
     assert first.get_label() == "layer 0" and list(second.get_xdata()) == [0, 3]
     assert list(second.get_ydata()) == [entropy.by_epoch[epoch]["decoder.1.cross"] for epoch in (0, 3)]
-    assert len(titles["REGO: glimpses ask the stage before"].lines) == 4
+    assert len(titles["REGO: attention to the previous stage"].lines) == 4
     only = entropies(model, scenes, [0], names="decoder.*.cross")
     assert list(only) == ["decoder.0.cross", "decoder.1.cross"]
     assert len(entropy_figure([only, only]).axes) == 2  # one panel, and its axis at the right
@@ -434,16 +434,16 @@ def test_wrong_choices_get_a_clear_word():
     with record(model) as trace:
         regolite.detect(model, image)
     wrong = {
-        "the image is 100 x 120, and image 0 of the trace 120 x 100": lambda: attention_figure(
+        "the image has 100 x 120 pixels, but image 0 of the trace has 120 x 100": lambda: attention_figure(
             Image.new("RGB", (100, 120)), trace
         ),
-        "index is 1, and there are 1": lambda: attention_figure(image, trace, index=1),
-        "query is 7, and there are 7": lambda: attention_figure(image, trace, query=7),
-        "head is 4, and there are 4": lambda: attention_figure(image, trace, head=4),
-        "level is 1, and there are 1": lambda: attention_figure(image, trace, level=1),
+        "index is 1, but there are only 1": lambda: attention_figure(image, trace, index=1),
+        "query is 7, but there are only 7": lambda: attention_figure(image, trace, query=7),
+        "head is 4, but there are only 4": lambda: attention_figure(image, trace, head=4),
+        "level is 1, but there are only 1": lambda: attention_figure(image, trace, level=1),
         "no 'decoder.9.cross'": lambda: attention_figure(image, trace, layer=9),
         "outside the image": lambda: attention_figure(image, trace, point=(130, 5)),
-        "give a query.* or a point": lambda: attention_figure(image, trace, query=1, point=(5, 5)),
+        "give either a query.* or a point": lambda: attention_figure(image, trace, query=1, point=(5, 5)),
         "dense and samples no points: attention_figure": lambda: sampling_figure(image, trace),
         "only a detector with REGO": lambda: stages_figure(image, trace),
         "no boxes of stage 2": lambda: errors_figure(image, trace, Scenes(1, split="val").objects(0), stage=2),

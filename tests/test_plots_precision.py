@@ -107,7 +107,7 @@ class TestImages:
         figure = precision.draw_missed(dataset, judged, 0.5)
         said = titles(figure)
         assert len(figure.axes) == 2 and all(text.startswith("missed: ") for text in said[::2])
-        assert sorted(said[1::2]) == ["by nothing", "correct with 0.30"]
+        assert sorted(said[1::2]) == ["correct with 0.30", "no detection"]
         assert len(frames(figure, TRUTH_COLOR)) == 2
 
     def test_nothing_wrong_and_nothing_missed(self, dataset):

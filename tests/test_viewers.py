@@ -91,7 +91,7 @@ def test_a_threshold_above_all_leaves_the_best_and_says_so(deformable):
     viewer = StageViewer(deformable, [image_of()])
     viewer.threshold.value = 1.0
     assert len(viewer.object.options) == 1
-    assert viewer.message.text.startswith("Nothing has a score of 1.00 or more: this is the best")
+    assert viewer.message.text.startswith("No object has a score of 1.00 or more: showing the best")
     viewer.threshold.value = 0.0
     assert viewer.message.text == "" and len(viewer.object.options) == 7
 
@@ -352,7 +352,7 @@ def test_what_is_no_image_gets_one_line(plain, tmp_path, capfd):
     gallery = Gallery(plain, [image_of()])
     before = gallery.scene
     gallery.upload.value = (file_of("<b>.png", b"no image"),)
-    assert gallery.message.text == "<b>.png is no image that can be read: choose a JPEG or PNG file"
+    assert gallery.message.text == "<b>.png can't be read as an image: choose a JPEG or PNG file"
     assert "<b>" not in gallery.message.value and 'role="alert"' in gallery.message.value
     (tmp_path / "words.jpg").write_text("words")
     for path in (tmp_path / "words.jpg", tmp_path / "missing.jpg"):
@@ -407,10 +407,10 @@ def test_a_trace_alone_is_enough(deformable, tmp_path):
     for title in live.viewers:
         assert shown(alone.viewers[title]) == shown(live.viewers[title])
     alone.gallery.chooser.value = 1
-    assert "without a model it can't be computed" in alone.gallery.message.text
-    with pytest.raises(UserError, match="give that too"):
+    assert "can't be computed without a model" in alone.gallery.message.text
+    with pytest.raises(UserError, match="give it as the first of images"):
         Explorer(None, trace=trace)
-    assert "the image is 10 x 10" in Explorer(None, [image_of(10, 10)], trace).gallery.message.text
+    assert "the image has 10 x 10" in Explorer(None, [image_of(10, 10)], trace).gallery.message.text
 
 
 # What does not suit.

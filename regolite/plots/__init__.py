@@ -1,6 +1,6 @@
 """Figures: detections, stages, attention, curves and average precision.
 
-They are drawn from a model's outputs, from what :func:`regolite.record` recorded, and from ``metrics.jsonl``.
+The inputs are a model's outputs, traces of :func:`regolite.record`, and ``metrics.jsonl``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a detector looks, over the image: attention as heat, deformable attention as the points that it reads.
+"""Attention over the image: attention weights as a heat map, deformable attention as its sampling points.
 
 ::
 
@@ -6,12 +6,13 @@
         [found] = regolite.detect(model, image)
     attention_figure(image, trace, query=int(found.queries[0]))
 
-Attention says where a layer has read, and not why it answered as it did. Notebook 13 puts that to the test.
+Attention shows where a layer has read, but does not explain its prediction; notebook 13 tests this.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import matplotlib
 import torch
@@ -22,6 +23,7 @@ from regolite.data.images import ImageSource
 from regolite.errors import UserError
 from regolite.plots.drawing import BLUE, HEAT, INK, draw_heat, stage_color
 from regolite.plots.selection import (
+    Attention,
     Point,
     Several,
     check_image,
@@ -36,10 +38,10 @@ from regolite.plots.selection import (
     shown,
     within,
 )
-from regolite.tracing.trace import AttentionMap, Record, Sampling, Trace
+from regolite.tracing.trace import AttentionMap, Sampling, Trace
 
 WEIGHT = matplotlib.colormaps["magma_r"]
-"""Little to much, for points: light to dark, and even in lightness, so that nobody needs to tell hues apart."""
+"""Color map of point weights: light (low) to dark (high), readable without telling hues apart."""
 
 
 def attention_figure(
@@ -53,26 +55,24 @@ def attention_figure(
     level: int | None = None,
     index: int = 0,
 ) -> Figure:
-    """Where queries look, or a cell of the encoder: the weights of their attention over the image.
+    """The attention weights of decoder queries, or of one encoder cell, over the image.
 
-    A panel for each query, layer and head. The deeper the color of a cell, the more it weighs; the scale ends at the
-    largest weight of the panel. Deformable attention, whose points lie between cells, is drawn as the weights that
-    cells get by it (:func:`as_attention`).
+    One panel for each query, layer and head. A deeper color is a larger weight; each panel's scale ends at its largest
+    weight. Deformable attention, whose points lie between cells, is converted to cell weights (:func:`as_attention`).
 
     Args:
         image: the image, as the detector was given it.
-        trace: what :func:`regolite.record` has recorded.
-        query: queries of the decoder, one or several; that of the highest-scoring object by default. Their
-            boxes are drawn too.
-        point: instead of a query, x and y in pixels of the image: the self-attention of the encoder's cell there (on
+        trace: the trace of :func:`regolite.record`.
+        query: decoder queries, one or several, drawn with their boxes; by default that of the highest-scoring object.
+        point: instead of a query, x and y in pixels of the image: the self-attention of the encoder cell there (on
             the finest map).
         layer: layers, one or several, counted from 0; the last by default.
         head: heads, one or several; by default the mean over the heads.
-        level: one map alone; by default the sum over all.
+        level: one feature level; by default the sum over all.
         index: which image of the batch.
 
     Raises:
-        UserError: when the image is not the trace's, or the trace has no such query, layer, head or level.
+        UserError: if the image is not the trace's, or the trace has no such query, layer, head or level.
     """
     image = check_image(image, trace, index)
     table = looks(trace, query, point, layer, index)
@@ -96,18 +96,18 @@ def attention_figure(
 
 
 def as_attention(sampling: Sampling, query: int) -> AttentionMap:
-    """Deformable attention of one query as attention to cells, which it is: every point reads its four nearest cells.
+    """The deformable attention of one query as dense attention: every point reads its four nearest cells.
 
-    A cell's weight is the sum, over all points, of the point's weight times the cell's share in its interpolation. What
-    a point reads outside the maps is zero, so the weights may sum to a little less than 1.
+    A cell's weight is the sum, over all points, of the point's weight times the cell's bilinear interpolation weight.
+    Points outside the maps read zeros, so the weights may sum to slightly less than 1.
 
     Returns:
-        The map of this one query, number 0.
+        The attention map of this one query, which has number 0.
     """
     places, weights = sampling.locations[:, query], sampling.weights[:, query]  # [B, M, L, K, 2] and [B, M, L, K]
     by_level = []
     for level, shape in enumerate(sampling.shapes):
-        # What is read is linear in the cells, so the weight of a cell is the derivative of what is read.
+        # The output is linear in the cells, so a cell's weight is the derivative of the output.
         with torch.inference_mode(False), torch.enable_grad():
             cells = torch.zeros(weights[..., 0, 0].numel(), 1, *shape, requires_grad=True)
             at = places[:, :, level].flatten(0, 1)[:, None]
@@ -128,36 +128,36 @@ def sampling_figure(
     level: int | None = None,
     index: int = 0,
 ) -> Figure:
-    """The points at which deformable attention reads the image (as Figure 6 of Deformable DETR).
+    """The sampling points of deformable attention on the image (as Figure 6 of Deformable DETR).
 
-    A panel for each query and layer, and for each head if heads are chosen. A point's color is its weight, which sum
-    to 1 over the levels and points of a head; its size grows with the level it is read from, coarse maps larger. The
-    cross is the reference point, the box what the query predicts in this layer. Where the image is padded there may
-    be a second cross: padding is counted in whole cells, so that a coarse level has its reference point elsewhere.
+    One panel for each query and layer, and for each head if heads are chosen. A point's color is its weight (weights
+    sum to 1 over the levels and points of a head); its size is larger on coarser levels. The cross is the reference
+    point, the box is the query's prediction in this layer. A padded image may have a second cross: padding is counted
+    in whole cells, so a coarse level has a different reference point.
 
     Args:
         image: the image, as the detector was given it.
-        trace: what :func:`regolite.record` has recorded of a deformable detector.
-        query: queries of the decoder, one or several; the highest_scoring object's by default.
-        point: instead of a query, x and y in pixels of the image: the encoder's cell there (on the finest map).
+        trace: the trace of a deformable detector.
+        query: decoder queries, one or several; by default that of the highest-scoring object.
+        point: instead of a query, x and y in pixels of the image: the encoder cell there (on the finest map).
         layer: layers, one or several, counted from 0; the last by default.
-        head: heads, one or several, a panel each; by default the points of all heads in one.
-        level: the points of one level alone; by default of all.
+        head: heads, one or several, one panel each; by default the points of all heads in one panel.
+        level: one feature level; by default all.
         index: which image of the batch.
 
     Raises:
-        UserError: when the image is not the trace's, the trace has no such query, layer, head or level, or the
-            attention is dense.
+        UserError: if the image is not the trace's, the trace has no such query, layer, head or level, or the attention
+            is dense.
     """
     image = check_image(image, trace, index)
     table = looks(trace, query, point, layer, index)
-    for look in itertools.chain(*table):
-        if not isinstance(look.record, Sampling):
-            raise UserError("this detector's attention is dense and samples no points: attention_figure draws it")
+    if not all(isinstance(look.record, Sampling) for look in itertools.chain(*table)):
+        raise UserError("this detector's attention is dense and samples no points: attention_figure draws it")
     heads = [None] if head is None else several(head)
     figure, axes, width = grid(image, len(table), len(table[0]) * len(heads))
     for ax, (look, number) in zip(axes, itertools.product(itertools.chain(*table), heads)):
         record = look.record
+        assert isinstance(record, Sampling)  # checked above
         _check_choice(record, number, level)
         chosen_heads = slice(None) if number is None else slice(number, number + 1)
         levels = range(len(record.shapes)) if level is None else [level]
@@ -165,11 +165,18 @@ def sampling_figure(
         weights = record.weights[index, look.number, chosen_heads, levels]
         sizes = torch.tensor([12.0 + 12.0 * n for n in levels])[:, None].expand_as(weights)
         peak = max(float(weights.max()), 1e-12)
-        order = weights.flatten().argsort()  # the heaviest come last, over the others
+        order = weights.flatten().argsort()  # large weights last, on top
         x, y = points.flatten(0, 2)[order].unbind(-1)
 
         draw_heat(ax, image, torch.zeros(1, 1))  # the pale image
-        style = {"cmap": WEIGHT, "vmin": 0, "vmax": peak, "edgecolors": INK, "linewidths": 0.4, "zorder": 4}
+        style: dict[str, Any] = {
+            "cmap": WEIGHT,
+            "vmin": 0,
+            "vmax": peak,
+            "edgecolors": INK,
+            "linewidths": 0.4,
+            "zorder": 4,
+        }
         ax.scatter(x, y, s=sizes.flatten()[order], c=weights.flatten()[order], **style)
         if look.boxes is not None:
             draw_query_box(ax, trace, look.boxes, look.number, index, stage_color(0))
@@ -183,7 +190,7 @@ def sampling_figure(
     return figure
 
 
-def _check_choice(record: Record, head: int | None, level: int | None) -> None:
+def _check_choice(record: Attention, head: int | None, level: int | None) -> None:
     if head is not None:
         within("head", head, heads_of(record))
     if level is not None:
@@ -194,8 +201,8 @@ def _title(who: str, layer: int, head: int | None) -> str:
     return f"{who}, layer {layer}" + ("" if head is None else f", head {head}")
 
 
-def _note(record: Record, head: int | None, level: int | None, together: bool = False) -> tuple[str, str]:
-    """What the panel shows of heads and levels, where there is a choice."""
+def _note(record: Attention, head: int | None, level: int | None, together: bool = False) -> tuple[str, str]:
+    """The heads and levels of a panel, where there are several."""
     heads = "" if head is not None else f"{heads_of(record)} heads" if together else f"mean of {heads_of(record)} heads"
     if len(record.shapes) == 1:
         return heads, ""

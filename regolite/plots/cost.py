@@ -1,4 +1,4 @@
-"""The figures of notebook 15: what each part of a detector costs, as stacked bars."""
+"""The figures of notebook 15: the cost of each part of a detector, as stacked bars."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PART_COLORS = {
 
 
 def draw_parts(ax: Axes, rows: Mapping[str, Mapping[str, float]], unit: str) -> None:
-    """Stacked bars: one row a model, one color a part, the sum at the end.
+    """Stacked bars: one row per model, one color per part, the sum at the end.
 
     Args:
         ax: where to draw.
-        rows: for each model by name, what each part costs; parts that are missing cost nothing.
-        unit: written behind the sum.
+        rows: the cost of each part, by model name; missing parts cost nothing.
+        unit: unit of the sum.
     """
     longest = max(sum(parts.values()) for parts in rows.values())
     for row, parts in enumerate(rows.values()):

@@ -1,4 +1,4 @@
-"""The curves of a run, and average precision by stage."""
+"""Training curves, and average precision by stage."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from regolite.plots.drawing import (
-    GRAY,
-    INK,
-    stage_color,
-    style_axes,
-)
+from regolite.plots.drawing import GRAY, INK, stage_color, style_axes
 from regolite.types import stage_name
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """The curves of a run: loss, loss by decoder, learning rate, AP by stage.
+    """The training curves of a run: loss, loss by decoder, learning rate, AP by stage.
 
     Args:
         metrics: the lines of ``metrics.jsonl``.
@@ -28,7 +23,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure((9.6, 6.2), dpi=100, layout="constrained")
     total, by_decoder, rate, precision = figure.subplots(2, 2).flat
     steps = [line["step"] for line in train]
-    mark = {"marker": "o", "markersize": 3} if len(train) < 30 else {}
+    mark: dict[str, Any] = {"marker": "o", "markersize": 3} if len(train) < 30 else {}
 
     style_axes(total, "Loss, all decoder layers together", "step")
     total.plot(steps, [line["loss"] for line in train], color=INK, **mark)
@@ -38,24 +33,24 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     for name in sorted(decoders):  # "base", "stage1", ...
         stage = int(name.removeprefix("stage")) if name != "base" else 0
         values = [_by_decoder(line["terms"]).get(name, math.nan) for line in train]
-        line = {"linestyle": ("-", "--", "-.", ":")[stage % 4], "color": stage_color(stage)}
-        by_decoder.plot(steps, values, label=stage_name(stage), **line, **mark)
+        style = {"linestyle": ("-", "--", "-.", ":")[stage % 4], "color": stage_color(stage)}
+        by_decoder.plot(steps, values, label=stage_name(stage), **style, **mark)
     style_axes(rate, "Learning rate", "step")
     rate.plot(steps, [line["lr"] for line in train], color=INK, **mark)
     rate.yaxis.set_major_formatter("{x:g}")
 
     style_axes(precision, "AP by stage (%)", "step")
-    kinds = {
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "val": ("validation images", {"marker": "o"}),
         "train": ("training images", {"marker": "D", "markerfacecolor": "white", "linestyle": ""}),
     }
-    for split, (words, mark) in kinds.items():
+    for split, (label, mark) in kinds.items():
         lines = [line for line in metrics if line["kind"] == "evaluation" and line["split"] == split]
         for stage in range(max((len(line["stages"]) for line in lines), default=0)):
             values = [_number(line["stages"][stage]["AP"]) for line in lines]
             precision.plot([line["step"] for line in lines], values, color=stage_color(stage), markersize=5, **mark)
         if lines:
-            precision.plot([], [], color=GRAY, markersize=5, label=words, **mark)
+            precision.plot([], [], color=GRAY, markersize=5, label=label, **mark)
 
     for ax in (total, by_decoder, rate, precision):
         drawn = [point for line in ax.lines for point in line.get_xydata() if np.isfinite(point).all()]
@@ -68,12 +63,12 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def plot_ap_by_stage(figures: Mapping[str, Any], title: str, names: Sequence[str] = ("AP", "AP50", "AP75")) -> Figure:
-    """Some of COCO's figures of every stage as bars.
+    """COCO metrics of every stage as bars.
 
     Args:
-        figures: what :func:`regolite.evaluate` gives, or a line of ``metrics.jsonl`` of an evaluation.
-        title: of the figure.
-        names: which figures.
+        figures: the result of :func:`regolite.evaluate`, or an evaluation line of ``metrics.jsonl``.
+        title: title of the figure.
+        names: names of the metrics.
     """
     figure = Figure((1.6 + 1.6 * len(names), 3.6), dpi=100, layout="constrained")
     ax = figure.subplots()
@@ -89,8 +84,8 @@ def plot_ap_by_stage(figures: Mapping[str, Any], title: str, names: Sequence[str
     ax.tick_params(axis="x", length=0, labelsize=10)
     ax.set_ylim(0, max(1.0, 1.12 * ax.get_ylim()[1]))
     ax.set_ylabel("%", fontsize=9, color=GRAY)
-    below = {"loc": "outside lower center", "ncols": len(stages), "frameon": False, "fontsize": 9}
-    figure.legend(*ax.get_legend_handles_labels(), **below)
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(stages), frameon=False, fontsize=9)
     return figure
 
 

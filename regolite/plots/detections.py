@@ -1,7 +1,4 @@
-"""Figures: detections on images stage by stage, the curves of a run, average precision by stage.
-
-A notebook shows a figure by :func:`regolite.course.show`; :func:`save_figure` writes it as PNG.
-"""
+"""Detections and ground truth on images, stage by stage."""
 
 from __future__ import annotations
 
@@ -33,27 +30,24 @@ from regolite.plots.drawing import (
 )
 from regolite.types import Detections, stage_name
 
-THRESHOLD = 0.3  # least score of a box that is drawn: lower than in use, so that a young model shows what it believes
-
-
-# ----------------------------------------------------------------------------------------------------- images
+THRESHOLD = 0.3  # minimum score of a box that is drawn: low, so that a model early in training shows some
 
 
 def draw_detections(
     image: ImageSource, detections: Detections, classes: Sequence[str], scores: bool = True
 ) -> Image.Image:
-    """A copy of an image with the detections drawn in, in colors of their classes.
+    """A copy of an image with the detections drawn in the colors of their classes.
 
     Args:
         image: the image.
-        detections: what was found in it.
+        detections: detections in the image.
         classes: names of the classes by label.
         scores: write the scores too.
 
     Returns:
-        An image of the same size, RGB; lines and letters grow with it.
+        An RGB image of the same size; line widths and font size scale with it.
     """
-    # With 64 dots an inch width / dpi * dpi is exact, so the copy has the very size of the image.
+    # At 64 dots per inch width / dpi * dpi is exact, so the copy has the size of the image.
     image = read_image(image)
     dpi, (width, height) = 64, image.size
     figure = Figure((width / dpi, height / dpi), dpi=dpi)
@@ -61,7 +55,7 @@ def draw_detections(
     ax = figure.add_axes((0, 0, 1, 1))
     draw_image(ax, image)
     colors = [CLASS_COLORS[label % len(CLASS_COLORS)] for label in detections.labels.tolist()]
-    pixels = max(9.0, 0.026 * math.sqrt(width * height))  # height of the letters
+    pixels = max(9.0, 0.026 * math.sqrt(width * height))  # font size
     draw_objects(ax, detections, classes, colors, 72 / dpi * pixels, scores)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
@@ -80,14 +74,14 @@ def draw_stages(
 
     Args:
         image: the image.
-        by_stage: what each stage found, from :func:`regolite.inference.detect_by_stage`, 0 the base detector.
+        by_stage: detections of each stage, from :func:`regolite.inference.detect_by_stage`, 0 the base detector.
         classes: names of the classes by label.
-        truth: the true objects (:func:`ground_truth`), drawn in a panel of their own.
-        alphas: enlarging ratios alpha(1), ..., alpha(S). With them every stage's panel shows, dashed, where the stage
-            looked for the most confident object of the last stage: R(O_box(i-1), alpha(i)) of equation (7). It needs
-            the object's box one stage before, so ``by_stage`` should hold detections of all scores.
-        threshold: least score of a detection that is drawn.
-        columns: panels in a row; all by default.
+        truth: the ground truth (:func:`ground_truth`), drawn in its own panel.
+        alphas: enlarging ratios alpha(1), ..., alpha(S). With them every stage's panel shows, dashed, the glimpse of
+            the highest-scoring object of the last stage: R(O_box(i-1), alpha(i)) of equation (7). This needs the
+            object's box in the previous stage, so ``by_stage`` should hold detections of all scores.
+        threshold: minimum score of a detection that is drawn.
+        columns: panels per row; all by default.
     """
     image = read_image(image)
     count = len(by_stage) + (truth is not None)
@@ -97,7 +91,7 @@ def draw_stages(
         draw_image(ax, image)
         note = ""
         region = _glimpse(by_stage, stage, alphas, threshold)
-        if region is not None:
+        if alphas and region is not None:
             draw_box(ax, region, stage_color(stage), 0.2 * size, dashed=True, inset=0.004 * max(image.size))
             note = f"dashed: its glimpse, α = {alphas[stage - 1]:g}"
         draw_title(ax, stage_name(stage).capitalize(), note, stage_color(stage))
@@ -116,14 +110,14 @@ def draw_stages(
 
 
 def draw_ground_truth(dataset: DetectionDataset, indices: Sequence[int], columns: int = 4) -> Figure:
-    """Some images of a data set with their true objects; crowds are left out.
+    """Images of a data set with their ground truth; crowds are left out.
 
     Args:
         dataset: the data set.
-        indices: which images.
-        columns: images in a row.
+        indices: indices of the images.
+        columns: images per row.
     """
-    # A frame for images of different shapes: that of the highest, but no higher than wide.
+    # One panel shape for all images: that of the tallest, but no taller than wide.
     ratio = max(dataset.size(i)[0] / dataset.size(i)[1] for i in indices)
     figure, axes = panels(min(ratio, 1.0), len(indices), min(columns, len(indices)))
     for ax, i in zip(axes, indices):
@@ -136,7 +130,7 @@ def draw_ground_truth(dataset: DetectionDataset, indices: Sequence[int], columns
 
 
 def ground_truth(dataset: DetectionDataset, i: int) -> Detections:
-    """The true objects of image ``i`` of a data set, as detections of score 1; crowds are left out."""
+    """The ground truth of image ``i`` of a data set, as detections of score 1; crowds are left out."""
     objects = dataset.objects(i).targets(*dataset.size(i))
     boxes = torch.from_numpy(objects.boxes).float()
     boxes_xyxy = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
@@ -147,7 +141,7 @@ def ground_truth(dataset: DetectionDataset, i: int) -> Detections:
 def _glimpse(
     by_stage: Sequence[Detections], stage: int, alphas: Sequence[float] | None, threshold: float
 ) -> list[float] | None:
-    """Where a stage looked for the last stage's most confident object: ``xyxy`` in pixels, or None if not known."""
+    """A stage's glimpse of the last stage's highest-scoring object: ``xyxy`` in pixels, or None if not known."""
     if stage == 0 or not alphas or not len(by_stage[-1].above(threshold)):
         return None
     before = by_stage[stage - 1]
@@ -159,9 +153,3 @@ def _enlarged(box_xyxy: Float[Tensor, "4"], alpha: float) -> Float[Tensor, "4"]:
     center, size = (box_xyxy[:2] + box_xyxy[2:]) / 2, box_xyxy[2:] - box_xyxy[:2]
     larger = enlarge(torch.cat([center, size]), alpha)
     return torch.cat([larger[:2] - larger[2:] / 2, larger[:2] + larger[2:] / 2])
-
-
-# ------------------------------------------------------------------------------------------------------- curves
-
-
-# -------------------------------------------------------------------------------------------------------- a run

@@ -1,8 +1,8 @@
-"""What every figure is drawn with: the colors, and images, boxes, labels, heat, points and matrices on axes.
+"""Drawing primitives: colors; images, boxes, labels, heat maps, points and matrices on axes.
 
-Figures are matplotlib ``Figure`` objects of their own, outside pyplot: nothing global is set and nothing stays open.
-The colors are those of Okabe and Ito, chosen for color-blind readers too; a thing has the same color in every
-figure. An image's axes are in pixels of the image, (0, 0) its upper left corner.
+Figures are matplotlib ``Figure`` objects outside pyplot, without global state. The colors are the color-blind-safe
+palette of Okabe and Ito, with the same meaning in every figure. An image's axes are in pixels of the image, (0, 0) is
+its upper left corner.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,11 +40,14 @@ STAGE_COLORS = (BLUE, SKY, ORANGE, VERMILLION, PURPLE, YELLOW)
 TRUTH_COLOR = GREEN
 CLASS_COLORS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE, YELLOW)
 
+ABOVE: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+"""Arguments of ``Axes.annotate`` for text above a panel: positions are fractions of the axes, offsets are in points."""
+
 DPI = 150
 PANEL = 3.3  # width of an image in a figure, in inches
 
 HEAT = LinearSegmentedColormap.from_list("heat", ["#FFFFFF00", "#E69F00B0", "#D55E00F0"])
-"""Little to much, over an image: from nothing through orange to vermillion."""
+"""Color map over an image: transparent through orange to vermillion."""
 
 
 def stage_color(stage: int) -> str:
@@ -52,23 +56,23 @@ def stage_color(stage: int) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = DPI) -> Path:
-    """Write a figure as PNG; the same figure gives the same bytes.
+    """Write a figure as PNG, byte for byte reproducible.
 
     Returns:
         The path.
     """
-    figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})  # the version of matplotlib otherwise
+    figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})  # by default the version of matplotlib
     return Path(path)
 
 
 def panels(ratio: float, count: int, columns: int | None = None, width: float = PANEL) -> tuple[Figure, list[Axes]]:
-    """A figure of equal panels in rows; laid out by hand, since labels need exact places.
+    """A figure of equal panels in rows, laid out explicitly because label placement needs exact positions.
 
     Args:
-        ratio: height of a panel by its width; a long, narrow image is drawn in a panel of at most 1 to 8.
-        count: how many.
-        columns: panels in a row; all by default.
-        width: of a panel in inches; a notebook's column holds about 10 inches.
+        ratio: height / width of a panel, limited to between 1/8 and 8.
+        count: number of panels.
+        columns: panels per row; all by default.
+        width: width of a panel in inches; a notebook is about 10 inches wide.
     """
     columns, ratio = columns or count, min(max(ratio, 1 / 8), 8.0)
     rows = -(-count // columns)
@@ -85,7 +89,7 @@ def panels(ratio: float, count: int, columns: int | None = None, width: float = 
 
 
 def draw_image(ax: Axes, image: ImageSource) -> None:
-    """An image on axes in its own pixels, (0, 0) its corner."""
+    """An image on axes in its pixel coordinates, (0, 0) the upper left corner."""
     image = read_image(image)
     width, height = image.size
     ax.imshow(np.asarray(image), extent=(0, width, height, 0), interpolation="antialiased")
@@ -95,7 +99,7 @@ def draw_image(ax: Axes, image: ImageSource) -> None:
 
 
 def to_image(pixels: Float[Tensor, "3 H W"]) -> Image.Image:
-    """Normalized pixels, as the network reads them, as an image for people."""
+    """The network's normalized input as an RGB image."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     shades = ((pixels.detach() * std + mean).clamp(0, 1) * 255).round().byte()
     return Image.fromarray(shades.permute(1, 2, 0).cpu().numpy())
@@ -109,15 +113,15 @@ def draw_heat(
     peak: float | None = None,
     smooth: bool = False,
 ) -> None:
-    """A map over a pale gray image: the more, the more color.
+    """A heat map over a pale gray image.
 
     Args:
         ax: where to draw.
         image: the image.
-        heat: what to show, not negative, for the cells that lie on the image (padding cut off).
+        heat: non-negative values of the cells on the image (padding cut off).
         cell: side of a cell in pixels of the image; by default the map spans the image.
-        peak: the value that gets the full color; the map's own maximum by default.
-        smooth: blend from cell to cell, where the cells themselves are not the point.
+        peak: value of the full color; the map's maximum by default.
+        smooth: interpolate between cells.
     """
     heat, image = heat.detach().cpu(), read_image(image)
     gray = np.asarray(image.convert("L"), dtype=np.float32)
@@ -147,14 +151,14 @@ def draw_points(
     sizes: Float[Tensor, "N"] | float = 30.0,
     marker: str = "o",
 ) -> PathCollection:
-    """Points on an image with a light seam.
+    """Points on an image with a white outline.
 
     Args:
         ax: where to draw.
         points: x and y in pixels of the image.
-        color: of the points.
+        color: color of the points.
         sizes: area of each, in square points.
-        marker: matplotlib's marker.
+        marker: matplotlib marker.
     """
     x, y = points.detach().cpu().unbind(-1)
     area = sizes.detach().cpu() if isinstance(sizes, Tensor) else sizes
@@ -169,15 +173,15 @@ def draw_matrix(
     marked: Sequence[tuple[int, int]] = (),
     decimals: int | None = 2,
 ) -> None:
-    """A matrix as colored cells with their numbers, light to dark, chosen cells framed.
+    """A matrix as colored cells with their values, light to dark, with chosen cells framed.
 
     Args:
         ax: where to draw.
-        matrix: the numbers.
+        matrix: the values.
         rows: names of the rows.
         columns: names of the columns.
         marked: row and column of the cells to frame.
-        decimals: decimals of the numbers; None writes none.
+        decimals: decimals of the values; None hides them.
     """
     values = matrix.detach().cpu().numpy()
     ax.imshow(values, cmap="cividis_r", aspect="auto")
@@ -186,8 +190,8 @@ def draw_matrix(
         ink = "white" if value > (low + high) / 2 else INK
         ax.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=8, color=ink)
     for row, column in marked:
-        frame = {"fill": False, "edgecolor": VERMILLION, "linewidth": 2.5, "zorder": 3}
-        ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
+        corner = (column - 0.5, row - 0.5)
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=VERMILLION, linewidth=2.5, zorder=3))
     ax.set_xticks(range(len(columns or ())), columns or ())
     ax.set_yticks(range(len(rows or ())), rows or ())
     ax.tick_params(length=0, labelsize=8, colors=INK)
@@ -195,11 +199,10 @@ def draw_matrix(
 
 
 def draw_title(ax: Axes, title: str, note: str = "", color: str = INK) -> None:
-    """A line of text over a bar of the panel's color."""
+    """A title, and a note at the right, over a colored bar."""
     ax.plot([0, 1], [1, 1], color=color, linewidth=3, transform=ax.transAxes, clip_on=False, solid_capstyle="butt")
-    above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above, **as_is())
-    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GRAY, ha="right", **above, **as_is())
+    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **ABOVE, **as_is())
+    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GRAY, ha="right", **ABOVE, **as_is())
 
 
 def draw_objects(
@@ -210,9 +213,9 @@ def draw_objects(
     size: float = 7.0,
     scores: bool = True,
 ) -> None:
-    """Boxes and labels; the best come last, over the others.
+    """Boxes and labels, the highest-scoring on top.
 
-    ``size`` is that of the letters, in points; they are smaller where there are many.
+    ``size`` is the font size in points, reduced if there are many objects.
     """
     size *= max(0.7, min(1.0, (8 / max(len(detections), 1)) ** 0.5))
     boxes = detections.boxes_xyxy.tolist()
@@ -224,14 +227,14 @@ def draw_objects(
 def draw_labels(
     ax: Axes, boxes_xyxy: Sequence[Sequence[float]], texts: Sequence[str], colors: Sequence[str], size: float = 7.0
 ) -> None:
-    """A label for every box, each off those before it."""
+    """A label for every box, placed to avoid the labels before it."""
     taken: list[tuple[float, float, float, float]] = []
     for box, text, color in zip(boxes_xyxy, texts, colors):
         taken.append(_draw_label(ax, text, box, color, size, taken))
 
 
 def label_text(detections: Detections, n: int, classes: Sequence[str], scores: bool = True) -> str:
-    """What is written at the ``n``-th detection."""
+    """The label text of the ``n``-th detection."""
     label = int(detections.labels[n])
     name = classes[label] if label < len(classes) else f"class {label}"
     return f"{name} {float(detections.scores[n]):.2f}" if scores else name
@@ -240,12 +243,12 @@ def label_text(detections: Detections, n: int, classes: Sequence[str], scores: b
 def draw_box(
     ax: Axes, box_xyxy: Sequence[float], color: str, line: float = 1.6, dashed: bool = False, inset: float = 0.0
 ) -> None:
-    """A box with a light seam, so that it stands out on any ground; kept inside the image."""
+    """A box with a white outline for contrast, clipped to the image."""
     width, height = ax.get_xlim()[1], ax.get_ylim()[0]
     x0, x1 = (min(max(x, inset), width - inset) for x in (box_xyxy[0], box_xyxy[2]))
     y0, y1 = (min(max(y, inset), height - inset) for y in (box_xyxy[1], box_xyxy[3]))
     seam = [patheffects.Stroke(linewidth=line + 1.2, foreground="white", alpha=0.7), patheffects.Normal()]
-    style = {"linestyle": (0, (4, 2.5))} if dashed else {"path_effects": seam}
+    style: dict[str, Any] = {"linestyle": (0, (4, 2.5))} if dashed else {"path_effects": seam}
     ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=line, **style))
 
 
@@ -257,10 +260,10 @@ def _draw_label(
     size: float,
     taken: Sequence[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float]:
-    """A label at a corner of its box, inside the image and off the labels that are there already.
+    """A label at a corner of its box, inside the image, avoiding the labels in ``taken``.
 
     Returns:
-        The place it took: left, bottom, right, top in dots.
+        The label's extent: left, bottom, right, top in dots.
     """
     red, green, blue = to_rgb(color)
     ink = INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
@@ -277,7 +280,7 @@ def _draw_label(
     ]  # fmt: skip
 
     def place(corner: tuple[float, float]) -> tuple[float, tuple[float, float, float, float]]:
-        """The label at a corner, moved into the image; first what speaks against it: labels hidden, way moved."""
+        """Cost (hidden area of labels, distance moved) and extent of the label at a corner, moved into the image."""
         x = max(frame.x0, min(corner[0], frame.x1 - width))
         y = max(frame.y0, min(corner[1], frame.y1 - height))
         spot = (x, y, x + width, y + height)
@@ -287,13 +290,14 @@ def _draw_label(
         return hidden + height * math.dist((x, y), corner), spot
 
     _, spot = min((place(corner) for corner in corners), key=lambda placed: placed[0])
-    text_corner = (spot[0] + 0.2 * size * point, spot[1] + 0.3 * size * point)  # of the last line
-    label.set_position(ax.transData.inverted().transform(text_corner))
+    text_corner = (spot[0] + 0.2 * size * point, spot[1] + 0.3 * size * point)  # baseline of the last line
+    x, y = ax.transData.inverted().transform(text_corner)
+    label.set_position((x, y))
     return spot
 
 
 def style_axes(ax: Axes, title: str, x: str = "", y: str = "") -> None:
-    """The look of every plot of numbers: title at the left, quiet axes, a grid of lines across."""
+    """The common style of plots: title at the left, gray axes, horizontal grid lines."""
     ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, **as_is())
     ax.set_xlabel(x, fontsize=9, color=GRAY)
     ax.set_ylabel(y, fontsize=9, color=GRAY)

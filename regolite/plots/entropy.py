@@ -1,16 +1,16 @@
-"""How widely attention looks, layer by layer, and how that changes while a detector learns.
+"""Attention entropy by layer, and its change during training.
 
-The entropy of a row of weights is 0 where one cell gets all, and log S where S cells get the same; so its exponential
-says at how many cells, evenly looked at, the row might as well look. A young DETR looks everywhere. How fast its
-cross-attention learns to look at few cells is much of how fast it learns at all.
+The entropy of a row of attention weights is 0 if one cell gets all the weight, and log S if S cells get equal weights;
+its exponential is an effective number of cells. DETR's cross-attention is almost uniform at first, and how fast it
+concentrates on few cells largely determines how fast DETR converges.
 
-While a model is trained::
+During training::
 
     entropy = EntropyByEpoch(model, dataset, range(4))
     regolite.train(config, watch=entropy, model=model)
     entropy_figure(entropy.by_epoch)
 
-Of checkpoints of several epochs::
+From the checkpoints of several epochs::
 
     entropy_figure({epoch: entropies(regolite.load(path), dataset, range(4)) for epoch, path in checkpoints.items()})
 """
@@ -36,28 +36,28 @@ from regolite.tracing.recorder import record
 from regolite.tracing.trace import OnCells, Trace
 
 KINDS = {
-    "encoder.": "Encoder: cells look at cells",
-    "decoder.cross": "Decoder: queries look at the image",
-    "decoder.self": "Decoder: queries look at queries",
-    "relations": "REGO: glimpses ask the stage before",
-    "stage.self": "REGO: queries look at queries",
+    "encoder.": "Encoder self-attention",
+    "decoder.cross": "Decoder cross-attention",
+    "decoder.self": "Decoder self-attention",
+    "relations": "REGO: attention to the previous stage",
+    "stage.self": "REGO self-attention",
 }
 LINES = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D", "v", "P")
 
 
 def entropy_by_layer(trace: Trace) -> dict[str, float]:
-    """The mean entropy of every attention, in nats, over heads, images and all that look; padding is left out.
+    """The mean entropy of every attention in nats, over heads, images and queries, without padding.
 
     Returns:
-        Entropies by the names of the trace, ``"decoder.0.cross"`` and so on.
+        Entropies by trace name, such as ``"decoder.0.cross"``.
     """
     means = {}
     for name in trace.names():
         record = trace[name]
         if isinstance(record, OnCells):
             entropy = record.entropy().transpose(1, 2)  # [B, Q, M]
-            if name.startswith("encoder."):  # cells of padding look too, but nobody looks at them
+            if name.startswith("encoder."):  # encoder queries include padding cells
                 limits = trace.frame.original.flip(1)
                 on = torch.stack([(record.centers(n) < limit).all(-1) for n, limit in enumerate(limits)])
                 entropy = entropy[on]
@@ -68,16 +68,16 @@ def entropy_by_layer(trace: Trace) -> dict[str, float]:
 def entropies(
     model: nn.Module, dataset: DetectionDataset, indices: Sequence[int], names: str | Sequence[str] = "*"
 ) -> dict[str, float]:
-    """The mean entropy of every attention of a detector, in nats, over some images, one by one.
+    """The mean entropy of every attention of a detector in nats, over images that are run one at a time.
 
     Args:
         model: the detector.
-        dataset: where the images are from.
-        indices: which; a few do.
-        names: which attentions, as :func:`regolite.record` takes them. Without ``encoder.*`` it takes less memory.
+        dataset: the data set.
+        indices: indices of the images; a few are enough.
+        names: patterns for :func:`regolite.record`. Leaving out ``encoder.*`` saves memory.
 
     Raises:
-        UserError: when there are no images.
+        UserError: if there are no images.
     """
     if not len(indices):
         raise UserError("the mean over no images is nothing: give at least one index")
@@ -90,15 +90,15 @@ def entropies(
 
 
 class EntropyByEpoch:
-    """Watches a training run: the entropies before it, and whenever the run evaluates (``config.evaluate_every``).
+    """Records entropies before training and at every evaluation (``config.evaluate_every``).
 
     Args:
         model: the detector that is trained; give it to :func:`regolite.train` too.
-        dataset: where the images are from; its own images, whatever the run's.
-        indices: which images.
+        dataset: the data set, independent of the run's.
+        indices: indices of the images.
 
     Attributes:
-        by_epoch: entropies by epoch, epoch 0 before training.
+        by_epoch: entropies by epoch; epoch 0 is before training.
     """
 
     def __init__(self, model: nn.Module, dataset: DetectionDataset, indices: Sequence[int]) -> None:
@@ -106,19 +106,19 @@ class EntropyByEpoch:
         self.by_epoch = {0: entropies(model, dataset, indices)}
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        """What ``watch`` is called with: a line of metrics."""
+        """The ``watch`` callback, called with a line of metrics."""
         if line["kind"] == "evaluation" and line["epoch"] not in self.by_epoch:
             self.by_epoch[line["epoch"]] = entropies(self.model, self.dataset, self.indices)
 
 
 def entropy_figure(by_epoch: Mapping[int, Mapping[str, float]] | Sequence[Mapping[str, float]]) -> Figure:
-    """Attention entropy by epoch: a panel for each kind of attention, a line for each layer.
+    """Attention entropy by epoch: one panel for each kind of attention, one line for each layer.
 
     Args:
-        by_epoch: entropies (:func:`entropies`) by epoch; or in a row, those of epochs 0, 1, 2, ...
+        by_epoch: entropies (:func:`entropies`) by epoch, or a sequence for epochs 0, 1, 2, ...
 
     Raises:
-        UserError: when there are none, or the epochs do not have the same attentions.
+        UserError: if there are none, or the epochs differ in their attentions.
     """
     by_epoch = dict(by_epoch) if isinstance(by_epoch, Mapping) else dict(enumerate(by_epoch))
     epochs = sorted(by_epoch)
@@ -142,13 +142,13 @@ def entropy_figure(by_epoch: Mapping[int, Mapping[str, float]] | Sequence[Mappin
         ax.margins(y=0.1)
         _count_cells(ax)
         ax.legend(fontsize=7, frameon=False, ncols=2 if len(members) > 4 else 1)
-    for ax in axes[len(groups) :]:  # what is left of the last row
+    for ax in axes[len(groups) :]:  # unused panels of the last row
         ax.axis("off")
     return figure
 
 
 def kind_of(name: str) -> str:
-    """The kind of attention, one of :data:`KINDS`, that a name of a trace stands for."""
+    """The kind of attention, one of :data:`KINDS`, of a trace name."""
     parts = name.split(".")
     if parts[0] == "stage":
         return "relations" if parts[2] == "relations" else "stage.self"
@@ -162,14 +162,14 @@ def _place(name: str) -> tuple[int, int]:
 
 
 def _count_cells(ax: Axes) -> None:
-    """The same axis at the right, as a number of cells that are looked at evenly."""
+    """A second axis at the right: the effective number of cells, exp(entropy)."""
     right = ax.twinx()
     low, high = ax.get_ylim()
     right.set_ylim(low, high)
-    evenly = MaxNLocator(5).tick_values(math.exp(low), math.exp(high))
-    ticks = [n for n in evenly.tolist() if n > 0 and low <= math.log(n) <= high]
+    numbers = MaxNLocator(5).tick_values(math.exp(low), math.exp(high))
+    ticks = [n for n in numbers if n > 0 and low <= math.log(n) <= high]
     right.set_yticks([math.log(n) for n in ticks], [f"{n:,g}" for n in ticks])
-    right.set_ylabel("as if evenly at so many", fontsize=8, color=GRAY)
+    right.set_ylabel("effective number of cells", fontsize=8, color=GRAY)
     right.tick_params(labelsize=8, colors=GRAY)
     right.spines[:].set_visible(False)
     ax.tick_params(labelcolor=INK)

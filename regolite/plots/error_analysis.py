@@ -1,10 +1,11 @@
-"""What is right and what is wrong in one image: the base detector against REGO (Figure 5 of the paper)."""
+"""Correct and wrong detections in one image: the base detector against REGO (Figure 5 of the paper)."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from PIL import Image
 
 from regolite.data.dataset import DetectionDataset, Objects
 from regolite.data.images import ImageSource, read_image
@@ -27,8 +28,8 @@ from regolite.plots.selection import Several, check_image, class_name, grid, las
 from regolite.tracing.trace import Trace
 from regolite.types import Prediction, stage_name
 
-CROWDED = 16  # more labels than this hide the image: then what is right has none
-SAID = {"both": "box and class", "ignored": "in a crowd"}  # where a kind's name alone does not say what is the matter
+CROWDED = 16  # with more labels than this, correct detections are not labeled
+KIND_LABELS = {"both": "box and class", "ignored": "in a crowd"}  # for kinds whose names are unclear in a figure
 
 
 def errors_figure(
@@ -41,26 +42,25 @@ def errors_figure(
     threshold: float = THRESHOLD,
     index: int = 0,
 ) -> Figure:
-    """What is right, what is wrong and what is missed: the base detector and REGO side by side, on one image.
+    """Correct detections, errors and missed objects of the base detector and REGO, side by side on one image.
 
-    Right detections are blue, without labels where there are many boxes. Wrong ones are vermillion, with the kind of
-    error as :mod:`regolite.evaluation.error_types` has them; detections in a crowd are gray and do not count.
-    Objects that were missed are green and dashed; one that was found in a wrong place or under a wrong name is not
-    missed.
+    Correct detections are blue, without labels if there are many boxes. False positives are vermillion, with their
+    error type of :mod:`regolite.evaluation.error_types`; ignored detections in a crowd are gray. Missed objects are
+    green and dashed; an object with a detection in a wrong place or of a wrong class does not count as missed.
 
     Args:
         image: the image, as the detector was given it.
-        trace: what :func:`regolite.record` has recorded.
-        truth: the annotations of the image, ``dataset.objects(i)``, of the classes that the detector knows.
+        trace: the trace of :func:`regolite.record`.
+        truth: the ground truth of the image, ``dataset.objects(i)``, of classes that the detector knows.
         stage: stages, one or several; the base detector and the last stage by default.
-        base: of another detector on the same image, as a Deformable DETR that was trained without REGO: its last
+        base: a trace of another detector on the same image, such as a Deformable DETR trained without REGO. Its last
             stage comes first, in place of the base detector inside REGO.
-        threshold: least score of a detection.
+        threshold: minimum score of a detection.
         index: which image of the batch.
 
     Raises:
-        UserError: when the image is not the trace's, the trace has no such stage, or the truth has classes that the
-            detector does not know.
+        UserError: if the image is not the trace's, the trace has no such stage, or the ground truth has classes that
+            the detector does not know.
     """
     image = read_image(image)
     last = last_stage(trace)
@@ -75,11 +75,11 @@ def errors_figure(
         draw_image(ax, image)
         boxes, texts, colors = [], [], []
         for box, category, score, kind in zip(judged.boxes, judged.categories, judged.scores, judged.kinds):
-            said = "" if kind == "correct" else f": {SAID.get(kind, kind)}"
+            said = "" if kind == "correct" else f": {KIND_LABELS.get(kind, kind)}"
             boxes.append(_corners(box))
             texts.append(f"{class_name(source, int(category))} {score:.2f}{said}")
             colors.append({"correct": BLUE, "ignored": GRAY}.get(kind, VERMILLION))
-        for box, color in reversed(list(zip(boxes, colors))):  # the highest_scoring lie over the others
+        for box, color in reversed(list(zip(boxes, colors))):  # the highest-scoring on top
             draw_box(ax, box, color)
         for row in judged.missed:
             boxes.append(_corners(judged.truth.boxes[row]))
@@ -88,7 +88,7 @@ def errors_figure(
             draw_box(ax, boxes[-1], TRUTH_COLOR, 1.8, dashed=True)
         if len(boxes) > CROWDED:
             kept = [n for n, color in enumerate(colors) if color != BLUE]
-            boxes, texts, colors = ([column[n] for n in kept] for column in (boxes, texts, colors))
+            boxes, texts, colors = [boxes[n] for n in kept], [texts[n] for n in kept], [colors[n] for n in kept]
         draw_labels(ax, boxes, texts, colors, 7.0 * max(0.7, min(1.0, (8 / max(len(boxes), 1)) ** 0.5)))
         counts = judged.counts()
         wrong = sum(counts.values()) - counts["correct"] - counts["missed"]
@@ -100,23 +100,24 @@ def errors_figure(
 def verdicts(
     trace: Trace, truth: Objects, *, stage: int | None = None, threshold: float = THRESHOLD, index: int = 0
 ) -> Judged:
-    """What each detection of a stage is, as evaluation judges it; categories are labels, and the image has id 0.
+    """The error types of a stage's detections, as in evaluation; category ids are labels, the image id is 0.
 
     Args:
-        trace: what was recorded.
-        truth: the annotations of the image, crowds included.
+        trace: the trace.
+        truth: the ground truth of the image, crowds included.
         stage: the last by default.
-        threshold: least score of a detection.
+        threshold: minimum score of a detection.
         index: image of the batch.
 
     Raises:
-        UserError: when the truth has classes that the detector does not know.
+        UserError: if the ground truth has classes that the detector does not know.
     """
     boxes = predictions(trace, last_stage(trace) if stage is None else stage)
     known = boxes.scores.shape[-1]
     if len(truth) and truth.labels.max() >= known:
         raise UserError(
-            f"the truth has class {truth.labels.max()}, and the detector knows 0 to {known - 1}: give truth of its own"
+            f"the ground truth has class {truth.labels.max()}, but the detector knows only 0 to {known - 1}: give the "
+            "ground truth of the detector's own classes"
         )
     names = tuple(class_name(trace, label) for label in range(known))
     image = _OneImage(truth, trace.frame.original[index].tolist(), names)
@@ -125,14 +126,14 @@ def verdicts(
 
 
 class _OneImage(DetectionDataset):
-    """One image's annotations as a data set, which knows how to become COCO's ground truth."""
+    """One image's annotations as a data set, for its conversion to COCO's ground truth."""
 
     def __init__(self, truth: Objects, size: list[int], classes: tuple[str, ...]) -> None:
         self.truth, self.extent, self.classes = truth, size, classes
         self.category_ids, self.image_ids = tuple(range(len(classes))), [0]
 
     def image(self, i: int) -> Image.Image:
-        """No image: its annotations are all that is asked for."""
+        """Not available: only the annotations are used."""
         raise NotImplementedError
 
     def objects(self, i: int) -> Objects:

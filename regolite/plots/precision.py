@@ -1,4 +1,4 @@
-"""The figures of notebook 21: average precision by category, overlaps, precision and recall, and errors."""
+"""The figures of notebook 21: average precision by category, IoU histograms, precision-recall curves, errors."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from regolite.plots.text import as_is
 from regolite.types import stage_name
 
 LINES = ("-", "--", "-.", ":")
-RATIO = 0.75  # height of a detail of an image by its width
+RATIO = 0.75  # height / width of an image crop
 
 
 def plot_categories(
     names: Sequence[str], ap: Float[np.ndarray, "S K"], objects: Int[np.ndarray, "K"], count: int = 10
 ) -> Figure:
-    """AP of the best and of the worst categories: the last stage as a bar, the base detector as a point.
+    """AP of the best and the worst categories: the last stage as a bar, the base detector as a point.
 
     Args:
-        names: of the categories.
-        ap: AP by stage and category, nan where a category has no object.
-        objects: how many objects each category has.
-        count: how many of the best, and of the worst; no category is in both.
+        names: names of the categories.
+        ap: AP by stage and category, NaN for a category without objects.
+        objects: number of objects by category.
+        count: number of best, and of worst categories; no category is in both.
     """
     ranked = [k for k in np.argsort(-ap[-1], kind="stable").tolist() if not math.isnan(ap[-1, k])]
     best = ranked[: min(count, math.ceil(len(ranked) / 2))]
@@ -65,11 +65,11 @@ def plot_categories(
 
 
 def plot_precision(by_stage: Sequence[Measured], ious: Sequence[float] = (0.5, 0.75)) -> Figure:
-    """Precision against recall by stage, the mean over the categories, one panel a demand on the overlap.
+    """Precision-recall curves by stage, averaged over the categories, one panel for each IoU threshold.
 
     Args:
-        by_stage: what :func:`regolite.evaluation.measure` gave for each stage.
-        ious: the demands.
+        by_stage: the result of :func:`regolite.evaluation.measure` for each stage.
+        ious: the IoU thresholds.
     """
     figure = Figure((9.6, 3.8), dpi=100, layout="constrained")
     for ax, iou in zip(figure.subplots(1, len(ious), sharey=True), ious):
@@ -85,7 +85,7 @@ def plot_precision(by_stage: Sequence[Measured], ious: Sequence[float] = (0.5, 0
 
 
 def plot_overlaps(by_stage: Sequence[Judged]) -> Figure:
-    """How many correct detections of each stage overlap their object by how much: the paper's Figure 4.
+    """Histogram of the IoU of each stage's correct detections with their objects: the paper's Figure 4.
 
     Args:
         by_stage: the detections of each stage.
@@ -108,18 +108,18 @@ def plot_overlaps(by_stage: Sequence[Judged]) -> Figure:
 
 
 def overlap_histogram(judged: Judged) -> list[int]:
-    """How many correct detections overlap their object by 0.5 to 0.6, 0.6 to 0.7, ..., 0.9 to 1."""
+    """Number of correct detections with an IoU of 0.5 to 0.6, 0.6 to 0.7, ..., 0.9 to 1."""
     overlaps = judged.overlaps[judged.kinds == "correct"]
     return np.histogram(overlaps.clip(0.5, 1.0), [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])[0].tolist()
 
 
 def plot_errors(by_stage: Sequence[Judged], costs: Sequence[Mapping[str, float]], threshold: float) -> Figure:
-    """Errors of each kind by stage: how many among the sure detections, and what they cost.
+    """Errors of each type by stage: their number above a score threshold, and their cost in AP50.
 
     Args:
         by_stage: the detections of each stage.
-        costs: by how much AP50 rises without them (:meth:`~regolite.evaluation.error_types.Judged.costs`), by stage.
-        threshold: least score of a sure detection.
+        costs: the rise in AP50 without them (:meth:`~regolite.evaluation.error_types.Judged.costs`), by stage.
+        threshold: minimum score of a counted detection.
     """
     figure = Figure((9.6, 3.8), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -143,19 +143,19 @@ def plot_errors(by_stage: Sequence[Judged], costs: Sequence[Mapping[str, float]]
 
 
 def draw_errors(dataset: DetectionDataset, judged: Judged, count: int = 6, columns: int = 3) -> Figure | None:
-    """The highest_scoring false positives, one an image: red the detection, dashed green the object it is wrong about.
+    """The highest-scoring false positive of each image: the detection in red, its nearest object dashed in green.
 
     Args:
-        dataset: the images.
+        dataset: the data set.
         judged: the detections.
-        count: how many images.
-        columns: images in a row.
+        count: number of images.
+        columns: images per row.
 
     Returns:
-        The figure, or None where nothing is wrong.
+        The figure, or None without false positives.
     """
     wrong = np.flatnonzero(np.isin(judged.kinds, KINDS))
-    first = np.sort(np.unique(judged.image_ids[wrong], return_index=True)[1])  # the highest_scoring of each image
+    first = np.sort(np.unique(judged.image_ids[wrong], return_index=True)[1])  # the highest-scoring of each image
     chosen = wrong[first][:count]
     names = dict(zip(dataset.category_ids, dataset.classes))
     entries = []
@@ -174,17 +174,17 @@ def draw_errors(dataset: DetectionDataset, judged: Judged, count: int = 6, colum
 def draw_missed(
     dataset: DetectionDataset, judged: Judged, threshold: float, count: int = 6, columns: int = 3
 ) -> Figure | None:
-    """The largest missed objects, one an image, in green; and what came nearest to each below the threshold.
+    """The largest missed object of each image, in green, with its best detection below the threshold.
 
     Args:
-        dataset: the images.
+        dataset: the data set.
         judged: the detections.
-        threshold: least score of a detection that counts as an answer.
-        count: how many images.
-        columns: images in a row.
+        threshold: minimum score of a detection that counts.
+        count: number of images.
+        columns: images per row.
 
     Returns:
-        The figure, or None where nothing was missed.
+        The figure, or None if no object was missed.
     """
     truth, missed = judged.truth, judged.above(threshold).missed
     missed = missed[np.argsort(-truth.boxes[missed, 2:].prod(1), kind="stable")]
@@ -193,20 +193,20 @@ def draw_missed(
     entries = []
     for row in missed[first][:count].tolist():
         near = np.flatnonzero((judged.objects == row) & np.isin(judged.kinds, ("correct", "class", "box")))
-        note = f"{judged.kinds[near[0]]} with {judged.scores[near[0]]:.2f}" if len(near) else "by nothing"
+        note = f"{judged.kinds[near[0]]} with {judged.scores[near[0]]:.2f}" if len(near) else "no detection"
         title = f"missed: {names[int(truth.categories[row])]}"
         entries.append((int(truth.image_ids[row]), title, note, [(truth.boxes[row], TRUTH_COLOR, False)]))
     return _draw_details(dataset, entries, columns)
 
 
 Frame = tuple[Float[np.ndarray, "4"], str, bool]
-"""Corner, width and height of a box, its color, and whether it is dashed."""
+"""A box as corner, width and height; its color; whether it is dashed."""
 
 
 def _draw_details(
     dataset: DetectionDataset, entries: Sequence[tuple[int, str, str, Sequence[Frame]]], columns: int
 ) -> Figure | None:
-    """Images cut around some boxes: COCO's id of each image, title, note and boxes."""
+    """Image crops around boxes; an entry holds the COCO image id, title, note and boxes."""
     if not entries:
         return None
     place = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
@@ -222,7 +222,7 @@ def _draw_details(
 
 
 def _cut(image: Image.Image, boxes_xyxy: Float[np.ndarray, "n 4"]) -> tuple[Image.Image, tuple[int, int]]:
-    """The part of an image around some boxes, at least a quarter as wide, and where it begins."""
+    """The crop of an image around boxes, at least a quarter of its width, and the crop's left and top."""
     (x0, y0), (x1, y1) = boxes_xyxy[:, :2].min(0), boxes_xyxy[:, 2:].max(0)
     wide = max(2.5 * (x1 - x0), 2.5 * (y1 - y0) / RATIO, image.width / 4)
     width = min(round(wide), image.width)

@@ -20,19 +20,19 @@ from regolite.plots.drawing import save_figure
 def draw_run(
     folder: str | Path, model: nn.Module, datasets: Mapping[str, DetectionDataset], images: int = 4
 ) -> list[Path]:
-    """Draw what a run has come to, into its folder's ``figures/``.
+    """Draw the figures of a run into ``figures/`` in its folder.
 
-    ``curves.png``; for each split ``ap_SPLIT.png``, where it was evaluated, and ``stages_SPLIT_IMAGEID.png`` of some
-    images, spread evenly over the split.
+    These are ``curves.png``, and for each split ``ap_SPLIT.png``, if it was evaluated, and ``stages_SPLIT_IMAGEID.png``
+    for images spread evenly over the split.
 
     Args:
         folder: the folder of the run.
         model: its detector.
-        datasets: images and ground truth by split.
-        images: how many of each split.
+        datasets: data sets by split.
+        images: number of images of each split.
 
     Returns:
-        The files.
+        The files written.
     """
     folder = Path(folder)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -48,7 +48,7 @@ def draw_run(
         for i in (n * len(dataset) // count for n in range(count)):
             try:
                 image = dataset.image(i)
-            except UserError:  # a run that skips broken images has named it
+            except UserError:  # reported by the run already
                 continue
             by_stage = detect_by_stage(model, image, threshold=0.0)
             figure = draw_stages(image, by_stage, dataset.classes, ground_truth(dataset, i), alphas)

@@ -1,15 +1,16 @@
-"""The figures of notebook 22: several runs in one image, told apart by color, by dashes and by marker."""
+"""The figures of notebook 22: several runs in one figure, distinguished by color, line style and marker."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from regolite.evaluation.run_comparison import AXES, Run, time_unit
@@ -26,7 +27,7 @@ TERMS = {"label": "class", "l1": "box, L1", "giou": "box, GIoU"}
 
 
 def run_style(number: int) -> dict[str, Any]:
-    """How the lines of a run look: 140 runs are told apart, the first four by their dashes alone."""
+    """The line style of a run: 140 distinct styles; the first four differ in their dashes alone."""
     return {
         "color": COLORS[number % len(COLORS)],
         "linestyle": DASHES[number % len(DASHES)],
@@ -39,16 +40,16 @@ def run_style(number: int) -> dict[str, Any]:
 def plot_convergence(
     runs: Sequence[Run], metric: str = "AP", stage: int | None = None, split: str = "val", axes: Sequence[str] = AXES
 ) -> Figure:
-    """A figure against epochs, hours and images seen, a line a run (as Figure 3 of the paper).
+    """A metric against epochs, hours and images seen, one line per run (as Figure 3 of the paper).
 
-    A hollow triangle marks where the learning rate was divided by ten, a gray line the first run's best.
+    A hollow triangle marks a learning rate drop by a factor of ten, a gray line the first run's best value.
 
     Args:
-        runs: the runs, the one to compare with first.
+        runs: the runs, the baseline first.
         metric: AP, AP50, AP75, APs, APm or APl.
         stage: which stage; each run's last by default.
-        split: on which images.
-        axes: what to draw it against, of :data:`~regolite.evaluation.run_comparison.AXES`.
+        split: the evaluated split.
+        axes: the x axes, of :data:`~regolite.evaluation.run_comparison.AXES`.
     """
     unit, per_hour = time_unit(max(run.hours for run in runs))
     names = {"epochs": "epochs", "hours": unit, "images": "images seen"}
@@ -74,26 +75,30 @@ def plot_convergence(
 
 
 def plot_stages(runs: Sequence[Run], metric: str = "AP", split: str = "val") -> Figure:
-    """A figure of every stage against epochs, a panel a run.
+    """A metric of every stage against epochs, one panel per run.
 
     Args:
         runs: the runs.
         metric: AP, AP50, AP75, APs, APm or APl.
-        split: on which images.
+        split: the evaluated split.
     """
     columns = min(3, len(runs))
     height = -(-len(runs) // columns)
     figure = Figure((3.3 * columns + 0.2, 2.9 * height + 0.6), dpi=100, layout="constrained")
-    panels = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False).flat
-    for run, ax in itertools.zip_longest(runs, panels):
-        if run is None:
-            ax.set_visible(False)
-            continue
+    axes = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+    for ax in axes[len(runs) :]:
+        ax.set_visible(False)
+    panels: list[Axes] = axes[: len(runs)]
+    for run, ax in zip(runs, panels):
         style_axes(ax, run.label, "epochs")
         for stage in range(run.stages(split) + 1):
-            look = {"color": stage_color(stage), "linestyle": DASHES[stage % 4], "marker": STAGE_MARKERS[stage % 6]}
+            look: dict[str, Any] = {
+                "color": stage_color(stage),
+                "linestyle": DASHES[stage % 4],
+                "marker": STAGE_MARKERS[stage % 6],
+            }
             ax.plot(*run.curve("epochs", metric, stage, split), **look, markersize=3.5, label=stage_name(stage))
-    panels = [ax for ax in figure.axes if ax.get_visible()]
+
     _from_zero(*panels)
     panels[0].set_ylabel(metric, fontsize=9, color=GRAY)
     _legend(figure, max(panels, key=lambda ax: len(ax.lines)))
@@ -101,12 +106,12 @@ def plot_stages(runs: Sequence[Run], metric: str = "AP", split: str = "val") -> 
 
 
 def plot_losses(runs: Sequence[Run], stage: int | None = None, smoothing: int = 1) -> Figure:
-    """The terms of the loss in the last layer of one stage against epochs, a line a run.
+    """The loss terms of the last layer of one stage against epochs, one line per run.
 
     Args:
         runs: the runs.
         stage: which stage, 0 the base detector; each run's last by default.
-        smoothing: lines of metrics whose mean a point is.
+        smoothing: number of metrics lines averaged into a point.
     """
     figure = Figure((3.3 * len(TERMS) + 0.2, 3.5), dpi=100, layout="constrained")
     for ax, (term, name) in zip(figure.subplots(1, len(TERMS)), TERMS.items()):
@@ -122,7 +127,7 @@ def plot_losses(runs: Sequence[Run], stage: int | None = None, smoothing: int = 
 
 
 def _mark_drops(ax: Axes, run: Run, x: Sequence[float], y: Sequence[float], epochs: Sequence[float]) -> None:
-    """Triangles on a run's line where its learning rate dropped."""
+    """Triangles on a run's line at its learning rate drops."""
     for drop in run.drops:
         if epochs[0] <= drop <= epochs[-1]:
             point = np.interp(drop, epochs, x), np.interp(drop, epochs, y)
@@ -130,9 +135,15 @@ def _mark_drops(ax: Axes, run: Run, x: Sequence[float], y: Sequence[float], epoc
             ax.plot(*point, "v", markersize=9, markerfacecolor="white", markeredgecolor=color, zorder=4)
 
 
+def _points(line: Line2D) -> Float[np.ndarray, "n 2"]:
+    """The finite points of a line."""
+    points = np.asarray(line.get_xydata())
+    return points[np.isfinite(points).all(1)]
+
+
 def _from_zero(*axes: Axes) -> None:
-    """Both axes of all panels from 0 to a little more than the largest value."""
-    drawn = [point for ax in axes for line in ax.lines for point in line.get_xydata() if np.isfinite(point).all()]
+    """Set both axes of all panels to start at 0 and end just above the largest value."""
+    drawn = [point for ax in axes for line in ax.lines for point in _points(line)]
     right, top = np.max(drawn, axis=0) if drawn else (0, 0)
     for ax in axes:
         ax.set_xlim(0, 1.04 * right or 1)
@@ -140,9 +151,9 @@ def _from_zero(*axes: Axes) -> None:
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
-    """One legend below all panels, with lines long enough to show their dashes."""
+    """One legend below all panels, with handles long enough to show the dashes."""
     handles, labels = ax.get_legend_handles_labels()
-    inches = 0.75 + 0.075 * max(map(len, labels))  # of an entry, about
+    inches = 0.75 + 0.075 * max(map(len, labels))  # approximate width of an entry
     columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
     legend = figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3.2

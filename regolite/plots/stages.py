@@ -1,11 +1,12 @@
-"""What becomes of one object in REGO: its path through the stages, and which other objects each stage asks about it.
+"""One object in REGO: its boxes and glimpses by stage, and the attention to other objects in each stage.
 
-A query stays the same object through all stages, so both figures follow one query.
+A query stands for the same object in all stages, so both figures follow one query.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from regolite.errors import UserError
 from regolite.models.glimpse import BINS
 from regolite.plots.detections import THRESHOLD
 from regolite.plots.drawing import (
+    ABOVE,
     GRAY,
     INK,
     draw_box,
@@ -46,40 +48,40 @@ from regolite.plots.selection import (
     last_stage,
     looking,
     predictions,
+    record_of,
     several,
     title_of,
     within,
 )
 from regolite.plots.text import as_is
-from regolite.tracing.trace import Glimpses, Trace
+from regolite.tracing.trace import Glimpses, Trace, Weights
 from regolite.types import stage_name
 
 SAME = 0.5  # least IoU of two boxes that stand for the same object
 
 
-# -------------------------------------------------------------------------------------------------------- the path
+# -------------------------------------------------------------------------------------------------- boxes by stage
 
 
 def stages_figure(image: ImageSource, trace: Trace, *, query: int | None = None, index: int = 0) -> Figure:
-    """One object's path through the stages: above its box in the image, below what each stage saw of it.
+    """One object through the stages: its boxes in the image above, its glimpses below.
 
-    A column for the base detector and for each stage. Above, the box of the stage, and dashed the region of its
-    glimpse. Below, the glimpse: the region cut out of the image, with the 7 x 7 bins in which the stage reads it, the
-    box of the stage before and its own. What lies outside the image is hatched. Under the base detector, which has no
-    glimpse, stands the score by stage.
+    One column for the base detector and for each stage. Above: the box of the stage, and dashed the region of its
+    glimpse. Below: the glimpse with its 7 x 7 RoIAlign bins, the box of the previous stage and of this one; the part
+    outside the image is hatched. Below the base detector, which has no glimpse, is the score by stage.
 
     Args:
         image: the image, as the detector was given it.
-        trace: what :func:`regolite.record` has recorded of a REGO.
-        query: whose path; the highest_scoring object's by default.
+        trace: the trace of a detector with REGO.
+        query: query of the object; the highest-scoring by default.
         index: which image of the batch.
 
     Raises:
-        UserError: when the image is not the trace's, the detector has no REGO, or there is no such query.
+        UserError: if the image is not the trace's, the detector has no REGO, or there is no such query.
     """
     image = check_image(image, trace, index)
     if not trace.names("stage.*.glimpses"):
-        raise UserError("the trace has no stage.*.glimpses: only a detector with REGO has stages that look again")
+        raise UserError("the trace has no stage.*.glimpses: only a detector with REGO has glimpses")
     query = highest_scoring(trace, index) if query is None else query
     by_stage = [predictions(trace, stage) for stage in range(last_stage(trace) + 1)]
     within("query", query, by_stage[0].boxes.shape[1])
@@ -95,7 +97,7 @@ def stages_figure(image: ImageSource, trace: Trace, *, query: int | None = None,
         draw_title(ax, stage_name(stage).capitalize(), title_of(trace, by_stage[stage], query, index),
                    stage_color(stage))  # fmt: skip
         if stage:
-            glimpses = trace[f"stage.{stage}.glimpses"]
+            glimpses = record_of(trace, f"stage.{stage}.glimpses", Glimpses)
             region = glimpses.boxes_xyxy(index)[query].tolist()
             draw_box(ax, region, stage_color(stage), 1.4, dashed=True, inset=0.004 * max(image.size))
             _draw_glimpse(below[stage], image, glimpses, query, index, stage)
@@ -124,14 +126,14 @@ def _second_row(figure: Figure, above: list[Axes], width: float) -> list[Axes]:
 
 
 def _draw_glimpse(ax: Axes, image: Image.Image, glimpses: Glimpses, query: int, index: int, stage: int) -> None:
-    """The region as it lies in the image, stretched to a square as RoIAlign reads it, with its bins."""
+    """The region of the image, stretched to a square as by RoIAlign, with its bins."""
     x0, y0, x1, y1 = glimpses.boxes_xyxy(index)[query].tolist()
     ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#EEEEEE", edgecolor="#BBBBBB", hatch="////", zorder=0,
                            linewidth=0))  # fmt: skip
     width, height = image.size
     ax.imshow(np.asarray(image), extent=(0, width, height, 0), aspect="auto", zorder=1)
     for n in range(1, BINS):
-        style = {"color": "white", "linewidth": 0.5, "alpha": 0.55, "zorder": 2}
+        style: dict[str, Any] = {"color": "white", "linewidth": 0.5, "alpha": 0.55, "zorder": 2}
         ax.plot([x0 + (x1 - x0) * n / BINS] * 2, [y0, y1], **style)
         ax.plot([x0, x1], [y0 + (y1 - y0) * n / BINS] * 2, **style)
     ax.set_xlim(x0, x1)
@@ -140,7 +142,7 @@ def _draw_glimpse(ax: Axes, image: Image.Image, glimpses: Glimpses, query: int, 
     ax.set_yticks([])
     ax.spines[:].set(color=stage_color(stage), linestyle=(0, (4, 2.5)), linewidth=1.4)
     stride = glimpses.strides[int(glimpses.level[index, query])]
-    draw_title(ax, "What it sees", f"from the map of stride {stride}", stage_color(stage))
+    draw_title(ax, "Glimpse", f"from the map of stride {stride}", stage_color(stage))
 
 
 def _draw_scores(ax: Axes, trace: Trace, query: int, index: int) -> None:
@@ -148,7 +150,7 @@ def _draw_scores(ax: Axes, trace: Trace, query: int, index: int) -> None:
     count = last_stage(trace) + 1
     label = int(predictions(trace, count - 1).best(index)[1][query])
     scores = [predictions(trace, stage).scores[index, query, label].item() for stage in range(count)]
-    place = ax.get_position()  # inside its square: the axes have labels
+    place = ax.get_position()  # leave room for the axis labels
     ax.set_position(
         (place.x0 + 0.14 * place.width, place.y0 + 0.13 * place.height, 0.82 * place.width, 0.85 * place.height)
     )
@@ -156,16 +158,15 @@ def _draw_scores(ax: Axes, trace: Trace, query: int, index: int) -> None:
     ax.plot(range(count), scores, color=GRAY, linewidth=1.2, zorder=1)
     ax.scatter(range(count), scores, c=[stage_color(stage) for stage in range(count)], s=42, zorder=3, clip_on=False)
     for stage, score in enumerate(scores):
-        place = (0, 7 if score < 0.9 else -14)  # above, and below where there is no room
+        offset = (0, 7 if score < 0.9 else -14)  # above the point, or below it near the top
         ax.annotate(
-            f"{score:.2f}", (stage, score), place, textcoords="offset points", ha="center", fontsize=8, color=INK
+            f"{score:.2f}", (stage, score), offset, textcoords="offset points", ha="center", fontsize=8, color=INK
         )
     ax.set_ylim(0, 1)
     ax.set_xlim(-0.35, count - 0.65)
     ax.set_xticks(range(count), ["base", *(str(stage) for stage in range(1, count))])
     title = f"score of {class_name(trace, label)}"
-    above = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **above, **as_is())
+    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **ABOVE, **as_is())
 
 
 # -------------------------------------------------------------------------------------------------------- relations
@@ -173,17 +174,17 @@ def _draw_scores(ax: Axes, trace: Trace, query: int, index: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Related:
-    """Whom a query asks, object by object, the most related first.
+    """A query's attention to other objects, the most related first.
 
-    The weights of all objects, ``itself`` and ``nothing`` sum to 1.
+    All ``weights``, ``itself`` and ``nothing`` sum to 1.
 
     Attributes:
-        query: who asks.
-        queries: the highest_scoring query of each other object.
-        weights: the weight of each: the sum over all queries that stand for it.
-        itself: the weight of the queries that stand for the same object as the one that asks.
+        query: the attending query.
+        queries: the highest-scoring query of each other object.
+        weights: the weight of each object: the sum over all queries that stand for it.
+        itself: the weight of the queries that stand for the attending query's own object.
         nothing: the weight of queries that stand for no object.
-        of: for every query the place of its object in ``queries``; -1 for the object that asks, -2 for none.
+        of: for every query the index of its object in ``queries``; -1 for the attending query's object, -2 for none.
     """
 
     query: int
@@ -204,34 +205,34 @@ def related(
     threshold: float = THRESHOLD,
     index: int = 0,
 ) -> Related:
-    """Which objects of the stage before a query asks in a stage, and how much.
+    """A query's attention in a stage to the objects of the previous stage.
 
-    Attention is from query to query, and many queries stand for one object. So queries are gathered to objects first,
-    by what the stage before predicts: its detections above the threshold are the objects, without those that overlap a
-    surer one of their class by an IoU of 0.5 or more; the query that asks is an object in any case. Every other query
-    stands for the object that its box overlaps most, if by 0.5 or more, and else for none.
+    Attention is from query to query, and many queries stand for one object. Queries are therefore grouped by the
+    predictions of the previous stage: the objects are its detections above the threshold after non-maximum suppression
+    by class at an IoU of 0.5, and always the attending query. Every other query stands for the object with which its
+    box has the highest IoU, if that is at least 0.5, and otherwise for none.
 
     Args:
-        trace: what was recorded.
-        query: who asks.
-        stage: of REGO; 0 for the self-attention of the base decoder. The last by default.
-        layer: of the stage's decoder, counted from 0; the last by default.
+        trace: the trace.
+        query: the attending query.
+        stage: stage of REGO, 0 for the self-attention of the base decoder; the last by default.
+        layer: layer of the stage's decoder, counted from 0; the last by default.
         head: one head; by default the mean over the heads.
-        threshold: least score of an object.
+        threshold: minimum score of an object.
         index: image of the batch.
 
     Raises:
-        UserError: when the trace has no such stage, layer, head or query.
+        UserError: if the trace has no such stage, layer, head or query.
     """
     stage = last_stage(trace) if stage is None else stage
     form = f"stage.{stage}.relations.{{}}" if stage else "decoder.{}.self"
     names = trace.names(form.format("*"))
     if not names:
         raise UserError(
-            f"the trace has no {form.format('*')}: record it, of a model that has it; of a detector without REGO "
-            "stage=0 shows the self-attention of its decoder"
+            f"the trace has no {form.format('*')}: record a model that has it; for a detector without REGO, stage=0 "
+            "shows the self-attention of its decoder"
         )
-    record = trace[names[-1] if layer is None else form.format(layer)]
+    record = record_of(trace, names[-1] if layer is None else form.format(layer), Weights)
     within("query", query, looking(record))
     if head is not None:
         within("head", head, heads_of(record))
@@ -242,12 +243,12 @@ def related(
     corners = boxes.boxes_xyxy(index)
     asks = torch.arange(len(scores)) == query
     candidates = (asks | (scores >= threshold)).nonzero()[:, 0]
-    ranks = torch.where(asks, 2.0, scores)[candidates]  # who asks is surer than anybody
-    objects = candidates[batched_nms(corners[candidates], ranks, labels[candidates], SAME)]  # who asks is the first
+    ranks = torch.where(asks, 2.0, scores)[candidates]  # the attending query comes first
+    objects = candidates[batched_nms(corners[candidates], ranks, labels[candidates], SAME)]
     overlap, nearest = box_iou(corners, corners[objects]).max(1)
     of = torch.where(overlap >= SAME, nearest, -1)
     of[objects] = torch.arange(len(objects))
-    shares = torch.zeros(len(objects) + 1).index_add_(0, of + 1, weights)  # nobody's first
+    shares = torch.zeros(len(objects) + 1).index_add_(0, of + 1, weights)  # first the queries without an object
     weight, order = shares[2:].sort(descending=True, stable=True)
     place = torch.full((len(objects) + 1,), -2)
     place[1], place[2 + order] = -1, torch.arange(len(order))
@@ -266,28 +267,27 @@ def relations_figure(
     threshold: float = THRESHOLD,
     index: int = 0,
 ) -> Figure:
-    """Which objects each stage asks about one object (as Figure 6 of the paper).
+    """The attention of one object to other objects in each stage (as Figure 6 of the paper).
 
-    A panel for each stage. It shows what the stage before has found, since that is whom the glimpse asks: the object
-    itself in the stage's color, and its most related other objects, joined to it by lines. A line is as wide as its
-    weight. Weights are summed over all queries that stand for an object; :func:`related` says which those are. The
-    title tells how much of the weight goes to the object itself, and to queries that stand for no object; in brackets,
-    how much those would get if all queries were asked evenly.
+    One panel for each stage. It shows the predictions of the previous stage, to which the glimpses attend: the object
+    in the stage's color, and its most related other objects, connected by lines whose width is the weight. Weights are
+    summed over all queries that stand for an object (:func:`related`). The title gives the weight of the object itself
+    and of the queries that stand for no object; in brackets, the weight of these under uniform attention.
 
     Args:
         image: the image, as the detector was given it.
-        trace: what :func:`regolite.record` has recorded.
-        query: the object; the highest_scoring of the last stage by default.
-        stage: stages, one or several; all of REGO by default. 0 is the base decoder, with its self-attention: of any
-            detector, also one without REGO.
-        layer: of each stage's decoder, counted from 0; the last by default.
+        trace: the trace of :func:`regolite.record`.
+        query: query of the object; the highest-scoring of the last stage by default.
+        stage: stages, one or several; all of REGO by default. 0 is the self-attention of the base decoder, also of a
+            detector without REGO.
+        layer: layer of each stage's decoder, counted from 0; the last by default.
         head: one head; by default the mean over the heads.
-        top: how many related objects are drawn.
-        threshold: least score of an object.
+        top: number of related objects that are drawn.
+        threshold: minimum score of an object.
         index: which image of the batch.
 
     Raises:
-        UserError: when the image is not the trace's, or the trace has no such stage, layer, head or query.
+        UserError: if the image is not the trace's, or the trace has no such stage, layer, head or query.
     """
     image = check_image(image, trace, index)
     if stage is None and not last_stage(trace):
@@ -301,7 +301,7 @@ def relations_figure(
         for number in stages
     ]
     ratio = image.height / image.width
-    across = len(stages) if len(stages) <= 3 else -(-len(stages) // 2)  # titles need their room
+    across = len(stages) if len(stages) <= 3 else -(-len(stages) // 2)  # room for the titles
     figure, axes = panels(ratio, len(stages), across, max(min(WIDTH / across - 0.1, HEIGHT / ratio, 4.8), NARROW))
     for ax, number, relations in zip(axes, stages, found):
         boxes = predictions(trace, max(number - 1, 0))
@@ -321,14 +321,14 @@ def relations_figure(
         texts = [names[query], *(f"{names[other]} {_percent(weight)}" for other, weight in zip(others, weights))]
         chosen = [own, *corners[others]]
         draw_labels(ax, [box.tolist() for box in chosen], texts, [color, *[INK] * len(others)])
-        evenly = float((relations.of == -2).float().mean())
-        nobody = f"no object {_percent(relations.nothing)} (evenly {_percent(evenly)})"
-        draw_title(ax, stage_name(number).capitalize(), f"itself {_percent(relations.itself)}, {nobody}", color)
+        uniform = float((relations.of == -2).float().mean())
+        rest = f"no object {_percent(relations.nothing)} (uniform {_percent(uniform)})"
+        draw_title(ax, stage_name(number).capitalize(), f"itself {_percent(relations.itself)}, {rest}", color)
     return figure
 
 
 def _middle(box: Float[Tensor, "4"], image: Image.Image) -> tuple[float, float]:
-    """The middle of that part of a box that lies in the image."""
+    """The center of the part of a box inside the image."""
     limit = torch.tensor([float(side) for side in image.size] * 2)
     x0, y0, x1, y1 = box.clamp(min=0).minimum(limit).tolist()
     return (x0 + x1) / 2, (y0 + y1) / 2

@@ -1,7 +1,7 @@
-"""Words of others in figures: names of classes, files and runs are drawn as they are.
+"""User-provided text in figures: names of classes, files and runs are drawn literally.
 
-To matplotlib a pair of ``$`` holds a formula, a label that begins with ``_`` is no entry of a legend, and its own font
-has neither Chinese nor Japanese nor Korean characters.
+By default matplotlib reads text between ``$`` as a formula, leaves labels that begin with ``_`` out of legends, and
+uses a font without Chinese, Japanese and Korean characters.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ CJK = (
     "SimHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "PingFang HK", "Hiragino Sans", "Apple SD Gothic Neo",
     "Arial Unicode MS",
 )  # fmt: skip
-"""Fonts with Chinese, Japanese or Korean characters, as systems have them."""
+"""Common system fonts with Chinese, Japanese or Korean characters."""
 
 
 def as_is() -> dict[str, Any]:
-    """Keyword arguments of ``Axes.text`` and the like for words of others."""
+    """Keyword arguments for matplotlib texts that are drawn literally."""
     return {"parse_math": False, "fontfamily": [*rcParams["font.family"], *_further_fonts()]}
 
 
 def legend_as_is(legend: Legend) -> None:
-    """Let a legend say its labels as they are."""
+    """Draw the labels of a legend literally."""
     for text in legend.get_texts():
         text.set(**as_is())
 
 
 def label_as_is(name: str) -> str:
-    """A name as a label: matplotlib leaves those out that begin with ``_``."""
+    """A name as a legend label, also if it begins with ``_``."""
     return f"\u2060{name}" if name.startswith("_") else name
 
 
 @cache
 def _further_fonts() -> tuple[str, ...]:
-    """The fonts that are asked for what the first has not: of :data:`CJK` those that there are."""
+    """The installed fonts of :data:`CJK`, as fallbacks."""
     there = {font.name for font in font_manager.fontManager.ttflist}
     return tuple(name for name in CJK if name in there)

@@ -1,4 +1,4 @@
-"""Interactive viewers for notebooks: choose an image, click an object, and see what the detector does with it."""
+"""Interactive notebook viewers of a detector's attention, sampling points, stages and relations."""
 
 from __future__ import annotations
 

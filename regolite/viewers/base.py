@@ -1,4 +1,4 @@
-"""What all viewers have in common: a canvas, an object to choose, a threshold, a file to save to."""
+"""Base class of the viewers: canvas, object selection, score threshold, saving."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from regolite.tracing.trace import Boxes, Trace
 from regolite.viewers.canvas import ImageCanvas
 from regolite.viewers.gallery import Gallery, Given, Message, Scene, labeled
 
-MOST = 50  # boxes that are drawn: a hundred would hide the image, and nobody tabs through them
-ALL = -1  # in drop-downs, whose None means that nothing is chosen: the mean of all heads, or all levels
+MOST = 50  # maximum number of boxes that are drawn: more would hide the image
+ALL = -1  # value of "mean of all heads" or "all levels" in drop-downs, where None means no selection
 
 
 class Viewer(ipywidgets.VBox):
-    """What all viewers share: images, a canvas, controls beside it, a button that saves.
+    """Base class of the viewers: images, a canvas, controls beside it, a save button.
 
-    A viewer says by :meth:`lacks` whether a trace has what it shows, by :meth:`fit` which choices a trace offers, and
-    by :meth:`draw` what the canvas shows of the present choices.
+    Subclasses implement :meth:`lacks` (can a trace be shown?), :meth:`fit` (set the options of the controls) and
+    :meth:`draw` (the state of the canvas).
 
     Args:
-        model: the detector; None where a trace is all there is.
+        model: the detector; None to show only a given trace.
         images: paths, PIL images and data sets to choose from.
-        trace: what was recorded of the first image, so that it need not be computed.
-        gallery: images that several viewers share, instead of all that.
+        trace: a trace of the first image, to skip its computation.
+        gallery: a gallery shared by several viewers; it replaces the other arguments.
     """
 
     title = ""
-    """Name of the tab, and in small letters of the file that is saved."""
+    """Title of the tab; in lower case the default name of saved files."""
 
     def __init__(
         self,
@@ -65,15 +65,15 @@ class Viewer(ipywidgets.VBox):
         )
         self.saved = Message()
         self.message = Message()
-        self._quiet = False
+        self._muted = False
         self.choices = self.controls()
-        beside = [*self.choices.values(), self.file, self.button, self.saved]
-        side = ipywidgets.VBox(beside, layout=ipywidgets.Layout(flex="0 0 280px"))
+        controls = [*self.choices.values(), self.file, self.button, self.saved]
+        side = ipywidgets.VBox(controls, layout=ipywidgets.Layout(flex="0 0 280px"))
         body = ipywidgets.HBox([self.canvas, side], layout=ipywidgets.Layout(flex_flow="row wrap"))
         own = [] if gallery else [self.gallery]
         super().__init__([*own, self.message, body], layout=ipywidgets.Layout(max_width="1000px"))
 
-        self.add_class("rg-viewer")  # for canvas.js: keys pressed in here are not the notebook's
+        self.add_class("rg-viewer")  # canvas.js keeps key presses in here from the notebook
         for control in self.choices.values():
             for part in control.children if isinstance(control, ipywidgets.Box) else [control]:
                 part.observe(lambda _: self._changed(), "value")
@@ -83,31 +83,31 @@ class Viewer(ipywidgets.VBox):
         self.gallery.observe(lambda _: self._new_scene(), "scene")
         self._new_scene()
 
-    # What a viewer is.
+    # Implemented by subclasses.
 
     def controls(self) -> dict[str, ipywidgets.Widget]:
-        """The controls beside the image, by name, in their order."""
+        """The controls beside the image, by name, in display order."""
         raise NotImplementedError
 
     def lacks(self, trace: Trace) -> str:
-        """What a trace lacks that this viewer needs, as a sentence; nothing where it has all."""
+        """A sentence on what the trace lacks for this viewer; empty if nothing."""
         raise NotImplementedError
 
     def fit(self, scene: Scene) -> None:
-        """Set the choices that the controls offer to those that there are."""
+        """Set the options of the controls to those of the scene."""
         raise NotImplementedError
 
     def draw(self, scene: Scene) -> dict[str, Any]:
-        """What the canvas shows: its attributes."""
+        """The attributes of the canvas."""
         raise NotImplementedError
 
     def draw_figure(self, scene: Scene) -> Figure:
-        """The static figure of the present choices."""
+        """The static figure of the current settings."""
         raise NotImplementedError
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that is chosen, by the names that the figures use."""
+        """The current settings, by keyword of the figures."""
         scene, choices = self.gallery.scene, {}
         for name, control in self.choices.items():
             if hasattr(control, "value"):
@@ -117,10 +117,10 @@ class Viewer(ipywidgets.VBox):
         return {"viewer": self.title.lower(), "image": scene.name if scene else None, **choices, "index": 0}
 
     def figure(self) -> Figure:
-        """What is shown, as a matplotlib figure.
+        """The current view as a matplotlib figure.
 
         Raises:
-            UserError: when there is no image yet, or the detector has nothing that this viewer shows.
+            UserError: if there is no image yet, or its trace lacks what this viewer shows.
         """
         scene = self.gallery.scene
         if scene is None:
@@ -130,59 +130,62 @@ class Viewer(ipywidgets.VBox):
         return self.draw_figure(scene)
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write :meth:`figure` as PNG, with the settings in its text field ``regolite``, as JSON.
+        """Write :meth:`figure` as PNG, with the settings as JSON in its text field ``regolite``.
 
         Args:
-            path: of the file; where there is one already, a number is added to its name.
+            path: path of the file; a number is appended if it exists.
 
         Returns:
             The path of the file.
+
+        Raises:
+            UserError: if there is no figure, or the file cannot be written.
         """
         figure = self.figure()
-        wanted = Path(path).with_suffix(".png")
-        file, number = wanted, 1
+        first = Path(path).with_suffix(".png")
+        file, number = first, 1
         while file.exists():
             number += 1
-            file = wanted.with_stem(f"{wanted.stem}_{number}")
+            file = first.with_stem(f"{first.stem}_{number}")
         try:
             figure.savefig(file, dpi=DPI, metadata={"Software": None, "regolite": json.dumps(self.settings)})
         except OSError as error:
             raise UserError(f"{file} can't be written: {error.strerror or error}") from error
         return file
 
-    # What happens.
+    # Event handlers.
 
     @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Set controls without drawing at each of them."""
-        before, self._quiet = self._quiet, True
+    def _silenced(self) -> Iterator[None]:
+        """Set controls without redrawing after each change."""
+        before, self._muted = self._muted, True
         try:
             yield
         finally:
-            self._quiet = before
+            self._muted = before
 
     def _new_scene(self) -> None:
         scene = self.gallery.scene
-        reason = self.lacks(scene.trace) if scene else ""
+        missing = self.lacks(scene.trace) if scene else ""
         for control in (*self.choices.values(), self.file, self.button):
             for part in getattr(control, "children", [control]):
-                part.disabled = scene is None or bool(reason)
-        self.message.say(reason)
+                part.disabled = scene is None or bool(missing)
+        self.message.say(missing)
         if scene is None:
             return
-        with self._quietly():
+        with self._silenced():
             label = f"{scene.name}, {scene.image.width} x {scene.image.height} pixels"
             self.canvas.show_image(scene.image, scene.jpeg, label)
-            self.object.options = ()  # whoever was chosen is in another image
-        if not reason:
+            self.object.options = ()  # objects of the previous image
+        if not missing:
             self._changed()
 
     def _changed(self) -> None:
-        """Draw again, of what is chosen now."""
+        """Redraw with the current settings."""
         scene = self.gallery.scene
-        if self._quiet or scene is None or self.lacks(scene.trace):
+        if self._muted or scene is None or self.lacks(scene.trace):
             return
-        with self._quietly():
+        with self._silenced():
             self.saved.say("")
             try:
                 self.fit(scene)
@@ -191,12 +194,12 @@ class Viewer(ipywidgets.VBox):
                 self.message.say(str(error))
 
     def _picked(self, index: int) -> None:
-        """Somebody picked a box."""
-        if not self._quiet and 0 <= index < len(self.object.options):
+        """Select the object whose box was picked."""
+        if not self._muted and 0 <= index < len(self.object.options):
             self.object.value = self.object.options[index][1]
 
     def _clicked(self, point: list) -> None:
-        """Somebody asked for a point; only some viewers answer."""
+        """Handle a selected point; the base class ignores it."""
 
     def _save(self) -> None:
         try:
@@ -204,15 +207,15 @@ class Viewer(ipywidgets.VBox):
         except UserError as error:
             self.saved.say(str(error))
 
-    # What several of them need.
+    # Shared by several viewers.
 
     def fit_objects(self, trace: Trace, boxes: Boxes, keep: bool = False) -> None:
-        """Offer what was found, best first; the best alone where nothing is above the threshold.
+        """Set the options of the object control: those above the threshold, best first, or else the best alone.
 
         Args:
-            trace: what was recorded.
-            boxes: of which stage.
-            keep: offer the object that is chosen now, whatever its score.
+            trace: the trace.
+            boxes: predictions of a stage.
+            keep: keep the current selection, whatever its score.
         """
         scores, labels = boxes.best()
         order = scores.argsort(descending=True, stable=True)[:MOST]
@@ -220,7 +223,7 @@ class Viewer(ipywidgets.VBox):
         self.message.say("")
         if not chosen:
             best, least = scores.max().item(), self.threshold.value
-            self.message.say(f"Nothing has a score of {least:.2f} or more: this is the best, of {best:.2f}.", False)
+            self.message.say(f"No object has a score of {least:.2f} or more: showing the best, {best:.2f}.", False)
             chosen = order[:1].tolist()
         now = self.object.value
         if keep and now is not None and now < len(scores) and now not in chosen:
@@ -229,7 +232,7 @@ class Viewer(ipywidgets.VBox):
         offer(self.object, list(zip(names, chosen)))
 
     def draw_objects(self, boxes: Boxes, color: str) -> list[dict[str, Any]]:
-        """The boxes of the objects that are offered, in their order."""
+        """The boxes of the selectable objects, in their order."""
         places = boxes.boxes_xyxy().tolist()
         chosen = self.object.value
         return [
@@ -239,12 +242,12 @@ class Viewer(ipywidgets.VBox):
 
     @property
     def picked(self) -> int:
-        """The number of the chosen object among those that are offered."""
+        """Index of the selected object among the selectable ones."""
         return [query for _, query in self.object.options].index(self.object.value)
 
 
 def offer(control: ipywidgets.Dropdown, options: list[tuple[str, int]]) -> None:
-    """Let a drop-down offer these, and keep what is chosen if it is among them."""
+    """Set the options of a drop-down, keeping its value if possible."""
     now = control.value
     if list(control.options) != options:
         control.options = options
@@ -252,19 +255,19 @@ def offer(control: ipywidgets.Dropdown, options: list[tuple[str, int]]) -> None:
     control.value = now if now in values else values[0]
 
 
-def span(control: ipywidgets.IntSlider, count: int, fresh: int) -> None:
-    """Let a slider go over 0, ..., count - 1; ``fresh`` is where it stands the first time, or when it is too far."""
+def span(control: ipywidgets.IntSlider, count: int, default: int) -> None:
+    """Set a slider's range to 0, ..., count - 1; ``default`` is its first value, and its value if out of range."""
     first = not hasattr(control, "fitted")
     control.fitted = True
     if control.max != count - 1:
-        stands = fresh if first or control.value > count - 1 else control.value
+        value = default if first or control.value > count - 1 else control.value
         control.max = count - 1
-        control.value = stands
+        control.value = value
     elif first:
-        control.value = fresh
+        control.value = default
     control.disabled = count < 2
 
 
 def rounded(numbers: Sequence[float]) -> list[float]:
-    """Places with two decimals: what is sent to the browser need not be longer."""
+    """Coordinates with two decimals, to keep messages to the browser short."""
     return [round(float(number), 2) for number in numbers]

@@ -1,9 +1,9 @@
-// The browser's half of ImageCanvas (canvas.py): draws its state, and says what was picked or pointed at.
-// Plain JavaScript, loaded as it stands. Places are in pixels of the original image, which is the SVG's viewBox.
+// The front end of ImageCanvas (canvas.py): draws its state and reports picked boxes and points.
+// Plain JavaScript without a build step. Coordinates are in pixels of the original image, the SVG's viewBox.
 
 const SVG = "http://www.w3.org/2000/svg";
-const STEPS = 100; // the arrow keys cross the image in so many steps
-const EDGE = 0.003; // of the image's longer side: how far from its edge boxes are drawn that reach beyond it
+const STEPS = 100; // arrow key steps across the image
+const EDGE = 0.003; // margin of clipped boxes, as a fraction of the image's longer side
 const HEAT = [[255, 255, 255, 0], [230, 159, 0, 176], [213, 94, 0, 240]]; // as in regolite.plots.drawing
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -29,7 +29,7 @@ function set(node, attributes) {
   }
 }
 
-// Make the children of a group as many as there are things. Those that are there stay: one of them may have the focus.
+// Add or remove children of a group until there is one per thing. The others stay, as one may have the focus.
 function match(group, things, make) {
   while (group.children.length > things.length) group.lastElementChild.remove();
   while (group.children.length < things.length) make(group);
@@ -42,9 +42,9 @@ function colorOf(shade) {
   return from.map((value, n) => Math.round(value + (to[n] - value) * part));
 }
 
-// JupyterLab and Notebook take arrows, Enter and letters for themselves, even where a drop-down has the focus, unless
-// what has the focus has this attribute. Here keys belong to the controls; those with Ctrl, Alt or Meta, Shift+Enter and
-// Escape to the notebook.
+// JupyterLab and Notebook handle arrows, Enter and letters themselves, even if a drop-down has the focus, unless the
+// focused element has this attribute. Here the controls get the keys, except Escape, Shift+Enter and those with Ctrl,
+// Alt or Meta, which the notebook gets.
 function guard(event) {
   if (!event.target.closest?.(".rg-figure, .rg-viewer")) return;
   const theirs = event.ctrlKey || event.altKey || event.metaKey || (event.shiftKey && event.key === "Enter");
@@ -59,7 +59,7 @@ function render({ model, el }) {
   const image = html(stage, "img", "rg-image", { role: "img", draggable: "false" });
   const heat = html(stage, "canvas", "rg-heat", { "aria-hidden": "true" });
   const overlay = svg(stage, "svg", "rg-overlay");
-  set(overlay, { role: "group", "aria-label": "objects: Enter picks one" });
+  set(overlay, { role: "group", "aria-label": "objects: press Enter to pick one" });
   const [lines, boxes, points] = ["rg-lines", "rg-boxes", "rg-points"].map((name) => svg(overlay, "g", name));
   for (const group of [lines, points]) set(group, { "aria-hidden": "true" });
   const point = html(stage, "div", "rg-point", { role: "application", "aria-roledescription": "point" });
@@ -69,7 +69,7 @@ function render({ model, el }) {
   const caption = html(figure, "div", "rg-caption", { role: "status" });
   let url = null;
 
-  // What is shown.
+  // Drawing.
 
   function drawImage() {
     if (url) URL.revokeObjectURL(url);
@@ -77,7 +77,7 @@ function render({ model, el }) {
     if (url) image.src = url;
     else image.removeAttribute("src");
     stage.style.aspectRatio = `${get("width")} / ${get("height")}`;
-    // A tall image is made narrower, so that it stays on the screen.
+    // Tall images are narrower, to fit on the screen.
     stage.style.maxWidth = `min(100%, ${Math.round((480 * get("width")) / get("height"))}px)`;
     set(overlay, { viewBox: `0 0 ${get("width")} ${get("height")}` });
   }
@@ -85,10 +85,10 @@ function render({ model, el }) {
   function drawHeat() {
     const [rows, columns] = get("heat_shape");
     const bytes = new Uint8Array(get("heat").buffer, get("heat").byteOffset, get("heat").byteLength);
-    const there = rows * columns > 0 && bytes.length === rows * columns;
-    heat.hidden = !there;
-    stage.classList.toggle("rg-pale", there);
-    if (!there) return;
+    const valid = rows * columns > 0 && bytes.length === rows * columns;
+    heat.hidden = !valid;
+    stage.classList.toggle("rg-pale", valid);
+    if (!valid) return;
     heat.width = columns;
     heat.height = rows;
     const pixels = new ImageData(columns, rows);
@@ -112,7 +112,7 @@ function render({ model, el }) {
         event.preventDefault();
         pick(index());
       });
-      // A screen reader clicks the button itself; the mouse never hits it, see below.
+      // Screen readers click the button; mouse clicks go to the stage, see below.
       node.addEventListener("click", (event) => (event.stopPropagation(), pick(index())));
       node.addEventListener("focus", () => showTip(index()));
       node.addEventListener("blur", () => showTip(-1));
@@ -164,7 +164,7 @@ function render({ model, el }) {
     point.style.left = `${(100 * (x ?? get("width") / 2)) / get("width")}%`;
     point.style.top = `${(100 * (y ?? get("height") / 2)) / get("height")}%`;
     const where = x === undefined ? "no point yet" : `x ${Math.round(x)}, y ${Math.round(y)}`;
-    set(point, { tabindex: 0, "aria-label": `point of the image, ${where}; arrow keys move it` });
+    set(point, { tabindex: 0, "aria-label": `point of the image, ${where}; move it with the arrow keys` });
   }
 
   function drawWords() {
@@ -183,10 +183,10 @@ function render({ model, el }) {
 
   function draw() {
     for (const part of [drawHeat, drawLines, drawBoxes, drawPoints, drawPoint, drawWords]) part();
-    figure.dataset.settings = get("settings"); // last: whoever waits for it sees the rest
+    figure.dataset.settings = get("settings"); // last: tests wait for it
   }
 
-  // A box as it is drawn: what reaches beyond the image ends a little before its edge, where it can be seen.
+  // A box clipped to slightly inside the image, so that its border stays visible.
   function inside([left, top, right, bottom]) {
     const seam = EDGE * Math.max(get("width"), get("height"));
     const kept = (value, end) => Math.max(seam, Math.min(end - seam, value));
@@ -194,7 +194,7 @@ function render({ model, el }) {
     return [kept(left, width), kept(top, height), kept(right, width), kept(bottom, height)];
   }
 
-  // A label at an upper corner of a box, inside the image: at the left one, but for boxes far to the right.
+  // A label inside the image at the upper left corner of a box, or the upper right one of boxes far to the right.
   function place(node, box) {
     const [left, top, right] = inside(box).map((value, n) => (100 * value) / get(n % 2 ? "height" : "width"));
     const far = left > 60;
@@ -211,7 +211,7 @@ function render({ model, el }) {
     place(tip, thing.box);
   }
 
-  // What people do.
+  // User input.
 
   function pick(index) {
     model.set("picked", index);
@@ -232,7 +232,7 @@ function render({ model, el }) {
     ];
   }
 
-  // Boxes lie over each other; the smallest around a place is meant, whichever was drawn last.
+  // Of overlapping boxes, the smallest one around the position is picked.
   function boxAt([x, y]) {
     let best = -1;
     let least = Infinity;
@@ -260,7 +260,7 @@ function render({ model, el }) {
     ask(x + step * way[0], y + step * way[1]);
   });
 
-  // A message from Python changes several things at once: draw when all of them are there.
+  // A message from Python changes several attributes at once: draw after the last one.
   let waiting = false;
   const drawSoon = () => {
     if (waiting) return;
@@ -271,8 +271,8 @@ function render({ model, el }) {
     });
   };
   const imageChanged = () => (drawImage(), drawSoon());
-  const guardOwn = (event) => guard(event); // a listener of each view's own, to take away with it
-  window.addEventListener("keydown", guardOwn, true); // on the window: before the notebook hears of the key
+  const guardOwn = (event) => guard(event); // one listener per view, removed with the view
+  window.addEventListener("keydown", guardOwn, true); // on the window: before the notebook's handlers
   model.on("change:image", imageChanged);
   model.on("change", drawSoon);
   drawImage();

@@ -1,4 +1,4 @@
-"""The choice of an image, for viewers: one of those that were given, or one's own. The detector runs here, once."""
+"""Image selection for the viewers, including uploads; runs the detector once per image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from regolite.tracing.recorder import record
 from regolite.tracing.trace import Trace
 from regolite.viewers.canvas import jpeg_of
 
-KEPT = 3  # images whose traces are kept: that of a large DETR takes hundreds of megabytes
+KEPT = 3  # number of traces kept: one of a large DETR takes hundreds of megabytes
 
 Given = str | os.PathLike | Image.Image | DetectionDataset
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image, and what happened inside the detector that looked at it."""
+    """An image and its trace."""
 
     name: str
     image: Image.Image
@@ -39,13 +39,13 @@ class Scene:
 
     @cached_property
     def jpeg(self) -> bytes:
-        """The image as browsers get it."""
+        """The image as sent to the browser."""
         return jpeg_of(self.image)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an image comes from, and its trace, where somebody has it already."""
+    """An image source, and its trace if already recorded."""
 
     name: str
     open: Callable[[], Image.Image]
@@ -53,14 +53,14 @@ class Source:
 
 
 def labeled(kind: type, label: str, **more: Any) -> Any:
-    """A control with its label, all of them aligned."""
+    """A control with an aligned label."""
     width = more.pop("width", "270px")
     style = {"description_width": "84px"}
     return kind(description=label, style=style, layout=ipywidgets.Layout(width=width, margin="1px"), **more)
 
 
 class Message(ipywidgets.HTML):
-    """A line that says what is being done, or what went wrong; gone when there is nothing to say."""
+    """A status or error line, hidden if empty."""
 
     text = traitlets.Unicode("")
 
@@ -68,7 +68,7 @@ class Message(ipywidgets.HTML):
         super().__init__(layout=ipywidgets.Layout(display="none", margin="1px 4px"))
 
     def say(self, text: str, wrong: bool = True) -> None:
-        """Show a line; screen readers read it out."""
+        """Show a line; screen readers announce it."""
         color = "var(--jp-error-color1, #b3261e)" if wrong else "inherit"
         role = "alert" if wrong else "status"
         self.text = text
@@ -77,15 +77,15 @@ class Message(ipywidgets.HTML):
 
 
 class Gallery(ipywidgets.VBox):
-    """The choice of an image: one of those that were given, or one's own; it runs the detector and keeps the traces.
+    """Image selection from given images, uploads and paths; runs the detector and keeps the last traces.
 
     Args:
-        model: the detector; None where a trace is all there is.
+        model: the detector; None to show only a given trace.
         images: paths, PIL images and data sets.
-        trace: what was recorded of the first image, so that it need not be computed.
+        trace: a trace of the first image, to skip its computation.
 
     Attributes:
-        scene: the image that is looked at, with its trace; None before there is one. Observe it.
+        scene: the selected image with its trace, to be observed; None if there is none.
     """
 
     scene = traitlets.Any(None)
@@ -97,15 +97,15 @@ class Gallery(ipywidgets.VBox):
         self.sources: dict[int, Source] = dict(enumerate(_sources(images)))
         if trace is not None:
             if not self.sources:
-                raise UserError("a trace is shown over its image: give that too, as the first of images")
+                raise UserError("a trace needs its image: give it as the first of images")
             self.sources[0] = replace(self.sources[0], trace=trace)
         self._next = len(self.sources)
-        self._own: list[int] = []  # images that were uploaded, which only we hold
+        self._own: list[int] = []  # uploaded images, held only here
         self._scenes: OrderedDict[int, Scene] = OrderedDict()
 
         self.chooser = labeled(ipywidgets.Dropdown, "Image", width="290px")
         self.upload = ipywidgets.FileUpload(
-            accept="image/*", description="Your image", tooltip="a file of your computer",
+            accept="image/*", description="Your image", tooltip="a file on your computer",
             layout=ipywidgets.Layout(width="140px"),
         )  # fmt: skip
         self.path = ipywidgets.Text(
@@ -124,11 +124,11 @@ class Gallery(ipywidgets.VBox):
 
     @property
     def kept(self) -> list[str]:
-        """Names of the images whose traces are kept."""
+        """Names of the images with kept traces."""
         return [scene.name for scene in self._scenes.values()]
 
     def _offer(self, chosen: int | None) -> None:
-        """Let the drop-down offer all images there are."""
+        """Set the options of the drop-down to all images."""
         options = [("no image yet", None)] if not self.sources else []
         self.chooser.options = options + [(source.name, number) for number, source in self.sources.items()]
         self.chooser.value = chosen
@@ -150,9 +150,9 @@ class Gallery(ipywidgets.VBox):
             if trace is not None:
                 check_image(image, trace, 0)
             elif self.model is None:
-                raise UserError(f"{source.name} has no trace, and without a model it can't be computed: give a model")
+                raise UserError(f"{source.name} has no trace, and it can't be computed without a model: give a model")
             else:
-                while len(self._scenes) >= KEPT:  # before, so that there is room
+                while len(self._scenes) >= KEPT:  # before recording, to free memory
                     self._scenes.popitem(last=False)
                 with record(self.model) as trace:
                     detect(self.model, image)
@@ -171,7 +171,7 @@ class Gallery(ipywidgets.VBox):
         except UserError as error:
             return self.message.say(str(error))
         finally:
-            self.upload.value = ()  # it would keep the file a second time
+            self.upload.value = ()  # frees the second copy of the file
         self._own.append(self._next)
         while len(self._own) > KEPT:
             old = self._own.pop(0)
@@ -205,17 +205,17 @@ def _sources(images: Sequence[Given] | Given) -> Iterator[Source]:
     for number, given in enumerate(images):
         if isinstance(given, DetectionDataset):
             for i in range(len(given)):
-                yield Source(Path(given.file_name(i)).name, lambda given=given, i=i: given.image(i))
+                yield Source(Path(given.file_name(i)).name, partial(given.image, i))
         elif isinstance(given, Image.Image):
             name = Path(getattr(given, "filename", "") or f"image {number + 1}").name
-            yield Source(name, lambda given=given: read_image(given))
+            yield Source(name, partial(read_image, given))
         else:
             for path in _files(given):
-                yield Source(Path(path).name, lambda path=path: read_image(path))
+                yield Source(Path(path).name, partial(read_image, path))
 
 
 def _files(given: str | os.PathLike) -> list[Any]:
-    """The files of a folder or pattern; what cannot be found is said when it is chosen."""
+    """The files of a folder or pattern; a missing file is reported when it is selected."""
     try:
         return list_images(given)
     except UserError:
@@ -227,4 +227,4 @@ def _decode(name: str, content: bytes) -> Image.Image:
     try:
         return read_image(content)
     except UserError:
-        raise UserError(f"{name} is no image that can be read: choose a JPEG or PNG file") from None
+        raise UserError(f"{name} can't be read as an image: choose a JPEG or PNG file") from None

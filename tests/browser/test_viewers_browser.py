@@ -531,7 +531,7 @@ def test_images(hand):
     text.write_text("no image")
     button.focus()
     upload(text, lambda: page.keyboard.press("Enter"))
-    hand.explorer.get_by_role("alert").filter(has_text="words.jpg is no image that can be read").wait_for()
+    hand.explorer.get_by_role("alert").filter(has_text="words.jpg can't be read as an image").wait_for()
     hand.shoot("no_image")
 
     path = hand.control("or its path")
