@@ -1,4 +1,4 @@
-"""The one error for wrong input."""
+"""The error for invalid input."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 
 
 class UserError(ValueError):
-    """Wrong input: its message is one line that names the thing and the mend.
+    """Invalid input. Its one-line message says what is wrong and how to fix it.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2.
     """
 
 
 def advice(error: OSError) -> str:
-    """How to fix what the system says about a file."""
+    """How to fix a file system error."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return "free some space or write elsewhere"
     if error.errno == errno.EROFS:
@@ -31,5 +31,5 @@ def advice(error: OSError) -> str:
 
 
 def not_writable(error: OSError, path: str | os.PathLike[str]) -> UserError:
-    """The error of a path that cannot be written; the path of ``error`` itself is named where it has one."""
+    """The error for a path that cannot be written. It names the path stored in ``error`` if there is one."""
     return UserError(f"{error.filename or path}: {error.strerror or error}; {advice(error)}")

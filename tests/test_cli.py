@@ -557,7 +557,7 @@ class TestErrors:
             ("relations {checkpoint} --data scenes:2 --batch-size 0", "'0' is not a whole number greater than 0"),
             ("relations {checkpoint} --data scenes:2 --json {t}", "is a folder; give a file"),
             ("relations --checkpoint {t}/none --data scenes:2", "no checkpoint at .*none"),
-            ("evaluate --checkpoint {t}/file --data scenes:2", "file is empty; copy it anew"),
+            ("evaluate --checkpoint {t}/file --data scenes:2", "file is empty; copy it again"),
             ("evaluate --checkpoint pyproject.toml --data scenes:2", "pyproject.toml is damaged"),
             ("detect {t}/none.jpg --output o", "none.jpg does not exist"),
             ("experiment stages --seeds x", "--seeds: 'x' is not a whole number"),

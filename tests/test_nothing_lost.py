@@ -272,7 +272,7 @@ def test_a_signal_in_the_last_step(config, whole, step):
 
 
 def test_a_second_ctrl_c_leaves_at_once(config, monkeypatch):
-    monkeypatch.setattr("regolite.utils.interrupts.ONE", 0.0)
+    monkeypatch.setattr("regolite.utils.interrupts.DEBOUNCE", 0.0)
 
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -294,7 +294,7 @@ def test_what_a_launcher_passes_on_is_no_second_ctrl_c(monkeypatch):
         for signum in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), signum)
         assert signals.asked == signal.SIGINT
-        monkeypatch.setattr("regolite.utils.interrupts.ONE", 0.0)
+        monkeypatch.setattr("regolite.utils.interrupts.DEBOUNCE", 0.0)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Images and their objects: COCO-format folders, drawn scenes, transforms and padded batches."""
+"""Datasets in COCO format, synthetic scenes, transforms and padded batches."""
 
 from __future__ import annotations
 

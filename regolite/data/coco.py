@@ -1,11 +1,11 @@
-"""Data sets in COCO's format: a folder of images and one JSON file of annotations.
+"""Datasets in COCO format: a folder of images and one JSON file of annotations per split.
 
-``DIR/images`` holds the images, ``DIR/annotations/instances_train.json`` and ``instances_val.json`` the annotations;
-COCO's own names (``DIR/train2017``, ``instances_train2017.json``) or a folder for each split (``DIR/train``) do as
-well. The format: https://cocodataset.org/#format-data.
+``DIR/images`` holds the images, ``DIR/annotations/instances_train.json`` and ``instances_val.json`` the annotations.
+COCO's own names (``DIR/train2017``, ``instances_train2017.json``) and one folder per split (``DIR/train``) are also
+accepted. The format: https://cocodataset.org/#format-data.
 
-Whatever is wrong with such a folder is said when the data set is made, not an hour into the training; only what needs a
-image to be opened (a broken file, a wrong size) waits until that image is read.
+A folder is validated when the dataset is created, not an hour into the training. Only defects of image files (broken
+files, wrong sizes) are reported later, when the image is read.
 """
 
 from __future__ import annotations
@@ -34,39 +34,39 @@ from regolite.utils import distributed
 from regolite.utils.validation import whole
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-LONGEST = 1e6  # pixels: no image is wider or higher, so a box that says so is a mistake
-PROBED = 200  # images whose files are looked at when the data set is made: to open all of COCO's would take minutes
-LARGEST_ID = 2**53  # of an annotation: pycocotools keeps these ids as 64-bit floats, which are exact up to here
+LONGEST = 1e6  # pixels: no image is wider or higher, so a larger number in a box is a mistake
+PROBED = 200  # image files opened when the dataset is created: opening all of COCO's would take minutes
+LARGEST_ID = 2**53  # pycocotools stores annotation ids as 64-bit floats, which are exact up to here
 
 
 class CocoFolder(DetectionDataset):
     """The images of one split of a COCO-format folder; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
 
-    Crowds and boxes without area are no targets (both stay in ``coco`` for evaluation); boxes are clipped to the
-    image. Images are read as their annotations mean them (:func:`read_annotated`), scaled back to the annotated size
-    where the files were scaled since, which a warning says once; any color mode becomes RGB.
+    Crowds and boxes without area are not targets (both stay in ``coco`` for evaluation). Boxes are clipped to the
+    image. Images are read in the orientation of their annotations (:func:`read_annotated`) and converted to RGB. Files
+    that were resized after annotation are scaled back to the annotated size, with one warning.
 
     Args:
         root: the data folder.
-        split: ``train``, ``val`` or ``test``; the folder needs a file of annotations for it.
+        split: ``train``, ``val`` or ``test``; the folder needs an annotation file for it.
         transform: called with the image and its boxes and labels (``regolite.data.transforms``); None only
             normalizes.
-        limit: use only the first so many images.
-        keep_empty: keep images without a single target.
+        limit: use only the first ``limit`` images.
+        keep_empty: keep images without targets.
         check_files: refuse a folder in which images are missing.
-        every: use only one image in this many, before ``limit`` counts: a fair sample of a file that lists one source
-            after another, as its first images are not.
+        every: use only every n-th image, applied before ``limit``. In a file that lists one source after another, this
+            is a representative sample and the first images are not.
 
     Attributes:
         classes: names of the classes in the order of the labels, which is the order of COCO's category ids.
         category_ids: COCO's id of each class.
         image_ids: COCO's id of each image.
-        file: the annotations.
+        file: the annotation file.
 
     Raises:
-        UserError: a missing folder or file, invalid JSON, annotations that contradict themselves, two categories of
-            one name, a value that is no id, box or number of its field, a limit below 1;
-            when an image is read: a broken file, or one of other proportions than its annotation says.
+        UserError: a missing folder or file, invalid JSON, inconsistent annotations, duplicate category names, an
+            invalid id, box or number, a limit below 1. When an image is read: a broken file, or one whose aspect ratio
+            differs from its annotation.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class CocoFolder(DetectionDataset):
             ids, decided_by = _numbered_from_1(ids, decided_by)
         objects = Objects(ids, labels, boxes, areas.astype(float), crowd.astype(bool), decided_by)
 
-        # owners i has rows start[i] to end[i] of the columns
+        # image i owns rows start[i] to end[i] of the columns
         order = np.argsort(owners, kind="stable")
         self._objects, owners = objects[order], owners[order]
         start, end = (np.searchsorted(owners, np.arange(len(images)), side) for side in ("left", "right"))
@@ -143,7 +143,7 @@ class CocoFolder(DetectionDataset):
             self._warn_of_scaled_files()
 
     def _warn_of_scaled_files(self) -> None:
-        """Say how many files were scaled after annotation; of a large data set a sample is looked at."""
+        """Warn of files that were scaled after annotation; of a large dataset, only a sample is checked."""
         places = np.unique(np.linspace(0, len(self) - 1, min(len(self), PROBED)).astype(int)).tolist()
         scaled = []
         for i in places:
@@ -167,7 +167,7 @@ class CocoFolder(DetectionDataset):
         return height, width
 
     def file_name(self, i: int) -> str:
-        """The file name of image ``i`` in the JSON."""
+        """The file name of image ``i`` in the annotation file."""
         return self._file_names[i]
 
     def path(self, i: int) -> Path:
@@ -178,57 +178,57 @@ class CocoFolder(DetectionDataset):
         """Image ``i`` as PIL RGB, untransformed.
 
         Raises:
-            UserError: the file is broken, or of other proportions than its annotation says.
+            UserError: the file is broken, or its aspect ratio differs from its annotation.
         """
         height, width = self.size(i)
         return read_annotated(self.path(i), width, height)
 
 
 class WrongSize(UserError):
-    """An image has other proportions than its annotation says."""
+    """The aspect ratio of an image differs from its annotation."""
 
 
 def read_annotated(path: str | os.PathLike[str], width: int, height: int) -> Image.Image:
-    """The image that annotations of this size in pixels refer to: as it is stored or, if only that fits, upright.
+    """Read an image in the orientation that its annotated size fits: as stored or, if only that fits, upright.
 
-    COCO's annotations refer to stored pixels. Labeling tools show an image as its EXIF orientation says. A file that
-    was scaled after annotation is scaled back, so that boxes, outlines and areas in pixels are right.
+    COCO's annotations refer to stored pixels, but labeling tools apply the EXIF orientation. A file that was scaled
+    after annotation is scaled back, so that boxes, outlines and areas in pixels are right.
 
     Raises:
-        UserError: it cannot be read.
-        WrongSize: it has other proportions.
+        UserError: the file cannot be read.
+        WrongSize: the aspect ratio differs.
     """
-    said = (width, height)
+    annotated = (width, height)
     image = stored = read_image(path, upright=False)
-    if not is_scaled(said, stored.size) and is_scaled(said, stored.size[::-1]):
+    if not is_scaled(annotated, stored.size) and is_scaled(annotated, stored.size[::-1]):
         image = read_image(path)
-    if is_scaled(said, image.size):
-        return image if image.size == said else image.resize(said)
+    if is_scaled(annotated, image.size):
+        return image if image.size == annotated else image.resize(annotated)
     raise WrongSize(
         f"image {path} is {stored.width}x{stored.height} pixels but its annotation says {width}x{height}: put the file "
         "back that was annotated, or correct the width and height"
     )
 
 
-def is_scaled(said: tuple[int, int], real: tuple[int, int]) -> bool:
-    """Whether an image of the one width and height, scaled by one factor, has the other, but for rounding."""
-    (w, h), (width, height) = said, real
+def is_scaled(annotated: tuple[int, int], actual: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) have the same aspect ratio, up to rounding to whole pixels."""
+    (w, h), (width, height) = annotated, actual
     return abs(h * width / w - height) < 1 or abs(w * height / h - width) < 1
 
 
 def size_if_scaled(path: str | os.PathLike[str], width: int, height: int) -> tuple[int, int] | None:
-    """Width and height of a file that was scaled after annotation; None for any other, and for one that is broken."""
+    """Width and height of a file that was scaled after annotation; None for any other file, or a broken one."""
     try:
         with Image.open(path) as image:
             size = image.size
-    except Exception:  # of whatever kind: reading it raises the error that says it
+    except Exception:  # any error: it is raised again, with a message, when the image is read
         return None
-    said = ((width, height), (height, width))
-    return size if size not in said and any(is_scaled(one, size) for one in said) else None
+    annotated = ((width, height), (height, width))
+    return size if size not in annotated and any(is_scaled(one, size) for one in annotated) else None
 
 
 def find_annotations(root: Path, split: str) -> Path:
-    """The file with the annotations of a split.
+    """Find the annotation file of a split.
 
     Raises:
         UserError: there is none.
@@ -244,11 +244,11 @@ def find_annotations(root: Path, split: str) -> Path:
 
 @dataclass
 class ImageFiles:
-    """The files of the images that a file of annotations lists.
+    """The files of the images in an annotation file.
 
     Attributes:
         folder: the folder that holds most of them.
-        elsewhere: those that are not ``folder / name``, by the name in the annotations.
+        elsewhere: files other than ``folder / name``, by the name in the annotations.
         missing: names without a file.
     """
 
@@ -257,7 +257,7 @@ class ImageFiles:
     missing: list[str] = field(default_factory=list)
 
     def path(self, name: str) -> Path:
-        """The file of the image that the annotations call so."""
+        """The file of the image with this name in the annotations."""
         return self.elsewhere.get(name) or self.folder / name
 
 
@@ -266,15 +266,15 @@ def find_images(root: Path, split: str, names: Sequence[str]) -> ImageFiles:
 
     A name is looked up as it is written, then with backslashes as slashes and without percent-encoding. Folders are the
     split's own (``images/train``, ``train2017``, ``train``), ``images``, the folder of the annotations and ``root``.
-    What is then left is the only file of that base name, outside folders of other splits.
+    Otherwise a file with the same base name is used, if it is unique outside the folders of other splits.
 
     Args:
         root: the data folder.
         split: ``train``, ``val`` or ``test``.
-        names: as in the annotations.
+        names: the file names in the annotations.
 
     Raises:
-        UserError: there is no folder of images.
+        UserError: there is no image folder.
     """
     own = [root / "images" / split, root / "images" / f"{split}2017"]
     shared = [root / "images", root / f"{split}2017", root / split]
@@ -300,8 +300,8 @@ def find_images(root: Path, split: str, names: Sequence[str]) -> ImageFiles:
 
 
 def _find_by_base_name(files: ImageFiles, folders: Sequence[Path], split: str) -> None:
-    """Find what is missing by base names, where these are unique."""
-    by_base = defaultdict(set)
+    """Find missing files by base name, if unique."""
+    by_base: defaultdict[str, set[Path]] = defaultdict(set)
     for folder in folders:
         for path in folder.rglob("*"):
             if split_named(path.relative_to(folder).parent) in (None, split):
@@ -314,27 +314,27 @@ def _find_by_base_name(files: ImageFiles, folders: Sequence[Path], split: str) -
 
 
 def spellings(name: str) -> list[str]:
-    """The ways to read a file name: as it is, with backslashes as slashes, without percent-encoding."""
+    """Variants of a file name: as written, with backslashes as slashes, without percent-encoding."""
     slashes = name.replace("\\", "/")
-    local = slashes.rpartition("/data/local-files/?d=")[2]  # how Label Studio names files of its local storage
+    local = slashes.rpartition("/data/local-files/?d=")[2]  # Label Studio's prefix of files in its local storage
     return list(dict.fromkeys([name, slashes, unquote(slashes), unquote(local)]))
 
 
 def split_named(path: Path) -> str | None:
-    """The split that a folder or file is named after, the last word first; None where no word names one."""
+    """The split in the name of a folder or file; the last matching word wins, None if no word matches."""
     words = re.split(r"[/_.-]", path.as_posix().lower().replace("2017", ""))
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), None)
 
 
 def read_annotations(file: Path) -> list[list[dict[str, Any]]]:
-    """The lists of images, annotations and categories, without segmentations.
+    """Read the lists of images, annotations and categories, without segmentations.
 
-    An annotation that has only a segmentation gets the box around it.
+    An annotation that has only a segmentation gets its bounding box.
 
     Raises:
-        UserError: no valid JSON, or not in COCO's format.
+        UserError: invalid JSON, or not in COCO format.
     """
-    # Dropping segmentations while parsing halves the time for full COCO and takes a third of the memory.
+    # Dropping segmentations while parsing full COCO halves the time and cuts the memory to a third.
     content = read_json(file, _without_segmentation)
     lists = []
     for key in ("images", "annotations", "categories"):
@@ -348,10 +348,10 @@ def read_annotations(file: Path) -> list[list[dict[str, Any]]]:
 
 
 def read_json(file: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        UserError: it cannot be read, or is no valid JSON, or is nested too deeply.
+        UserError: the file cannot be read, is invalid JSON, or is nested too deeply.
     """
     try:
         return json.loads(file.read_bytes(), object_hook=object_hook)
@@ -371,7 +371,7 @@ def _without_segmentation(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def outline_box(outline: Any) -> list[float] | None:
-    """The box ``[x, y, width, height]`` around a COCO segmentation, or None where that is no outline.
+    """The bounding box ``[x, y, width, height]`` of a COCO segmentation, or None if it is invalid.
 
     Args:
         outline: polygons ``[[x, y, x, y, ...], ...]``, one polygon ``[x, y, ...]``, or RLE, in pixels.
@@ -393,21 +393,21 @@ def outline_box(outline: Any) -> list[float] | None:
 
 
 def is_number(value: Any, most: float = LONGEST) -> bool:
-    """Whether a value of JSON is a number from ``-most`` to ``most``: true, NaN and 1e300 are not."""
+    """Whether a JSON value is a number from ``-most`` to ``most``: true, NaN and 1e300 are not."""
     return type(value) in (int, float) and abs(value) <= most
 
 
 def is_box(box: Any) -> bool:
-    """Whether a value of JSON is a box ``[x, y, width, height]`` in pixels."""
+    """Whether a JSON value is a box ``[x, y, width, height]`` in pixels."""
     return isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and box[2] >= 0 and box[3] >= 0
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value of JSON is an id that training can use: a whole number of at most 64 bits."""
+    """Whether a JSON value is an id that training can use: an integer of at most 64 bits."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
-# What the fields of an annotation that may be left out must be, and how to say it.
+# Optional fields of an annotation: a check of the value, and a description of valid values.
 OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "area": (lambda value: is_number(value, LONGEST**2) and value >= 0, "a number of pixels, or leave it out"),
     "iscrowd": (lambda value: type(value) in (int, float) and value in (0, 1), "0 or 1"),
@@ -416,27 +416,27 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def class_name(category: Mapping[str, Any]) -> str | None:
-    """The name of a category as text, or None where it has none. A number is a name; true, null and lists are not."""
+    """The name of a category as text, or None. A number counts as a name; true, null and lists do not."""
     name = category.get("name")
     return str(name) if (isinstance(name, str) and name) or is_number(name) else None
 
 
 def category_differences(first: Mapping[int, str], second: Mapping[int, str], names: tuple[str, str]) -> list[str]:
-    """What two lists of categories disagree on, in words.
+    """Describe the differences between two lists of categories.
 
     Args:
         first: names of categories by id.
-        second: the same of another split.
-        names: what to call the two, as in ``("train", "val")``.
+        second: the same for another split.
+        names: names of the two, as ``("train", "val")``.
     """
-    said = []
+    found = []
     for number in sorted(first.keys() | second.keys()):
         one, other = first.get(number), second.get(number)
         if one is None or other is None:
-            said.append(f"{number} ({one or other}) is in {names[0] if other is None else names[1]} alone")
+            found.append(f"{number} ({one or other}) is in {names[0] if other is None else names[1]} alone")
         elif one != other:
-            said.append(f"{number} is {one} in {names[0]} and {other} in {names[1]}")
-    return said
+            found.append(f"{number} is {one} in {names[0]} and {other} in {names[1]}")
+    return found
 
 
 def _class_names(categories: list[dict[str, Any]], file: Path) -> list[str]:
@@ -465,7 +465,7 @@ def _sides(images: list[dict[str, Any]], side: str, file: Path) -> Int[np.ndarra
 
 
 def _column(records: list[dict[str, Any]], key: str, what: str, file: Path) -> list[Any]:
-    """One field of all records."""
+    """One field of every record."""
     try:
         return [record[key] for record in records]
     except KeyError:
@@ -478,10 +478,10 @@ def _whole_numbers(records: list[dict[str, Any]], key: str, what: str, file: Pat
     for n, value in enumerate(values):
         if not is_id(value):
             which = f"number {n + 1} of the list" if key == "id" else f"id {records[n].get('id')!r}"
-            mend = "make it a whole number below 2**63"
+            fix = "make it a whole number below 2**63"
             if key.endswith("id"):
-                mend += ", or let `regolite convert` number all of them again"
-            raise UserError(f"{file}: {what} with {key} {value!r} ({which}): {mend}")
+                fix += ", or let `regolite convert` number all of them again"
+            raise UserError(f"{file}: {what} with {key} {value!r} ({which}): {fix}")
     return np.array(values, dtype=np.int64)
 
 
@@ -492,12 +492,12 @@ def _optional(
     ids: Int[np.ndarray, "N"],
     file: Path,
 ) -> Shaped[np.ndarray, "N"]:
-    """A number of each annotation, or its default where the annotation has none."""
+    """A number of each annotation, or its default if the annotation has none."""
     values = [annotation.get(key) for annotation in annotations]
-    is_right, right = OPTIONAL[key]
+    is_valid, valid = OPTIONAL[key]
     for n, value in enumerate(values):
-        if value is not None and not is_right(value):
-            raise UserError(f"{file}: annotation {ids[n]} has {key} {value!r}: make it {right}")
+        if value is not None and not is_valid(value):
+            raise UserError(f"{file}: annotation {ids[n]} has {key} {value!r}: make it {valid}")
     return np.array(
         [default if value is None else value for value, default in zip(values, defaults.tolist(), strict=True)]
     )
@@ -506,7 +506,7 @@ def _optional(
 def _numbered_from_1(
     ids: Int[np.ndarray, "N"], decided_by: Int[np.ndarray, "N"]
 ) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
-    """New ids of annotations where pycocotools cannot keep theirs: to it a match with annotation 0 is no match."""
+    """Renumber annotations whose ids pycocotools cannot store; it also takes a match with annotation 0 for no match."""
     new = {identity: n for n, identity in enumerate(sorted(ids.tolist()), 1)}
     deciders = [new.get(decider, -1) if decider >= 0 else -1 for decider in decided_by.tolist()]
     return np.array([new[identity] for identity in ids.tolist()], np.int64), np.array(deciders, np.int64)
@@ -521,7 +521,7 @@ def _check_unique(ids: Int[np.ndarray, "N"], what: str, file: Path) -> None:
 def _position(
     values: Int[np.ndarray, "N"], known: Int[np.ndarray, "M"], ids: Int[np.ndarray, "N"], what: str, file: Path
 ) -> Int[np.ndarray, "N"]:
-    """Where each of the values stands among the known ids."""
+    """The index of each value among the known ids."""
     unknown = ~np.isin(values, known)
     if unknown.any():
         first = np.flatnonzero(unknown)[0]
@@ -536,7 +536,7 @@ def _position(
 def _boxes(
     annotations: list[dict[str, Any]], sizes: Int[np.ndarray, "N 2"], ids: Int[np.ndarray, "N"], file: Path
 ) -> Float[np.ndarray, "N 4"]:
-    """The boxes ``x, y, width, height``, after checking that each makes sense in an image of its size."""
+    """The boxes ``x, y, width, height``, checked against the size of their image."""
     given = _column(annotations, "bbox", "annotation", file)
     for n, box in enumerate(given):
         if not is_box(box):

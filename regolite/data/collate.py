@@ -1,4 +1,4 @@
-"""From images of different sizes to one padded batch."""
+"""Padded batches of images of different sizes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from regolite.types import ImageBatch, Target
 
 
 def batch_images(images: Sequence[Float[Tensor, "3 _h _w"]], multiple: int = 1) -> ImageBatch:
-    """Pad images with zeros at the right and the bottom to the largest height and width among them.
+    """Pad images with zeros at the right and the bottom to the largest height and width in the batch.
 
     Args:
-        images: normalized pixels; zero is then the mean color of ImageNet.
-        multiple: round the padded height and width up to a multiple of this (a backbone's stride, say).
+        images: normalized pixels; zero is the mean color of ImageNet.
+        multiple: round the padded height and width up to a multiple of this (the backbone's stride).
 
     Returns:
         The batch; its mask is True on padding.
@@ -35,6 +35,6 @@ def batch_images(images: Sequence[Float[Tensor, "3 _h _w"]], multiple: int = 1) 
 def collate(
     items: Sequence[tuple[Float[Tensor, "3 _h _w"], Target]], multiple: int = 1
 ) -> tuple[ImageBatch, list[Target]]:
-    """The ``collate_fn`` of a ``DataLoader``: items of a data set to a padded batch and its targets."""
+    """The ``collate_fn`` of a ``DataLoader``: collate items of a dataset into a padded batch and its targets."""
     images, targets = zip(*items, strict=True)
     return batch_images(images, multiple), list(targets)

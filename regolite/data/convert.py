@@ -1,9 +1,8 @@
-"""One's own data: a folder with boxes in COCO, YOLO or Pascal VOC form becomes a data folder of ours.
+"""Conversion of custom datasets: a folder in COCO, YOLO or Pascal VOC format becomes a data folder in COCO format.
 
-Labeling tools export one of these three; :mod:`regolite.data.exports` reads them. What the converted folder holds is
-COCO's form (``DIR/train``, ``DIR/val``, ``DIR/annotations``), which is what everything here opens; the outlines of a
-COCO export are kept, since objects can be cut out along them (:mod:`regolite.data.paste`). What is wrong with single
-boxes or images is put right or left out, and listed by file name.
+Labeling tools export one of these three formats; :mod:`regolite.data.exports` reads them. The converted folder has
+``DIR/train``, ``DIR/val`` and ``DIR/annotations``. The outlines of a COCO export are kept, since objects can be cut out
+along them (:mod:`regolite.data.paste`). Invalid boxes and images are corrected or left out, and listed by file name.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from regolite.data.images import orientation_of, read_image
 from regolite.errors import UserError
 from regolite.utils.validation import fits, plain, shown, whole
 
-MOST_BAD = 0.1  # share of the annotations that may be unusable: with more, something is wrong with the whole export
+MOST_BAD = 0.1  # largest tolerated fraction of unusable annotations; above it the whole export is suspect
 
-# Where a point (x, y) of the stored pixels lies once an image of w x h pixels is turned upright, by EXIF's orientation.
+# By EXIF orientation: maps a point (x, y) of a stored image of w x h pixels to the upright image.
 UPRIGHT: dict[int, Callable[..., tuple[Any, Any]]] = {
     1: lambda x, y, w, h: (x, y),
     2: lambda x, y, w, h: (w - x, y),
@@ -45,14 +44,14 @@ UPRIGHT: dict[int, Callable[..., tuple[Any, Any]]] = {
 
 @dataclass
 class Conversion:
-    """What was converted.
+    """Summary of a conversion.
 
     Attributes:
-        form: ``"COCO"``, ``"YOLO"`` or ``"Pascal VOC"``.
+        form: the source format, ``"COCO"``, ``"YOLO"`` or ``"Pascal VOC"``.
         classes: names of the classes by label.
-        images: number of images of each split.
-        objects: number of objects of each class, split by split.
-        problems: what was mended or left out, with the file's name.
+        images: number of images by split.
+        objects: number of objects of each class by split.
+        problems: what was corrected or left out, with the file name.
     """
 
     form: str
@@ -62,7 +61,7 @@ class Conversion:
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """A table of the classes, and the problems."""
+        """A table of the classes, followed by the problems."""
         names = list(self.images)
         wide = max(len(name) for name in [*self.classes, "images"])
         rows = [f"{self.form}, {len(self.classes)} classes", f"{'':{wide}}" + "".join(f"{name:>8}" for name in names)]
@@ -75,43 +74,44 @@ class Conversion:
 def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int = 0) -> Conversion:
     """Convert a folder of images and boxes.
 
-    The form is recognized by its files: XML files are Pascal VOC's, a ``data.yaml`` with the ``names`` of the classes
-    is YOLO's, JSON files with ``images``, ``annotations`` and ``categories`` are COCO's. Splits are recognized by
-    folders (or files) named train, val or valid, test, and by Pascal VOC's ``ImageSets/Main``; validation or test
-    images alone are divided into train and val.
+    The format is detected by file type: XML files are Pascal VOC, a ``data.yaml`` with the ``names`` of the classes is
+    YOLO, JSON files with ``images``, ``annotations`` and ``categories`` are COCO. Splits are detected by folders (or
+    files) named train, val or valid, test, and by Pascal VOC's ``ImageSets/Main``. Without training images, the
+    validation or test images are divided into train and val.
 
-    Images are stored upright. An annotation that gives another size than the file is read for the file as it is stored,
-    or for one that was scaled; its boxes are turned or scaled along. An image whose annotation cannot be used is left
-    out and listed.
+    Images are stored upright. If the annotated size differs from the file, the boxes are rotated or scaled to fit. An
+    image whose annotation cannot be used is left out and listed.
 
     Args:
         source: the folder.
-        output: the folder to make.
-        val: share of the images that are held out for validation, where the source has no validation split.
-        seed: of that choice.
+        output: the folder to create.
+        val: fraction of the images held out for validation if the source has no validation split.
+        seed: seed of the random split.
 
     Raises:
-        UserError: when the source or a form is missing, the output exists, an annotation file that all depends on
-            cannot be read, more than a tenth of the annotations cannot be used, or nothing is left.
+        UserError: the source does not exist or has no known format, the output exists, a central annotation file cannot
+            be read, more than a tenth of the annotations cannot be used, or no usable images remain.
     """
     source, output = Path(source), Path(output)
     if not source.is_dir():
         raise UserError(f"{source} is no folder: give the folder that your labeling tool has exported")
     if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} exists already: give a folder that can be made anew")
+        raise UserError(f"{output} exists already: give a new folder")
     seed, val = whole("seed", seed), plain(val)
     if not fits(val, float) or not 0 < val < 1:
         raise UserError(f"val={shown(val)} must lie between 0 and 1: it is the share of images held out")
     export = read_export(source)
-    problems, bad, changes = export.problems, export.bad, defaultdict(list)
-    listed, images = len(export.images) + len(bad), []
-    for image in sorted(export.images, key=lambda image: str(image.path)):
+    problems, bad = export.problems, export.bad
+    changes: defaultdict[str, list[str]] = defaultdict(list)
+    images: list[_Fit] = []
+    listed = len(export.images) + len(bad)
+    for labeled in sorted(export.images, key=lambda labeled: str(labeled.path)):
         try:
-            images.append(_fit(image, changes))
+            images.append(_fit(labeled, changes))
         except UserError as error:
-            problems.append(f"{image.path.name}: left out, {error}")
+            problems.append(f"{labeled.path.name}: left out, {error}")
         except ValueError as error:
-            bad.append((image.path.name, str(error)))
+            bad.append((labeled.path.name, str(error)))
     if len(bad) > MOST_BAD * listed:
         raise UserError(
             f"{source} cannot be read as {export.form}: {': '.join(bad[0])} ({len(bad)} of {listed} annotations cannot "
@@ -146,7 +146,7 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
 
 @dataclass
 class _Fit:
-    """An image with its objects in pixels of the upright image."""
+    """An image with its objects, in pixels of the upright image."""
 
     path: Path
     split: str
@@ -160,32 +160,31 @@ class _Fit:
 
 
 def _fit(image: Labeled, changes: dict[str, list[str]]) -> _Fit:
-    """Bring the boxes of an annotation to the pixels of the upright image; ``changes`` gets its name for each change.
+    """Transform the boxes of an annotation to pixels of the upright image; ``changes`` collects file names by change.
 
     Raises:
         UserError: the image cannot be read.
-        ValueError: the annotation cannot be used, or is for an image of another shape.
+        ValueError: the annotation cannot be used, or is for an image of another aspect ratio.
     """
     if image.problem:
         raise ValueError(image.problem)
     stored, orientation = _header(image.path)
     upright = stored[::-1] if orientation >= 5 else stored
-    said = (1, 1) if image.fractions else image.size or upright
+    annotated = (1, 1) if image.fractions else image.size or upright
     corners = np.array([one.corners for one in image.objects], dtype=float).reshape(-1, 4)
     outlines = [one.outline for one in image.objects]
-    areas = [one.area for one in image.objects]
-    if image.fractions or is_scaled(said, upright):
-        turn, scale = UPRIGHT[1], np.array(upright) / said
-    elif is_scaled(said, stored):
-        turn, scale = UPRIGHT[orientation], np.array(stored) / said
+    if image.fractions or is_scaled(annotated, upright):
+        turn, scale = UPRIGHT[1], np.array(upright) / annotated
+    elif is_scaled(annotated, stored):
+        turn, scale = UPRIGHT[orientation], np.array(stored) / annotated
         changes["annotated as stored, not as shown: boxes turned with the image"].append(image.path.name)
     else:
         raise ValueError(
-            f"{image.source} says {said[0]}x{said[1]} pixels but the file has {stored[0]}x{stored[1]}: "
+            f"{image.source} says {annotated[0]}x{annotated[1]} pixels but the file has {stored[0]}x{stored[1]}: "
             "put the file back that was annotated, or correct its width and height"
         )
     if not image.fractions and (scale != 1).any():
-        what = f"annotated at {said[0]}x{said[1]}, scaled to {stored[0]}x{stored[1]}: boxes scaled along"
+        what = f"annotated at {annotated[0]}x{annotated[1]}, scaled to {stored[0]}x{stored[1]}: boxes scaled along"
         changes[what].append(image.path.name)
     points = corners.reshape(-1, 2, 2) * scale
     points = np.stack(turn(points[..., 0], points[..., 1], *stored), axis=-1)
@@ -195,27 +194,30 @@ def _fit(image: Labeled, changes: dict[str, list[str]]) -> _Fit:
         if sum(map(bool, scaled)) < sum(map(bool, outlines)):
             changes["left out outlines that are broken or were made for another size or turn"].append(image.path.name)
         outlines = scaled
-    areas = [size if area is None else area * scale.prod() for area, size in zip(areas, _areas(corners))]
+    areas = [
+        size if one.area is None else one.area * float(scale.prod())
+        for one, size in zip(image.objects, _areas(corners))
+    ]
     classes, crowd = [one.class_name for one in image.objects], [one.crowd for one in image.objects]
     return _Fit(image.path, image.split or "train", orientation, upright, classes, corners, areas, crowd, outlines)
 
 
 def _header(path: Path) -> tuple[tuple[int, int], int]:
-    """Width and height as stored, and EXIF's orientation from 1 to 8.
+    """Stored width and height, and the EXIF orientation from 1 to 8.
 
     Raises:
-        UserError: it is no image.
+        UserError: the file is not a readable image.
     """
     try:
         with Image.open(path) as image:
             orientation = orientation_of(image)
             return image.size, orientation if orientation in UPRIGHT else 1
-    except Exception as error:  # Pillow raises nearly anything on a broken file
+    except Exception as error:  # Pillow can raise almost any exception on a broken file
         raise UserError(f"image {path} cannot be read ({error}): replace the file") from error
 
 
 def _scaled(outline: Any, scale: Float[np.ndarray, "2"]) -> Any:
-    """An outline in COCO's form, scaled; [] for none, and for RLE, which only fits the size that it was made for."""
+    """Scale an outline in COCO format; [] for an invalid one, and for RLE, which is tied to its image size."""
     if outline_box(outline) is None:
         return []
     if (scale == 1).all():
@@ -231,12 +233,14 @@ def _areas(corners: Float[np.ndarray, "N 4"]) -> list[float]:
 
 
 def _write(images: list[_Fit], common: Path, output: Path, split: str, done: Conversion) -> None:
-    """Write the images and annotations of a split. Images of one name keep their folders below ``common``."""
+    """Write the images and annotations of a split. Images of the same name keep their folders below ``common``."""
     folder = output / split
     times = Counter(image.path.name for image in images)
     folder.mkdir(parents=True)
     numbers = {name: n for n, name in enumerate(done.classes, 1)}
-    records, annotations, counts = [], [], Counter()
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
     for image in images:
         name = image.path.name
         try:
@@ -252,9 +256,9 @@ def _write(images: list[_Fit], common: Path, output: Path, split: str, done: Con
         kept = (clipped[:, 2:] - clipped[:, :2] > 0).all(1)
         if (~kept).any():
             done.problems.append(f"{name}: left out {int((~kept).sum())} boxes without area in the image")
-        moved = int((np.abs(clipped - image.corners)[kept] > 1).any(1).sum())
-        if moved:
-            done.problems.append(f"{name}: cut {moved} boxes at the image's edge")
+        cut = int((np.abs(clipped - image.corners)[kept] > 1).any(1).sum())
+        if cut:
+            done.problems.append(f"{name}: cut {cut} boxes at the image's edge")
         width, height = image.size
         records.append({"id": len(records) + 1, "file_name": kept_name, "width": width, "height": height})
         for n in np.flatnonzero(kept).tolist():
@@ -280,7 +284,7 @@ def _write(images: list[_Fit], common: Path, output: Path, split: str, done: Con
 
 
 def _copy(path: Path, turned: bool, target: Path) -> None:
-    """Copy an image; one that a camera held sideways is stored upright, as labeling tools show it."""
+    """Copy an image; one with an EXIF rotation is stored upright, as labeling tools show it."""
     if not turned:
         shutil.copyfile(path, target)
         return

@@ -1,8 +1,8 @@
-"""What every detection data set here offers, whether its images are files or drawn: ``DetectionDataset``.
+"""``DetectionDataset``: the interface of all detection datasets, read from files or synthetic.
 
-This is the border between COCO's world (its own class ids, ``x, y, width, height`` boxes in pixels of the file, crowds)
-and the package's (contiguous labels, ``cxcywh`` boxes in [0, 1], no crowds). Evaluation is done in COCO's world, from
-``dataset.coco``.
+It converts from COCO's conventions (its own class ids, ``x, y, width, height`` boxes in pixels of the file, crowds) to
+those of the package (contiguous labels, ``cxcywh`` boxes in [0, 1], no crowds). Evaluation uses ``dataset.coco``, in
+COCO's conventions.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from regolite.data.transforms import to_pixels
 from regolite.errors import UserError
 from regolite.types import Target
 
-TRIES = 20  # images in a row that may be broken where they are skipped; when there are more, it is the disk
+TRIES = 20  # consecutive broken images that may be skipped; with more, the disk has failed
 
 
 @dataclass
 class Objects:
-    """Annotations as columns: of one image, or of a whole file. A few arrays instead of a million dictionaries.
+    """Annotations of one image or of a whole file as a structure of arrays, instead of a million dictionaries.
 
     Attributes:
         ids: COCO's annotation ids.
         labels: contiguous class ids.
         boxes: corner, width and height (COCO's ``bbox``) in pixels of the file.
-        areas: COCO's ``area``, by which evaluation tells small, medium and large.
-        crowd: True for a region that holds many objects; not a training target.
-        decided_by: the annotation that decides this one's class, or -1 (``regolite.data.scenes``).
+        areas: COCO's ``area``, by which evaluation separates small, medium and large objects.
+        crowd: True for a region of many objects; not a training target.
+        decided_by: id of the annotation that decides the class of this one, or -1 (``regolite.data.scenes``).
     """
 
     ids: Int[np.ndarray, "N"]
@@ -63,7 +63,7 @@ class Objects:
         return Objects(*(column[rows] for column in columns))
 
     def targets(self, height: int | Int[np.ndarray, "N"], width: int | Int[np.ndarray, "N"]) -> Objects:
-        """The objects to learn: boxes clipped to the image (or each to its own); no crowds, nothing without area."""
+        """The training targets: boxes clipped to the image (or each to its own image); no crowds, no empty boxes."""
         frame = np.stack([width, height], axis=-1)
         start = np.clip(self.boxes[:, :2], 0, frame)
         extent = np.clip(self.boxes[:, :2] + self.boxes[:, 2:], 0, frame) - start
@@ -74,8 +74,7 @@ class Objects:
 class DetectionDataset(Dataset, ABC):
     """Images with COCO ground truth; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
 
-    A kind of data set says what its images and objects are (``image``, ``objects``, ``size``, ``file_name``); the
-    rest follows here.
+    Subclasses implement ``image``, ``objects``, ``size`` and ``file_name``.
 
     Attributes:
         classes: names of the classes in the order of the labels.
@@ -107,28 +106,28 @@ class DetectionDataset(Dataset, ABC):
         """The file name of image ``i`` in COCO's JSON."""
 
     def sample(self, i: int) -> tuple[Image.Image, Objects]:
-        """Image ``i`` with its annotations, as ``dataset[i]`` transforms them; copy-paste augmentation changes both."""
+        """Image ``i`` with its annotations, the input of the transform; copy-paste augmentation changes both."""
         return self.image(i), self.objects(i)
 
     @property
     def is_annotated(self) -> bool:
-        """Whether there is a single annotation, crowds included."""
+        """Whether there is any annotation, crowds included."""
         return any(len(self.objects(i)) for i in range(len(self)))
 
     @property
     def categories(self) -> dict[int, str]:
-        """Names of the classes by COCO's id."""
+        """Names of the classes by COCO category id."""
         return dict(zip(self.category_ids, self.classes, strict=True))
 
     def of_classes(self, classes: Sequence[str], category_ids: Sequence[int] | None = None) -> DetectionDataset:
-        """The same images, of which only objects of these classes count.
+        """A view of the same images with the objects of these classes only.
 
         Args:
             classes: names of the classes, in the order of the new labels.
-            category_ids: ids to give them; their own by default.
+            category_ids: their new category ids; unchanged by default.
 
         Raises:
-            UserError: for a class that the data set does not have; the message names the nearest one.
+            UserError: the dataset lacks one of the classes; the message suggests the closest match.
         """
         return OfClasses(self, classes, category_ids)
 
@@ -152,10 +151,10 @@ class DetectionDataset(Dataset, ABC):
         return pixels, Target(moved["labels"], boxes, self.image_ids[i], size)
 
     def relations(self, i: int) -> list[tuple[int, int]]:
-        """Which object of image ``i`` decides the class of which: pairs (decided, decider) of target indices.
+        """Ground-truth relations of image ``i``: pairs (decided, decider) of target indices.
 
-        The indices are those of ``self[i][1]`` as long as the transform drops no object (only random crops do). Empty
-        for data without ``decided_by``.
+        The indices are those of ``self[i][1]`` if the transform drops no object (only random crops do). Empty for data
+        without ``decided_by``.
         """
         objects = self.objects(i).targets(*self.size(i))
         place = {identity: n for n, identity in enumerate(objects.ids.tolist())}
@@ -163,8 +162,9 @@ class DetectionDataset(Dataset, ABC):
 
     @cached_property
     def coco(self) -> COCO:
-        """Ground truth of exactly these images for pycocotools: COCO's ids, crowds included, no segmentations."""
-        images, annotations = [], []
+        """Ground truth of these images for pycocotools: COCO's ids, crowds included, no segmentations."""
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for i, image_id in enumerate(self.image_ids):
             height, width = self.size(i)
             images.append({"id": image_id, "file_name": self.file_name(i), "height": height, "width": width})
@@ -180,18 +180,18 @@ class DetectionDataset(Dataset, ABC):
                 for category, name in zip(self.category_ids, self.classes, strict=True)
             ],
         }
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints whatever it does
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             coco.createIndex()
         return coco
 
 
 def item_or_error(dataset: Dataset, i: int) -> tuple[Float[Tensor, "3 H W"], Target] | UserError:
-    """``dataset[i]``, or the error that names the image which cannot be read or prepared."""
+    """``dataset[i]``, or an error that names the image if it cannot be read or transformed."""
     try:
         return dataset[i]
     except UserError as error:
         return error
-    except Exception as error:  # whatever else one image can cause, as in its augmentation
+    except Exception as error:  # for example, in its augmentation
         name = dataset.file_name(i) if isinstance(dataset, DetectionDataset) else f"number {i}"
         named = UserError(f"image {name} cannot be prepared ({type(error).__name__}: {error}): take it out of the data")
         named.__cause__ = error
@@ -199,7 +199,7 @@ def item_or_error(dataset: Dataset, i: int) -> tuple[Float[Tensor, "3 H W"], Tar
 
 
 def _to_coco(objects: Objects, image_id: int, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One image's annotations as COCO's dictionaries."""
+    """The annotations of one image as COCO dictionaries."""
     columns = (objects.ids, objects.labels, objects.boxes, objects.areas, objects.crowd, objects.decided_by)
     return [
         {
@@ -216,10 +216,10 @@ def _to_coco(objects: Objects, image_id: int, category_ids: tuple[int, ...]) -> 
 
 
 class View(DetectionDataset):
-    """A data set whose images are those of others; what a subclass does not change is as it is there."""
+    """Base class of datasets that take their images from others; methods delegate unless a subclass overrides them."""
 
     def place(self, i: int) -> tuple[DetectionDataset, int]:
-        """The data set that image ``i`` comes from, and its index there."""
+        """The dataset that image ``i`` comes from, and its index there."""
         raise NotImplementedError
 
     def image(self, i: int) -> Image.Image:
@@ -233,7 +233,7 @@ class View(DetectionDataset):
         return dataset.objects(i)
 
     def sample(self, i: int) -> tuple[Image.Image, Objects]:
-        """Image ``i`` with its annotations, as the data set that it comes from would transform them."""
+        """Image ``i`` with its annotations, from ``sample`` of the underlying dataset."""
         dataset, i = self.place(i)
         return dataset.sample(i)
 
@@ -249,17 +249,17 @@ class View(DetectionDataset):
 
 
 class OfClasses(View):
-    """A data set of which only some classes count; images without any of them stay, with no objects.
+    """A dataset restricted to some classes; images without any of them stay, with no objects.
 
-    This is how a detector of few classes is measured on data that has more.
+    It serves to evaluate a detector on data with more classes than the detector has.
 
     Args:
-        dataset: the data set.
-        classes: names of the classes that count, in the order of the new labels.
-        category_ids: ids to give them; their own by default.
+        dataset: the dataset.
+        classes: names of the classes to keep, in the order of the new labels.
+        category_ids: their new category ids; unchanged by default.
 
     Raises:
-        UserError: for a class that the data set does not have; the message names the nearest one.
+        UserError: the dataset lacks one of the classes; the message suggests the closest match.
     """
 
     def __init__(
@@ -280,19 +280,19 @@ class OfClasses(View):
         self._label[[dataset.classes.index(name) for name in classes]] = np.arange(len(classes))
 
     def place(self, i: int) -> tuple[DetectionDataset, int]:
-        """The data set, and the same index."""
+        """The dataset, and the same index."""
         return self.dataset, i
 
     def objects(self, i: int) -> Objects:
-        """The annotations of image ``i`` that count, crowds included."""
-        return self._counting(self.dataset.objects(i))
+        """The annotations of image ``i`` with the kept classes, crowds included."""
+        return self._of_classes(self.dataset.objects(i))
 
     def sample(self, i: int) -> tuple[Image.Image, Objects]:
-        """Image ``i`` with its annotations, as the data set itself would transform them."""
+        """Image ``i`` with its annotations of the kept classes, from ``sample`` of the underlying dataset."""
         image, objects = self.dataset.sample(i)
-        return image, self._counting(objects)
+        return image, self._of_classes(objects)
 
-    def _counting(self, objects: Objects) -> Objects:
+    def _of_classes(self, objects: Objects) -> Objects:
         labels = self._label[objects.labels]
         kept = copy.copy(objects)
         kept.labels = labels

@@ -1,1 +1,1 @@
-"""Plumbing that every other room may use, and that knows none of them."""
+"""Utilities that depend on no other subpackage."""

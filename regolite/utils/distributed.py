@@ -1,7 +1,7 @@
-"""What several processes tell each other, apart from gradients.
+"""Communication between the processes of a distributed run, apart from gradients.
 
-Everything here works without several processes too, and then does nothing. The messages are numbers and small objects
-of the CPU and go by gloo, so that no GPU has to be waited for.
+In a single process these functions are no-ops. Messages are numbers and small CPU objects. They are sent by gloo, so
+that no GPU is synchronized.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=3)  # how long the others wait while the first evaluates, say
-_groups: dict[Any, Any] = {}
+PATIENCE = timedelta(hours=3)  # timeout of a collective: the other ranks wait while rank 0 evaluates, for example
+_groups: dict[object, Any] = {}  # PyTorch annotates a new group as a group or -100
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """Rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def total(*numbers: float | int) -> list[float]:
-    """The sum of each number over all processes."""
+    """Sum each number over all processes (all-reduce)."""
     if world_size() == 1:
         return [float(number) for number in numbers]
     sums = torch.tensor(numbers, dtype=torch.float64)
@@ -38,16 +38,16 @@ def total(*numbers: float | int) -> list[float]:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes for the first one, in their order; an empty list for the others."""
+    """Gather the values of all processes on rank 0, in rank order; the other ranks get an empty list."""
     if world_size() == 1:
         return [value]
-    values = [None] * world_size() if rank() == 0 else None
+    values = [value] * world_size() if rank() == 0 else None  # overwritten by gather_object
     dist.gather_object(value, values, group=_group())
     return values or []
 
 
 def from_first(value: T) -> T:
-    """The first process's value, for all."""
+    """Broadcast the value of rank 0."""
     if world_size() == 1:
         return value
     values = [value]
@@ -56,9 +56,9 @@ def from_first(value: T) -> T:
 
 
 def _group() -> Any:
-    """The same processes, connected by gloo."""
+    """All processes, connected by gloo."""
     world = dist.group.WORLD
     if world not in _groups:
-        _groups.clear()  # those of an earlier run in this process
+        _groups.clear()  # groups of an earlier run in this process
         _groups[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _groups[world]

@@ -1,13 +1,13 @@
-"""Signals that ask a run to end: Ctrl-C, and what Slurm, systemd and the closing of a terminal send.
+"""Termination signals: Ctrl-C, and the signals sent by Slurm, systemd and a closing terminal.
 
-A run finishes its step, saves, and raises :class:`RunStopped`. Where a step is not running there is nothing to finish,
-and it is raised at once. A signal that was ignored when the run began (`nohup`, `&`) stays ignored.
+A run finishes its step, saves, and raises :class:`RunStopped`. Outside a step it raises at once. A signal that was
+ignored when the run began (`nohup`, `&`) stays ignored.
 
-A notebook's kernel and a process of torchrun have nobody who sends them a signal when papermill or torchrun is killed.
-So they watch their parent process, and take its end for a SIGTERM.
+Notebook kernels and torchrun workers receive no signal when papermill or torchrun is killed. They therefore watch their
+parent process and treat its end as a SIGTERM.
 
-SIGUSR1 is there for Slurm: ``sbatch --signal=USR1@120`` sends it two minutes before the time is up. Under torchrun,
-which does not pass it on, that is ``--signal=TERM@120``.
+SIGUSR1 is for Slurm: ``sbatch --signal=USR1@120`` sends it two minutes before the time limit. torchrun does not forward
+it; use ``--signal=TERM@120`` there.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from typing import Any, NoReturn
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )  # Windows has the first two
-POLL = 0.5  # seconds between two looks at the parent process
-ONE = 1.0  # seconds in which two Ctrl-C are one: torchrun passes on what the terminal has sent to everybody
+POLL = 0.5  # seconds between two checks of the parent process
+DEBOUNCE = 1.0  # seconds in which a second Ctrl-C is a duplicate: torchrun forwards what every process already received
 
 
 class RunStopped(KeyboardInterrupt):
-    """A signal has ended a run, and what it had done is saved.
+    """A signal has stopped a run after its state was saved.
 
-    A ``KeyboardInterrupt``, so that no ``except Exception`` takes it for an error.
+    It derives from ``KeyboardInterrupt``, so that no ``except Exception`` catches it.
 
     Attributes:
-        what: what ended it, after which step, and where it is saved.
-        signum: number of the signal; the command line exits with 128 more, as a shell does.
+        what: the reason, the last step, and where the state is saved.
+        signum: number of the signal; the command line exits with 128 + ``signum``, as shells do.
     """
 
     def __init__(self, what: str, signum: int) -> None:
@@ -44,16 +44,16 @@ class RunStopped(KeyboardInterrupt):
         self.what, self.signum = what, signum
 
     def __str__(self) -> str:
-        """What happened, and how to go on from Python."""
+        """The reason, and how to resume from Python."""
         return f"{self.what}; go on with resume=True"
 
 
 class StopSignals(contextlib.ContextDecorator):
-    """Catches the signals while a function runs that it decorates: signals belong to the process, and so does this.
+    """Catches termination signals while the decorated function runs. Signals are per process, hence one instance.
 
     Attributes:
-        asked: the signal that has come, or None.
-        so_far: what a message says of where the run stands.
+        asked: the signal received, or None.
+        so_far: progress of the run, for the message.
     """
 
     def __init__(self) -> None:
@@ -66,12 +66,12 @@ class StopSignals(contextlib.ContextDecorator):
 
     def __enter__(self) -> StopSignals:
         self.asked, self.so_far, self._holds = None, "before the first step", False
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+        if threading.current_thread() is threading.main_thread():  # Python handles signals in the main thread only
             before = {number: signal.getsignal(number) for number in SIGNALS}
             self._before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
             for number in self._before:
                 signal.signal(number, self._handle)
-            if signal.SIGTERM in self._before and _is_kept():
+            if signal.SIGTERM in self._before and _has_launcher():
                 self._parent, self._left = os.getppid(), threading.Event()
                 _hold_poller(self._parent)
                 threading.Thread(target=self._watch, args=(self._parent, self._left), daemon=True).start()
@@ -86,12 +86,12 @@ class StopSignals(contextlib.ContextDecorator):
         _hold_poller(None)
 
     def hold(self) -> None:
-        """From here on a signal waits until :meth:`leave` is called, or :meth:`at_once` entered."""
+        """Defer signals from here on, until :meth:`leave` is called or :meth:`at_once` is entered."""
         self._holds = True
 
     @contextlib.contextmanager
     def at_once(self, so_far: str) -> Iterator[None]:
-        """A part of the run with nothing to save: it ends here, if a signal has come or comes."""
+        """A part of the run with nothing to save: a signal, pending or new, ends the run at once."""
         self.so_far = so_far
         if self.asked is not None:
             self.leave()
@@ -105,9 +105,9 @@ class StopSignals(contextlib.ContextDecorator):
         Raises:
             RunStopped: always.
         """
-        signum = self.asked or signal.SIGTERM  # where another process was asked, and not this one
+        signum = self.asked or signal.SIGTERM  # None if only another process received the signal
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        if self._parent is not None and os.getppid() != self._parent:  # whichever of the processes noticed it first
+        if self._parent is not None and os.getppid() != self._parent:  # whichever process noticed it first
             name = "the end of its parent process"
         raise RunStopped(f"stopped by {name} {self.so_far}", signum)
 
@@ -124,36 +124,37 @@ class StopSignals(contextlib.ContextDecorator):
             if not self._holds:
                 self.leave()
             if signum == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                # Not by print, which the signal may have interrupted.
+                # print is not reentrant, and the signal may have interrupted one.
                 os.write(2, b"\nfinishing the step, then saving; Ctrl-C once more leaves at once\n")
-        elif signum == signal.SIGINT and now - self._since > ONE:
+        elif signum == signal.SIGINT and now - self._since > DEBOUNCE:
             raise KeyboardInterrupt
 
 
 stop = StopSignals()
 
 
-def _is_kept() -> bool:
-    """Whether this process is a notebook's kernel, or one that torchrun has started."""
+def _has_launcher() -> bool:
+    """Whether this process is a notebook kernel or was started by torchrun."""
     return "TORCHELASTIC_RUN_ID" in os.environ or ("JPY_PARENT_PID" in os.environ and "ipykernel" in sys.modules)
 
 
 def _hold_poller(parent: int | None) -> None:
-    """Keep ipykernel from ending the kernel, in the middle of a step, as soon as its parent process is gone.
+    """Keep ipykernel from killing the kernel in the middle of a step when its parent process ends.
 
     Args:
-        parent: the parent process that it shall see for now; None for the real one.
+        parent: the parent process id that ipykernel's poller sees; None for the real one.
     """
     poller = sys.modules.get("ipykernel.parentpoller")
     if poller is not None:
-        poller.os = os if parent is None else types.SimpleNamespace(getppid=lambda: parent, _exit=os._exit)
+        fake = types.SimpleNamespace(getppid=lambda: parent, _exit=os._exit)
+        vars(poller)["os"] = os if parent is None else fake
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """For processes that prepare images: Ctrl-C and Slurm reach them too, and they are needed for one more step.
+    """Make DataLoader workers ignore signals, so that the current step can finish.
 
-    A SIGTERM of the training process itself, by which PyTorch ends a worker that does not end, is obeyed. Only Linux
-    says who has sent a signal; elsewhere workers end with the first.
+    A SIGTERM from the training process itself, by which PyTorch terminates a worker that hangs, is obeyed. Only Linux
+    reports the sender of a signal; elsewhere the first signal ends a worker.
     """
     for number in SIGNALS:
         if number != signal.SIGTERM:
@@ -170,10 +171,10 @@ def _obey(parent: int) -> NoReturn:
 
 
 def end_with_starter() -> None:
-    """Ask this process to end, as Slurm would, when the one that has started it is gone."""
+    """Send this process a SIGTERM, as Slurm would, when the process that started it ends."""
 
     def wait() -> None:
-        os.read(0, 1)  # of a pipe into which nobody writes: this returns when its other end is closed
+        os.read(0, 1)  # standard input is a pipe without writes: this returns when its other end is closed
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()

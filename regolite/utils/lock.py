@@ -1,9 +1,9 @@
-"""One writer a folder: a lock file that says which process writes there.
+"""Lock files: one writer per folder.
 
 The lock is ``lock.json`` in the folder, with the host, the process id and the start time of its holder. It is created
-by ``O_EXCL``, so that only one of several processes can have it, and deleted at the end. A killed process leaves its
-lock behind; the next command on the same host finds that the process is gone and takes the lock over. Whether a process
-on another host still runs cannot be known, so such a lock is never taken over.
+with ``O_EXCL``, which succeeds in one process only, and deleted at the end. A killed process leaves its lock behind;
+the next command on the same host finds that the process no longer runs and takes over the lock. A lock from another
+host is never taken over, since its process may still run.
 """
 
 from __future__ import annotations
@@ -16,17 +16,26 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-import psutil  # comes with Accelerate
+import psutil  # a dependency of Accelerate
 
 from regolite.errors import UserError, not_writable
 from regolite.utils.progress import Status
 
 NAME = "lock.json"
-SECONDS = 5.0  # by which the start time of a process, as the system reports it, may vary with its clock
-GRACE = 1.0  # seconds within which a new lock has its content
+TOLERANCE = 5.0  # seconds by which the reported start time of a process may vary with the system clock
+GRACE = 1.0  # seconds within which a new lock file has its content
 PATIENCE = 60.0  # seconds within which a stale lock is deleted
+
+
+class Holder(TypedDict):
+    """The content of a lock file: the process that holds the lock."""
+
+    host: str
+    pid: int
+    started: float
+    since: float
 
 
 @contextmanager
@@ -37,7 +46,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         folder: the folder to write to.
 
     Raises:
-        UserError: another process, or another thread of this one, writes to the folder; the message says which. Or the
+        UserError: another process, or another thread of this one, writes to the folder (the message names it), or the
             folder cannot be written.
     """
     folder = Path(folder)
@@ -54,15 +63,15 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            if held and _read(file) == ours:  # somebody may have deleted it, and another process locked the folder
+            if held and _read(file) == ours:  # it may have been deleted, and the folder locked by another process
                 file.unlink()
 
 
 def _this_process() -> bytes:
     """The content of a lock that this process holds."""
     process = psutil.Process()
-    about = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time(), "since": time.time()}
-    return json.dumps(about).encode()
+    holder = Holder(host=socket.gethostname(), pid=process.pid, started=process.create_time(), since=time.time())
+    return json.dumps(holder).encode()
 
 
 def _create(file: Path, content: bytes) -> bool:
@@ -84,10 +93,10 @@ def _remove_stale(file: Path) -> None:
     """Remove the lock of a process that no longer runs.
 
     Raises:
-        UserError: the process runs, or it may.
+        UserError: the process runs, or may run.
     """
     content = _read(file)
-    if content is None:  # released since
+    if content is None:  # released in the meantime
         return
     holder = _parse(content)
     if holder is None:  # just created, or left empty by a power failure
@@ -105,7 +114,7 @@ def _remove_stale(file: Path) -> None:
             )
         if _is_running(holder):
             raise UserError(f"{file.parent} is locked by {who}: wait until it ends, stop it, or give another folder")
-    # Only who holds this second lock may delete a lock of this content: a slower process would delete the next one.
+    # A second lock guards the deletion: a slower process would delete the lock of the next holder.
     guard = file.with_name(f".{NAME}.{zlib.crc32(content)}.tmp")
     if not _create(guard, b""):
         with suppress(FileNotFoundError):
@@ -128,22 +137,22 @@ def _read(file: Path) -> bytes | None:
         return None
 
 
-def _parse(content: bytes) -> dict[str, Any] | None:
-    """Who holds a lock; None if its content is none of a lock."""
-    kinds = {"host": str, "pid": int, "started": (int, float), "since": (int, float)}
+def _parse(content: bytes) -> Holder | None:
+    """The holder of a lock; None for any other content."""
+    kinds: dict[str, tuple[type, ...]] = {"host": (str,), "pid": (int,), "started": (int, float), "since": (int, float)}
     try:
         holder = json.loads(content)
     except (ValueError, RecursionError):
         return None
-    is_whole = isinstance(holder, dict) and all(isinstance(holder.get(name), kind) for name, kind in kinds.items())
-    return holder if is_whole else None
+    is_valid = isinstance(holder, dict) and all(isinstance(holder.get(name), kind) for name, kind in kinds.items())
+    return holder if is_valid else None
 
 
-def _is_running(holder: dict[str, Any]) -> bool:
-    """Whether the process of a lock runs on this host, and its id was not given to another one since."""
+def _is_running(holder: Holder) -> bool:
+    """Whether the holder runs on this host; its process id may have been reused since."""
     try:
         process = psutil.Process(holder["pid"])
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - holder["started"]) < SECONDS
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - holder["started"]) < TOLERANCE
     except psutil.AccessDenied:
         return True
     except (psutil.NoSuchProcess, ValueError, OverflowError):

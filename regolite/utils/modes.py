@@ -1,4 +1,4 @@
-"""Training and evaluation mode: whoever changes it for a while puts it back, whatever happens meanwhile."""
+"""Context managers that restore training and evaluation modes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Leave every module of a model in the mode in which it is now; parts of it may be in others than the whole."""
+    """Restore the mode of every module of a model at the end; modules may be in different modes."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -22,6 +22,6 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode for a while; gives the model's device."""
+    """Evaluation mode within the ``with`` block; yields the model's device."""
     with modes_kept(model):
         yield next(model.eval().parameters()).device

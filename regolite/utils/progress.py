@@ -1,44 +1,47 @@
-"""Progress and time left: a bar in a terminal; elsewhere (notebooks, papermill, log files) a plain line now and then.
+"""Progress and remaining time: a bar in a terminal, occasional plain lines elsewhere (notebooks, papermill, log files).
 
-A bar redraws itself, which only a terminal shows well: a log file holds every redrawing, and the widget that takes its
-place in Jupyter is invisible to papermill and leaves its state in the stored notebook.
+A log file would contain every redraw of a bar. tqdm's Jupyter widget is invisible to papermill and leaves its state in
+the stored notebook.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
-EVERY = 15.0  # seconds between two lines, and later a fiftieth of the time passed: a long run shall not fill pages
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+EVERY = 15.0  # least seconds between two lines; in long runs a fiftieth of the elapsed time
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Status:
-    """How far a piece of work has come.
+    """Shows the progress of a task.
 
     Args:
-        title: what is being done.
-        enabled: show anything at all.
-        leave: leave the full bar on the terminal at the end.
+        title: name of the task.
+        enabled: False shows nothing.
+        leave: keep the finished bar on the terminal.
     """
 
     def __init__(self, title: str, enabled: bool = True, leave: bool = True) -> None:
         self.title = title
         self._bar = tqdm(total=100, desc=title, bar_format=_BAR, disable=None if enabled else True, leave=leave)
-        self._lines = enabled and self._bar.disable  # tqdm disables itself where there is no terminal
+        self._lines = enabled and self._bar.disable  # tqdm disables itself without a terminal
         self._start = self._shown = time.monotonic()
         self._first: float | None = None
 
     def update(self, done: float, text: str = "") -> None:
-        """Show how far it is.
+        """Show the progress.
 
         Args:
-            done: finished part, 0 to 1. The first is where the work starts: not 0 in a run that is resumed.
-            text: what else to say.
+            done: finished fraction, 0 to 1. The first call gives the start: not 0 in a resumed run.
+            text: additional text.
         """
         if self._first is None:
             self._first = done
@@ -56,16 +59,24 @@ class Status:
 
     @staticmethod
     def say(text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         tqdm.write(text)
 
     def close(self) -> None:
-        """End it."""
+        """Remove or finish the bar."""
         self._bar.close()
 
 
-def track(items: Any, title: str, enabled: bool = True) -> Iterator[Any]:
-    """The items of something that has a length, while showing how many are done."""
+class SizedIterable(Protocol[T_co]):
+    """An iterable with a length, as a list or a ``DataLoader``."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[T_co]: ...
+
+
+def track(items: SizedIterable[T], title: str, enabled: bool = True) -> Iterator[T]:
+    """Iterate over items and show how many are done."""
     status = Status(title, enabled, leave=False)
     status.update(0.0)
     for n, item in enumerate(items, 1):

@@ -1,7 +1,7 @@
-"""Typed and bounded configuration: the values of a dataclass are checked against its annotations and :data:`BOUNDS`.
+"""Validated configuration: the values of a dataclass are checked against its annotations and :data:`BOUNDS`.
 
-Configurations come from people, and from files that anybody may have written. Every one of them is a :class:`Checked`,
-so that a wrong value is refused before anything is made of it.
+Configurations come from users and from untrusted files. Each is a :class:`Checked`, so that an invalid value is refused
+before it is used.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ import os
 import reprlib
 import types
 import typing
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
 from regolite.errors import UserError
-
-T = TypeVar("T")
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "dim": (1, 4096), "heads": (1, 256), "ffn_dim": (1, 65_536), "encoder_layers": (0, 100), "decoder_layers": (1, 100),
@@ -31,20 +29,22 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "proposals_per_object": (1, 1000), "lr": (-math.inf, 1000), "backbone_lr_mult": (0, 1000),
     "sampling_lr_mult": (0, 1000), "weight_decay": (0, 1000),
 }  # fmt: skip
-"""The least and the largest value of a field, or of each value in its list, in whichever configuration it is.
+"""The least and the largest value of a field, or of each item of a list field, in any configuration.
 
-The largest ones are far beyond what anybody trains: they keep a file from asking for a million layers.
+The upper bounds are far beyond any useful model: they keep a file from requesting a million layers.
 """
 
 
 class Checked:
-    """A configuration whose values are converted and checked when it is made.
+    """Base class of dataclasses whose values are converted and checked on creation.
 
-    numpy's numbers become Python's, lists and arrays become tuples, and paths become text.
+    NumPy scalars become Python numbers, lists and arrays become tuples, and paths become strings.
 
     Raises:
-        UserError: for a value of another type or beyond its bounds; the message names the field.
+        UserError: a value has the wrong type or is out of bounds; the message names the field.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # subclasses are dataclasses
 
     def __post_init__(self) -> None:
         """Convert, then check."""
@@ -53,8 +53,11 @@ class Checked:
         check(self)
 
 
+T = TypeVar("T", bound=Checked)
+
+
 def plain(value: Any) -> Any:
-    """A value as Python and JSON have it: no numpy numbers, tuples for lists and arrays, texts for paths."""
+    """Convert a value to plain Python: numbers for NumPy scalars, tuples for lists and arrays, strings for paths."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, np.generic):
@@ -65,14 +68,14 @@ def plain(value: Any) -> Any:
 
 
 def from_values(kind: type[T], values: dict[str, Any]) -> T:
-    """A configuration from names and values, as a notebook's parameters are; lists are taken for tuples.
+    """Build a configuration from names and values, as a notebook's parameters; lists become tuples.
 
     Args:
         kind: its dataclass.
         values: the value of each field.
 
     Raises:
-        UserError: for an unknown name (the message names the nearest right one).
+        UserError: an unknown name (the message suggests the closest match).
     """
     known = {f.name for f in fields(kind)}
     for name in values:
@@ -83,13 +86,13 @@ def from_values(kind: type[T], values: dict[str, Any]) -> T:
     return kind(**{name: plain(value) for name, value in values.items()})
 
 
-def check(config: Any) -> None:
-    """Check the type of every field of a configuration, and its bounds.
+def check(config: Checked) -> None:
+    """Check the type and the bounds of every field of a configuration.
 
     Raises:
-        UserError: for a value of another type or beyond its bounds; the message says what the field takes.
+        UserError: a value has the wrong type or is out of bounds; the message says what the field takes.
     """
-    hints = _hints(type(config))
+    hints = _hints(config.__class__)
     for f in fields(config):
         value = getattr(config, f.name)
         if not fits(value, hints[f.name]):
@@ -99,10 +102,10 @@ def check(config: Any) -> None:
 
 
 def check_bounds(name: str, value: Any) -> None:
-    """Check a value, or each value of a tuple, against :data:`BOUNDS`; None is within all of them.
+    """Check a value, or each item of a tuple, against :data:`BOUNDS`; None always passes.
 
     Raises:
-        UserError: beyond them.
+        UserError: the value is out of bounds.
     """
     low, high = BOUNDS.get(name, (-math.inf, math.inf))
     for one in value if isinstance(value, tuple) else (value,):
@@ -112,26 +115,26 @@ def check_bounds(name: str, value: Any) -> None:
 
 
 def of_kind(name: str, value: Any, kind: type | tuple[type, ...], words: str) -> None:
-    """Check what kind of thing an argument is.
+    """Check the class of an argument.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         value: the argument.
-        kind: what it must be an instance of.
-        words: what that is, and how to come by one.
+        kind: its class or classes.
+        words: the class in words, and how to get an instance.
 
     Raises:
-        UserError: it is something else.
+        UserError: the argument is an instance of another class.
     """
     if not isinstance(value, kind):
         raise UserError(f"{name}={shown(value)} is not {words}")
 
 
 def whole(name: str, value: Any, low: int | None = None) -> int:
-    """An argument that is a whole number, numpy's too, within the bounds of its name and at least ``low``.
+    """Check an integer argument (NumPy's too): within the bounds of its name and at least ``low``.
 
     Raises:
-        UserError: another value; the message names the argument.
+        UserError: any other value; the message names the argument.
     """
     value = plain(value)
     if not fits(value, int):
@@ -143,10 +146,10 @@ def whole(name: str, value: Any, low: int | None = None) -> int:
 
 
 def share(name: str, value: Any) -> float:
-    """An argument that is a number from 0 to 1, as a score or a probability.
+    """Check an argument that is a number from 0 to 1, as a score or a probability.
 
     Raises:
-        UserError: another value; the message names the argument.
+        UserError: any other value; the message names the argument.
     """
     value = plain(value)
     if not fits(value, float) or not 0 <= value <= 1:
@@ -155,7 +158,7 @@ def share(name: str, value: Any) -> float:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: one line, of a length that can be read."""
+    """Abbreviate a value for a message."""
     text = reprlib.repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -166,12 +169,12 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def checked(config: T, changes: dict[str, Any]) -> T:
-    """A configuration with some fields changed, and checked; one value may stand for a list of one.
+    """Copy a configuration with some fields changed, and check it; a single value may stand for a list of one.
 
     Raises:
-        UserError: as :func:`check`, and when the fields do not fit each other.
+        UserError: as :func:`check`, or the fields are inconsistent.
     """
-    hints = _hints(type(config))
+    hints = _hints(config.__class__)
     changes = {name: plain(value) for name, value in changes.items()}
     single = [n for n, v in changes.items() if typing.get_origin(hints[n]) is tuple and not isinstance(v, tuple)]
     changes = changes | {name: (changes[name],) for name in single}
@@ -179,7 +182,7 @@ def checked(config: T, changes: dict[str, Any]) -> T:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; an int may stand for a float."""
+    """Whether a value has the annotated type; an int is accepted as a float."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in arguments

@@ -1,8 +1,7 @@
-"""Reading others' weights: whatever a file holds, nothing in it is executed, and what is wrong is said in one sentence.
+"""Safe reading of third-party weight files: no code in a file is executed.
 
 A ``.pth`` file is a pickle, and unpickling can run code. PyTorch's ``weights_only`` reader builds tensors and plain
-containers alone; the one thing more that is let in here is ``argparse.Namespace``, since the authors' training scripts
-store their options in one beside the weights.
+containers only. ``argparse.Namespace`` is allowed in addition: the authors' training scripts store their options in it.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from torch import Tensor
 
 from regolite.errors import UserError
 
-# What batch normalization and the counter of FLOPs `thop` leave in a state dict; the authors' code skips them too.
+# Entries of a state dict from batch normalization and the FLOP counter `thop`; the authors' code skips them too.
 NO_WEIGHTS = ("num_batches_tracked", "total_params", "total_ops")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
+    """The content of a weight file.
 
     Attributes:
-        tensors: the weights by their names.
-        options: the options of the training script (``nheads``, ``dilation``, ...) where the file has them.
-        source: what the weights are called in an error.
+        tensors: the weights by name.
+        options: the options of the training script (``nheads``, ``dilation``, ...), empty if the file has none.
+        source: name of the source in error messages.
     """
 
     tensors: dict[str, Tensor]
@@ -46,12 +45,11 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
     """Read weights.
 
     Args:
-        source: a ``.pth`` or ``.safetensors`` file, or what such a file holds: a state dict, or a training checkpoint
-            with the state dict under ``"model"`` and the options under ``"args"``.
+        source: a ``.pth`` or ``.safetensors`` file, or the content of one: a state dict, or a training checkpoint with
+            the state dict under ``"model"`` and the options under ``"args"``.
 
     Raises:
-        UserError: when there is no such file, when reading it whole would run code, when it is damaged, and when it
-            holds no state dict.
+        UserError: the file does not exist, is damaged, holds no state dict, or would run code when unpickled.
     """
     if isinstance(source, Mapping):
         name, content = "the state dict", source
@@ -61,7 +59,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Weights:
         if not path.is_file():
             raise UserError(f"no weights at {path}; give a .pth or .safetensors file, or a state dict")
         if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty; copy it anew")
+            raise UserError(f"{path} is empty; copy it again")
         content = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
 
     options: Any = {}
@@ -83,7 +81,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             options = json.loads((file.metadata() or {}).get("args", "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({error}); copy it anew") from error
+        raise UserError(f"{path} is not a readable safetensors file ({error}); copy it again") from error
     return {"model": tensors, "args": options}
 
 
@@ -93,14 +91,14 @@ def _pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # the bytes of a damaged pickle can raise anything
+    except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code is not None:
             raise UserError(
-                f"{path} holds more than weights, and reading {code[1]} from it could run code; where you trust the "
-                "file, save its state dict alone"
+                f"{path} holds more than weights, and reading {code[1]} from it could run code; if you trust the file, "
+                "save its state dict only"
             ) from error
         reason = (str(error).splitlines() or [""])[0][:100]
         raise UserError(
-            f"{path} is damaged, or no file of PyTorch ({type(error).__name__}: {reason}); copy it anew"
+            f"{path} is damaged or not a PyTorch file ({type(error).__name__}: {reason}); copy it again"
         ) from error

@@ -291,7 +291,7 @@ def test_a_file_that_would_run_code(place, zipped, tmp_path):
     }
     torch.save(wrong[place], path, _use_new_zipfile_serialization=zipped)
     said = refused(path, r"bad\.pth holds more than weights, and reading \S+\.open from it could run code")
-    assert "save its state dict alone" in said
+    assert "save its state dict only" in said
     path.write_bytes(pickle.dumps(wrong[place]))
     refused(path, r"bad\.pth")
     assert not (tmp_path / "trace").exists()
@@ -310,10 +310,10 @@ def test_a_damaged_file(tmp_path):
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, rf"{name} is (damaged, or no file of PyTorch|no readable safetensors file) .* anew")
+        refused(tmp_path / name, rf"{name} is (damaged, or not a PyTorch file|not a readable safetensors file) .* again")
     for name in ("empty.pth", "empty.safetensors"):
         (tmp_path / name).touch()
-        refused(tmp_path / name, rf"{name} is empty; copy it anew")
+        refused(tmp_path / name, rf"{name} is empty; copy it again")
     refused(tmp_path / "nowhere.pth", r"no weights at .*nowhere\.pth; give a \.pth or \.safetensors file")
     refused(tmp_path, "no weights at")
 
