@@ -299,7 +299,7 @@ def test_weights_of_another_smca_are_refused(monkeypatch):
     prefix = "transformer.decoder.layers.0."
     with pytest.raises(UserError, match="multi-scale SMCA with an encoder of convolutions"):
         interop.load(weights | {f"{prefix}point4.weight": torch.zeros(4, 32)})
-    with pytest.raises(UserError, match="not two scales for each head; give a model of --dynamic_scale type3"):
+    with pytest.raises(UserError, match="not have two scales for each head; give a model of --dynamic_scale type3"):
         interop.load(weights | {f"{prefix}point3.bias": torch.zeros(4)})
     with pytest.raises(UserError, match="dilated"):
         interop.load({"model": weights, "args": {"dilation": True}})

@@ -391,10 +391,10 @@ def test_other_models_are_named():
 SMALL = {"weights": None, "dim": 32, "heads": 4, "encoder_layers": 1, "decoder_layers": 1, "queries": 4}
 NOT_THERE = [
     ("detr_star_r50", {}, {}, "reference_points=True is not supported by transformers"),
-    ("detr_r50", {"scoring": "sigmoid"}, {}, "scoring='sigmoid' cannot be had"),
+    ("detr_r50", {"scoring": "sigmoid"}, {}, "scoring='sigmoid' is not supported by transformers"),
     ("detr_tiny", {}, {}, "backbone 'mobilenet_v2' is not supported by transformers"),
     ("detr_dc5_r50", {}, {"timm": False}, "dilated=True is not supported by transformers' own ResNet"),
-    ("detr_r50", {"label": 1.5}, {}, "label=1.5 of the loss cannot be had"),
+    ("detr_r50", {"label": 1.5}, {}, "label=1.5 of the loss is not supported by transformers"),
 ]
 
 
