@@ -205,7 +205,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path: Path, monke
     def start(arm: str, seed: int, folder: Path, small: bool) -> subprocess.Popen[bytes]:
         place = folder / arm / str(seed)
         place.mkdir(parents=True)
-        (place / queue.SAID).write_text("a warning\nno more space\n")
+        (place / queue.STDERR_FILE).write_text("a warning\nno more space\n")
         if results[arm]:
             (place / "result.json").write_text(json.dumps(results[arm]))
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(results[arm] is None)})"])

@@ -180,7 +180,7 @@ class TestCommands:
             ("recipes rego_deformable_r50_50ep", "did you mean 'rego_deformable_detr_r50_50ep'?"),
             ("recipes deformable_detr_r50_50ep --tflops 0", "tflops=0.0 must be greater than 0"),
             ("recipes deformable_detr_r50_50ep --processes 0", "'0' is not a whole number greater than 0"),
-            ("recipes deformable_detr_r50_50ep --processes 17", "has 16 images a step"),
+            ("recipes deformable_detr_r50_50ep --processes 17", "has 16 images per step"),
         ],
     )
     def test_wrong_input_is_one_line(self, words: str, said: str, capsys: pytest.CaptureFixture[str]):
@@ -259,19 +259,19 @@ class TestTable:
         assert found[0]["estimated_gpu_hours"] == float(f"{found[0]['estimated_gpu_hours']:.2g}")
 
     def test_says_which_assumptions_are_whose(self):
-        assert "3.25 TFLOP/s a GPU, which is what a V100 sustained" in " ".join(assumptions())
+        assert "3.25 TFLOP/s per GPU, the throughput of a V100" in " ".join(assumptions())
         given = " ".join(assumptions(4, 20.0))
-        assert "20 TFLOP/s a GPU, as given" in given and "V100" not in given and "(4 GPUs)" in given
+        assert "20 TFLOP/s per GPU, as given" in given and "V100" not in given and "(4 GPUs)" in given
 
     def test_numbers_in_the_notes_are_those_of_the_code(self):
         """Sentences that hold numbers, beside what they are about."""
         said = " ".join(assumptions()) + " ".join(r for one in RECIPES.values() for r in one.remarks)
         for text in (f"{IMAGES:,} images", f"{MEAN_IMAGE[0]} x {MEAN_IMAGE[1]}", f"{V100_HOURS} GPU hours"):
             assert text in said
-        assert f"{LARGEST_IMAGE[0]} x {LARGEST_IMAGE[1]} pixels, the largest" in said
+        assert f"{LARGEST_IMAGE[0]} x {LARGEST_IMAGE[1]} pixels" in said
         hours = {name: estimate(name, 1, 2).gpu_hours for name in ("detr_r50", "detr_dc5_r50")}
-        assert f"DETR-R50 takes {hours['detr_r50']:.1f} GPU hours an epoch" in said
-        assert f"DETR-DC5 takes {hours['detr_dc5_r50']:.1f} GPU hours an epoch" in said
+        assert f"DETR-R50 takes {hours['detr_r50']:.1f} GPU hours per epoch" in said
+        assert f"{hours['detr_dc5_r50']:.1f} GPU hours per epoch for DETR-DC5" in said
 
     @pytest.mark.slow
     def test_whole(self):

@@ -1,1 +1,1 @@
-"""Experiments: the paper's questions at laptop scale, with seeds and intervals (notebook 14)."""
+"""The paper's experiments at laptop scale, with several seeds and confidence intervals (notebook 14)."""

@@ -1,7 +1,7 @@
-"""What an arm costs: the time of a training step, and multiply-adds. "Faster" is asked by these, not by epochs alone.
+"""The cost of an arm: time of a training step and multiply-adds, for comparisons at equal cost, not equal epochs.
 
-Times are measured side by side: each arm does one step after the other, over and over, so that what else the machine
-does meets all of them. One core, as in the experiments.
+The arms take turns, one step each, so that other load on the machine affects all of them. Like the experiments, the
+measurement uses one core.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def costs(arms: Sequence[str], rounds: int = 30) -> dict[str, dict[str, float]]:
     """Measure arms side by side.
 
     Args:
-        arms: their names.
-        rounds: steps of each, after two that are not counted.
+        arms: names of the arms.
+        rounds: number of steps of each arm, after two warm-up steps.
 
     Returns:
-        For each arm ``step``, the median of its training steps in seconds, loading left out; ``relative``, the median
-        over the rounds of its step by the first arm's in the same round; ``macs``, multiply-adds of one image;
+        For each arm ``step``, the median time of a training step in seconds, without data loading; ``relative``, the
+        median over the rounds of its step time divided by the first arm's; ``macs``, multiply-adds of one image;
         ``parameters``.
     """
     before = torch.get_num_threads()
@@ -54,14 +54,14 @@ def costs(arms: Sequence[str], rounds: int = 30) -> dict[str, dict[str, float]]:
 
 
 def measure(file: str | Path, arms: Sequence[str] | None = None, rounds: int = 30) -> dict[str, Any]:
-    """Measure arms, all of them by default, and write what came out."""
+    """Measure arms, by default all, and write the result to a JSON file."""
     found = {"arms": costs(list(ARMS) if arms is None else arms, rounds), "rounds": rounds, "torch": torch.__version__}
     write_atomic(file, (json.dumps(found, indent=1) + "\n").encode())
     return found
 
 
 class _Step:
-    """An arm that can do one training step, always on the same images."""
+    """Runs training steps of an arm on a fixed batch."""
 
     def __init__(self, arm: str) -> None:
         config = RunConfig.of({**ARMS[arm].settings(), "output": ""})
@@ -72,18 +72,20 @@ class _Step:
         torch.manual_seed(0)
         self.images, self.targets = collate([data[i] for i in range(config.batch_size)], multiple=32)
         self.model = build(settings, num_classes=len(data.classes)).to(memory_format=torch.channels_last)
-        cost = count(self.model, config.image_size, config.image_size)
+        cost = count(self.model, settings.image_size, settings.image_size)
         self.macs, self.parameters = cost.with_reading, cost.parameters
-        self.loss = SetLoss(settings.loss, self.model.scoring)
+        scoring = self.model.scoring
+        assert isinstance(scoring, str)  # true of every detector
+        self.loss = SetLoss(settings.loss, scoring)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), weight_decay=config.weight_decay)
         self.clip = config.clip
 
     def __call__(self) -> float:
-        """Seconds that a step takes."""
+        """Run a step; return its time in seconds."""
         self.model.train()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self.optimizer.zero_grad()
         self.loss(self.model(self.images), self.targets)[0].backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start

@@ -1,13 +1,13 @@
-"""What a run on COCO will take, before anybody has paid for it: an estimate of GPU hours and of memory.
+"""Estimates of the GPU hours and the GPU memory of a run on COCO.
 
-Nothing here is measured on a GPU. Both figures are counted on the device ``meta``, where tensors have shapes and no
-numbers (:mod:`regolite.evaluation.complexity`):
+Nothing is measured on a GPU. Both numbers are computed on the device ``meta``, whose tensors have shapes but no data
+(:mod:`regolite.evaluation.complexity`):
 
-- **GPU hours** are epochs times images times the work of one image, divided by what a GPU sustains. The backward
-  pass works twice as much as the forward pass: one product for the gradient of the weights, one for that of the inputs.
-- **Memory** is what belongs to weights, and every tensor that the backward pass will want to see again
-  (notebook 15, *It does not fit into my GPU*), at the largest image: the mean one decides the hours, and the largest
-  one whether a run ends with "out of memory".
+- **GPU hours** are epochs times images times the operations of a mean-size image, divided by a GPU's sustained
+  throughput. The backward pass takes twice the operations of the forward pass: one product for the gradient of the
+  weights, one for that of the inputs.
+- **Memory** is that of weights, gradients and optimizer, and of all tensors saved for the backward pass (notebook 15,
+  *It does not fit into my GPU*) of the largest image, which decides whether a run ends with "out of memory".
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from regolite.training.batches import STRIDE
 from regolite.types import ImageBatch
 
 IMAGES = 118_287
-"""Images of COCO's train2017."""
+"""Number of images in COCO train2017."""
 
 MEAN_IMAGE = (637, 849)
-"""Height and width of an image with as many pixels as DETR's recipe makes on average, from those of data/coco_tiny."""
+"""Height and width of an image with the mean pixel count of DETR's image recipe on data/coco_tiny."""
 
 LARGEST_IMAGE = (800, -(-1333 // STRIDE) * STRIDE)
-"""The largest that the recipe makes, as it is padded."""
+"""Height and width of the recipe's largest image, after padding."""
 
 V100_HOURS = 6.5
-"""GPU hours of an epoch of Deformable DETR-R50 as its authors print them, on V100 (their README, "Train Speed")."""
+"""Published GPU hours of an epoch of Deformable DETR-R50 on V100 (the authors' README, "Train Speed")."""
 
 TFLOPS = 3.25
-"""What a GPU sustains: 10^12 floating-point operations a second, two for each multiply-add.
+"""Sustained throughput of a GPU: 10^12 floating-point operations per second, two for each multiply-add.
 
-By the count here the epoch of :data:`V100_HOURS` is 76 * 10^15 operations, so a V100 sustained this, 21 % of its peak
-of 15.7 in float32. Padding, waiting for data, and what is no multiply-add are in it as far as they were in theirs.
+The epoch of :data:`V100_HOURS` takes 76 * 10^15 operations, so a V100 sustained 3.25, 21 % of its float32 peak of 15.7.
+This includes the padding, data loading and other operations of that run.
 """
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes, estimated.
+    """The estimated cost of a run.
 
     Attributes:
-        gpu_hours: of all GPUs together, without evaluation.
-        gigabytes: of one GPU (10^9 bytes), before workspaces and what fragmentation loses.
-        image_tflop: 10^12 operations of one image, forward and backward. A GPU that trains on N images a second
-            sustains N times as many, which is how to find the throughput of one's own.
+        gpu_hours: hours of all GPUs together, without evaluation.
+        gigabytes: memory of one GPU (10^9 bytes), without workspaces and fragmentation.
+        image_tflop: 10^12 operations of one image, forward and backward. A GPU that trains on N images per second
+            sustains N times this number, which is how to measure the throughput of your own GPU.
     """
 
     gpu_hours: float
@@ -67,9 +67,9 @@ def estimate(preset: str, epochs: int, images_per_gpu: int, tflops: float = TFLO
 
     Args:
         preset: name of the model.
-        epochs: how often every image is seen.
-        images_per_gpu: how many a GPU holds at a time.
-        tflops: what a GPU sustains, see :data:`TFLOPS`.
+        epochs: number of epochs.
+        images_per_gpu: batch size of one GPU.
+        tflops: sustained throughput of a GPU, see :data:`TFLOPS`.
     """
     flops, weights, kept = _costs(preset)
     return Estimate(
@@ -81,15 +81,17 @@ def estimate(preset: str, epochs: int, images_per_gpu: int, tflops: float = TFLO
 
 @cache
 def _costs(preset: str) -> tuple[int, int, int]:
-    """Operations of the mean image forward and backward; bytes of the weights, and those kept of an image."""
-    with torch.device("meta"):  # as it is trained: dropout on, the first stages of the backbone frozen
+    """Operations of the mean image, forward and backward; bytes of weights and optimizer; bytes saved per image."""
+    with torch.device("meta"):  # in training mode: dropout, frozen first stages of the backbone
         model = build(configure(preset).without_pretrained()).train()
-    weights = sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())  # gradient, AdamW's two means
+    weights = sum(
+        (16 if p.requires_grad else 4) * p.numel() for p in model.parameters()
+    )  # weight, gradient, two moments of AdamW
     return 3 * count(model, *MEAN_IMAGE).flops, weights, kept_bytes(model, *LARGEST_IMAGE)
 
 
 def kept_bytes(model: nn.Module, height: int, width: int) -> int:
-    """Bytes that the forward pass of one image keeps for the backward pass, without the weights.
+    """Bytes that the forward pass of one image saves for the backward pass, without the weights.
 
     Args:
         model: a detector on the device ``meta``.
@@ -97,7 +99,7 @@ def kept_bytes(model: nn.Module, height: int, width: int) -> int:
         width: its width.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    held: dict[int, torch.UntypedStorage] = {}  # kept alive, so that its number is not given to another
+    held: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no pointer is reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -113,7 +115,7 @@ def kept_bytes(model: nn.Module, height: int, width: int) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as a GPU's fused kernels do it; on ``meta`` PyTorch writes it out, and would keep every map."""
+    """Replaces attention, which saves all attention maps on ``meta``, by the memory behavior of fused GPU kernels."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
@@ -122,15 +124,15 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps what fused attention keeps: its inputs, its output, and the logarithm of each softmax's sum."""
+    """Saves what fused attention saves: its inputs, its output, and the log-sum-exp of each softmax."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, heads, queries, _ = query.shape
-        mixed = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)  # as the kernels lay it out
+        mixed = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)  # memory layout of the kernels
         ctx.save_for_backward(query, key, value, mixed, query.new_empty(query.shape[:-1]))
         return mixed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
-        raise NotImplementedError("only shapes are asked here")
+        raise NotImplementedError("for shapes only: there is no backward pass")

@@ -1,11 +1,10 @@
-"""The experiments: which detectors are trained, how, and what the paper claims about them.
+"""The experiments: trained detectors, hyperparameters, and the paper's claims about them.
 
-An **arm** is one way to train one detector; an **experiment** compares arms. Arms that several experiments need are
-trained once. All arms share one protocol, :data:`PROTOCOL`: the same drawn scenes, and with the same seed the same
-images in the same order, changed in the same way, and the same first weights of the base detector. The learning rate
-was chosen on the base detectors alone (experiment ``learning_rate``), by the validation scenes, and DETR* wanted
-another one than Deformable DETR; REGO gets the same as what it stands on. The figures are those of 500 other scenes, on
-which nothing was chosen.
+An **arm** is one way to train one detector; an **experiment** compares arms. Arms of several experiments are trained
+once. All arms share one protocol, :data:`PROTOCOL`: the same synthetic scenes and, with the same seed, the same image
+order, augmentation and initial weights of the base detector. The learning rate was tuned for the base detectors
+(experiment ``learning_rate``) on the validation scenes, separately for DETR* and Deformable DETR; REGO uses its base
+detector's. Results are measured on 500 test scenes that were not used for tuning.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ PROTOCOL: dict[str, Any] = {
 """Fields of :class:`regolite.RunConfig` that all arms share."""
 
 SIZES = ("dim=64", "ffn_dim=256", "queries=20")
-"""Of the base detectors: a quarter of the paper's channels, and queries for at most 6 objects."""
+"""Sizes of the base detectors: a quarter of the paper's channels, and queries for at most 6 objects."""
 
 TEST = 500
-"""Images in the split ``test``."""
+"""Number of images in the split ``test``."""
 
 SEEDS = (0, 1, 2)
 MAIN_SEEDS = (0, 1, 2, 3, 4)
-"""Seeds of an arm, and of those of the main comparison and of those that change something of REGO."""
+"""Default seeds of an arm, and seeds of the arms of the main comparison and of REGO's ablations."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,11 @@ class Arm:
     """One way to train one detector.
 
     Attributes:
-        about: what it is, in a line.
+        about: description in one line.
         model: name of the preset.
-        overrides: changes of the preset, beside :data:`SIZES`.
-        recipe: changes of :data:`PROTOCOL`.
-        seeds: of its runs.
+        overrides: overrides of the preset, in addition to :data:`SIZES`.
+        recipe: changes to :data:`PROTOCOL`.
+        seeds: seeds of its runs.
     """
 
     about: str
@@ -63,7 +62,7 @@ class Arm:
     seeds: tuple[int, ...] = SEEDS
 
     def settings(self) -> dict[str, Any]:
-        """Fields of :class:`regolite.RunConfig`, but seed and folder."""
+        """Fields of :class:`regolite.RunConfig`, except seed and folder."""
         narrow = ("rego_ffn_dim=256",) if self.model.startswith("rego_") else ()
         own = {"model": self.model, "overrides": (*SIZES, *narrow, *self.overrides)}
         return {**PROTOCOL, **own, **self.recipe}
@@ -71,15 +70,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a figure of an arm.
+    """One side of a comparison: a metric of an arm.
 
     Attributes:
-        arm: which.
-        stage: of REGO, 0 for the base detector inside it; the last by default.
-        metric: ``AP``, ``AP50``, ``AP75``; ``balls`` and ``others``, the AP of the classes that only a neighbor tells
-            and of those that the object tells; ``correct`` and ``precise``, the correct detections, and those of them
-            with an IoU of 0.9 or more, per 100 objects; ``relation``, how often the most related object is the one
-            that decides a ball's class.
+        arm: name of the arm.
+        stage: stage of REGO, 0 for the base detector inside it; the last by default.
+        metric: ``AP``, ``AP50``, ``AP75``; ``balls`` and ``others``, the AP of the classes that a neighbor decides, and
+            of the others; ``correct`` and ``precise``, correct detections, and those with an IoU of 0.9 or more, per
+            100 objects; ``relation``, how often the most related object is the deciding neighbor of a ball.
     """
 
     arm: str
@@ -89,17 +87,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, and the two figures whose difference decides it.
+    """A claim of the paper, and the two metrics whose difference tests it.
 
     Attributes:
         text: the claim in a sentence.
         source: where the paper makes it.
-        ours: the side that is said to be better, or no different.
+        ours: the side that is claimed to be better, or no different.
         theirs: the side that it is compared with.
-        paper: the difference that the paper prints, in AP on COCO; None where it prints none.
+        paper: the published difference in AP on COCO, if any.
         expects: ``more``: ours is higher; ``same``: they differ by less than the margin; ``not less``: ours is not
             lower by the margin.
-        margin: in points; what counts as a difference.
+        margin: smallest relevant difference, in points.
     """
 
     text: str
@@ -113,12 +111,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question.
+    """A comparison of arms.
 
     Attributes:
-        question: what is asked.
-        arms: names of the arms that it needs.
-        claims: what the paper answers, or what it takes for granted.
+        question: the question that it answers.
+        arms: names of its arms.
+        claims: the paper's claims and assumptions.
     """
 
     question: str
@@ -127,11 +125,11 @@ class Experiment:
 
 
 _CURVE = {"evaluate_every": 2}
-"""For arms whose learning is drawn epoch by epoch; the others are evaluated at their end."""
+"""For arms with learning curves; the others are evaluated only at the end."""
 
 
 def _drop(epoch: int) -> dict[str, Any]:
-    """A fifth of the training comes after the drop, as in 50 epochs with a drop at 40."""
+    """A schedule with a fifth of the epochs after the learning rate drop, as in 50 epochs with a drop at 40."""
     return {**_CURVE, "epochs": epoch * 5 // 4, "drop_epochs": (epoch,)}
 
 
@@ -198,7 +196,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "inference": Experiment(
-        "Is a detector that was trained with REGO better without it, too? (Table 4)",
+        "Does training with REGO also improve the base detector without REGO? (Table 4)",
         ("base", "rego"),
         (
             Claim(
@@ -249,7 +247,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "query": Experiment(
-        "Who asks: the glimpse, or the hidden states? (section 4.2)",
+        "Which is the better query: the glimpse or the hidden states? (section 4.2)",
         ("rego", "rego_hidden_asks"),
         (Claim("The glimpse as query is better.", "section 4.2", Side("rego"), Side("rego_hidden_asks"), 0.5),),
     ),
@@ -294,7 +292,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "context": Experiment(
-        "Where a neighbor decides the class, do glimpses that show it help, and do relations point at it? (A.3)",
+        "If a neighbor decides the class, do larger glimpses help, and do relations point at it? (A.3)",
         ("base", "rego", "rego_alpha_1", "rego_scale_1.5", "rego_scale_2"),
         (
             Claim(
@@ -316,7 +314,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "learning_rate": Experiment(
-        "Which learning rate do base detectors want? Chosen on validation scenes, for all arms that build on them",
+        "Which learning rate is best for the base detectors? Tuned on validation scenes, for all arms",
         ("base_lr_0.0005", "base", "base_lr_0.002", "star_lr_0.0001", "star", "star_lr_0.001"),
     ),
 }  # fmt: skip
@@ -327,7 +325,7 @@ def experiment(name: str) -> Experiment:
     """An experiment by its name.
 
     Raises:
-        UserError: for an unknown name; the message names the nearest one.
+        UserError: for an unknown name; the message suggests the closest one.
     """
     if name not in EXPERIMENTS:
         near = difflib.get_close_matches(name, EXPERIMENTS, n=1)

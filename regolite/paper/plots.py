@@ -1,7 +1,7 @@
-"""The figures of notebook 14: how arms learn, what they reach, which claims hold, how precise their boxes are.
+"""The figures of notebook 14: learning curves, final metrics, claims, IoU histograms and relations.
 
-All are drawn from the results of :mod:`regolite.paper`, with a mark for every seed: whoever reads a mean sees
-what it is a mean of. Arms without runs are left out, so that figures can be drawn while experiments are under way.
+All show the results of every seed besides the means. Arms without runs are left out, so that figures can be drawn while
+experiments are running.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib import patheffects
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from regolite.paper.experiments import Side
+from regolite.paper.experiments import Claim, Side
 from regolite.paper.runner import BINS
 from regolite.paper.statistics import Estimate, Results, Verdict, by_seed
 from regolite.plots.drawing import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, stage_color, style_axes
@@ -33,13 +34,13 @@ AGAINST = {
     "minutes": "minutes of one core",
     "multiply-adds": "multiply-adds of the forward passes, in 10¹²",
 }
-"""What a curve can be drawn against, and the label of its axis."""
+"""The x axes of learning curves, and their labels."""
 
 WORDS = {"reproduced": (GREEN, "o"), "not reproduced": (VERMILLION, "s"), "undecided": (GRAY, "D")}
 """Color and marker of each verdict."""
 
-PALE = "#DCEFE8"  # of where an interval must lie
-LINEAR = 3  # up to this difference an axis with large ones is linear
+PALE = "#DCEFE8"  # color of the range where an interval must lie
+LINEAR = 3  # a symmetric logarithmic axis is linear up to this difference
 LABELS = 284  # width of the column of claims, in points
 
 
@@ -53,29 +54,31 @@ def plot_learning(
     costs: Mapping[str, Mapping[str, float]] | None = None,
     inside: bool = True,
 ) -> Figure:
-    """AP on the validation scenes while arms learn (Figure 3): thin lines are seeds, the thick one is their mean.
+    """AP on the validation scenes during training (Figure 3): thin lines are seeds, thick lines are their means.
 
-    A hollow triangle marks where the learning rate dropped; dashed is the base detector inside REGO.
+    Hollow triangles mark learning rate drops; dashed lines are the base detector inside REGO.
 
     Args:
-        results: of the arms.
-        groups: arms by the name that stands in the legend; those of one name share a color.
-        against: what to draw it against, a panel each, of :data:`AGAINST`.
-        costs: ``step`` and ``macs`` of each arm (:func:`regolite.paper.cost.costs`); without them, only epochs
-            can be drawn. Arms that have none are left out of the other panels.
+        results: results of the arms.
+        groups: arms by legend label; those of one label share a color.
+        against: the x axes, of :data:`AGAINST`, one panel each.
+        costs: ``step`` and ``macs`` of each arm (:func:`regolite.paper.cost.costs`), needed for all axes but epochs;
+            arms without them are left out.
         inside: draw the base detector inside REGO too.
     """
     drawn = [name for name in against if name == "epochs" or costs]
     figure = Figure((max(6.4, 3.2 * len(drawn)), 4.2), dpi=100, layout="constrained")
-    handles = []
+    handles: list[Line2D] = []
     for ax, axis in zip(np.atleast_1d(figure.subplots(1, max(len(drawn), 1), sharey=True)), drawn):
         style_axes(ax, f"AP by {axis}", AGAINST[axis])
         handles = []
         for number, (name, arms) in enumerate(groups.items()):
-            look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-            lines = [_draw_course(ax, results[arm], axis, (costs or {}).get(arm), look, inside) for arm in arms
-                     if results.get(arm) and (axis == "epochs" or arm in (costs or {}))]  # fmt: skip
-            handles += [Line2D([], [], label=name, markersize=4, **look)] if lines else []
+            color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+            done = [arm for arm in arms if results.get(arm) and (axis == "epochs" or arm in (costs or {}))]
+            for arm in done:
+                _draw_curves(ax, results[arm], axis, (costs or {}).get(arm), color, marker, inside)
+            if done:
+                handles.append(Line2D([], [], label=name, markersize=4, color=color, marker=marker))
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
     marks = [Line2D([], [], label="learning rate ÷ 10", linestyle="", marker="v", markersize=9, color=INK,
@@ -87,15 +90,16 @@ def plot_learning(
     return figure
 
 
-def _draw_course(
+def _draw_curves(
     ax: Axes,
     runs: Mapping[int, Mapping[str, Any]],
     axis: str,
     cost: Mapping[str, float] | None,
-    look: Mapping[str, str],
+    color: str,
+    marker: str,
     inside: bool,
-) -> bool:
-    """The lines of one arm."""
+) -> None:
+    """The learning curves of one arm."""
     some = next(iter(runs.values()))
     epochs, _, steps = _points(some, -1)
     batch = some["config"]["batch_size"]
@@ -104,20 +108,19 @@ def _draw_course(
     )
     x = [scale[axis] * value for value in (epochs if axis == "epochs" else steps)]
     for run in runs.values():
-        ax.plot(x, _points(run, -1)[1], color=look["color"], linewidth=0.7, alpha=0.45)
+        ax.plot(x, _points(run, -1)[1], color=color, linewidth=0.7, alpha=0.45)
     mean = np.mean([_points(run, -1)[1] for run in runs.values()], axis=0)
-    ax.plot(x, mean, linewidth=2.2, markersize=4, **look)
+    ax.plot(x, mean, linewidth=2.2, markersize=4, color=color, marker=marker)
     if inside and len(some["stages"]) > 1:
         base = np.mean([_points(run, 0)[1] for run in runs.values()], axis=0)
-        ax.plot(x, base, color=look["color"], linewidth=1.4, linestyle="--")
+        ax.plot(x, base, color=color, linewidth=1.4, linestyle="--")
     for drop in some["config"]["drop_epochs"]:
         place = np.interp(drop, epochs, x), np.interp(drop, epochs, mean)
-        ax.plot(*place, "v", markersize=9, markerfacecolor="white", markeredgecolor=look["color"], zorder=4)
-    return True
+        ax.plot(*place, "v", markersize=9, markerfacecolor="white", markeredgecolor=color, zorder=4)
 
 
 def _points(run: Mapping[str, Any], stage: int) -> tuple[list[float], list[float], list[int]]:
-    """Epochs, AP of a stage (nan where it could not be measured) and steps of a run's evaluations."""
+    """Epochs, AP of a stage (NaN if not measurable) and steps of a run's evaluations."""
     curve = run["curve"]
     values = [math.nan if p["AP"][stage] is None else p["AP"][stage] for p in curve]
     return [float(p["epoch"]) for p in curve], values, [p["step"] for p in curve]
@@ -127,13 +130,13 @@ def _points(run: Mapping[str, Any], stage: int) -> tuple[list[float], list[float
 
 
 def plot_arms(results: Results, panels: Mapping[str, Mapping[str, Side]]) -> Figure:
-    """What arms reached: a small mark for every seed, and the mean with Student's interval of 95 %.
+    """Final metrics of arms: a small mark for every seed, and the mean with its 95 % t interval.
 
-    Thin lines join the marks of one seed: where they run side by side, differences by seed vary less than the seeds do.
+    Thin lines join the marks of one seed: if they are parallel, paired differences vary less than the seeds.
 
     Args:
-        results: of the arms.
-        panels: by title, the sides by the name that stands at their row. Rows without runs are left out.
+        results: results of the arms.
+        panels: by title, the sides by row label. Rows without runs are left out.
     """
     count = max((sum(bool(by_seed(results, side)) for side in rows.values()) for rows in panels.values()), default=0)
     figure = Figure((min(9.6, 3.2 + 3.2 * len(panels)), 1.5 + 0.42 * max(count, 2)), dpi=100, layout="constrained")
@@ -176,17 +179,19 @@ def plot_arms(results: Results, panels: Mapping[str, Mapping[str, Side]]) -> Fig
 
 
 def plot_claims(verdicts: Mapping[str, Iterable[Verdict]]) -> Figure:
-    """A forest: for every claim the difference with its interval, where it would have to lie, and the verdict.
+    """A forest plot: for every claim the difference with its interval, the range that it must lie in, and the verdict.
 
-    The pale green range is where the whole interval must lie: above 0, or within the margin. A hollow diamond is the
-    paper's figure, on COCO. An arrow says that an interval goes on beyond the axis; one seed has none. Where there are
-    large differences, the axis is logarithmic beyond 3, so that small ones can be told apart.
+    A claim is reproduced if the whole interval lies in the pale green range: above 0, or within the margin. A hollow
+    diamond is the paper's difference, on COCO. An arrow marks an interval that extends beyond the axis; one seed has no
+    interval. With large differences the axis is logarithmic beyond 3, so that small ones remain readable.
 
     Args:
-        verdicts: by experiment.
+        verdicts: verdicts by experiment.
     """
-    rows: list[str | Verdict] = [row for name, several in verdicts.items() for row in (name, *several)]
-    judged = [row for row in rows if isinstance(row, Verdict) and row.difference is not None]
+    rows: list[str | Verdict] = []
+    for name, several in verdicts.items():
+        rows += [name, *several]
+    judged = [(row.claim, row.difference) for row in rows if isinstance(row, Verdict) and row.difference is not None]
     heights = np.cumsum([0.0, *(0.7 if isinstance(row, str) else 1.0 for row in rows)])
     figure = Figure((9.6, 1.3 + 0.36 * heights[-1]), dpi=100)
     tall = figure.get_figheight()
@@ -212,7 +217,9 @@ def plot_claims(verdicts: Mapping[str, Iterable[Verdict]]) -> Figure:
     ax.set_yticks([])
     ax.grid(visible=False)
     ax.spines["left"].set_visible(False)
-    handles = [Line2D([], [], color=color, marker=marker, label=word) for word, (color, marker) in WORDS.items()]
+    handles: list[Artist] = [
+        Line2D([], [], color=color, marker=marker, label=word) for word, (color, marker) in WORDS.items()
+    ]
     handles += [Line2D([], [], linestyle="", marker="d", color="white", markeredgecolor=INK, markersize=7,
                        label="paper, on COCO"), Patch(color=PALE, label="reproduced if all in here")]  # fmt: skip
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=8.5)
@@ -224,7 +231,7 @@ def _draw_claim(ax: Axes, verdict: Verdict, row: float, left: float, right: floa
     low = 0.0 if claim.expects == "more" else -claim.margin
     high = claim.margin if claim.expects == "same" else right
     ax.fill_between([max(low, left), min(high, right)], row - 0.42, row + 0.42, color=PALE, linewidth=0, zorder=0)
-    beside = {"textcoords": "offset points", "va": "center", "fontsize": 8, "annotation_clip": False}
+    beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8, "annotation_clip": False}
     ax.annotate(textwrap.fill(claim.text, 62), (left, row), (-LABELS, 0), color=INK, linespacing=0.95, **beside)
     color, marker = WORDS[verdict.word]
     word = verdict.word if found is not None else "no runs yet"
@@ -242,13 +249,13 @@ def _draw_claim(ax: Axes, verdict: Verdict, row: float, left: float, right: floa
     ax.plot(found.mean, row, marker, color=color, markersize=6, markeredgecolor="white", zorder=4)
 
 
-def _range(judged: Sequence[Verdict]) -> tuple[float, float]:
-    """The ends of the axis: all means, margins and figures of the paper, and the intervals that are not far wider."""
-    points = [0.0, *(v.difference.mean for v in judged), *(s * v.claim.margin for v in judged for s in (-1, 1)),
-              *(v.claim.paper for v in judged if v.claim.paper is not None)]  # fmt: skip
+def _range(judged: Sequence[tuple[Claim, Estimate]]) -> tuple[float, float]:
+    """The ends of the axis, from all means, margins and differences of the paper, and intervals not much wider."""
+    points = [0.0, *(found.mean for _, found in judged), *(s * claim.margin for claim, _ in judged for s in (-1, 1)),
+              *(claim.paper for claim, _ in judged if claim.paper is not None)]  # fmt: skip
     low, high = min(points), max(points)
     wide = 0.35 * (high - low) + 0.5
-    ends = [end for v in judged for end in (v.difference.low, v.difference.high) if low - wide < end < high + wide]
+    ends = [end for _, found in judged for end in (found.low, found.high) if low - wide < end < high + wide]
     low, high = min([low, *ends]), max([high, *ends])
     edge = 0.04 * (high - low) + 0.1
     return low - edge, high + edge
@@ -258,12 +265,11 @@ def _range(judged: Sequence[Verdict]) -> tuple[float, float]:
 
 
 def plot_overlaps(results: Results, rows: Mapping[str, Side]) -> Figure:
-    """Correct detections by their IoU (Figure 4), per 100 objects: bars are means, lines the intervals over seeds.
+    """Correct detections by IoU (Figure 4), per 100 objects: bars are means, lines are intervals over seeds.
 
     Args:
-        results: of the arms.
-        rows: arm and stage of each group of bars by its name; the color is that of the stage, and gray for an arm
-            without REGO.
+        results: results of the arms.
+        rows: arm and stage of each group of bars, by name; the color is the stage's, or gray for an arm without REGO.
     """
     figure = Figure((9.0, 3.9), dpi=100, layout="constrained")
     ax = figure.subplots()
@@ -294,8 +300,8 @@ def plot_relations(results: Results, arms: Mapping[str, str]) -> Figure:
     """How often the most related object decides a ball's class (A.3): by stage, with chance and the nearest object.
 
     Args:
-        results: of the arms.
-        arms: arms with REGO, a panel each, by title. Those without runs, or without a case, are left out.
+        results: results of the arms.
+        arms: arms with REGO by title, one panel each. Those without runs or without balls are left out.
     """
     there = {title: [run["relations"] for run in results.get(arm, {}).values() if run["relations"]]
              for title, arm in arms.items()}  # fmt: skip
@@ -332,7 +338,7 @@ def _shares(run: Mapping[str, Any], stage: int) -> list[float]:
 
 
 def _intervals(ax: Axes, at: np.ndarray, values: np.ndarray) -> None:
-    """Student's interval of each column's mean, where there is more than one row."""
+    """The t interval of each column's mean, if there are several rows."""
     if len(values) > 1:
         for x, column in zip(at, values.T):
             found = Estimate.of(column.tolist())

@@ -1,8 +1,7 @@
-"""All runs of some experiments, several at a time, resumable.
+"""A resumable queue of experiment runs, several at a time.
 
-Every run is a process of its own with one thread, so that two runs share two cores without waiting for each other, and
-so that what a run leaves in memory ends with it. Seed by seed: whoever stops early has all arms with fewer seeds, not
-some arms with all.
+Every run has its own single-threaded process, so that runs on several cores do not wait for each other and all memory
+is freed at the end. Runs are ordered by seed: an early stop leaves all arms with fewer seeds.
 """
 
 from __future__ import annotations
@@ -28,23 +27,23 @@ from regolite.utils.interrupts import RunStopped, end_with_starter
 from regolite.utils.lock import locked
 from regolite.utils.progress import Status
 
-SAID = "stderr.txt"
+STDERR_FILE = "stderr.txt"
 
 
 def plan(names: Sequence[str], seeds: Sequence[int] | None = None) -> list[tuple[str, int]]:
-    """The runs that experiments need, each once: pairs of arm and seed, the first seeds of all arms first.
+    """The runs of experiments without duplicates: pairs of arm and seed, ordered by seed.
 
     Args:
-        names: of experiments; ``all`` for all of them.
-        seeds: which ones; by default those of each arm.
+        names: names of experiments; ``all`` for all of them.
+        seeds: the seeds; by default those of each arm.
 
     Raises:
         UserError: for an unknown name.
     """
-    wanted = list(EXPERIMENTS) if "all" in names else list(names)
-    arms = dict.fromkeys(arm for name in wanted for arm in experiment(name).arms)
+    chosen = list(EXPERIMENTS) if "all" in names else list(names)
+    arms = dict.fromkeys(arm for name in chosen for arm in experiment(name).arms)
     pairs = [(arm, seed) for arm in arms for seed in (ARMS[arm].seeds if seeds is None else dict.fromkeys(seeds))]
-    return sorted(pairs, key=lambda pair: pair[1])  # stable: within a seed the order of the table
+    return sorted(pairs, key=lambda pair: pair[1])  # stable: table order within a seed
 
 
 def conduct(
@@ -55,23 +54,23 @@ def conduct(
     jobs: int = 1,
     small: bool = False,
 ) -> list[Path]:
-    """Do all runs that are missing, and write what they gave.
+    """Do all missing runs and write their results.
 
     Args:
-        names: of experiments; ``all`` for all of them.
-        seeds: which ones; by default those of each arm.
-        folder: for the runs.
-        results: for the files of results.
-        jobs: how many runs at a time.
-        small: tiny runs that only show that everything works.
+        names: names of experiments; ``all`` for all of them.
+        seeds: the seeds; by default those of each arm.
+        folder: folder of the runs.
+        results: folder of the result files.
+        jobs: number of simultaneous runs.
+        small: do tiny runs, as a smoke test.
 
     Returns:
-        The files of results.
+        The result files.
 
     Raises:
-        UserError: when an experiment is unknown, another process does runs in the folder, or runs have failed: the
-            others are done, and their results written.
-        RunStopped: when a signal came; what the running ones had done is saved.
+        UserError: if an experiment is unknown, another process uses the folder, or runs failed; results of the other
+            runs are written.
+        RunStopped: after a signal; the progress of the current runs is saved.
     """
     pairs, folder = plan(names, seeds), Path(folder)
     abouts = {arm: ARMS[arm].about for arm, _ in pairs}
@@ -79,7 +78,7 @@ def conduct(
 
 
 def missing(pairs: Sequence[tuple[str, int]], results: str | Path) -> list[tuple[str, int]]:
-    """Those pairs of arm and seed whose results are not in the folder of results."""
+    """The pairs of arm and seed without results in the folder."""
     done = {arm: _seeds(Path(results) / f"{arm}.json") for arm, _ in pairs}
     return [(arm, seed) for arm, seed in pairs if seed not in done[arm]]
 
@@ -92,23 +91,22 @@ def work(
     results: str | Path,
     jobs: int = 1,
 ) -> list[Path]:
-    """Do the runs that are missing, each in a process of its own, and write what they gave.
+    """Do the missing runs, each in its own process, and write their results.
 
     Args:
-        pairs: arms and seeds, in the order in which they start.
-        abouts: what each arm is, in a line.
-        start: starts the process of an arm and a seed, see :func:`spawn`; it writes ``ARM/SEED/result.json``.
-        folder: for the runs.
-        results: for the files of results, ``ARM.json``.
-        jobs: how many runs at a time.
+        pairs: arms and seeds, in starting order.
+        abouts: description of each arm in one line.
+        start: starts the process of an arm and a seed (:func:`spawn`), which writes ``ARM/SEED/result.json``.
+        folder: folder of the runs.
+        results: folder of the result files, ``ARM.json``.
+        jobs: number of simultaneous runs.
 
     Returns:
-        The files of results.
+        The result files.
 
     Raises:
-        UserError: when another process does runs in the folder, or runs have failed: the others are done, and their
-            results written.
-        RunStopped: when a signal came; what the running ones had done is saved.
+        UserError: if another process uses the folder, or runs failed; results of the other runs are written.
+        RunStopped: after a signal; the progress of the current runs is saved.
     """
     folder, files = Path(folder), {arm: Path(results) / f"{arm}.json" for arm, _ in pairs}
     Path(results).mkdir(parents=True, exist_ok=True)  # fails now, not after the first run
@@ -133,8 +131,8 @@ def work(
                     ap = ", ".join("-" if s["AP"] is None else f"{s['AP']:.1f}" for s in found["stages"])
                     Status.say(f"{arm}, seed {seed}: AP by stage {ap}")
                 else:
-                    said = (place / SAID).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                    failed.append(f"{arm}, seed {seed}: {said[-1] if said else f'code {process.returncode}'}")
+                    errors = (place / STDERR_FILE).read_text("utf-8", errors="replace").strip().splitlines()
+                    failed.append(f"{arm}, seed {seed}: {errors[-1] if errors else f'code {process.returncode}'}")
                     Status.say(failed[-1])
             status.update(1 - (len(waiting) + len(running)) / count, ", ".join(f"{a} {s}" for a, s in running))
     status.close()
@@ -144,30 +142,30 @@ def work(
 
 
 def spawn(place: Path, module: str, *words: str) -> subprocess.Popen[bytes]:
-    """Start a process of one thread that does a run; it ends with this one, see :func:`run_process`.
+    """Start a single-threaded process for a run, which ends with this process; see :func:`run_process`.
 
     Args:
-        place: folder of the run, where its errors are written.
-        module: what Python runs.
+        place: folder of the run, where stderr is written.
+        module: Python module to run.
         words: its arguments.
     """
     place.mkdir(parents=True, exist_ok=True)
-    package = str(Path(__file__).parents[2])  # where it is imported from here, even if it is not installed
+    package = str(Path(__file__).parents[2])  # importable even if not installed
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", module, *words]
-    with open(place / SAID, "wb") as errors:
+    with open(place / STDERR_FILE, "wb") as errors:
         return subprocess.Popen(
             command,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,  # it ends when this process does, however that comes about
+            stdin=subprocess.PIPE,  # closed when this process ends for any reason, which ends the run
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            start_new_session=True,  # Ctrl-C comes to this process alone, which ends them
+            start_new_session=True,  # only this process gets Ctrl-C, and terminates the runs
         )
 
 
 def run_process(work: Callable[..., Any]) -> None:
-    """Do the work of a process that :func:`spawn` has started; wrong input is one line on stderr."""
+    """Main function of a process started by :func:`spawn`; a UserError becomes one line on stderr."""
     end_with_starter()
     torch.set_num_threads(1)
     try:
@@ -184,12 +182,12 @@ def _start(arm: str, seed: int, folder: Path, small: bool) -> subprocess.Popen[b
 
 @contextmanager
 def _ended(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Whatever happens, no run goes on without this process: each is asked to save and to end."""
+    """Terminate all runs at the end, whatever happens; each saves its progress first."""
     try:
         yield
     finally:
         for process in running.values():
-            process.terminate()  # it saves what it has done
+            process.terminate()  # the run saves its progress
         for process in running.values():
             with process:  # waits
                 pass
@@ -197,14 +195,14 @@ def _ended(running: dict[tuple[str, int], subprocess.Popen[bytes]]) -> Iterator[
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end this process as Ctrl-C does."""
-    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    """Handle SIGTERM and SIGHUP like Ctrl-C."""
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt(signum)
 
-    mine = threading.current_thread() is threading.main_thread()  # others may not ask for signals
-    before = {name: signal.signal(name, stop) for name in wanted if mine}
+    main = threading.current_thread() is threading.main_thread()  # other threads can't set handlers
+    before = {name: signal.signal(name, stop) for name in signals if main}
     try:
         yield
     except KeyboardInterrupt as error:
@@ -215,17 +213,16 @@ def _interruptible() -> Iterator[None]:
 
 
 def _seeds(file: Path) -> set[int]:
-    """The seeds whose results are in a file."""
+    """The seeds with results in a file."""
     return {run["seed"] for run in json.loads(file.read_text(encoding="utf-8"))["runs"]} if file.exists() else set()
 
 
 def _main(arm: str, seed: str, folder: str, small: str) -> None:
-    """One of the processes that :func:`conduct` has started."""
-    what = ARMS[arm]
+    """Main function of the processes of :func:`conduct`."""
     if int(small):
-        runner.run(arm, runner.smaller(what), int(seed), folder, test=20)
+        runner.run(arm, runner.smaller(ARMS[arm]), int(seed), folder, test=20)
     else:
-        runner.run(arm, what, int(seed), folder)
+        runner.run(arm, ARMS[arm], int(seed), folder)
 
 
 if __name__ == "__main__":

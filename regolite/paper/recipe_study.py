@@ -1,17 +1,17 @@
 """The recipe study: which changes of the training recipe help a laptop-size REGO on real images, at equal CPU time.
 
 Every arm is the baseline with one change, trained on two data sets with two seeds. All runs train for the same CPU
-time, not for the same number of epochs, since a small budget is what a laptop has: larger images must make up for the
-steps that they cost. CPU time is that of the training process, which has one thread. Evaluation does not count, and
-neither does waiting for other processes. Processes on other cores still slow a run down through shared caches, so
-compare runs that were made with the same ``--jobs`` on the same machine.
+time instead of the same number of epochs, because a laptop's budget is time: larger images must make up for fewer
+steps. CPU time is that of the single-threaded training process, without evaluation and without waiting for other
+processes. Processes on other cores still slow a run down through shared caches, so compare only runs with the same
+``--jobs`` on the same machine.
 
 The data sets are folders in COCO format that the caller names: ``cards`` (``regolite data cards``, 248 training images
 of playing cards) and ``everyday`` (5,582 training images, the 20 classes of PASCAL VOC on images from COCO and VOC).
-Of ``everyday`` every tenth training image is used. Its first tenth would be no fair sample: the file lists all images
-from COCO before those from VOC. Runs are judged on the whole validation split.
+Of ``everyday`` every tenth training image is used, as the file lists all images from COCO before those from VOC. Runs
+are evaluated on the whole validation split.
 
-Copy-paste augmentation (:mod:`regolite.data.paste`) is no arm: it needs masks, which neither data set has.
+There is no arm with copy-paste augmentation (:mod:`regolite.data.paste`), which needs masks; neither data set has them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODEL = "rego_deformable_detr_everyday"
 PROTOCOL: dict[str, Any] = {
     "model": MODEL,
     "max_cpu_minutes": 8.0,
-    "epochs": 10_000,  # never reached: the CPU time ends a run
+    "epochs": 10_000,  # never reached: CPU time is the limit
     "batch_size": 8,
     "lr": 1e-3,
     "backbone_lr_mult": 0.1,
@@ -60,13 +60,13 @@ PROTOCOL: dict[str, Any] = {
     "keep_checkpoints": 1,
     "device": "cpu",
 }
-"""Fields of :class:`regolite.RunConfig` that the baseline sets, beside the weights of its backbone."""
+"""Fields of :class:`regolite.RunConfig` of the baseline, except its backbone weights."""
 
 WEIGHTS = "bundled_coco"
-"""Weights of the baseline's backbone, a MobileNetV2 that was trained on COCO."""
+"""Weights of the baseline's backbone, a MobileNetV2 trained on COCO."""
 
 DATA = {"cards": 1, "everyday": 10}
-"""The data sets, and the stride at which training images are taken: with 10, every tenth is used."""
+"""The data sets, and the stride of the training images: with 10, every tenth is used."""
 
 SEEDS = (0, 1)
 BASELINE = "baseline"
@@ -77,10 +77,10 @@ class Change:
     """One change to the baseline.
 
     Attributes:
-        about: what it is, in a line.
-        recipe: changes of :data:`PROTOCOL`.
-        overrides: changes of the preset.
-        weights: of the backbone; by default those of the baseline.
+        about: description in one line.
+        recipe: changes to :data:`PROTOCOL`.
+        overrides: overrides of the preset.
+        weights: backbone weights; by default those of the baseline.
     """
 
     about: str
@@ -117,7 +117,7 @@ ARMS: dict[str, Change] = {
     "backbone_lr_0.3": Change("backbone at 0.3 of the learning rate", {"backbone_lr_mult": 0.3}),
     "l1_2": Change("weight 2 of the L1 loss, not 5", overrides=("l1=2.0",)),
 }
-"""All arms by name, those that should matter most first."""
+"""All arms by name, those with the largest expected effect first."""
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -129,12 +129,12 @@ def plan(
     """The runs of the study, seed by seed: pairs of ``DATA/ARM`` and seed.
 
     Args:
-        arms: which; all by default.
+        arms: names of the arms; all by default.
         data: names of data sets.
-        seeds: which; by default :data:`SEEDS`.
+        seeds: the seeds; by default :data:`SEEDS`.
 
     Raises:
-        UserError: for an unknown arm or data set; the message names the nearest one.
+        UserError: for an unknown arm or data set; the message suggests the closest one.
     """
     for kind, names, known in (("arm", arms or (), ARMS), ("data set", data, DATA)):
         for name in names:
@@ -143,9 +143,9 @@ def plan(
                 hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
                 raise UserError(f"the recipe study has no {kind} {name!r}; {hint}")
     chosen = [arm for arm in ARMS if arms is None or arm in arms]
-    wanted = [name for name in DATA if name in data]
+    names = [name for name in DATA if name in data]
     every_seed = dict.fromkeys(SEEDS if seeds is None else seeds)
-    return [(f"{name}/{arm}", seed) for seed in every_seed for arm in chosen for name in wanted]
+    return [(f"{name}/{arm}", seed) for seed in every_seed for arm in chosen for name in names]
 
 
 def conduct(
@@ -158,23 +158,22 @@ def conduct(
     jobs: int = 1,
     small: bool = False,
 ) -> None:
-    """Do all runs that are missing, and write what they gave into ``DATA/ARM.json`` in the folder of results.
+    """Do all missing runs and write their results to ``DATA/ARM.json`` in the folder of results.
 
     Args:
-        data: folder of each data set by its name; with one of them, only its runs are done. It may be empty when no
-            run is missing.
-        weights: of the baseline's backbone: a file, or a name of :data:`regolite.models.backbone.BUNDLED`.
-        arms: which; all by default.
-        seeds: which; by default :data:`SEEDS`.
-        folder: for the runs.
-        results: for the results.
-        jobs: how many runs at a time, one core each.
-        small: train for a step or two, which only shows that everything works.
+        data: folders of the data sets by name; only their runs are done. It may be empty if no run is missing.
+        weights: weights of the baseline's backbone: a file, or a name of :data:`regolite.models.backbone.BUNDLED`.
+        arms: names of the arms; all by default.
+        seeds: the seeds; by default :data:`SEEDS`.
+        folder: folder of the runs.
+        results: folder of the results.
+        jobs: number of simultaneous runs, one core each.
+        small: train for a step or two, as a smoke test.
 
     Raises:
-        UserError: when data are missing, or data or weights are unusable, before anything runs; when an arm is unknown,
-            or runs have failed: the others are done, and their results written.
-        RunStopped: when a signal came; what the running ones had done is saved.
+        UserError: if an arm is unknown, or data or weights are missing or unusable (before any run starts); if runs
+            failed, after the results of the others are written.
+        RunStopped: after a signal; the progress of the current runs is saved.
     """
     pairs = plan(arms, data or DATA, seeds)
     if missing := queue.missing(pairs, results):
@@ -201,23 +200,23 @@ def conduct(
 def run(
     name: str, seed: int, folder: str | Path, root: str | Path, weights: str = WEIGHTS, small: bool = False
 ) -> dict[str, Any]:
-    """Train an arm on a data set with one seed, or go on with that, or read what came out.
+    """Train an arm on a data set with one seed, resume that training, or read its result.
 
     Args:
         name: ``DATA/ARM``.
-        seed: of the first weights, of the order and of the augmentation.
-        folder: of all runs.
+        seed: seed of the initial weights, the image order and the augmentation.
+        folder: folder of all runs.
         root: folder of the data set.
-        weights: of the baseline's backbone.
+        weights: weights of the baseline's backbone.
         small: train for a step or two.
 
     Returns:
-        The result, as ``result.json`` holds it: ``stages``, the figures on the validation split by stage; ``steps``;
-        ``images``, how many were seen in training, to within a batch; ``cpu_seconds`` and ``seconds`` of training; the
-        configuration; ``code``, the version that trained.
+        The content of ``result.json``: ``stages``, the validation metrics by stage; ``steps``; ``images``, the number
+        of training images seen, to within a batch; ``cpu_seconds`` and ``seconds`` of training; the configuration;
+        ``code``, the code version.
 
     Raises:
-        UserError: when the folder holds a run of another configuration.
+        UserError: if the folder holds a run of another configuration.
         RunStopped: as :func:`regolite.train`.
     """
     data_name, _, arm = name.partition("/")
@@ -230,10 +229,10 @@ def run(
     inputs = {split: find_annotations(Path(root), split) for split in ("train", "val")}
     inputs["weights"] = BUNDLED.get(own_weights, Path(own_weights))
     sums = {what: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for what, file in inputs.items()}
-    code = _code_version()  # now: the code may change while this process trains
+    code = _code_version()  # before training, during which the code may change
 
     def describe(config: RunConfig) -> dict[str, Any]:
-        """As :func:`regolite.paper.runner.described`, without paths of this machine."""
+        """As :func:`regolite.paper.runner.described`, without this machine's paths."""
         about = runner.described(config)
         file, *others = about["overrides"]
         overrides = [f"weights={Path(file.removeprefix('weights=')).name}", *others]
@@ -256,18 +255,18 @@ def run(
 
 
 def _root(name: str, data: Mapping[str, str]) -> str:
-    """A data set as :func:`regolite.data.open_data` names it, with the share of its training images that is used."""
+    """The name of a data set for :func:`regolite.data.open_data`, with the stride of its training images."""
     return data[name] if DATA[name] == 1 else f"{data[name]}:every={DATA[name]}"
 
 
 def _code_version() -> str:
-    """The commit of the package, marked where files differ from it; without git its version."""
+    """The package's commit, marked if files are modified; without git its version."""
     command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
     try:
-        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return version("regolite")
-    return said.stdout.strip()
+    return done.stdout.strip()
 
 
 # -------------------------------------------------------------------------------------------------------- verdicts
@@ -275,11 +274,11 @@ def _code_version() -> str:
 Word = Literal["helps", "hurts", "no clear effect", "too few runs"]
 
 FALSE_ALARMS = 0.08
-"""How often :func:`judge` calls a change without any effect helpful or harmful, with two seeds on two data sets."""
+"""False positive rate of :func:`judge` for a change without any effect, with two seeds on two data sets."""
 
 
 def read(results: str | Path) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
-    """The results that are there, by data set, arm and seed; only data sets that have some."""
+    """The available results by data set, arm and seed; data sets without results are left out."""
     folders = {name: Path(results) / name for name in DATA}
     return {
         name: read_results(folder, list(ARMS))
@@ -289,7 +288,7 @@ def read(results: str | Path) -> dict[str, dict[str, dict[int, dict[str, Any]]]]
 
 
 def differences(arm: str, results: Mapping[str, Results]) -> dict[str, dict[int, float]]:
-    """AP of an arm's last stage minus the baseline's with the same seed, by data set and seed."""
+    """AP of an arm's last stage minus that of the baseline with the same seed, by data set and seed."""
     found = {}
     for name, on_data in results.items():
         ours, base = (by_seed(on_data, Side(one)) for one in (arm, BASELINE))
@@ -298,7 +297,7 @@ def differences(arm: str, results: Mapping[str, Results]) -> dict[str, dict[int,
 
 
 def spreads(results: Mapping[str, Results]) -> dict[str, float]:
-    """By data set, the difference between the baseline's best and worst seed; data sets with one seed are left out."""
+    """The range of the baseline's AP over its seeds, by data set; data sets with one seed are left out."""
     values = {name: list(by_seed(on_data, Side(BASELINE)).values()) for name, on_data in results.items()}
     return {name: max(aps) - min(aps) for name, aps in values.items() if len(aps) > 1}
 
@@ -306,15 +305,14 @@ def spreads(results: Mapping[str, Results]) -> dict[str, float]:
 def judge(arm: str, results: Mapping[str, Results]) -> Word:
     """Whether a change helps.
 
-    It ``helps`` when its differences to the baseline, one for each data set and seed, are all above 0 and their mean
-    is greater than the spread between the baseline's seeds (mean over the data sets). It ``hurts`` when the same holds
-    with the opposite sign. A change that helps on one data set and hurts on the other has ``no clear effect``, as has
-    one that is lost in the noise. There is no verdict (``too few runs``) before two seeds are done on each data set.
+    It ``helps`` if its differences to the baseline, one for each data set and seed, are all above 0 and their mean is
+    greater than the spread between the baseline's seeds (mean over the data sets). It ``hurts`` if the same holds with
+    the opposite sign. Otherwise it has ``no clear effect``. With fewer than two seeds on a data set there are ``too few
+    runs`` for a verdict.
 
-    Two seeds are weak evidence. Without any effect, with normally distributed noise of equal strength, the rule still
-    says ``helps`` or ``hurts`` for 8 arms in 100 (:data:`FALSE_ALARMS`; a test simulates it), and since all arms are
-    compared with the same few baseline runs, such errors come together. An effect as large as the standard deviation
-    between seeds is missed in three of four cases.
+    Two seeds are weak evidence. For a change without effect and normal noise of equal variance, the false positive rate
+    is 8 % (:data:`FALSE_ALARMS`; a test simulates it), and these errors are correlated, since all arms share the same
+    baseline runs. An effect of one standard deviation between seeds is missed in three of four cases.
     """
     found, spread = differences(arm, results), spreads(results)
     if not found or spread.keys() != found.keys() or any(len(by_seed) < 2 for by_seed in found.values()):
@@ -345,11 +343,11 @@ def report(results: Mapping[str, Results]) -> str:
         lines.append(f"{row}   {word:<17}{change.about}")
     spread = spreads(results)
     noise = ", ".join(f"{name} {value:.1f}" for name, value in spread.items()) or "unknown with one seed"
-    mean = f"; mean {np.mean(list(spread.values())):.1f}" if len(spread) > 1 else ""
+    noise += f"; mean {np.mean(list(spread.values())):.1f}" if len(spread) > 1 else ""
     done = Counter(one["code"] for on_data in results.values() for arm in on_data.values() for one in arm.values())
     notes = (
         "AP of the last stage on the validation split, in percent; diff: its mean difference to the baseline with the "
-        f"same seed. Spread between the baseline's seeds: {noise}{mean}.",
+        f"same seed. Spread between the baseline's seeds: {noise}.",
         "A change helps when its differences on all data sets and seeds are above 0 and their mean is greater than "
         "that spread; it hurts when the same holds with the opposite sign. Two seeds are weak evidence: with two "
         f"seeds on two data sets this rule misjudges {FALSE_ALARMS:.0%} of the changes that have no effect, and one "
@@ -360,7 +358,7 @@ def report(results: Mapping[str, Results]) -> str:
 
 
 def _main(name: str, seed: str, folder: str, root: str, weights: str, small: str) -> None:
-    """One of the processes that :func:`conduct` has started."""
+    """Main function of the processes of :func:`conduct`."""
     run(name, int(seed), folder, root, weights, bool(int(small)))
 
 

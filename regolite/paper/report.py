@@ -1,4 +1,4 @@
-"""Results as text: which runs are there, what the arms reached, what the claims came to."""
+"""Results as text: completed runs, metrics of the arms, verdicts on the claims."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ UNITS = {"correct": "per 100 objects", "precise": "per 100 objects", "relation":
 
 
 def overview(results: Results) -> str:
-    """All experiments, with how much of each is done."""
+    """All experiments with their progress."""
     lines = [f"{'experiment':<15}{'runs':>9}{'hours':>7}   question"]
     for name, one in EXPERIMENTS.items():
-        wanted = sum(len(ARMS[arm].seeds) for arm in one.arms)
-        there = sum(len(set(results.get(arm, {})) & set(ARMS[arm].seeds)) for arm in one.arms)
+        total = sum(len(ARMS[arm].seeds) for arm in one.arms)
+        done = sum(len(set(results.get(arm, {})) & set(ARMS[arm].seeds)) for arm in one.arms)
         hours = minutes(results, one.arms) / 60
-        lines.append(f"{name:<15}{f'{there}/{wanted}':>9}{hours:7.1f}   {one.question}")
+        lines.append(f"{name:<15}{f'{done}/{total}':>9}{hours:7.1f}   {one.question}")
     hours = minutes(results, list(ARMS)) / 60
-    lines += ["", f"{hours:.1f} hours of one core in all, where arms of several experiments count once."]
+    lines += ["", f"{hours:.1f} hours of one core in all, counting arms of several experiments once."]
     return "\n".join(lines)
 
 
@@ -40,7 +40,7 @@ def as_text(experiment: Experiment, results: Results) -> str:
 
 
 def said(verdict: Verdict) -> str:
-    """A verdict in a line."""
+    """A verdict in one line."""
     if verdict.difference is None:
         return "no runs yet"
     unit = UNITS.get(verdict.claim.ours.metric, "AP")

@@ -1,8 +1,8 @@
-"""One run: an arm, trained with one seed and measured on the test scenes; and the file that collects the runs.
+"""One run: an arm, trained with one seed and evaluated on the test scenes; and the result file of an arm.
 
-A run has a folder, ``ARM/SEED``, which holds its training (:mod:`regolite.training.folder`) and, at the end,
-``result.json``. :func:`merge` gathers the results of an arm in one file, ``ARM.json``, with the configuration: these
-files are small and stay, folders can be deleted. A run whose result is there is never trained again.
+A run's folder, ``ARM/SEED``, holds its training (:mod:`regolite.training.folder`) and finally ``result.json``.
+:func:`merge` collects the results of an arm, with the configuration, in the small file ``ARM.json``; run folders can
+then be deleted. A run with a result is never trained again.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ LIBRARIES = ("torch", "torchvision", "numpy", "pycocotools", "regolite")
 
 
 def run(name: str, arm: Arm, seed: int, folder: str | Path, test: int = TEST) -> dict[str, Any]:
-    """Train an arm with one seed and measure it, or go on with that, or read what came out.
+    """Train and evaluate an arm with one seed, resume that, or read its result.
 
     Args:
-        name: of the arm.
-        arm: what to train.
-        seed: of the first weights, of the order and of the changes of images.
-        folder: of all runs.
-        test: how many test scenes.
+        name: name of the arm.
+        arm: the arm.
+        seed: seed of the initial weights, the image order and the augmentation.
+        folder: folder of all runs.
+        test: number of test scenes.
 
     Returns:
-        The result, as ``result.json`` holds it.
+        The content of ``result.json``.
 
     Raises:
-        UserError: when the folder holds a run of another configuration.
+        UserError: if the folder holds a run of another configuration.
         RunStopped: as :func:`regolite.train`.
     """
     place = Path(folder) / name / str(seed)
@@ -63,7 +63,7 @@ def run(name: str, arm: Arm, seed: int, folder: str | Path, test: int = TEST) ->
 
     def measured(lines: list[dict[str, Any]]) -> dict[str, Any]:
         model = load(place / "model.safetensors")
-        begun = time.monotonic()
+        start = time.monotonic()
         on_test = measure_on_test(model, config.data, test)
         curve = {line["step"]: line for line in lines if line["kind"] == "evaluation" and line["split"] == "val"}
         return {
@@ -72,7 +72,7 @@ def run(name: str, arm: Arm, seed: int, folder: str | Path, test: int = TEST) ->
                 for step, line in sorted(curve.items())
             ],
             **on_test,
-            "seconds": {"training": max(line["seconds"] for line in lines), "measuring": time.monotonic() - begun},
+            "seconds": {"training": max(line["seconds"] for line in lines), "measuring": time.monotonic() - start},
         }
 
     return once(config, lambda config: {**described(config), "test": test}, measured)
@@ -83,18 +83,18 @@ def once(
     describe: Callable[[RunConfig], dict[str, Any]],
     measure: Callable[[list[dict[str, Any]]], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Train and measure, or go on with that, or read what came out.
+    """Train and evaluate, resume that, or read the result.
 
     Args:
-        config: of the training; ``resume`` must be set.
-        describe: what of a configuration decides the figures.
-        measure: makes the figures of the trained model in ``config.output`` from its lines of metrics.
+        config: configuration of the training, with ``resume`` set.
+        describe: gives the part of a configuration that affects the results.
+        measure: gives the results of the trained model in ``config.output``, from its lines of metrics.
 
     Returns:
-        The result, as ``result.json`` in ``config.output`` holds it.
+        The content of ``result.json`` in ``config.output``.
 
     Raises:
-        UserError: when the folder holds a run of another configuration.
+        UserError: if the folder holds a run of another configuration.
         RunStopped: as :func:`regolite.train`.
     """
     place, about = Path(config.output), describe(config)
@@ -120,23 +120,23 @@ def once(
 
 
 def described(config: RunConfig) -> dict[str, Any]:
-    """What of a configuration decides the figures: not the seed, nor where and when the run is saved and looked at."""
+    """The part of a configuration that affects the results, without seed, output, saving and evaluation."""
     apart = {"seed", "output", "resume", "checkpoint_minutes", "keep_checkpoints"}
     apart |= {"evaluate_every", "evaluate_start", "log_every", "tensorboard"}
     return json.loads(json.dumps({name: value for name, value in config.to_dict().items() if name not in apart}))
 
 
 def measure_on_test(model: torch.nn.Module, data: str, test: int) -> dict[str, Any]:
-    """The figures of every stage on held-out scenes, and how well relations point at deciders.
+    """Metrics of every stage on the test scenes, and the relation score.
 
     Args:
         model: a trained detector.
-        data: scenes, as for :func:`regolite.data.open_data`; the split ``test`` of them is measured.
-        test: how many.
+        data: scenes, as for :func:`regolite.data.open_data`; the split ``test`` is used.
+        test: number of scenes.
 
     Returns:
-        ``stages``, the figures by stage; ``objects`` in the test scenes; ``relations``, the relation score with chance
-        and the nearest object (:mod:`regolite.evaluation.relations`), None where no ball was found.
+        ``stages``, the metrics by stage; ``objects``, their number in the test scenes; ``relations``, the relation
+        score with chance and the nearest object (:mod:`regolite.evaluation.relations`), None if no ball was found.
     """
     scenes = open_data(data, "test", limit=test)
     truth = scenes.coco
@@ -149,15 +149,15 @@ def measure_on_test(model: torch.nn.Module, data: str, test: int) -> dict[str, A
 
 
 def stage_figures(truth: COCO, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of one stage.
+    """The stored metrics of one stage.
 
     Args:
-        truth: the objects.
-        results: detections in COCO's form.
+        truth: the ground truth.
+        results: detections in COCO's format.
 
     Returns:
-        COCO's figures in percent, ``balls`` and ``others`` (the mean AP of the classes that a neighbor decides, and
-        of the rest), and ``by_iou``: correct detections by their overlap, in the bins of Figure 4.
+        COCO metrics in percent, ``balls`` and ``others`` (the mean AP of the classes that a neighbor decides, and of
+        the others), and ``by_iou``: the number of correct detections by IoU, in the bins of Figure 4.
     """
     measured = measure(truth, results)
     names = [truth.cats[category]["name"] for category in truth.getCatIds()]
@@ -173,32 +173,32 @@ def stage_figures(truth: COCO, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def relations(model: torch.nn.Module, scenes: Scenes) -> dict[str, Any] | None:
-    """The relation score of the base detector and of each stage, in percent; None where the model finds no ball."""
+    """The relation scores of the base detector and each stage in percent; None if the model finds no ball."""
     try:
         figures, _ = relation_score(model, scenes)
     except UserError:
         return None
     maps = {row["name"]: round(100 * row["score"]["mean"], 2) for row in figures["maps"]}
     count = len(model.stages) if isinstance(model, Rego) else 0
-    wanted = (BASE, *(f"stage.{i}.relations.*" for i in range(1, count + 1)))
-    rivals = {name: round(100 * figures[name]["mean"], 2) for name in ("chance", "nearest")}
-    return {"cases": figures["cases"], **rivals, "stages": [maps.get(name) for name in wanted]}
+    names = (BASE, *(f"stage.{i}.relations.*" for i in range(1, count + 1)))
+    references = {name: round(100 * figures[name]["mean"], 2) for name in ("chance", "nearest")}
+    return {"cases": figures["cases"], **references, "stages": [maps.get(name) for name in names]}
 
 
 def merge(name: str, about: str, results: Iterable[dict[str, Any]], file: str | Path) -> dict[str, Any]:
-    """Write the results of an arm into its file, beside those that are there.
+    """Add results of an arm to its file.
 
     Args:
-        name: of the arm.
-        about: what it is.
-        results: of :func:`run`.
-        file: the file, new or not.
+        name: name of the arm.
+        about: its description.
+        results: results of :func:`run`.
+        file: the file, which need not exist.
 
     Returns:
-        What the file holds now: the arm, its configuration, and its runs by seed.
+        The content of the file: the arm, its description, and its runs by seed.
 
     Raises:
-        UserError: when the file holds runs of another configuration.
+        UserError: if the file holds runs of another configuration.
     """
     file = Path(file)
     before = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else []
@@ -214,15 +214,15 @@ def merge(name: str, about: str, results: Iterable[dict[str, Any]], file: str | 
 
 
 def smaller(arm: Arm) -> Arm:
-    """The same arm on 32 scenes for two epochs: to see that it runs, or to watch it; its figures mean nothing."""
+    """The same arm on 32 scenes for two epochs, as a smoke test or demonstration; its results are meaningless."""
     drop = {"drop_epochs": (1,), "epochs": 2}
     return replace(arm, recipe={**arm.recipe, **drop, "data": "scenes:32:val=8:size=96:max_objects=6"})
 
 
 def _check(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Refuse to mix runs of two configurations."""
-    what = f"{where} holds a run of another configuration"
-    refuse(changes(before, now), what, "move it away, or give another folder")
+    """Raise UserError for a run of another configuration."""
+    problem = f"{where} holds a run of another configuration"
+    refuse(changes(before, now), problem, "move it away, or give another folder")
 
 
 def _mean(values: np.ndarray) -> float | None:

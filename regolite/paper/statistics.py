@@ -1,11 +1,11 @@
-"""From runs to verdicts: differences by seed, their intervals, and what they say about a claim.
+"""Verdicts on claims from paired differences by seed and their confidence intervals.
 
-Two arms with the same seed saw the same images in the same order and began with the same base detector. So they are
-compared seed by seed: the mean of the differences, with Student's interval of 95 %. It tells how far the mean would
-move with other seeds; the 500 test scenes are the same for all. An interval of three seeds is wide, 2.5 times the
-spread of the differences, and one that does not hold 0 means something all the same.
+Two arms with the same seed see the same images in the same order and start from the same base detector. They are
+therefore compared by the mean of the differences by seed, with its 95 % t interval. The interval covers the variation
+between seeds; the 500 test scenes are the same for all runs. With three seeds its half-width is 2.5 times the standard
+deviation of the differences, but an interval without 0 is still significant.
 
-With twenty-odd claims at 95 %, about one interval in twenty misses the truth by chance alone.
+With more than twenty claims at 95 %, expect about one interval to miss the true difference by chance.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from regolite.paper.experiments import ARMS, Claim, Experiment, Side
 
 MOST_SEEDS = 100
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""Results of runs by arm and seed."""
+"""Results of runs, by arm and seed."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its interval.
+    """A mean over seeds with its 95 % confidence interval.
 
     Attributes:
-        values: one a seed.
-        mean: of them.
-        low: end of the interval of 95 %; minus infinity with one seed.
-        high: its other end.
+        values: one value per seed.
+        mean: their mean.
+        low: lower end of the interval; minus infinity with one seed.
+        high: upper end of the interval; infinity with one seed.
     """
 
     values: tuple[float, ...]
@@ -46,7 +46,7 @@ class Estimate:
 
     @staticmethod
     def of(values: Sequence[float]) -> Estimate:
-        """Student's interval of the mean; at least one value."""
+        """The mean and its t interval, of at least one value."""
         mean = float(np.mean(values))
         half = _half(float(np.std(values, ddof=1)), len(values)) if len(values) > 1 else math.inf
         return Estimate(tuple(values), mean, mean - half, mean + half)
@@ -59,15 +59,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say about a claim.
+    """The verdict on a claim.
 
     Attributes:
         claim: the claim.
-        seeds: those that both sides have.
-        difference: ours minus theirs, seed by seed; None without a common seed.
+        seeds: the seeds of both sides.
+        difference: ours minus theirs, by seed; None without a common seed.
         word: the verdict.
-        seeds_needed: where it is undecided, how many seeds it would take if mean and spread stayed as they are; None
-            where more than 100 would be, or one seed says nothing about the spread.
+        seeds_needed: if undecided, the number of seeds needed for a verdict at the current mean and standard deviation;
+            None if more than 100, or unknown with one seed.
     """
 
     claim: Claim
@@ -78,14 +78,14 @@ class Verdict:
 
 
 def read_results(folder: str | Path, arms: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, Any]]]:
-    """The results that are there.
+    """The available results.
 
     Args:
-        folder: of the files that :func:`regolite.paper.queue.conduct` writes.
-        arms: which ones; all by default.
+        folder: folder of the files written by :func:`regolite.paper.queue.conduct`.
+        arms: names of the arms; all by default.
 
     Raises:
-        UserError: when a file is damaged, or there is none.
+        UserError: if a file is damaged, or there is none.
     """
     files = {arm: Path(folder) / f"{arm}.json" for arm in (ARMS if arms is None else arms)}
     found = {}
@@ -101,7 +101,7 @@ def read_results(folder: str | Path, arms: Sequence[str] | None = None) -> dict[
 
 
 def figure(run: Mapping[str, Any], side: Side) -> float | None:
-    """The figure of one run that a side names; None where the run has none."""
+    """The metric of a side in one run; None if the run has none."""
     if side.metric in ("relation", "chance", "nearest"):
         relations = run["relations"]
         if relations is None:
@@ -115,23 +115,23 @@ def figure(run: Mapping[str, Any], side: Side) -> float | None:
 
 
 def by_seed(results: Results, side: Side) -> dict[int, float]:
-    """A side's figure for every seed that has it."""
+    """The metric of a side, by seed."""
     figures = {seed: figure(run, side) for seed, run in sorted(results.get(side.arm, {}).items())}
     return {seed: value for seed, value in figures.items() if value is not None}
 
 
 def estimate(results: Results, side: Side) -> Estimate | None:
-    """Mean and interval of a side; None without runs."""
+    """Mean and interval of a side's metric; None without runs."""
     values = list(by_seed(results, side).values())
     return Estimate.of(values) if values else None
 
 
 def judge(claim: Claim, results: Results) -> Verdict:
-    """Compare the two sides of a claim, seed by seed.
+    """Compare the two sides of a claim by seed.
 
-    ``more`` is reproduced where the whole interval lies above 0, ``same`` where it lies within the margin on both sides
-    of 0, ``not less`` where it lies above minus the margin. Not reproduced is what lies wholly outside; all else is
-    undecided.
+    ``more`` is reproduced if the whole interval lies above 0, ``same`` if it lies within the margin on both sides of 0,
+    ``not less`` if it lies above minus the margin. A claim is not reproduced if the whole interval lies outside this
+    range, and otherwise undecided.
     """
     ours, theirs = by_seed(results, claim.ours), by_seed(results, claim.theirs)
     seeds = tuple(sorted(ours.keys() & theirs.keys()))
@@ -154,17 +154,17 @@ def judge_all(experiment: Experiment, results: Results) -> list[Verdict]:
 
 
 def minutes(results: Results, arms: Sequence[str]) -> float:
-    """How long the runs of some arms took, training and measuring, added up; each had one core."""
+    """Total minutes of the runs of some arms, training and evaluation, with one core each."""
     return sum(sum(run["seconds"].values()) for arm in arms for run in results.get(arm, {}).values()) / 60
 
 
 def _half(spread: float, count: int) -> float:
-    """Half the width of Student's interval of 95 %."""
+    """Half the width of the 95 % t interval."""
     return float(t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
 
 
 def _seeds_needed(found: Estimate, limits: tuple[float, float]) -> int | None:
-    """How many seeds until the interval no longer holds the limit that is nearest to the mean."""
+    """Number of seeds until the interval excludes the limit nearest to the mean."""
     if len(found.values) < 2:
         return None
     distance = min(abs(found.mean - limit) for limit in limits)

@@ -1,7 +1,7 @@
-"""What the paper printed: the average precision of Table 1 by preset, on COCO val2017 after training on train2017.
+"""The paper's published average precision (Table 1) by preset: training on COCO train2017, evaluation on val2017.
 
-The epochs matter as much as the model: 500 made DETR, 36 and 50 the rows of REGO. Parameters and GFLOPs of the same
-table stand in :data:`regolite.evaluation.complexity.TABLE_1`.
+Compare rows with the same number of epochs: DETR has 500, REGO 36 or 50. The parameters and GFLOPs of the same table
+are in :data:`regolite.evaluation.complexity.TABLE_1`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-"""The paper's columns; it writes the last three AP_S, AP_M and AP_L."""
+"""The paper's columns; the last three are AP_S, AP_M and AP_L there."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class PublishedRow:
     """One row of the paper.
 
     Attributes:
-        epochs: passes over train2017.
-        ap: the figures of :data:`COLUMNS` in percent; None where the paper gives none.
-        where: the table or section.
-        note: what else it says about the row.
+        epochs: number of epochs.
+        ap: values of :data:`COLUMNS` in percent; None if the paper gives none.
+        where: table or section.
+        note: the paper's remark on the row.
     """
 
     epochs: int
@@ -31,7 +31,7 @@ class PublishedRow:
 
     @property
     def figures(self) -> dict[str, float | None]:
-        """The figures by the names of :data:`COLUMNS`."""
+        """The values by column name."""
         return dict(zip(COLUMNS, self.ap, strict=True))
 
 
@@ -76,14 +76,14 @@ PUBLISHED: dict[str, tuple[PublishedRow, ...]] = {
 
 
 def published_rows(preset: str) -> tuple[str, tuple[PublishedRow, ...]]:
-    """The rows to hold beside a model.
+    """The published rows of a preset.
 
     Args:
-        preset: its name, ``model.model_config.preset``.
+        preset: name of the preset, ``model.model_config.preset``.
 
     Returns:
-        The preset whose rows they are, and the rows. For a laptop's size (``..._tiny``, ``..._scenes``) these are its
-        large relative's with ResNet-50, which is another model on other data; empty where the paper has none.
+        The preset of the rows, and the rows, if any. For laptop presets (``..._tiny``, ``..._scenes``) they are those
+        of the full-size model with ResNet-50, trained on other data.
     """
     relative = re.sub("_(tiny|scenes)$", "_r50", preset)
     return relative, PUBLISHED.get(relative, ())
