@@ -1,7 +1,7 @@
 """Augmentation and normalization, built on torchvision's transforms v2.
 
-A transform is called as ``transform(image)`` or ``transform(image, {"boxes": ..., "labels": ...})`` with a PIL RGB image
-and ``tv_tensors.BoundingBoxes``. It returns normalized pixels ``Float[3 H W]``, and the boxes transformed like them.
+A transform is called as ``transform(image)`` or ``transform(image, {"boxes": ..., "labels": ...})`` with a PIL RGB
+image and ``tv_tensors.BoundingBoxes``. It returns normalized pixels ``Float[3 H W]``, and the boxes transformed alike.
 
 All randomness comes from torch's global generator: a seed makes it reproducible, and a saved generator state resumes
 it. A ``DataLoader`` seeds a generator for each worker from the global one, so the same seed gives the same images for
