@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import isfile  # False where Path.is_file raises: for a name that is too long
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 import numpy as np
@@ -392,17 +392,17 @@ def outline_box(outline: Any) -> list[float] | None:
     return [float(x.min()), float(y.min()), float(np.ptp(x)), float(np.ptp(y))]
 
 
-def is_number(value: Any, most: float = LONGEST) -> bool:
+def is_number(value: Any, most: float = LONGEST) -> TypeGuard[float]:
     """Whether a JSON value is a number from ``-most`` to ``most``: true, NaN and 1e300 are not."""
     return type(value) in (int, float) and abs(value) <= most
 
 
-def is_box(box: Any) -> bool:
+def is_box(box: Any) -> TypeGuard[list[float]]:
     """Whether a JSON value is a box ``[x, y, width, height]`` in pixels."""
     return isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and box[2] >= 0 and box[3] >= 0
 
 
-def is_id(value: Any) -> bool:
+def is_id(value: Any) -> TypeGuard[int]:
     """Whether a JSON value is an id that training can use: an integer of at most 64 bits."""
     return type(value) is int and -(2**63) <= value < 2**63
 

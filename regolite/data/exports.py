@@ -1,8 +1,8 @@
-"""Read what a labeling tool has exported, in COCO, YOLO or Pascal VOC form, record by record.
+"""Parsers for labeling tool exports in COCO, YOLO or Pascal VOC format.
 
-Nothing is decided here but which file and which class is meant. A record that cannot be read gives its image a
-``problem`` and leaves all others alone: an image of which one object is lost would teach that there is background. What
-the boxes are worth on the image file is for :mod:`regolite.data.convert` to say.
+They resolve file and class names only; :mod:`regolite.data.convert` fits the boxes to the image file. An invalid record
+marks its image with a ``problem`` and affects no other image. The whole image is then unusable: training would treat a
+lost object as background.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
+
+import yaml  # a dependency of Accelerate
 
 from regolite.data.coco import (
     OPTIONAL,
@@ -31,8 +33,8 @@ from regolite.data.images import SUFFIXES
 from regolite.errors import UserError
 from regolite.utils.validation import shown
 
-NO_LABELS = {"classes", "notes", "README.dataset", "README.roboflow"}  # text files that exports put beside the labels
-MOST_FRACTION = 2.0  # a box of YOLO's may reach out of its image, but with larger numbers it is one in pixels
+NO_LABELS = {"classes", "notes", "README.dataset", "README.roboflow"}  # other text files in the folders of labels
+MOST_FRACTION = 2.0  # a YOLO box may extend beyond its image; larger numbers are pixels
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Object:
     Attributes:
         class_name: its class.
         corners: left, top, right, bottom, in pixels of the annotated size or in fractions of the image.
-        outline: its segmentation in COCO's form, or [].
+        outline: its segmentation in COCO format, or [].
         crowd: 1 for a region of many objects.
         area: COCO's ``area`` in pixels, or None.
     """
@@ -56,16 +58,16 @@ class Object:
 
 @dataclass
 class Labeled:
-    """An image file and what the export says about it.
+    """An image file with its annotation.
 
     Attributes:
         path: the file.
-        split: ``train``, ``val`` or ``test``, or None where nothing names one.
-        source: where its annotation stands, for messages.
+        split: ``train``, ``val`` or ``test``, or None if unknown.
+        source: the annotation file, for messages.
         size: annotated width and height in pixels, or None.
         objects: its objects.
         fractions: whether corners are fractions of the image's width and height.
-        problem: why the annotation cannot be used, with the field; "" where it can.
+        problem: why the annotation cannot be used, with the field; "" for a valid one.
     """
 
     path: Path
@@ -79,14 +81,14 @@ class Labeled:
 
 @dataclass
 class Export:
-    """All of an export.
+    """The content of an export.
 
     Attributes:
-        form: ``"COCO"``, ``"YOLO"`` or ``"Pascal VOC"``.
-        images: the images that are there.
+        form: the format, ``"COCO"``, ``"YOLO"`` or ``"Pascal VOC"``.
+        images: the annotated image files.
         classes: names of all classes.
-        problems: what was left out or put right, by file name.
-        bad: what belongs to no image file that could be used, and why.
+        problems: what was left out or corrected, with the file name.
+        bad: records without a usable image file, and the reason.
     """
 
     form: str
@@ -97,10 +99,10 @@ class Export:
 
 
 def read_export(source: Path) -> Export:
-    """Read a folder. The form is recognized by its files.
+    """Read a folder. The format is detected by file type.
 
     Raises:
-        UserError: no images, no annotations, or a file that all depends on (JSON, ``data.yaml``) cannot be read.
+        UserError: no images, no annotations, or a central file (JSON, ``data.yaml``) that cannot be read.
     """
     source = Path(os.path.abspath(source))
     files = [path for path in sorted(source.rglob("*")) if _is_visible(path.relative_to(source)) and path.is_file()]
@@ -123,7 +125,7 @@ def read_export(source: Path) -> Export:
 
 
 def _is_visible(path: Path) -> bool:
-    """Whether a file is no hidden one; macOS adds ``._a.jpg`` or ``__MACOSX/a.jpg`` to each image of an archive."""
+    """Whether a file is not hidden; macOS adds ``._a.jpg`` or ``__MACOSX/a.jpg`` to each image of an archive."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
@@ -204,7 +206,7 @@ def _read_coco_file(source: Path, file: Path, content: Mapping[str, Any], finder
 
 
 class _BadRecord(ValueError):
-    """A record that cannot be used, and why."""
+    """A record that cannot be used; the message gives the reason."""
 
 
 def _is_key(value: Any) -> bool:
@@ -213,7 +215,7 @@ def _is_key(value: Any) -> bool:
 
 
 def _categories(records: list[Any], where: str, export: Export) -> dict[Any, str]:
-    """Names of the classes by id."""
+    """Class names by category id."""
     classes: dict[Any, str] = {}
     ids_of: dict[str, list[Any]] = defaultdict(list)
     for n, record in enumerate(records, 1):
@@ -234,7 +236,7 @@ def _categories(records: list[Any], where: str, export: Export) -> dict[Any, str
 
 
 def _size(width: Any, height: Any, number: Any) -> tuple[int, int] | None:
-    """The annotated size of an image, or None where the export has none."""
+    """The annotated size of an image, or None if the export has none."""
     if all(side is None or (type(side) in (int, float) and side == 0) for side in (width, height)):
         return None
     for side, value in (("width", width), ("height", height)):
@@ -244,7 +246,7 @@ def _size(width: Any, height: Any, number: Any) -> tuple[int, int] | None:
 
 
 def _coco_object(annotation: Any, classes: Mapping[Any, str]) -> Object:
-    """The object of an annotation of COCO's form."""
+    """Parse a COCO annotation."""
     if not isinstance(annotation, dict):
         raise _BadRecord(f"annotation {annotation!r} is no record: make it an object with bbox and category_id")
     which = f"annotation {annotation.get('id')!r}"
@@ -260,16 +262,16 @@ def _coco_object(annotation: Any, classes: Mapping[Any, str]) -> Object:
         raise _BadRecord(f"{which} has bbox {box!r}: give [x, y, width, height] in pixels")
     fields = {key: annotation.get(key) for key in ("area", "iscrowd")}
     for key, value in fields.items():
-        is_right, right = OPTIONAL[key]
-        if value is not None and not is_right(value):
-            raise _BadRecord(f"{which} has {key} {value!r}: make it {right}")
+        is_valid, valid = OPTIONAL[key]
+        if value is not None and not is_valid(value):
+            raise _BadRecord(f"{which} has {key} {value!r}: make it {valid}")
     x, y, width, height = map(float, box)
     area = None if fields["area"] is None else float(fields["area"])
     return Object(classes[category], (x, y, x + width, y + height), outline, int(fields["iscrowd"] or 0), area)
 
 
 class _Finder:
-    """Which file of an export a ``file_name`` means."""
+    """Resolves a ``file_name`` to a file of the export."""
 
     def __init__(self, source: Path, files: Iterable[Path]) -> None:
         self.source, self.files = source, set(files)
@@ -278,11 +280,11 @@ class _Finder:
             self.by_name[path.name].append(path)
 
     def find(self, name: str, file: Path, split: str | None) -> Path | str | None:
-        """The file, or why there is more than one, or None for none.
+        """Find the file; a string explains an ambiguous name, None means no file.
 
-        A path relative to the folder of the JSON comes first. Then the file whose last folders agree with the most of
-        ``name``; of several, one in a folder named after the split or the JSON, then one in a folder of images, then
-        one near the JSON. A folder that is named after another split is never searched.
+        A path relative to the folder of the JSON file comes first. Otherwise the file with the longest common path
+        suffix wins. Ties are broken by folder: one named after the split or the JSON file, then a folder of images,
+        then one near the JSON file. Folders named after another split are not searched.
         """
         for spelled in spellings(name):
             path = Path(os.path.normpath(file.parent / spelled))
@@ -296,15 +298,15 @@ class _Finder:
                 base = Path(*path.relative_to(self.source).parts[:-shared])
                 if split is None or split_named(base) in (None, split):
                     candidates.append((-shared, self._rank(base, file, split), path))
-        first = min(candidates, default=())[:2]
-        best = {path for *rank, path in candidates if tuple(rank) == first}
+        least = min((candidate[:2] for candidate in candidates), default=None)
+        best = {path for *rank, path in candidates if tuple(rank) == least}
         if len(best) > 1:
             places = " and in ".join(sorted(path.parent.relative_to(self.source).as_posix() for path in best))
             return f"files of this name are in {places}: write the folder into file_name"
         return best.pop() if best else None
 
     def _rank(self, base: Path, file: Path, split: str | None) -> int:
-        """How likely a folder is the one meant, 0 the most."""
+        """Rank of a candidate folder, 0 the most likely."""
         own = file.parent.relative_to(self.source)
         if split_named(base) == split is not None or base.name in re.split(r"[_.-]", file.stem):
             return 0
@@ -314,7 +316,7 @@ class _Finder:
 
 
 def _shared_tail(one: tuple[str, ...], other: tuple[str, ...]) -> int:
-    """How many last parts of two paths agree."""
+    """Length of the common suffix of two paths, in parts."""
     pairs = zip(reversed(one), reversed(other))
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -345,11 +347,9 @@ def _read_yolo(source: Path, images: list[Path], yamls: Mapping[Path, Any]) -> E
 
 
 def _names(path: Path) -> Any:
-    """The names of the classes in a YAML file of YOLO's, and the shape of its keypoints; None in another file."""
-    import yaml
-
+    """The class names and the keypoint shape in a YOLO data file; None for any other YAML file."""
     try:
-        # BaseLoader leaves all values text: to the others, the class `no` is False and the class 007 is 7.
+        # BaseLoader keeps all values as text: the other loaders read the class `no` as False and 007 as 7.
         content = yaml.load(path.read_text("utf-8-sig"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError):
         return None
@@ -358,10 +358,10 @@ def _names(path: Path) -> Any:
 
 
 def _table(file: Path, content: tuple[Any, Any], export: Export) -> tuple[dict[int, str], int]:
-    """The class of each number, and how many numbers of keypoints follow a box.
+    """Class names by number, and the number of keypoint values after a box.
 
     Raises:
-        UserError: the names are no list and no mapping of whole numbers, or the keypoints have no shape.
+        UserError: the names are neither a list nor a mapping from whole numbers, or the keypoint shape is invalid.
     """
     names, shape = content
     if isinstance(names, list):
@@ -373,7 +373,7 @@ def _table(file: Path, content: tuple[Any, Any], export: Export) -> tuple[dict[i
     except (AttributeError, ValueError):
         raise UserError(
             f"{file} has names {shown(names)}: write names: [first, second], one name for each class"
-        ) from None  # shown: references in YAML (&a, *a) let a small file hold a list of billions
+        ) from None  # shown: with YAML aliases (&a, *a) a small file can hold a list of billions
     try:
         keypoints = math.prod(map(int, shape)) if shape is not None else 0
     except (TypeError, ValueError):
@@ -387,7 +387,7 @@ def _table(file: Path, content: tuple[Any, Any], export: Export) -> tuple[dict[i
 
 
 def _yolo_object(line: str, table: Mapping[int, str], keypoints: int, which: str) -> Object:
-    """The object of a line ``class x y width height``, or of a polygon ``class x y x y x y ...``."""
+    """Parse a line ``class x y width height``, or a polygon ``class x y x y x y ...``."""
     try:
         number, *values = map(float, line.split())
     except ValueError:
@@ -398,7 +398,7 @@ def _yolo_object(line: str, table: Mapping[int, str], keypoints: int, which: str
         )
     if len(values) < 4:
         raise _BadRecord(f"{which} is {line[:60]!r}: write class x y width height")
-    if len(values) in (4, 5, 4 + keypoints):  # one number more is a confidence
+    if len(values) in (4, 5, 4 + keypoints):  # a fifth number is a confidence
         x, y, width, height = values[:4]
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         if width < 0 or height < 0:
@@ -431,7 +431,7 @@ def _read_voc(source: Path, images: list[Path]) -> Export:
         try:
             if label:
                 _fill_voc(image, ElementTree.parse(label).getroot())
-        except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:  # LookupError: of its encoding
+        except (ElementTree.ParseError, LookupError, ValueError, OSError) as error:  # LookupError: unknown encoding
             image.problem = f"{image.source}: {error}"
         if not image.problem:
             export.classes |= {one.class_name for one in image.objects}
@@ -441,13 +441,12 @@ def _read_voc(source: Path, images: list[Path]) -> Export:
 
 
 def _fill_voc(image: Labeled, root: ElementTree.Element) -> None:
-    """Read the size and the objects of an image."""
+    """Parse the size and the objects of an image."""
     if root.tag != "annotation":
         raise _BadRecord(f"its first tag is {root.tag}, not annotation: export it as Pascal VOC")
-    sides = [root.findtext(f"size/{side}") for side in ("width", "height")]
-    image.size = _size(
-        *(_voc_number(text, "size") if text and text.strip() else None for text in sides), image.path.name
-    )
+    texts = (root.findtext(f"size/{side}") for side in ("width", "height"))
+    width, height = (_voc_number(text, "size") if text and text.strip() else None for text in texts)
+    image.size = _size(width, height, image.path.name)
     for n, one in enumerate(root.findall("object"), 1):
         name = (one.findtext("name") or "").strip()
         which = f"object {n} ({name})"
@@ -455,8 +454,9 @@ def _fill_voc(image: Labeled, root: ElementTree.Element) -> None:
             raise _BadRecord(f"object {n} has no name: give that of its class")
         box, polygon = one.find("bndbox"), one.find("polygon")
         if box is not None:
-            texts = {key: box.findtext(key) for key in ("xmin", "ymin", "xmax", "ymax")}
-            left, top, right, bottom = (_voc_number(text, f"{which} has {key}") for key, text in texts.items())
+            left, top, right, bottom = (
+                _voc_number(box.findtext(key), f"{which} has {key}") for key in ("xmin", "ymin", "xmax", "ymax")
+            )
         elif polygon is not None:
             values = [
                 (e.tag[0], _voc_number(e.text, f"{which} has {e.tag}")) for e in polygon.iter() if e.tag[0] in "xy"
@@ -488,9 +488,9 @@ def _voc_number(text: str | None, which: str) -> float:
 
 
 def _image_sets(folder: Path) -> dict[str, str]:
-    """The split of each stem that Pascal VOC's lists name."""
+    """The split of each file stem in Pascal VOC's image sets."""
     splits = {}
-    for split in ("trainval", "train", "val", "test"):  # the later one is the finer
+    for split in ("trainval", "train", "val", "test"):  # later ones are more specific
         if (folder / f"{split}.txt").is_file():
             for line in (folder / f"{split}.txt").read_text("utf-8-sig").splitlines():
                 if line.split():
@@ -501,19 +501,19 @@ def _image_sets(folder: Path) -> dict[str, str]:
 def _label_files(
     source: Path, images: list[Path], names: tuple[str, ...], suffix: str, export: Export
 ) -> dict[Path, Path | None]:
-    """The file with the objects of each image, or None for an image without one, which then is background.
+    """The label file of each image, or None for an image without one (a background image).
 
-    A folder of val or test that has no such file at all is left out: it has not been labeled. All of it is said in
+    A val or test folder without any label file is left out as unlabeled. Everything left out is listed in
     ``export.problems``.
     """
     by_folder: dict[Path, list[Path]] = defaultdict(list)
     for path in images:
         by_folder[path.parent].append(path)
-    homes = {folder: _partner(folder, paths, source, names, suffix) for folder, paths in by_folder.items()}
+    homes = {folder: _label_folder(folder, paths, source, names, suffix) for folder, paths in by_folder.items()}
     if not any(homes.values()):
         raise UserError(f"{source} has {export.form} annotations but no image that belongs to them: add the images")
     there = {home: {path.stem: path for path in home.glob(f"*{suffix}")} for home in homes.values() if home}
-    found = {path: there.get(homes[path.parent], {}).get(path.stem) for path in images}
+    found = {path: there[home].get(path.stem) if (home := homes[path.parent]) else None for path in images}
     claims: dict[Path, list[Path]] = defaultdict(list)
     for path, label in found.items():
         if label:
@@ -521,15 +521,15 @@ def _label_files(
     for home in sorted(there):
         stray = [stem for stem, path in there[home].items() if path not in claims and stem not in NO_LABELS]
         export.problems += [f"{stem}{suffix}: left out, there is no image of this name" for stem in sorted(stray)]
-    others = set()  # images that are named like another one that the annotations belong to, as masks are
-    refused = set()
+    others: set[Path] = set()  # images of the same name as the annotated one, as masks have
+    refused: set[Path] = set()
     for label, paths in claims.items():
         distances = [_distance(path, label, source) for path in paths]
         owners = [path for path, distance in zip(paths, distances) if distance == min(distances)]
         others |= set(paths) - set(owners)
         if len(owners) > 1:
-            shown = " and ".join(_shown(path, source) for path in owners)
-            export.bad.append((shown, f"both would take {_shown(label, source)}: give one another name"))
+            both = " and ".join(_shown(path, source) for path in owners)
+            export.bad.append((both, f"both would take {_shown(label, source)}: give one another name"))
             refused |= set(owners)
     for folder, paths in by_folder.items():
         empty = [path for path in paths if found[path] is None]
@@ -550,8 +550,8 @@ def _label_files(
     return {path: label for path, label in found.items() if path not in left_out}
 
 
-def _partner(folder: Path, images: list[Path], source: Path, names: tuple[str, ...], suffix: str) -> Path | None:
-    """The folder of the annotations of a folder of images: itself, a sibling, or one where images became labels."""
+def _label_folder(folder: Path, images: list[Path], source: Path, names: tuple[str, ...], suffix: str) -> Path | None:
+    """The label folder of an image folder: itself, a sibling, or the same path with ``images`` replaced."""
     parts = list(folder.parts)
     candidates = [folder, *(folder.parent / name for name in names), *(folder / name for name in names)]
     for n, part in enumerate(parts):
@@ -569,7 +569,7 @@ def _partner(folder: Path, images: list[Path], source: Path, names: tuple[str, .
 
 
 def _distance(image: Path, label: Path, source: Path) -> int:
-    """How far an image is from its annotation: 0 the same folder, 1 a folder that is named after images, 2 another."""
+    """Distance of an image from its annotation: 0 in the same folder, 1 in a folder named after images, 2 elsewhere."""
     if image.parent == label.parent:
         return 0
     return 1 if {"images", "JPEGImages"} & set(image.relative_to(source).parts) else 2
@@ -580,6 +580,6 @@ def _shown(path: Path, source: Path) -> str:
 
 
 def _some(paths: list[Path], source: Path) -> str:
-    """The first of several files, and how many more there are."""
+    """The first of several files, and the number of the others."""
     more = f" and {len(paths) - 1} more images" if len(paths) > 1 else ""
     return f"{_shown(paths[0], source)}{more}"

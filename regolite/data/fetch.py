@@ -39,7 +39,7 @@ MIRROR = "https://raw.githubusercontent.com"
 SPLITS = ("train", "val", "test")
 LISTS = Path(__file__).with_name("sources")
 CONNECTIONS = 8
-ATTEMPTS = 5  # per file, in half a minute: what has arrived is kept for the next try
+ATTEMPTS = 5  # per file, within half a minute; received data is kept for the next attempt
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Source:
         license: name of the license.
         license_url: address of its text.
         license_note: where the license is stated.
-        attribution: whom to name, and where the dataset comes from.
+        attribution: the authors, and the origin of the dataset.
         splits: how the splits were made.
         classes: names of the classes in the order of their labels.
         labels: suffix of the label files, a key of ``READERS``.
@@ -77,7 +77,7 @@ class Source:
     quality: int
 
     def __str__(self) -> str:
-        """Source, license and attribution, a line each."""
+        """Source, license and attribution, one per line."""
         return (
             f"Source: https://github.com/{self.repository}/tree/{self.commit}/{self.folder}\n"
             f"License: {self.license} ({self.license_url}), {self.license_note}\n"
@@ -142,8 +142,8 @@ class Example(NamedTuple):
 def fetch_dataset(name: str, root: str | os.PathLike[str], mirror: str = MIRROR) -> None:
     """Download a public dataset and convert it: ``images/``, ``annotations/instances_{train,val,test}.json``.
 
-    Files in ``root/source`` whose SHA-256 is right are not downloaded again. Every file is written whole or not at all,
-    so after an interruption the same call continues.
+    Files in ``root/source`` with the right SHA-256 are not downloaded again. Files are written atomically, so after an
+    interruption the same call continues.
 
     Args:
         name: ``cards`` or ``aquarium``.
@@ -152,8 +152,8 @@ def fetch_dataset(name: str, root: str | os.PathLike[str], mirror: str = MIRROR)
             trusted: every file's size and SHA-256 are checked.
 
     Raises:
-        UserError: an unknown name; a folder that holds another dataset; a server that cannot be reached, does not have
-            a file or has another one; another process that writes to the folder. What has been downloaded is kept.
+        UserError: an unknown name; a folder that holds another dataset; a server that cannot be reached, or whose file
+            is missing or different; another process that writes to the folder. Downloaded files are kept.
     """
     root = Path(root)
     if name not in SOURCES:
@@ -226,7 +226,7 @@ def _download(name: str, url: str, folder: Path, files: Sequence[File]) -> None:
 
 
 def _download_one(url: str, folder: Path, file: File, attempts: int) -> None:
-    """Download a file beside its place, verify and rename it."""
+    """Download a file under a temporary name, verify and rename it."""
     address, target = f"{url}/{urllib.parse.quote(file.path)}", folder / file.path
     part = target.with_name(f"{target.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def _download_one(url: str, folder: Path, file: File, attempts: int) -> None:
     prepare.download(address, part, file.size, begins=b"", attempts=attempts, show=False)
     if not _is_right(part, file):
         part.unlink()
-        if resumed:  # what was there before may be to blame
+        if resumed:  # the part from an earlier run may be damaged
             return _download_one(url, folder, file, attempts)
         raise UserError(
             f"{address} has another SHA-256 than {file.sha256[:8]}..., so it was damaged on its way or is another "
@@ -244,7 +244,7 @@ def _download_one(url: str, folder: Path, file: File, attempts: int) -> None:
 
 
 def _is_right(path: Path, file: File) -> bool:
-    """Whether a file is there and has the right SHA-256."""
+    """Whether a file exists and has the right SHA-256."""
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
 
 
@@ -290,12 +290,12 @@ def _convert(name: str, source: Source, examples: Sequence[Example], folder: Pat
 
 
 def _file_name(path: str) -> str:
-    """Name of a converted image: that of the original, without what Roboflow's export has appended to it."""
+    """Name of a converted image: that of the original, without the suffix appended by Roboflow."""
     return PurePosixPath(path).stem.split("_jpg.rf.")[0].removesuffix("_jpeg") + ".jpg"
 
 
 def _head(source: Source) -> dict[str, Any]:
-    """A COCO file that lists no images yet."""
+    """A COCO file without images."""
     return {
         "info": {"description": f"{source.about} {source.attribution}"},
         "licenses": [{"id": 1, "name": source.license, "url": source.license_url}],
@@ -308,8 +308,8 @@ def _head(source: Source) -> dict[str, Any]:
 def _read_voc(content: bytes, size: tuple[int, int], classes: Sequence[str]) -> Labels:
     width, height = size
     for found in ElementTree.fromstring(content).iter("object"):
-        x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-        yield classes.index(found.findtext("name")), (x0 / width, y0 / height, x1 / width, y1 / height)
+        x0, y0, x1, y1 = (float(found.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax"))
+        yield classes.index(found.findtext("name", "")), (x0 / width, y0 / height, x1 / width, y1 / height)
 
 
 def _read_yolo(content: bytes, size: tuple[int, int], classes: Sequence[str]) -> Labels:
@@ -318,7 +318,7 @@ def _read_yolo(content: bytes, size: tuple[int, int], classes: Sequence[str]) ->
         yield int(label), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
 
 
-# Pascal VOC and YOLO. Each takes a file's content, the image's width and height, and the names of the classes.
+# Pascal VOC and YOLO. Each takes the content of a file, the image's width and height, and the class names.
 READERS = {".xml": _read_voc, ".txt": _read_yolo}
 
 

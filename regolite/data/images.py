@@ -1,4 +1,4 @@
-"""Reading images: one function for whatever holds one, so that the same image gives the same pixels by every way.
+"""Image reading: one function for all sources, so that an image has the same pixels whatever its source.
 
 ::
 
@@ -10,9 +10,9 @@
     read_image(file.read_bytes())                  # the bytes of a file
     [read_image(path) for path in list_images("photos")]   # a folder, or a pattern as "photos/*.jpg"
 
-The result is always an RGB image of 8 bits a channel, without metadata. Transparency is dropped. Deeper pixels are
-scaled by the smallest range that holds the brightest one, of 12, 16 or 32 bits: many cameras store 12 bits in 16, and
-files do not say so.
+The result is always an RGB image with 8 bits per channel, without metadata. Transparency is dropped. The bit depth of
+deeper pixels is the smallest of 12, 16 and 32 bits that holds the brightest one: many cameras store 12 bits in 16, and
+files do not record the true depth.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Shaped, UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 from regolite.errors import UserError
@@ -39,12 +39,12 @@ from regolite.errors import UserError
 SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-"""Endings of the files that a folder or a pattern offers as images."""
+"""Suffixes of image files in a folder or a pattern."""
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-"""Endings of videos, which :mod:`regolite.data.video` reads."""
+"""Suffixes of videos, which :mod:`regolite.data.video` reads."""
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | bytes | bytearray | memoryview
-"""Whatever :func:`read_image` reads."""
+"""The sources that :func:`read_image` accepts."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,10 +55,10 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by EXIF's orientation."""
-BITS = (8, 12, 16, 32)  # depths; few, or every dark image of 16 bits would be taken for one of fewer
+"""The transposition that makes an image upright, by EXIF orientation."""
+BITS = (8, 12, 16, 32)  # candidate depths; with more, a dark 16-bit image would be taken for a shallower one
 OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # Pillow's letters for byte orders
-ALMOST = 1e-3  # by how much rounding may carry floating-point pixels out of their range
+ALMOST = 1e-3  # tolerance for floating-point pixels that rounding moved out of range
 
 
 def read_image(source: ImageSource, upright: bool = True) -> Image.Image:
@@ -67,15 +67,14 @@ def read_image(source: ImageSource, upright: bool = True) -> Image.Image:
     Args:
         source: a path, a PIL image of any mode, a NumPy array ``[H, W]`` or ``[H, W, 1 to 4]``, a tensor ``[H, W]`` or
             ``[1 to 4, H, W]``, or the bytes of a file. Arrays and tensors hold grayscale or RGB, with or without alpha:
-            integers, or floating-point numbers from 0 to 1 (or, where the brightest is 2 or more, on the scale of
-            integers).
-        upright: turn the image as its EXIF orientation says, as viewers do; False keeps the stored pixels.
+            integers, or floating-point numbers from 0 to 1 (if the brightest is 2 or more, on the scale of integers).
+        upright: apply the EXIF orientation, as viewers do; False keeps the stored pixels.
 
     Returns:
-        The image: RGB, 8 bits a channel, without metadata. Of an animation it is the first frame, which a warning says.
+        The image: RGB, 8 bits per channel, without metadata. Of an animation the first frame, with a warning.
 
     Raises:
-        UserError: no such file, a URL, or nothing that can be read as an image.
+        UserError: no such file, a URL, or not a readable image.
     """
     name = name_of(source)
     if isinstance(source, (np.ndarray, Tensor)):
@@ -92,55 +91,58 @@ def read_image(source: ImageSource, upright: bool = True) -> Image.Image:
             lower = _lower_bytes(image)
             image.load()
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photograph and its previews
-                said = f"image {name} has {image.n_frames} frames: only frame {image.tell() + 1} is used"
-                warnings.warn(said, stacklevel=2)
+                message = f"image {name} has {image.n_frames} frames: only frame {image.tell() + 1} is used"
+                warnings.warn(message, stacklevel=2)
             turn = TURNS.get(orientation_of(image)) if upright else None
             rgb = _to_rgb(image, name, lower)
             rgb = rgb if turn is None else rgb.transpose(turn)
     except (UserError, UserWarning):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        size = str(error).split(",")[0]  # after it Pillow warns of attacks
+        size = str(error).split(",")[0]  # the rest warns of attacks
         raise UserError(
             f"image {name} is larger than Pillow's limit ({size}): make it smaller or, if you trust it, set "
             "PIL.Image.MAX_IMAGE_PIXELS = 10**9 first"
         ) from error
-    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+    except Exception as error:  # Pillow's decoders can raise almost any exception on a broken file
         raise UserError(f"image {name} cannot be read ({error}): replace the file") from error
     if not all(rgb.size):
         raise UserError(f"image {name} is {rgb.width}x{rgb.height} pixels: it is empty")
-    rgb.info = {}  # with EXIF's orientation the next reader would turn the image again
+    rgb.info = {}  # otherwise the next reader would apply the EXIF orientation again
     return rgb
 
 
 def _opened(source: str | os.PathLike[str] | Image.Image | bytes | bytearray | memoryview) -> Any:
-    """A PIL image to use in a ``with`` statement, which closes only what is opened here."""
+    """A context manager for a PIL image, which closes only images that are opened here."""
     if isinstance(source, Image.Image):
         return nullcontext(source)
     return Image.open(source if isinstance(source, (str, os.PathLike)) else io.BytesIO(source))
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's orientation of a PIL image, from 1 (upright) to 8; 1 where EXIF does not say or is broken."""
+    """The EXIF orientation of a PIL image, from 1 (upright) to 8; 1 if it is missing or the EXIF data is broken."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these itself
+        return 1  # Pillow applies the orientation of TIFF files itself
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow's parser raises nearly anything on broken EXIF
+    except Exception:  # Pillow's parser can raise almost any exception on broken EXIF data
         return 1
 
 
 def _lower_bytes(image: Image.Image) -> UInt8[np.ndarray, "H W C"] | None:
-    """The lower byte of each color of 16 bits, which Pillow drops; None for other images, and for decoded ones.
+    """The lower byte of each 16-bit channel, which Pillow drops; None for other images, and for decoded ones.
 
-    Pillow keeps the upper byte. Told that the bytes come in the other order, it keeps the lower one.
+    Pillow keeps the upper byte. With the byte order reversed, it keeps the lower one.
     """
-    tiles = getattr(image, "tile", [])  # what the file holds where, and how: codec, extents, offset, arguments
-    arguments = tiles[0][3] if tiles else ""
+    if not isinstance(image, ImageFile.ImageFile) or image.fp is None:
+        return None
+    arguments = image.tile[0][3] if image.tile else ""  # a tile: codec, extents, offset, arguments
     raw_mode = str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
     if image.mode not in ("RGB", "RGBA", "RGBX") or not re.search(";16[BLN]$", raw_mode):
         return None
-    is_gray = raw_mode.startswith("LA")  # 16 bits of gray and of alpha are four times 8, gray's lower byte the second
+    is_gray = raw_mode.startswith(
+        "LA"
+    )  # 16-bit gray and alpha read as four 8-bit channels: gray's lower byte is second
     other = "RGBA" if is_gray else raw_mode[:-1] + OTHER_ORDER[raw_mode[-1]]
     position = image.fp.tell()
     image.fp.seek(0)
@@ -148,16 +150,17 @@ def _lower_bytes(image: Image.Image) -> UInt8[np.ndarray, "H W C"] | None:
     image.fp.seek(position)
     with Image.open(file) as lower:
         lower.seek(image.tell())
-        for n, (*tile, args) in enumerate(lower.tile):
+        tiles: list[Any] = lower.tile  # of plain tuples in older Pillow
+        for n, (*tile, args) in enumerate(tiles):
             args = (other, *args[1:]) if isinstance(args, tuple) else other
-            lower.tile[n] = getattr(type(lower.tile[n]), "_make", tuple)((*tile, args))  # a plain tuple in older Pillow
+            tiles[n] = getattr(type(tiles[n]), "_make", tuple)((*tile, args))
         lower.load()
         found = np.asarray(lower)
     return found[..., 1:2] if is_gray else found
 
 
 def _to_rgb(image: Image.Image, name: str, lower: UInt8[np.ndarray, "H W C"] | None) -> Image.Image:
-    """A PIL image of any mode as RGB, with the lower bytes of its colors if there are any; never the same object."""
+    """Convert a PIL image of any mode to RGB, with the lower bytes of 16-bit channels; always a new object."""
     if lower is not None:
         return _from_array((np.asarray(image).astype(np.uint16) << 8) | lower, name)
     if image.mode[0] in "IF":  # Pillow's own conversion clips at 255 instead of scaling
@@ -170,11 +173,11 @@ def _to_rgb(image: Image.Image, name: str, lower: UInt8[np.ndarray, "H W C"] | N
 
 
 def _rows_first(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
-    """A tensor as an array with its channels last."""
+    """Convert a tensor to an array with the channels last."""
     tensor = tensor.detach().cpu()
-    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # which NumPy does not have
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
     if tensor.dim() != 3:
-        return tensor.numpy()  # grayscale, or a wrong shape that the next step names
+        return tensor.numpy()  # grayscale, or a wrong shape that the caller reports
     if tensor.shape[0] > 4 and tensor.shape[2] <= 4:
         raise UserError(
             f"tensor of shape {list(tensor.shape)}: give channels x height x width, as tensor.permute(2, 0, 1)"
@@ -183,7 +186,7 @@ def _rows_first(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
 
 
 def _from_array(array: Shaped[np.ndarray, "..."], name: str) -> Image.Image:
-    """An array ``[H, W]`` or ``[H, W, channels]`` as an RGB image."""
+    """Convert an array ``[H, W]`` or ``[H, W, channels]`` to an RGB image."""
     shape = list(array.shape)
     channels = shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or not 1 <= channels <= 4:
@@ -196,9 +199,9 @@ def _from_array(array: Shaped[np.ndarray, "..."], name: str) -> Image.Image:
 
 
 def _to_bytes(pixels: Shaped[np.ndarray, "H W C"], name: str) -> UInt8[np.ndarray, "H W C"]:
-    """Pixels of any type and depth in 8 bits.
+    """Convert pixels of any type and depth to 8 bits.
 
-    Deeper ones lose their lowest bits, as Pillow does with colors of 16 bits.
+    Deeper pixels lose their lowest bits, as in Pillow.
     """
     kind = pixels.dtype.kind
     if kind not in "buif":
@@ -209,8 +212,8 @@ def _to_bytes(pixels: Shaped[np.ndarray, "H W C"], name: str) -> UInt8[np.ndarra
         return pixels * np.uint8(255)
     low, top = float(pixels.min()), float(pixels.max())
     if not (low >= -ALMOST and top < 2**32) or (kind == "f" and 1 + ALMOST < top < 2):  # NaN too
-        right = "from 0 to 1, or to 255 (undo a normalization first)" if kind == "f" else "from 0"
-        raise UserError(f"image {name} has pixels from {low:g} to {top:g}: give numbers {right}")
+        valid = "from 0 to 1, or to 255 (undo a normalization first)" if kind == "f" else "from 0"
+        raise UserError(f"image {name} has pixels from {low:g} to {top:g}: give numbers {valid}")
     if kind == "f":
         pixels = np.round(pixels.astype(np.float64).clip(0) * (255 if top <= 1 + ALMOST else 1))
         if top <= 1 + ALMOST:
@@ -221,22 +224,21 @@ def _to_bytes(pixels: Shaped[np.ndarray, "H W C"], name: str) -> UInt8[np.ndarra
 
 
 def list_images(sources: ImageSource | Iterable[ImageSource]) -> list[ImageSource]:
-    """The images that somebody means: folders and patterns become the files in them, by name.
+    """List images, with folders and patterns expanded to files, sorted by name.
 
     Args:
-        sources: an image (see :func:`read_image`), or several. A folder stands for its own images, and not for those of
-            its subfolders; a pattern has ``*``, ``?``, ``[...]`` or ``**``, as ``photos/**/*.jpg``. An array or tensor
+        sources: one image (see :func:`read_image`) or several. A folder stands for the images in it, without its
+            subfolders. A pattern contains ``*``, ``?``, ``[...]`` or ``**``, as ``photos/**/*.jpg``. An array or tensor
             of four dimensions is a batch.
 
     Raises:
-        UserError: a URL, nothing of this name, or no image in there.
+        UserError: a URL, no such file, or no images in a folder or pattern.
     """
     if isinstance(sources, (str, os.PathLike)):
-        return _files(os.fspath(sources))
-    if isinstance(sources, (np.ndarray, Tensor)) and sources.ndim == 4:
-        return list(sources)
-    is_one = isinstance(sources, (Image.Image, np.ndarray, Tensor, bytes, bytearray, memoryview))
-    if is_one or not isinstance(sources, Iterable):
+        return [*_files(os.fspath(sources))]
+    if isinstance(sources, (np.ndarray, Tensor)):
+        return list(sources) if sources.ndim == 4 else [sources]
+    if isinstance(sources, (Image.Image, bytes, bytearray, memoryview)) or not isinstance(sources, Iterable):
         return [sources]
     return [image for source in sources for image in list_images(source)]
 
@@ -263,10 +265,10 @@ def _files(text: str) -> list[Path]:
 
 
 def check_path(source: str | os.PathLike[str]) -> None:
-    """Refuse what is no file.
+    """Check that a path is an image file.
 
     Raises:
-        UserError: a URL, a folder, or nothing of this name.
+        UserError: a URL, a folder, a video, or no such file.
     """
     text = os.fspath(source)
     if is_url(text):
@@ -280,10 +282,10 @@ def check_path(source: str | os.PathLike[str]) -> None:
 
 
 def check_image(source: ImageSource) -> None:
-    """Refuse what :func:`read_image` is sure to refuse, at the cost of opening the file, not of decoding it.
+    """Check an image file by its header, without decoding it.
 
     Raises:
-        UserError: as :func:`read_image` says it.
+        UserError: as :func:`read_image`.
     """
     if not isinstance(source, (str, os.PathLike)):
         return
@@ -291,12 +293,12 @@ def check_image(source: ImageSource) -> None:
         check_path(source)
         with Image.open(source):
             pass
-    except Exception:  # of whatever kind: reading it raises the error that says it
+    except Exception:  # any error: read_image raises it with a message
         read_image(source)
 
 
 def name_of(source: ImageSource) -> str:
-    """What messages call an image: its file, or what kind of thing holds it."""
+    """The name of an image in messages: its path, or the type of its source."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     name = getattr(source, "filename", "")  # of a PIL image that was opened
@@ -304,10 +306,10 @@ def name_of(source: ImageSource) -> str:
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is a URL; ``Path`` makes one slash of its two, and ``C:/`` is a drive."""
+    """Whether a text is a URL; ``Path`` collapses its two slashes into one, and ``C:/`` is a drive."""
     return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", text) is not None
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file ends as images do, and is no hidden one: macOS adds ``._a.jpg`` to ``a.jpg`` in archives."""
+    """Whether a file has the suffix of an image and is not hidden: macOS adds ``._a.jpg`` to ``a.jpg`` in archives."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()

@@ -1,4 +1,4 @@
-"""One way to name any data set: a folder, or a word for scenes."""
+"""Open any dataset by name: a folder, or a specification of synthetic scenes."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def open_data(
     """Open a COCO-format folder, or scenes.
 
     Args:
-        root: a folder, or ``scenes[:N][:option=value]...``: N training images (2000 if not given), and the options
-            ``val`` (number of images in the split ``val``, a tenth of N if not given), ``seed``, ``size``,
+        root: a folder, or ``scenes[:N][:option=value]...``: N training images (2000 by default), and the options
+            ``val`` (number of images in the split ``val``, by default a tenth of N), ``seed``, ``size``,
             ``max_objects`` and ``context`` of ``Scenes``. Examples: ``data/coco_tiny``, ``scenes``,
-            ``scenes:500:seed=3:context=0``. A folder that happens to be called so is ``./scenes``. ``DIR:every=10`` is
-            a folder of which every tenth training image is used; its other splits stay whole.
-        split: ``train``, ``val`` or ``test``, or several as in ``train+val``; a folder needs a file of annotations for
+            ``scenes:500:seed=3:context=0``. A folder with that name is ``./scenes``. ``DIR:every=10`` uses every tenth
+            training image of a folder; other splits stay complete.
+        split: ``train``, ``val`` or ``test``, or several as in ``train+val``; a folder needs an annotation file for
             each.
         transform: called with the image and its boxes and labels; None only normalizes.
-        limit: use only the first so many images.
+        limit: use only the first ``limit`` images.
         check_files: refuse a folder in which images are missing.
 
     Raises:
-        UserError: what ``CocoFolder`` and ``Scenes`` raise, or a specification of scenes that cannot be read.
+        UserError: as ``CocoFolder`` and ``Scenes``, or an invalid specification of scenes.
     """
     if "+" in split:
         parts = [open_data(root, part, transform, limit, check_files) for part in split.split("+")]

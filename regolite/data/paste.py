@@ -1,8 +1,9 @@
 """Copy-paste augmentation: objects are cut out along their masks and pasted onto other images.
 
 After Dwibedi, Misra and Hebert, "Cut, Paste and Learn" (ICCV 2017), and Ghiasi et al., "Simple Copy-Paste is a Strong
-Data Augmentation Method for Instance Segmentation" (CVPR 2021). As in both papers, objects land anywhere, whatever the
-scene. Their edges are faded, or a detector learns to find hard edges instead of objects (Dwibedi et al., section 5.2).
+Data Augmentation Method for Instance Segmentation" (CVPR 2021). As in both papers, objects are pasted at random places,
+regardless of the scene. Their edges are blended, since a detector would otherwise learn to detect hard edges instead of
+objects (Dwibedi et al., section 5.2).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from regolite.data.dataset import DetectionDataset, Objects
 from regolite.data.views import View
 from regolite.errors import UserError
 
-EDGE = 1.5  # standard deviation in pixels of the blur that fades the edge of a cut-out
-BORDER = 2  # an object closer to the image border, in pixels, counts as truncated: polygons often stop short of it
-COVERED = 0.7  # an object is dropped when more than this share of it is covered
+EDGE = 1.5  # standard deviation in pixels of the Gaussian blur that blends the edge of a cut-out
+BORDER = 2  # objects closer to the image border, in pixels, count as truncated: polygons often stop short of it
+COVERED = 0.7  # objects occluded by more than this fraction are dropped
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class CutOut:
     Attributes:
         image: RGBA, as large as the object's box; alpha is 0 outside its mask and rises to 255 from the edge inwards.
         class_name: name of its class (labels differ between datasets).
-        image_id: COCO's id of the image that it comes from.
-        scale: square root of the share of that image that its box takes.
+        image_id: COCO's id of the source image.
+        scale: square root of the area of its box relative to the source image.
     """
 
     image: Image.Image
@@ -69,11 +70,10 @@ def cut_outs(
         classes: names of the classes to cut out; None for all.
         min_size: least width and height of an object in pixels.
         per_class: the most cut-outs of a class, since all stay in memory; the first ones are taken.
-        limit: use only the first so many images.
+        limit: use only the first ``limit`` images.
 
     Raises:
-        UserError: a class that the folder does not have, no masks, a mask that cannot be read, no object that can be
-            used, or what ``CocoFolder`` raises.
+        UserError: an unknown class, no masks, a mask that cannot be read, no usable object, or as ``CocoFolder``.
     """
     data = CocoFolder(root, split, limit=limit)
     unknown = set(classes or ()) - set(data.classes)
@@ -82,8 +82,8 @@ def cut_outs(
     names = dict(zip(data.category_ids, data.classes))
     file = find_annotations(Path(root), split)
     coco = COCO()
-    coco.dataset = json.loads(file.read_bytes())  # read again, since a CocoFolder keeps no masks, to save memory
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints whatever it does
+    coco.dataset = json.loads(file.read_bytes())  # a CocoFolder keeps no masks, to save memory
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco.createIndex()
     found: list[CutOut] = []
     masks, count = 0, Counter[str]()
@@ -103,7 +103,7 @@ def cut_outs(
                 continue
             image = image or data.image(i)
             cut = image.crop(box)
-            # Blurred, alpha is one half along the outline. Only the inner half is kept: outside is background.
+            # After blurring, alpha is one half along the outline. Only the inner half is kept: outside is background.
             blurred = mask.filter(ImageFilter.GaussianBlur(EDGE)).crop(box)
             cut.putalpha(blurred.point(lambda alpha: max(0, 2 * alpha - 255)))
             found.append(CutOut(cut, name, image_id, math.sqrt(cut.width * cut.height / (width * height))))
@@ -124,18 +124,19 @@ def cut_outs(
 class Pasted(View):
     """A dataset for training, with cut-outs pasted onto its images at random.
 
-    ``pasted[i]`` and ``pasted.sample(i)`` draw new cut-outs at every call, from torch's global generator; ``image`` and
-    ``objects`` give the originals, because two separate calls could not agree. The dataset's transform follows.
+    ``pasted[i]`` and ``pasted.sample(i)`` draw new cut-outs at every call, from torch's global generator. ``image`` and
+    ``objects`` return the originals, because two separate calls would draw different cut-outs. The dataset's transform
+    is applied afterwards.
 
     Args:
         dataset: the images to paste onto.
-        cut_outs: what to draw from, uniformly.
-        probability: of pasting anything onto an image.
-        most: the most cut-outs on one image; their number is drawn from 1 to ``most``.
-        scales: range of the factor on a cut-out's own ``scale``, drawn log-uniformly; above 1 it may be blurred.
+        cut_outs: the cut-outs, drawn uniformly.
+        probability: probability that an image gets any cut-outs.
+        most: the most cut-outs on one image; their number is drawn uniformly from 1 to ``most``.
+        scales: range of the factor on a cut-out's own ``scale``, drawn log-uniformly; factors above 1 blur.
 
     Raises:
-        UserError: a class that the dataset does not have, no cut-outs, an option out of its range.
+        UserError: an unknown class, no cut-outs, an option out of range.
     """
 
     def __init__(
@@ -163,20 +164,20 @@ class Pasted(View):
         self.transform = dataset.transform
 
     def sample(self, i: int) -> tuple[Image.Image, Objects]:
-        """Image ``i`` with pasted objects, and all objects seen in it; crowds and hidden objects are left out."""
+        """Image ``i`` with pasted objects, and all visible objects; crowds and occluded objects are left out."""
         image, objects = self.dataset.sample(i)
         objects = objects.targets(image.height, image.width)
         if torch.rand(()) >= self.probability:
             return image, objects
         image = image.copy()
-        front = np.full((image.height, image.width), -1)  # which pasted object each pixel shows; -1 is none
+        front = np.full((image.height, image.width), -1)  # index of the pasted object at each pixel, or -1
         labels, boxes, areas = [], [], []
         for k in range(1 + _below(self.most)):
             cut_out = self.cut_outs[_below(len(self.cut_outs))]
             cut = self._resize(cut_out, image.size)
             left, top = _below(image.width - cut.width + 1), _below(image.height - cut.height + 1)
             image.paste(cut, (left, top), cut)
-            solid = np.asarray(cut)[:, :, 3] >= 48  # along a straight edge the faded alpha begins with 63
+            solid = np.asarray(cut)[:, :, 3] >= 48  # along a straight edge the blended alpha begins with 63
             front[top : top + cut.height, left : left + cut.width][solid] = k
             labels.append(self.classes.index(cut_out.class_name))
             boxes.append([left, top, cut.width, cut.height])
@@ -202,31 +203,32 @@ class Pasted(View):
         raise UserError("a dataset with pasted objects has no fixed ground truth: evaluate on its attribute `dataset`")
 
     def _resize(self, cut_out: CutOut, size: tuple[int, int]) -> Image.Image:
-        """A cut-out at a random scale that fits into an image of this width and height; half of the time flipped."""
+        """Resize a cut-out to a random scale that fits into an image (width, height); flip it with probability 1/2."""
         low, high = map(math.log, self.scales)
         scale = cut_out.scale * math.exp(low + (high - low) * float(torch.rand(())))
         factor = scale * math.sqrt(math.prod(size) / math.prod(cut_out.image.size))
         factor = min(factor, *(whole / part for whole, part in zip(size, cut_out.image.size)))
-        cut = cut_out.image.resize(tuple(max(1, round(factor * side)) for side in cut_out.image.size))
+        width, height = (max(1, round(factor * side)) for side in cut_out.image.size)
+        cut = cut_out.image.resize((width, height))
         return ImageOps.mirror(cut) if torch.rand(()) < 0.5 else cut
 
 
 def _visible(objects: Objects, owners: Int[np.ndarray, "N"], front: Int[np.ndarray, "H W"]) -> Objects:
-    """The objects that are not mostly covered, with the boxes of what can be seen of them.
+    """Drop objects that are mostly occluded, and shrink boxes to the visible part.
 
     Args:
-        objects: original ones, of which only boxes are known, and pasted ones, whose area is their number of pixels.
-        owners: their numbers in ``front``; -1 for original ones.
-        front: which pasted object each pixel shows, or -1.
+        objects: original objects, of which only boxes are known, and pasted ones, whose area is their pixel count.
+        owners: index of each object in ``front``; -1 for original objects.
+        front: index of the pasted object at each pixel, or -1.
     """
     boxes, shares = objects.boxes.copy(), np.zeros(len(objects))
     for n, (x, y, width, height) in enumerate(objects.boxes.tolist()):
         left, top = math.floor(x), math.floor(y)
         shown = front[top : math.ceil(y + height), left : math.ceil(x + width)] == owners[n]
         pixels = shown.size if owners[n] < 0 else objects.areas[n]
-        if shown.any():
+        if (visible := Image.fromarray(shown).getbbox()) is not None:
             shares[n] = shown.sum() / pixels
-            x0, y0, x1, y1 = Image.fromarray(shown).getbbox()
+            x0, y0, x1, y1 = visible
             start = max(x, left + x0), max(y, top + y0)
             boxes[n] = *start, min(x + width, left + x1) - start[0], min(y + height, top + y1) - start[1]
     seen = Objects(objects.ids, objects.labels, boxes, shares * objects.areas, objects.crowd, objects.decided_by)
@@ -234,12 +236,12 @@ def _visible(objects: Objects, owners: Int[np.ndarray, "N"], front: Int[np.ndarr
 
 
 def _mask(coco: COCO, annotation: dict[str, Any], size: tuple[int, int], file: Path) -> Image.Image:
-    """An annotation's mask, 0 or 255, in an image of this width and height."""
+    """The mask of an annotation, 0 or 255, for an image of this width and height."""
     try:
         mask = Image.fromarray(255 * coco.annToMask(annotation))
         if mask.size != size:
             raise ValueError(f"its size is {mask.size}, that of the image {size}")
-    except Exception as error:  # pycocotools raises nearly anything
+    except Exception as error:  # pycocotools can raise almost any exception
         raise UserError(
             f"{file}: the segmentation of annotation {annotation['id']} cannot be read ({error}): correct it"
         ) from error
@@ -247,5 +249,5 @@ def _mask(coco: COCO, annotation: dict[str, Any], size: tuple[int, int], file: P
 
 
 def _below(end: int) -> int:
-    """A random whole number from 0 to ``end - 1``."""
+    """A random integer from 0 to ``end - 1``."""
     return int(torch.randint(end, ()))

@@ -1,13 +1,12 @@
-"""Full COCO 2017: download it, unpack it, and say what is wrong with it; or with any data folder in COCO's format.
+"""Download, unpack and validate COCO 2017; validate any data folder in COCO format.
 
-Twenty gigabytes come over connections that break, from a server that cannot be reached over https, onto disks that
-fill up. So nothing is believed: a download goes on where it stopped (HTTP's ``Range``) and counts only once its size
-and SHA-256 are COCO's; an archive is looked through before any of it is written, and may hold COCO's own names and
-nothing else; each file is unpacked beside its place, compared with the archive's CRC, and renamed. Whatever stops it,
-the same command goes on from there.
+The download is 20 GB from a server without valid https, so everything is verified. An interrupted download continues
+(HTTP ``Range``) and is accepted only with COCO's size and SHA-256. An archive is inspected before anything is unpacked,
+and may contain COCO's own file names only. Each file is unpacked under a temporary name, checked against the archive's
+CRC, and renamed. After any interruption the same command continues.
 
-:func:`check_coco` tells apart what is *wrong*, so that training would stop or learn nonsense, and what is only worth
-*noting*, as two boxes without area that COCO's own annotations have: training leaves them out.
+:func:`check_coco` separates *errors*, which would stop or corrupt training, from *notes*, such as the two boxes without
+area in COCO's own annotations, which training leaves out.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from http.client import HTTPException, HTTPResponse
 from io import FileIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from regolite.data.coco import (
     LONGEST,
@@ -52,13 +51,13 @@ from regolite.errors import UserError
 from regolite.utils.lock import locked
 from regolite.utils.progress import Status
 
-MIRROR = "http://images.cocodataset.org"  # its https shows the certificate of another name
+MIRROR = "http://images.cocodataset.org"  # its https certificate is for another name
 SPLITS = ("train", "val")
 IMAGES = {"train": 118_287, "val": 5_000}  # of COCO 2017
 TIMEOUT = 60.0  # seconds without a byte
-WAITS = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds before each new attempt; what arrives in between resets the count
+WAITS = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds before each retry; received data resets the count
 CHUNK = 1 << 20  # bytes
-NO_SIZE = 1 << 60  # pixels of an image that has no size: no box can lie outside
+NO_SIZE = 1 << 60  # pixels: stands for a missing image size, so that no box lies outside
 SCALED = "image scaled after annotation"
 
 
@@ -67,12 +66,12 @@ class Archive:
     """One of COCO's zip files.
 
     Attributes:
-        path: its path below the server's address.
-        size: its bytes.
+        path: its path on the server.
+        size: its size in bytes.
         sha256: its SHA-256.
-        unpacked: bytes of what is unpacked of it.
+        unpacked: bytes of the files unpacked from it.
         folder: the only folder in it.
-        files: regular expression of the names in that folder.
+        files: regular expression of the file names in that folder.
     """
 
     path: str
@@ -88,14 +87,14 @@ class Archive:
         return self.path.rpartition("/")[2]
 
 
-# COCO publishes no sums. These sizes and sums are those that TensorFlow Datasets checks its downloads against
-# (tensorflow/datasets, url_checksums/coco.txt); torchvision's prototype of COCO has the same sums.
+# COCO publishes no checksums. These sizes and checksums are those of TensorFlow Datasets (tensorflow/datasets,
+# url_checksums/coco.txt); torchvision's prototype of COCO has the same checksums.
 ARCHIVES = {
     "annotations": Archive(
         "annotations/annotations_trainval2017.zip",
         252_907_541,
         "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-        469_785_474 + 19_987_840,  # of its six files only instances_train2017.json and instances_val2017.json
+        469_785_474 + 19_987_840,  # instances_train2017.json and instances_val2017.json only
         "annotations",
         r"(captions|instances|person_keypoints)_(train|val)2017\.json",
     ),
@@ -103,7 +102,7 @@ ARCHIVES = {
         "zips/val2017.zip",
         815_585_330,
         "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-        815_585_330,  # JPEG cannot be packed any denser
+        815_585_330,  # JPEG files are stored uncompressed
         "val2017",
         r"\d{12}\.jpg",
     ),
@@ -125,23 +124,23 @@ def prepare_coco(
     keep_zips: bool = False,
     archives: Mapping[str, Archive] = ARCHIVES,
 ) -> None:
-    """Download what is missing of COCO 2017 and unpack it: ``train2017/``, ``val2017/`` and ``annotations/``.
+    """Download the missing parts of COCO 2017 and unpack them: ``train2017/``, ``val2017/`` and ``annotations/``.
 
-    Files that are there already are not downloaded again, be they unpacked or a zip file in ``root``. A zip file that
-    was downloaded here is deleted once it is unpacked; one that was there before never is.
+    Existing files, unpacked or as a zip file in ``root``, are not downloaded again. Downloaded zip files are deleted
+    after unpacking; zip files that existed before are kept.
 
     Args:
-        root: the data folder; it is made where there is none.
+        root: the data folder; it is created if necessary.
         splits: ``train``, ``val`` or both.
-        mirror: address of a server that has COCO's files under their own paths. It need not be trusted: sizes and sums
-            are checked.
+        mirror: address of a server that has COCO's files under their own paths. It need not be trusted: sizes and
+            checksums are verified.
         keep_zips: keep the zip files.
-        archives: the files by what they hold: ``annotations``, ``train``, ``val``.
+        archives: the archives by content: ``annotations``, ``train``, ``val``.
 
     Raises:
-        UserError: no room on the disk; a server that cannot be reached, does not have the files or has others; an
-            archive that is damaged or holds what it must not; another process that prepares the same folder. What has
-            been downloaded is still there.
+        UserError: not enough disk space; a server that cannot be reached, or whose files are missing or different; an
+            archive that is damaged or has unexpected content; another process that prepares the same folder.
+            Downloaded data is kept.
     """
     root = Path(root)
     check_address(mirror, root)
@@ -152,7 +151,7 @@ def prepare_coco(
 
 
 def _prepare(root: Path, splits: Sequence[str], mirror: str, keep_zips: bool, archives: Mapping[str, Archive]) -> None:
-    """Do what :func:`prepare_coco` does once its arguments are checked."""
+    """Implements :func:`prepare_coco` after its arguments are checked."""
     listed: dict[str, list[str]] = {}
     done: set[str] = set()
     while todo := [name for name in _missing(root, splits, listed) if name not in done]:
@@ -168,18 +167,18 @@ def _prepare(root: Path, splits: Sequence[str], mirror: str, keep_zips: bool, ar
             if keep_zips:
                 os.replace(file, own)
             else:
-                getattr(os, "sync", lambda: None)()  # the images must be on the disk before their zip file goes
+                getattr(os, "sync", lambda: None)()  # the images must be on disk before their zip file is deleted
                 file.unlink()
         done.add(todo[0])
 
 
 def _missing(root: Path, splits: Sequence[str], listed: dict[str, list[str]]) -> list[str]:
-    """Names of the archives that are needed, annotations first, since they say which images there must be.
+    """Names of the missing archives, annotations first, since they list the images.
 
     Args:
         root: the data folder.
-        splits: the wanted splits.
-        listed: the images that the annotations list, by split; filled here, since reading them takes a while.
+        splits: the requested splits.
+        listed: cache of the image names in the annotations, by split; filled here.
     """
     files = {split: root / "annotations" / f"instances_{split}2017.json" for split in splits}
     needed = [] if all(file.exists() for file in files.values()) else ["annotations"]
@@ -196,19 +195,19 @@ def _missing(root: Path, splits: Sequence[str], listed: dict[str, list[str]]) ->
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the files in a folder, without empty ones: those are what is left of an image after a power cut."""
+    """Sizes in bytes of the files in a folder, without empty ones, which a power failure can leave."""
     if not folder.is_dir():
         return {}
     return {entry.name: size for entry in os.scandir(folder) if entry.is_file() and (size := entry.stat().st_size)}
 
 
 def _part(root: Path, archive: Archive) -> Path:
-    """The file into which an archive is downloaded."""
+    """The temporary file of a download."""
     return root / f"{archive.name}.part"
 
 
 def _check_room(root: Path, archives: Sequence[Archive], keep_zips: bool) -> None:
-    """Refuse to begin what the disk has no room for."""
+    """Check that the disk has enough space."""
     used = most = 0
     for archive in archives:
         part, own = _part(root, archive), (root / archive.name).exists()
@@ -230,7 +229,7 @@ def _check_room(root: Path, archives: Sequence[Archive], keep_zips: bool) -> Non
 
 
 def check_address(mirror: str, root: Path) -> None:
-    """Check where a download comes from and where it goes.
+    """Check the source and the destination of a download.
 
     Raises:
         UserError: the mirror is not an http address, or the folder is a file.
@@ -244,18 +243,18 @@ def check_address(mirror: str, root: Path) -> None:
 def download(
     url: str, file: Path, size: int, begins: bytes = b"PK", attempts: int | None = None, show: bool = True
 ) -> None:
-    """Download a file, from where an earlier attempt stopped.
+    """Download a file, or continue an interrupted download.
 
     Args:
         url: its address.
-        file: where to put it; what is in it already is taken for its beginning.
-        size: bytes that it must have in the end.
-        begins: its first bytes; an answer that begins otherwise is refused.
-        attempts: give up after this many attempts in a row without data; by default as many as ``WAITS`` has waits.
-        show: show a progress bar, and say why it tries again.
+        file: the destination; existing content is taken as the beginning of the file.
+        size: expected size in bytes.
+        begins: its first bytes; a response that begins differently is refused.
+        attempts: give up after this many consecutive attempts without data; by default the length of ``WAITS``.
+        show: show a progress bar, and print the reason of each retry.
 
     Raises:
-        UserError: the server does not have the file, has another one, or broke off again and again.
+        UserError: the file is missing or different on the server, or the connection failed repeatedly.
     """
     waits = WAITS[:attempts]
     with open(file, "ab", buffering=0) as out:
@@ -272,7 +271,7 @@ def download(
                     raise UserError(f"{url} ends before byte {have} of {size}: give another --mirror") from error
                 if error.code < 500 and error.code not in (408, 425, 429):
                     raise UserError(f"{url}: {reason}; check --mirror, or give another") from error
-            except (OSError, HTTPException) as error:  # of the network: _write() speaks for the disk
+            except (OSError, HTTPException) as error:  # network errors; _write() raises a UserError for disk errors
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
             failures = 0 if out.tell() > have else failures + 1
             have = out.tell()
@@ -291,14 +290,14 @@ def download(
 
 
 def _receive(url: str, out: FileIO, size: int, progress: _Progress, begins: bytes) -> None:
-    """One attempt: append to a file what the server sends, as far as it gets."""
+    """One attempt: append the received data to the file until the connection ends."""
     have = out.tell()
     request = urllib.request.Request(url, headers={"User-Agent": "regolite"})
     if have:
         request.add_header("Range", f"bytes={have}-")
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         skip = _beginning(answer, url, have, size)
-        while have < size and (data := answer.read1(CHUNK)):  # read1: what has come is not lost when it breaks
+        while have < size and (data := answer.read1(CHUNK)):  # read1: no data is lost if the connection breaks
             data, skip = data[skip:][: size - have], max(0, skip - len(data))
             if not have and not begins.startswith(data[: len(begins)]):
                 raise UserError(f"{url} is no zip file, perhaps a page to log in: check the network, or --mirror")
@@ -308,25 +307,25 @@ def _receive(url: str, out: FileIO, size: int, progress: _Progress, begins: byte
 
 
 def _beginning(answer: HTTPResponse, url: str, have: int, size: int) -> int:
-    """How many bytes of an answer to pass over: all that we have, where the server knows no ``Range``.
+    """Number of bytes of a response to skip: all bytes already received, if the server does not support ``Range``.
 
     Raises:
-        UserError: the answer's head says that this is another file.
-        HTTPException: it begins elsewhere.
+        UserError: the response header belongs to another file.
+        HTTPException: the response begins at another offset.
     """
-    said, skip = answer.headers.get("Content-Length", ""), have
+    total, skip = answer.headers.get("Content-Length", ""), have
     if answer.status == 206:
         match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
         if not match or int(match[1]) != have:
             raise HTTPException("the server sent another part of the file than was asked for")
-        said, skip = match[2], 0
-    if said.isdecimal() and int(said) != size:
-        raise UserError(f"{url} has {said} bytes instead of {size}, so it is another file: give another --mirror")
+        total, skip = match[2], 0
+    if total.isdecimal() and int(total) != size:
+        raise UserError(f"{url} has {total} bytes instead of {size}, so it is another file: give another --mirror")
     return skip
 
 
 def _write(file: FileIO, data: bytes) -> None:
-    """Write all of it; what the disk says is no matter of the network."""
+    """Write all data; disk errors become a UserError, to distinguish them from network errors."""
     rest = memoryview(data)
     try:
         while rest:
@@ -337,21 +336,21 @@ def _write(file: FileIO, data: bytes) -> None:
 
 def _disk_error(error: OSError, file: Path) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    mend = "free some space" if full else "check the disk"
-    return UserError(f"{file}: {error.strerror}; what is there already is kept: {mend} and give the same command again")
+    fix = "free some space" if full else "check the disk"
+    return UserError(f"{file}: {error.strerror}; what is there already is kept: {fix} and give the same command again")
 
 
 def verify(file: Path, archive: Archive, ours: bool) -> None:
-    """Check that a file has the size and the SHA-256 of COCO's.
+    """Check that a file has the size and the SHA-256 of COCO's archive.
 
     Args:
         file: the file.
-        archive: what it must be.
-        ours: it was downloaded here. A wrong one is then put aside, so that the next download begins anew; a file of
-            somebody else's is left as it is.
+        archive: the expected archive.
+        ours: the file was downloaded here. A wrong one is then moved aside, so that the next download starts again; a
+            user's own file is left unchanged.
 
     Raises:
-        UserError: it is another file, or damaged.
+        UserError: the file differs, or is damaged.
     """
     size = file.stat().st_size
     what = f"has {size} bytes, not {archive.size}"
@@ -368,32 +367,32 @@ def verify(file: Path, archive: Archive, ours: bool) -> None:
     if ours:
         aside = file.with_suffix(".damaged")
         os.replace(file, aside)
-        mend = f"it is now {aside.name}, delete it, and give the same command again or another --mirror"
+        fix = f"it is now {aside.name}, delete it, and give the same command again or another --mirror"
     else:
-        mend = f"delete it, or call it {archive.name}.part where it is only the beginning"
-    raise UserError(f"{file} {what}: {mend}")
+        fix = f"delete it, or rename it to {archive.name}.part if it is only the beginning"
+    raise UserError(f"{file} {what}: {fix}")
 
 
 # ------------------------------------------------------------------------------------------------------ unpacking
 
 
 def unpack(file: Path, root: Path, archive: Archive, wanted: Collection[str]) -> None:
-    """Unpack an archive; files that are there already with the right size and CRC stay as they are.
+    """Unpack an archive; existing files with the right size and CRC are kept.
 
     Args:
         file: the zip file.
-        root: where its folder goes.
-        archive: what it may hold.
+        root: the parent of its folder.
+        archive: its permitted content.
         wanted: names of the files to unpack.
 
     Raises:
-        UserError: it is damaged, or it holds names that COCO's does not have (``../x``, ``/x``, ...), links, or a file
-            twice: then nothing of it is written.
+        UserError: the archive is damaged, or has names that COCO's does not have (``../x``, ``/x``, ...), links, or
+            duplicate names. In the last three cases nothing is written.
     """
-    folder, mended = root / archive.folder, 0
+    folder, replaced = root / archive.folder, 0
     try:
         with zipfile.ZipFile(file) as content:
-            members = [m for m in _look_through(content, file, archive) if m.filename.rpartition("/")[2] in wanted]
+            members = [m for m in _inspect(content, file, archive) if m.filename.rpartition("/")[2] in wanted]
             folder.mkdir(parents=True, exist_ok=True)
             room = sum(member.file_size for member in members) - sum(_sizes(folder).values())
             if room > (free := shutil.disk_usage(folder).free):
@@ -402,19 +401,19 @@ def unpack(file: Path, root: Path, archive: Archive, wanted: Collection[str]) ->
             for member in members:
                 target = root / member.filename
                 if not _is_whole(target, member):
-                    mended += target.exists()
+                    replaced += target.exists()
                     with content.open(member) as source:
-                        _write_beside(source, target)
+                        _write_atomic(source, target)
                 progress.add(member.file_size)
             progress.close()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{file} cannot be unpacked ({error}): delete it and give the same command again") from error
-    if mended:
-        Status.say(f"{mended} files in {folder} differed from those in {archive.name} and were written anew")
+    if replaced:
+        Status.say(f"{replaced} files in {folder} differed from those in {archive.name} and were replaced")
 
 
-def _look_through(content: zipfile.ZipFile, file: Path, archive: Archive) -> list[zipfile.ZipInfo]:
-    """The files in an archive, after making sure that each is a file in the right place."""
+def _inspect(content: zipfile.ZipFile, file: Path, archive: Archive) -> list[zipfile.ZipInfo]:
+    """The files in an archive, after checking that each is a plain file with an expected name."""
     members, seen = [], set()
     for member in content.infolist():
         name, kind = member.orig_filename, stat.S_IFMT(member.external_attr >> 16)
@@ -435,7 +434,7 @@ def _look_through(content: zipfile.ZipFile, file: Path, archive: Archive) -> lis
 
 
 def _is_whole(target: Path, member: zipfile.ZipInfo) -> bool:
-    """Whether a file is there, with the size and the CRC that the archive says."""
+    """Whether a file exists, with the size and the CRC in the archive."""
     if target.is_symlink() or not target.is_file() or target.stat().st_size != member.file_size:
         return False
     crc = 0
@@ -445,8 +444,8 @@ def _is_whole(target: Path, member: zipfile.ZipInfo) -> bool:
     return crc == member.CRC
 
 
-def _write_beside(source: zipfile.ZipExtFile, target: Path) -> None:
-    """Write a file so that it is there whole or not at all; at the source's end its CRC is checked."""
+def _write_atomic(source: IO[bytes], target: Path) -> None:
+    """Unpack a file atomically; ``zipfile`` checks the CRC at its end."""
     temporary = target.with_name(f".{target.name}.part")
     try:
         with open(temporary, "wb", buffering=0) as out:
@@ -462,15 +461,15 @@ def _write_beside(source: zipfile.ZipExtFile, target: Path) -> None:
 
 @dataclass
 class Report:
-    """What there is in a data folder, and what is wrong with it.
+    """Content and defects of a data folder.
 
     Attributes:
         root: the folder.
-        counts: of each split its images, objects and categories.
-        wrong: what training would stop at or learn nonsense from: ``split``, ``kind``, ``file`` (of an image, or of
-            the annotations), ``image_id`` and ``annotation_id`` where there is one, and ``said``, the details.
-        notes: the same of what training copes with.
-        part_of: of each split that has COCO's categories and not all of its images, the number of all of them.
+        counts: number of images, objects and categories by split.
+        wrong: defects that would stop or corrupt training: ``split``, ``kind``, ``file`` (of an image, or of the
+            annotations), ``image_id`` and ``annotation_id`` if applicable, and ``said``, the details.
+        notes: defects that training tolerates, in the same form.
+        part_of: for each split with COCO's categories and only a subset of its images, the number of all images.
     """
 
     root: str
@@ -480,11 +479,11 @@ class Report:
     part_of: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The report as JSON content."""
         return dict(vars(self))
 
     def __str__(self) -> str:
-        """A few lines: counts, and of each kind of finding the number and the first three."""
+        """A summary: counts, and for each kind of finding its number and the first three."""
         lines = []
         for split, counts in self.counts.items():
             lines.append(f"{split}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
@@ -511,24 +510,24 @@ def check_coco(
     read_images: bool = False,
     workers: int | None = None,
 ) -> Report:
-    """Look for what is wrong with a data folder in COCO's format, be it COCO or another.
+    """Validate a data folder in COCO format.
 
-    Wrong is all that training would stop at: images that are missing, empty, listed twice or without a size; ids and
-    names of categories given twice; categories that differ between the splits; annotations of unknown images or
-    categories; boxes that are no four numbers, have a negative size or lie outside their image; other fields that are
-    no number of their kind. Noted are boxes without area (no targets in training), boxes that reach more than a pixel
-    over the edge (training clips them), objects whose outline has no area, images without objects, images that were
-    scaled after annotation (training scales them back), and images that are not listed. A folder with COCO's categories
-    and fewer images than COCO is said to be no more than a part of it.
+    Errors are everything that would stop training: images that are missing, empty, listed twice or without a size;
+    duplicate ids and category names; categories that differ between the splits; annotations of unknown images or
+    categories; boxes that are not four numbers, have a negative size or lie outside their image; other fields of an
+    invalid type. Notes are boxes without area (not training targets), boxes that extend beyond the image by more than a
+    pixel (training clips them), objects with an area of 0, images without objects, images that were scaled after
+    annotation (training scales them back), and unlisted image files. A folder with COCO's categories and fewer images
+    is reported as a subset of COCO.
 
     Args:
-        root: the data folder, as :func:`regolite.data.open_data` takes it.
+        root: the data folder, as in :func:`regolite.data.open_data`.
         splits: names of the splits.
-        read_images: open every image too, which takes long: finds broken ones and those of another size or scale.
-        workers: how many images to open at a time; as many as there are processors by default.
+        read_images: decode every image too, which takes long: finds broken ones and those of another size or scale.
+        workers: number of threads that read images; the number of CPUs by default.
 
     Raises:
-        UserError: there is no such folder, or its annotations are no JSON of COCO's form.
+        UserError: the folder does not exist, or its annotations are not JSON in COCO format.
     """
     report = Report(str(root))
     categories: dict[str, dict[int, str]] = {}
@@ -544,7 +543,7 @@ def check_coco(
 
 
 def _check_split(root: Path, split: str, read_images: bool, workers: int | None, report: Report) -> dict[int, str]:
-    """Add to the report what a split has wrong; return the names of its categories by id, {} where these are wrong."""
+    """Add the findings of a split to the report; return its category names by id, {} if these are invalid."""
     file = find_annotations(root, split)
     images, annotations, categories = read_annotations(file)
     lists = file.relative_to(root).as_posix()
@@ -569,7 +568,7 @@ def _check_split(root: Path, split: str, read_images: bool, workers: int | None,
     for name, ids in ids_of.items():
         if len(ids) > 1:
             wrong("category name given twice", said=f"{name!r} is the name of {' and '.join(sorted(ids))}")
-    are_right = not any(f["split"] == split and f["kind"].startswith("category") for f in report.wrong)
+    are_valid = not any(f["split"] == split and f["kind"].startswith("category") for f in report.wrong)
     if not annotations:
         wrong("no annotations", said="there is nothing to learn or to measure")
     by_id = _check_images(images, files, wrong, note)
@@ -586,7 +585,7 @@ def _check_split(root: Path, split: str, read_images: bool, workers: int | None,
         there = {number: image for number, image in by_id.items() if image[0] not in files.missing}
         for number, kind, said in _read_all(files, there, f"open the images of {split}", workers):
             (note if kind == SCALED else wrong)(kind, there[number][0], said, image_id=number)
-    names = {category["id"]: str(category["name"]) for category in categories} if are_right else {}
+    names = {category["id"]: str(category["name"]) for category in categories} if are_valid else {}
     is_coco = (len(names), names.get(1), names.get(90)) == (80, "person", "toothbrush")
     if is_coco and len(images) < IMAGES.get(split, 0):
         report.part_of[split] = IMAGES[split]
@@ -594,7 +593,7 @@ def _check_split(root: Path, split: str, read_images: bool, workers: int | None,
 
 
 def _check_ids(kind: str, records: Sequence[Mapping[str, Any]], lists: str, wrong: Callable[..., None]) -> set[int]:
-    """The ids, which must be whole numbers and there once."""
+    """The ids, which must be unique integers."""
     seen: set[int] = set()
     for record in records:
         number, name = record.get("id"), str(record.get("file_name", lists))
@@ -611,7 +610,8 @@ def _check_images(
     images: Sequence[Mapping[str, Any]], files: ImageFiles, wrong: Callable[..., None], note: Callable[..., None]
 ) -> dict[int, tuple[str, int, int]]:
     """Name, width and height of the images, by id."""
-    sizes, missing, by_id, seen = _sizes(files.folder), set(files.missing), {}, set()
+    sizes, missing, seen = _sizes(files.folder), set(files.missing), set()
+    by_id: dict[int, tuple[str, int, int]] = {}
     for image in images:
         number, name, width, height = (image.get(key) for key in ("id", "file_name", "width", "height"))
         if not isinstance(name, str) or not name:
@@ -629,7 +629,7 @@ def _check_images(
             width = height = NO_SIZE
         if is_id(number):
             by_id.setdefault(number, (name, width, height))
-    if files.folder.name != "images":  # where splits share a folder, each has images that the other does not list
+    if files.folder.name != "images":  # in a folder shared by splits, each split lists only a part of the images
         listed = seen | {path.name for path in files.elsewhere.values() if path.parent == files.folder}
         for name in sorted(sizes.keys() - listed):
             note("image not listed", name)
@@ -643,7 +643,7 @@ def _check_annotations(
     wrong: Callable[..., None],
     note: Callable[..., None],
 ) -> set[int]:
-    """Ids of the images that have annotations."""
+    """Check the annotations; return the ids of the images that have any."""
     with_objects: set[int] = set()
     for annotation in annotations:
         image_id, category, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
@@ -655,9 +655,9 @@ def _check_annotations(
         with_objects.add(image_id)
         if type(category) is not int or category not in categories:
             wrong("unknown category", name, f"category_id {category!r}", **ids)
-        for key, (is_right, right) in OPTIONAL.items():
-            if annotation.get(key) is not None and not is_right(annotation[key]):
-                wrong(f"{key} is no number", name, f"{annotation[key]!r}, not {right}", **ids)
+        for key, (is_valid, valid) in OPTIONAL.items():
+            if annotation.get(key) is not None and not is_valid(annotation[key]):
+                wrong(f"{key} is no number", name, f"{annotation[key]!r}, not {valid}", **ids)
         if not is_box(box):
             wrong("box is not [x, y, width, height]", name, repr(box), **ids)
             continue
@@ -676,7 +676,7 @@ def _check_annotations(
 def _read_all(
     files: ImageFiles, images: Mapping[int, tuple[str, int, int]], title: str, workers: int | None
 ) -> list[tuple[int, str, str]]:
-    """Id, kind and details of the images that cannot be read, have another size, or were scaled."""
+    """Id, kind and details of images that cannot be read, have another size, or were scaled."""
 
     def read(number: int) -> tuple[int, str, str] | None:
         name, width, height = images[number]
@@ -695,7 +695,7 @@ def _read_all(
 
     status, found = Status(title, leave=False), []
     status.update(0.0)
-    with ThreadPool(workers) as pool:  # Pillow decodes without holding Python's lock
+    with ThreadPool(workers) as pool:  # Pillow releases the GIL while decoding
         for n, one in enumerate(pool.imap(read, images, chunksize=16), 1):
             found += [one] if one else []
             if n % 16 == 0:
@@ -708,7 +708,7 @@ def _read_all(
 
 
 class _Progress:
-    """Bytes done and bytes a second, shown a few times a second."""
+    """Shows processed bytes and bytes per second, up to five times a second."""
 
     def __init__(self, title: str, total: int, done: int = 0, enabled: bool = True) -> None:
         self.total, self.done, self.first, self.enabled = max(total, 1), done, done, enabled
@@ -717,11 +717,11 @@ class _Progress:
         self.status.update(done / self.total)
 
     def add(self, count: int) -> None:
-        """So many bytes more."""
+        """Count additional bytes."""
         self.update(self.done + count)
 
     def update(self, done: int) -> None:
-        """So many bytes in all."""
+        """Set the total of processed bytes."""
         self.done, now = done, time.monotonic()
         if now - self.shown >= 0.2:
             self.shown = now
@@ -729,17 +729,17 @@ class _Progress:
             self.status.update(done / self.total, f"{_bytes(done)} of {_bytes(self.total)}, {_bytes(speed)}/s")
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print a line if progress is shown."""
         if self.enabled:
             self.status.say(text)
 
     def close(self) -> None:
-        """End it."""
+        """Close the progress bar."""
         self.status.close()
 
 
 def _bytes(count: int | float) -> str:
-    """A number of bytes in words."""
+    """Format a number of bytes."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"

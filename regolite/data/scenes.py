@@ -1,13 +1,12 @@
-"""Scenes: a data set that is drawn, not downloaded, and in which context decides.
+"""Scenes: a synthetic dataset in which the class of some objects depends on context.
 
-Textured shapes lie over a noisy background and over each other. A class is a texture and a shape ("striped star"), and
-can be told from the object alone, with two exceptions: a **ball of square** and a **ball of star** look the same. Every
-ball stands beside a square or a star, its *decider*: the nearest one; what that is, the ball is of. No pixel inside a
-ball's box tells which. A model can tell that looks around the box, as REGO's enlarged glimpses do, or that lets objects
-attend to each other.
+Textured shapes lie over a noisy background and overlap each other. A class is a texture and a shape ("striped star"),
+recognizable from the object alone, with two exceptions: a **ball of square** and a **ball of star** look the same. The
+class of a ball is decided by the nearest square or star, its *decider*. No pixel inside the ball's box reveals it. A
+model must look around the box, as REGO's enlarged glimpses do, or let objects attend to each other.
 
-Which object decides which is kept as ground truth, in the annotations' ``decided_by`` and in ``Scenes.relations``, so
-that maps of relations can be scored and not only looked at.
+The ground-truth relations are stored in ``decided_by`` of the annotations and in ``Scenes.relations``, so that relation
+maps can be scored quantitatively.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from regolite.utils.validation import fits, plain
 
 TEXTURES = ("striped", "dotted", "checked")
 DECIDERS = ("square", "star")
-"""The shapes that decide what a ball is."""
+"""The shapes that decide the class of a ball."""
 
 
 def _polar(radii: list[float]) -> Float[np.ndarray, "P 2"]:
-    """Corners at equal angles and the given distances from the center."""
+    """Corners at equal angles and the given radii."""
     angles = 2 * math.pi * np.arange(len(radii)) / len(radii)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array(radii)[:, None]
 
 
-_ARM = np.array([(1, -0.36), (1, 0.36), (0.36, 0.36)]) * 0.94  # one arm of the cross, up to the next one's first corner
+_ARM = np.array([(1, -0.36), (1, 0.36), (0.36, 0.36)]) * 0.94  # one arm of the cross, up to the next arm
 SHAPES = {
     "square": _polar([1.0] * 4),
     "star": _polar([1.0, 0.45] * 5),
@@ -52,7 +51,7 @@ SHAPES = {
 }
 """Corners of each shape, within a circle of radius 1."""
 
-_EDGE = 2  # pixels around a ball's box that are kept free
+_EDGE = 2  # pixels of free margin around a ball's box
 
 CLASSES = (*(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES), *(f"ball of {s}" for s in DECIDERS))
 
@@ -66,10 +65,10 @@ class Thing:
         texture: one of ``TEXTURES``; a ball has none.
         x: center.
         y: center.
-        radius: of the circle around the shape.
-        angle: by which shape and texture are turned.
+        radius: radius of the circumscribed circle.
+        angle: rotation of shape and texture.
         colors: the two RGB colors of the texture, in [0, 255].
-        period: length after which the texture repeats.
+        period: period of the texture.
         phase: shift of the texture along its two axes, in periods.
         decider: for a ball, the index in the scene of the thing that decides its class.
     """
@@ -86,11 +85,11 @@ class Thing:
     decider: int | None = None
 
     def stencil(self) -> tuple[tuple[slice, slice], Float[np.ndarray, "n n"]]:
-        """The window of the image that holds the thing (rows, columns), and how much of each pixel it covers."""
+        """The window of the image around the thing (rows, columns), and the coverage of each pixel in [0, 1]."""
         reach = math.ceil(self.radius) + 1
         top, left = math.floor(self.y) - reach, math.floor(self.x) - reach
         side = 2 * reach + 1
-        fine = 4  # drawn four times as large and averaged: smooth edges
+        fine = 4  # supersampling factor, for smooth edges
         stencil = Image.new("L", (side * fine, side * fine))
         center = np.array([self.x - left, self.y - top])
         if self.shape == "ball":
@@ -125,7 +124,7 @@ class Thing:
         return dark + (light - dark) * np.clip(blend, 0, 1)[:, :, None]
 
     def gap(self, other: Thing) -> float:
-        """Free distance between the circles around two things."""
+        """Distance between the circumscribed circles of two things."""
         return math.hypot(self.x - other.x, self.y - other.y) - self.radius - other.radius
 
 
@@ -136,8 +135,8 @@ class Scene:
     Attributes:
         size: side of the square image in pixels.
         noise: seed of the background.
-        things: what lies in it.
-        owner: for each pixel the index of the thing seen there, or -1.
+        things: the objects.
+        owner: for each pixel the index of the visible thing, or -1.
     """
 
     size: int
@@ -147,16 +146,16 @@ class Scene:
     def __post_init__(self) -> None:
         things, self.things = self.things, []
         self.owner = np.full((self.size, self.size), -1)
-        self._reserved = np.zeros((self.size, self.size), dtype=bool)  # around balls, where nothing else may be
+        self._reserved = np.zeros((self.size, self.size), dtype=bool)  # around balls, where no other thing may lie
         self._areas: list[int] = []
         for thing in things:
             self._add(thing, *thing.stencil())
 
     def put(self, thing: Thing) -> bool:
-        """Add a thing in front, unless the scene would no longer be clear; says whether it was added.
+        """Add a thing in front unless the scene would become ambiguous; return whether it was added.
 
-        Clear means: of every thing at least 60 % is seen, of a decider 80 %; nothing touches the box of
-        a ball; and no other square or star is nearly as near to a ball as its decider.
+        In a valid scene at least 60 % of every thing is visible, 80 % of a decider; nothing touches the box of a ball;
+        and every other square or star is clearly farther from a ball than its decider.
         """
         window, cover = thing.stencil()
         solid = cover >= 0.5
@@ -181,17 +180,17 @@ class Scene:
         return True
 
     def label(self, k: int) -> int:
-        """Class of thing ``k``: its own texture and shape, or for a ball its decider's shape."""
+        """Class of thing ``k``: its texture and shape, or for a ball the shape of its decider."""
         thing = self.things[k]
         if thing.decider is not None:
             return CLASSES.index(f"ball of {self.things[thing.decider].shape}")
         return CLASSES.index(f"{thing.texture} {thing.shape}")
 
     def draw(self) -> Image.Image:
-        """The image."""
+        """Render the image."""
         rng = np.random.default_rng(self.noise)
         image = np.zeros((self.size, self.size, 3), dtype=np.float32)
-        # clouds of color and of brightness, spots, and grain: cells along a side, channels, and least and most
+        # color clouds, brightness clouds, spots and grain: cells along a side, channels, least and largest value
         layers = [(3, 3, 90, 150), (6, 1, -45, 45), (self.size // 4, 1, -20, 20), (self.size, 1, -8, 8)]
         for cells, channels, least, most in layers:
             image += _stretch(rng.uniform(least, most, (cells, cells, channels)).astype(np.float32), self.size)
@@ -213,7 +212,7 @@ class Scene:
 
 
 def _around(ball: Thing) -> tuple[slice, slice]:
-    """A ball's box and an edge around it."""
+    """A ball's box with a free margin."""
     reach = ball.radius + _EDGE
     starts = (max(0, math.floor(c - reach)) for c in (ball.y, ball.x))
     ends = (math.ceil(c + reach) for c in (ball.y, ball.x))
@@ -222,7 +221,7 @@ def _around(ball: Thing) -> tuple[slice, slice]:
 
 
 def _stretch(grid: Float[np.ndarray, "n n c"], size: int) -> Float[np.ndarray, "size size c"]:
-    """A grid of random values smoothly enlarged to the size of the image."""
+    """Upsample a grid of random values to the size of the image (bicubic)."""
     if len(grid) == size:
         return grid
     layers = [
@@ -234,7 +233,7 @@ def _stretch(grid: Float[np.ndarray, "n n c"], size: int) -> Float[np.ndarray, "
 def compose(
     rng: np.random.Generator, size: int, max_objects: int, context: float | int, noise: tuple[int, ...]
 ) -> Scene:
-    """Draw lots for one scene: 2 to ``max_objects`` things, of which pairs of a ball and its decider."""
+    """Sample a scene: 2 to ``max_objects`` things, some of them pairs of a ball and its decider."""
     scene = Scene(size, noise)
     count = int(rng.integers(min(2, max_objects), max_objects + 1))
     pairs = int(rng.binomial(count // 2, context))
@@ -247,7 +246,7 @@ def compose(
 
 
 def _put_shape(rng: np.random.Generator, scene: Scene, shapes: tuple[str, ...]) -> int | None:
-    """Try to put a random thing of one of the shapes; its index, or None when no clear place was found."""
+    """Try to place a random thing of one of the shapes; return its index, or None if no valid place was found."""
     size = scene.size
     shape, texture = rng.choice(shapes), rng.choice(TEXTURES)
     radius = 0.09 * size * 2.2 ** rng.random()
@@ -263,13 +262,13 @@ def _put_shape(rng: np.random.Generator, scene: Scene, shapes: tuple[str, ...]) 
 
 
 def _put_ball(rng: np.random.Generator, scene: Scene, decider: int) -> None:
-    """Try to put a ball beside its decider. Nothing of the ball depends on the decider's shape, only on its place."""
+    """Try to place a ball beside its decider. The ball depends on the decider's position only, not on its shape."""
     beside, size = scene.things[decider], scene.size
     radius = size * rng.uniform(0.06, 0.085)
     gray = rng.uniform(-20, 20)
     colors = ((225.0 + gray,) * 3, (70.0 + gray,) * 3)
     for _ in range(20):
-        # the circle around the decider stays outside the ball's box, so that no corner of it can give the shape away
+        # the circumscribed circle of the decider stays outside the ball's box, so that no corner reveals its shape
         distance = beside.radius + math.sqrt(2) * (radius + _EDGE) + size * rng.uniform(0, 0.03)
         angle = rng.uniform(0, 2 * math.pi)
         x, y = beside.x + distance * math.cos(angle), beside.y + distance * math.sin(angle)
@@ -289,20 +288,20 @@ def _colors(rng: np.random.Generator) -> tuple[tuple[float, ...], tuple[float, .
 
 
 class Scenes(DetectionDataset):
-    """A data set of drawn scenes; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
+    """A dataset of synthetic scenes; ``dataset[i]`` is ``(pixels Float[3 H W], Target)``.
 
-    Image ``i`` depends on the seed, the split, ``i`` and the options alone: not on the number of images, on the
-    order of access, or on workers.
+    Image ``i`` depends only on the seed, the split, ``i`` and the options, and not on the number of images, the order
+    of access or the workers.
 
     Args:
-        num_images: how many images.
-        seed: of the whole set, at least 0.
+        num_images: number of images.
+        seed: seed of the dataset, at least 0.
         size: side of the square images in pixels.
         max_objects: most objects in an image; the least is 2.
-        context: how probable it is that two objects are a ball and its decider; 0 draws no balls, 1 little else.
+        context: probability that two objects are a ball and its decider; 0 gives no balls, 1 mostly pairs.
         transform: called with the image and its boxes and labels (``regolite.data.transforms``); None only
-            normalizes. Random crops may cut a decider away and leave its ball: prefer transforms without.
-        split: ``train``, ``val`` or any other word: each is another set.
+            normalizes. Random crops may remove a decider and keep its ball: prefer transforms without crops.
+        split: ``train``, ``val`` or any other name; each split has its own images.
 
     Attributes:
         classes: names of the classes in the order of the labels.
@@ -310,7 +309,7 @@ class Scenes(DetectionDataset):
         image_ids: COCO's id of each image.
 
     Raises:
-        UserError: an option out of its range.
+        UserError: an option out of range.
     """
 
     def __init__(
@@ -340,12 +339,12 @@ class Scenes(DetectionDataset):
         self._latest: tuple[int, Scene] | None = None
 
     def scene(self, i: int) -> Scene:
-        """What image ``i`` shows."""
+        """The scene of image ``i``."""
         i = range(len(self))[i]
-        if self._latest is None or self._latest[0] != i:  # an image and its objects are asked for one after another
-            lots = (self.seed, zlib.crc32(self.split.encode()), i)
-            rng = np.random.default_rng(lots)
-            self._latest = i, compose(rng, self.side, self.max_objects, self.context, noise=(*lots, 1))
+        if self._latest is None or self._latest[0] != i:  # cached, since image and objects are read in succession
+            seeds = (self.seed, zlib.crc32(self.split.encode()), i)
+            rng = np.random.default_rng(seeds)
+            self._latest = i, compose(rng, self.side, self.max_objects, self.context, noise=(*seeds, 1))
         return self._latest[1]
 
     def image(self, i: int) -> Image.Image:
@@ -353,7 +352,7 @@ class Scenes(DetectionDataset):
         return self.scene(i).draw()
 
     def objects(self, i: int) -> Objects:
-        """The annotations of image ``i``: each box and area is that of what can be seen."""
+        """The annotations of image ``i``: boxes and areas are those of the visible parts."""
         scene = self.scene(i)
         count = len(scene.things)
         first = 100 * self.image_ids[i]
@@ -373,9 +372,9 @@ class Scenes(DetectionDataset):
         return f"{self.split}_{self.image_ids[i]:06d}.png"
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write the set as a COCO-format folder that ``CocoFolder`` reads, ``decided_by`` included.
+        """Write the dataset as a COCO-format folder for ``CocoFolder``, ``decided_by`` included.
 
-        Sets of several splits can be written to one folder.
+        Several splits can be written to one folder.
         """
         images, annotations = Path(folder) / "images", Path(folder) / "annotations"
         images.mkdir(parents=True, exist_ok=True)
@@ -387,6 +386,6 @@ class Scenes(DetectionDataset):
 
 
 def _box(mask: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "4"]:
-    """Corner, width and height of the true part of a mask."""
+    """Corner, width and height of the bounding box of a mask."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     return np.array([columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]], dtype=float)

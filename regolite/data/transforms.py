@@ -1,12 +1,11 @@
-"""Augmentation and normalization, built from torchvision's transforms v2.
+"""Augmentation and normalization, built on torchvision's transforms v2.
 
-A transform here is called as ``transform(image)`` or ``transform(image, {"boxes": ..., "labels": ...})`` with a
-PIL RGB image and ``tv_tensors.BoundingBoxes``; it returns normalized pixels ``Float[3 H W]`` (and the moved boxes).
-One call with both moves the boxes exactly as the pixels.
+A transform is called as ``transform(image)`` or ``transform(image, {"boxes": ..., "labels": ...})`` with a PIL RGB
+image and ``tv_tensors.BoundingBoxes``. It returns normalized pixels ``Float[3 H W]``, and the boxes transformed alike.
 
-All randomness comes from torch's global generator, so a seed fixes it and a saved generator state resumes it. A
-``DataLoader`` gives each of its workers a generator of its own, seeded from the global one: the same seed gives the
-same images for the same number of workers.
+All randomness comes from torch's global generator: a seed makes it reproducible, and a saved generator state resumes
+it. A ``DataLoader`` seeds a generator for each worker from the global one, so the same seed gives the same images for
+the same number of workers.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from regolite.errors import UserError
 from regolite.utils.validation import check_bounds, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Mean of ImageNet's red, green and blue in [0, 1], what torchvision's backbones were trained with."""
+"""Mean of ImageNet's red, green and blue in [0, 1], with which torchvision's backbones were trained."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Standard deviation of the same."""
+"""Standard deviation of ImageNet's channels."""
 
 DETR_SIZE = 800
 LAPTOP_SIZE = 320
-LONGEST = 10_000  # pixels: as far as a long, narrow image is enlarged before a window is cut out of it
+LONGEST = 10_000  # pixels: limit of the longer side when a narrow image is enlarged before cropping
 
 
 def to_pixels() -> v2.Transform:
-    """The last step of every transform: PIL image to tensor, normalized by ImageNet's mean and deviation."""
+    """The last step of every transform: PIL image to tensor, normalized with ImageNet's mean and standard deviation."""
     steps = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
@@ -43,10 +42,10 @@ def to_pixels() -> v2.Transform:
 
 
 class Resize(v2.Resize):
-    """Torchvision's, but no side is rounded down to 0: of 4000 x 8 pixels, 320 x 0 would be left."""
+    """Torchvision's ``Resize``, but no side is rounded down to 0 (4000 x 8 pixels would become 320 x 0)."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Compute the new height and width as torchvision does (once for the image and its boxes together)."""
+        """Compute the new height and width like torchvision, once per call for image and boxes."""
         height, width = v2.query_size(flat_inputs)
         short, long = sorted((height, width))
         if self.size is None:
@@ -59,27 +58,27 @@ class Resize(v2.Resize):
         return {"size": [new_long, new_short] if height > width else [new_short, new_long]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize one thing: the image or the boxes."""
+        """Resize one input: the image or the boxes."""
         return self._call_kernel(F.resize, inpt, **params, interpolation=self.interpolation, antialias=self.antialias)
 
 
 class RandomShortestSize(v2.RandomShortestSize):
-    """Torchvision's, but no side is rounded down to 0."""
+    """Torchvision's ``RandomShortestSize``, but no side is rounded down to 0."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the new height and width."""
+        """Sample the new height and width."""
         params = super().make_params(flat_inputs)
         return {**params, "size": [max(1, side) for side in params["size"]]}
 
 
 class RandomSizeCrop(v2.Transform):
-    """Crop a window whose height and width are drawn uniformly, at a place drawn uniformly.
+    """Crop a window of uniformly sampled height, width and position.
 
-    Boxes are clipped to the window; follow it with ``v2.SanitizeBoundingBoxes`` to drop what vanished.
+    Boxes are clipped to the window; use ``v2.SanitizeBoundingBoxes`` afterwards to drop empty boxes.
 
     Args:
         min_size: the smallest side in pixels.
-        max_size: the largest side in pixels; an image smaller than that bounds it.
+        max_size: the largest side in pixels, limited by the image.
     """
 
     def __init__(self, min_size: int, max_size: int) -> None:
@@ -87,7 +86,7 @@ class RandomSizeCrop(v2.Transform):
         self.min_size, self.max_size = min_size, max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the window (torchvision calls this once for the image and its boxes together)."""
+        """Sample the window, once per call for image and boxes."""
         height, width = v2.query_size(flat_inputs)
         crop_height, crop_width = (
             _randint(min(self.min_size, side), min(self.max_size, side)) for side in (height, width)
@@ -105,13 +104,13 @@ class RandomSizeCrop(v2.Transform):
 
 
 class RandomZoom(v2.Transform):
-    """Crop a window of the image's own aspect ratio, at a place drawn uniformly.
+    """Crop a window with the aspect ratio of the image, at a uniformly sampled position.
 
-    Images keep their shape, so that a batch of images of similar shape needs little padding. Boxes are clipped to the
-    window; follow it with ``v2.SanitizeBoundingBoxes`` to drop what vanished.
+    The aspect ratio is kept, so that a batch of similarly shaped images needs little padding. Boxes are clipped to the
+    window; use ``v2.SanitizeBoundingBoxes`` afterwards to drop empty boxes.
 
     Args:
-        least: the smallest share of the image's sides that a window has; it is drawn uniformly from here to 1.
+        least: the smallest side of the window relative to the image; it is sampled uniformly from ``least`` to 1.
     """
 
     def __init__(self, least: float) -> None:
@@ -119,7 +118,7 @@ class RandomZoom(v2.Transform):
         self.least = least
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the window (torchvision calls this once for the image and its boxes together)."""
+        """Sample the window, once per call for image and boxes."""
         share = self.least + (1 - self.least) * float(torch.rand(()))
         sides = v2.query_size(flat_inputs)
         height, width = (max(1, round(share * side)) for side in sides)
@@ -134,9 +133,9 @@ class RandomZoom(v2.Transform):
 def detr_train(min_sizes: Sequence[int] = range(480, 801, 32), max_size: int = 1333) -> v2.Transform:
     """DETR's training recipe (Carion et al. 2020, section 4, "technical details").
 
-    Flip half of the images; then, half of the time, resize the shorter side to one of ``min_sizes`` with the longer
-    at most ``max_size``; otherwise resize the shorter side to 400, 500 or 600, crop a window of 384 to 600 pixels a
-    side, and resize that. Objects that the crop cuts away are dropped with their labels.
+    Flip horizontally with probability 1/2. Then, with probability 1/2, resize the shorter side to one of ``min_sizes``
+    with the longer at most ``max_size``; otherwise resize the shorter side to 400, 500 or 600, crop a window with sides
+    of 384 to 600 pixels, and resize it. Objects outside the crop are dropped.
     """
     resize = RandomShortestSize(list(min_sizes), max_size=max_size)
     crop = v2.Compose(
@@ -148,17 +147,17 @@ def detr_train(min_sizes: Sequence[int] = range(480, 801, 32), max_size: int = 1
 def detr_val(size: int = DETR_SIZE, max_size: int = 1333) -> v2.Transform:
     """DETR's evaluation size: the shorter side ``size`` pixels, the longer at most ``max_size``.
 
-    Where the longer side is limited, torchvision's rounding may give a pixel or two more or less than DETR's code.
+    If the longer side is limited, torchvision's rounding may differ from DETR's code by a pixel or two.
     """
     return v2.Compose([Resize(size, max_size=max_size), to_pixels()])
 
 
 def laptop_train(size: int = LAPTOP_SIZE, crop: bool = False) -> v2.Transform:
-    """Small images, mildly augmented: flip, and the longer side drawn from 0.8 to 1.0 of ``size``.
+    """Mild augmentation of small images: horizontal flip, and the longer side sampled from 0.8 to 1.0 of ``size``.
 
     Args:
         size: the longest side in pixels.
-        crop: leave that side at ``size``, and half of the time show a window of 0.5 to 1 of the image's sides.
+        crop: fix the longer side at ``size``, and with probability 1/2 crop a window of 0.5 to 1 of the image's sides.
     """
     if crop:
         window = v2.Compose([RandomZoom(0.5), v2.SanitizeBoundingBoxes()])
@@ -180,21 +179,21 @@ TRANSFORMS = ("detr", "laptop", "laptop_crop", "none")
 
 
 def make_transform(name: str, size: int | None = None, train: bool = True) -> v2.Transform:
-    """Build a transform from a name and a size, the two things a run configuration keeps.
+    """Build a transform from a name and a size, as stored in a run configuration.
 
     Args:
         name: ``detr`` (recipe and sizes of the paper), ``laptop``, ``laptop_crop`` (``laptop`` with random crops), or
-            ``none`` (no augmentation: for training too, the evaluation transform of ``laptop``).
+            ``none`` (no augmentation: the evaluation transform of ``laptop``, in training too).
         size: in pixels; for ``detr`` the shorter side (800 if None; training sizes and the limit of the longer side
-            scale with it), for the others the longer side (320 if None; for ``none`` None keeps images as they are).
+            scale with it), for the others the longer side (320 if None; for ``none``, None keeps the original size).
         train: True for the training transform, False for evaluation and detection.
 
     Returns:
-        A callable on a PIL image and its ``{"boxes", "labels"}``, or on the image alone (the training ones with a
+        A callable on a PIL image and its ``{"boxes", "labels"}``, or on the image alone (training transforms with a
         crop need the boxes).
 
     Raises:
-        UserError: an unknown name, or a size too small to hold an image.
+        UserError: an unknown name, or a size below 16 pixels.
     """
     if name not in TRANSFORMS:
         raise UserError(f"unknown transform {name!r}: choose one of {', '.join(TRANSFORMS)}")
@@ -213,5 +212,5 @@ def make_transform(name: str, size: int | None = None, train: bool = True) -> v2
 
 
 def _randint(low: int, high: int) -> int:
-    """A whole number from low to high, both included."""
+    """A random integer from ``low`` to ``high``, both included."""
     return int(torch.randint(low, high + 1, ()))

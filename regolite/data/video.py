@@ -1,4 +1,4 @@
-"""Video files, frame by frame, by PyAV, the Python binding of FFmpeg.
+"""Reading and writing video files frame by frame with PyAV, the Python binding of FFmpeg.
 
 ::
 
@@ -17,21 +17,23 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+from av.container import OutputContainer
 from av.error import FFmpegError
+from av.video.stream import VideoStream
 from PIL import Image
 
 from regolite.errors import UserError
 
-CLOCK = Fraction(1, 90_000)  # seconds: the unit of times in the videos that are written, as in MPEG
+CLOCK = Fraction(1, 90_000)  # seconds: the time base of written videos, as in MPEG
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One image of a video.
+    """One frame of a video.
 
     Attributes:
-        image: RGB, upright: phones store how they were held, as they do with photographs.
-        seconds: when it is shown.
+        image: RGB, upright: the rotation stored by phones is applied.
+        seconds: presentation time.
     """
 
     image: Image.Image
@@ -39,10 +41,10 @@ class Frame:
 
 
 def read_video(path: str | os.PathLike[str]) -> Iterator[Frame]:
-    """The frames of a video, one by one: only one of them is in memory.
+    """Iterate over the frames of a video, with one frame in memory at a time.
 
     Raises:
-        UserError: no such file, or no video, or a frame that cannot be decoded.
+        UserError: no such file, not a video, or a frame that cannot be decoded.
     """
     if not os.path.isfile(path):
         raise UserError(f"video {os.fspath(path)} does not exist: check the path")
@@ -74,29 +76,36 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path, self._container, self._last = Path(path), None, -1
+        self.path, self._last = Path(path), -1
+        self._output: tuple[OutputContainer, VideoStream] | None = None
 
     def add(self, frame: Frame) -> None:
-        """Write a frame; the first decides the size of the video, whose sides must be even."""
+        """Write a frame; the first one sets the size of the video, rounded up to even sides."""
         image = frame.image
-        if self._container is None:
-            self._container = av.open(os.fspath(self.path), "w", format="mp4")
-            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-            self._stream = self._container.add_stream(codec, rate=30, options={"crf": "20"})
-            self._stream.width, self._stream.height = (side + side % 2 for side in image.size)
-            self._stream.pix_fmt = "yuv420p"  # what every player knows
-            self._stream.codec_context.time_base = CLOCK
-        new = av.VideoFrame.from_image(image.crop((0, 0, self._stream.width, self._stream.height)))
+        if self._output is None:
+            self._output = self._open(*image.size)
+        container, stream = self._output
+        new = av.VideoFrame.from_image(image.crop((0, 0, stream.width, stream.height)))
         self._last = max(self._last + 1, round(frame.seconds / CLOCK))
         new.pts, new.time_base = self._last, CLOCK
-        self._container.mux(self._stream.encode(new))
+        container.mux(stream.encode(new))
 
     def close(self) -> None:
-        """Write what is still to be written."""
-        if self._container is not None:
-            self._container.mux(self._stream.encode())
-            self._container.close()
-            self._container = None
+        """Flush the encoder and close the file."""
+        if self._output is not None:
+            container, stream = self._output
+            container.mux(stream.encode())
+            container.close()
+            self._output = None
+
+    def _open(self, width: int, height: int) -> tuple[OutputContainer, VideoStream]:
+        container = av.open(os.fspath(self.path), "w", format="mp4")
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        stream = container.add_stream(codec, rate=30, options={"crf": "20"})
+        stream.width, stream.height = width + width % 2, height + height % 2
+        stream.pix_fmt = "yuv420p"  # supported by every player
+        stream.codec_context.time_base = CLOCK
+        return container, stream
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -1,4 +1,4 @@
-"""Data sets made of others: some classes of one, some images of one, or several in a row."""
+"""Datasets derived from others: a subset of the images, repeated images, or a concatenation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from regolite.errors import UserError
 
 
 class OfImages(View):
-    """Some images of a data set, each as often as it is named.
+    """A subset of the images of a dataset; an index may be repeated.
 
     Args:
-        dataset: the data set.
-        indices: which of its images.
+        dataset: the dataset.
+        indices: indices of its images.
     """
 
     def __init__(self, dataset: DetectionDataset, indices: Sequence[int]) -> None:
@@ -27,41 +27,41 @@ class OfImages(View):
         self.image_ids = [dataset.image_ids[i] for i in self.indices]
 
     def place(self, i: int) -> tuple[DetectionDataset, int]:
-        """The data set, and the index of image ``i`` in it."""
+        """The dataset, and the index of image ``i`` in it."""
         return self.dataset, self.indices[i]
 
 
 def repeat_rare(dataset: DetectionDataset, share: float, seed: int = 0) -> OfImages:
-    """Show images of rare classes more often: repeat factor sampling (Gupta et al., LVIS, CVPR 2019, section 5.1).
+    """Repeat images of rare classes: repeat factor sampling (Gupta et al., LVIS, CVPR 2019, section 5.1).
 
-    An image is repeated by the factor of its rarest class, sqrt(share / f) for a class in the share f of the images,
-    and 1 at least. A fraction is rounded up or down at random, with the probability that gives the factor on average.
+    The repeat factor of a class that occurs in a fraction f of the images is max(1, sqrt(share / f)); an image takes
+    the largest factor of its classes. Factors are rounded stochastically, so that their expectation is exact.
 
     Args:
-        dataset: the data set.
-        share: classes in fewer than this share of the images are rare.
-        seed: of the rounding.
+        dataset: the dataset.
+        share: classes in less than this fraction of the images are rare.
+        seed: seed of the stochastic rounding.
     """
     present = [np.unique(objects.labels[~objects.crowd]) for objects in map(dataset.objects, range(len(dataset)))]
     images = np.bincount(np.concatenate(present), minlength=len(dataset.classes))
     factors = np.sqrt(share * len(dataset) / images.clip(1)).clip(1)
-    wanted = np.array([factors[labels].max(initial=1.0) for labels in present])
-    whole = np.floor(wanted).astype(int)
-    more = np.random.default_rng(seed).random(len(dataset)) < wanted - whole
+    repeats = np.array([factors[labels].max(initial=1.0) for labels in present])
+    whole = np.floor(repeats).astype(int)
+    more = np.random.default_rng(seed).random(len(dataset)) < repeats - whole
     return OfImages(dataset, np.repeat(np.arange(len(dataset)), whole + more).tolist())
 
 
 class Joined(View):
-    """Several data sets of the same classes in a row, as one.
+    """Concatenation of datasets with the same classes.
 
-    Annotations are numbered anew, since files that were written apart may give the same number twice.
+    Annotations are renumbered, since separate files may use the same ids.
 
     Args:
-        datasets: the data sets, at least one.
-        limit: use only the first so many images.
+        datasets: the datasets, at least one.
+        limit: use only the first ``limit`` images.
 
     Raises:
-        UserError: when they differ in their classes, or share an image.
+        UserError: the datasets differ in their classes, or share an image id.
     """
 
     def __init__(self, datasets: Sequence[DetectionDataset], limit: int | None = None) -> None:
@@ -70,9 +70,9 @@ class Joined(View):
         for other in datasets[1:]:
             if (other.classes, other.category_ids) != (self.classes, self.category_ids):
                 differences = category_differences(first.categories, other.categories, ("the first", "another"))
-                said = differences[0] if differences else "their order"
+                what = differences[0] if differences else "their order"
                 raise UserError(
-                    f"data sets of different classes cannot be joined ({said}): give them the same categories"
+                    f"data sets of different classes cannot be joined ({what}): give them the same categories"
                 )
         self._places = [(dataset, i) for dataset in datasets for i in range(len(dataset))][:limit]
         self.image_ids = [dataset.image_ids[i] for dataset, i in self._places]
@@ -83,7 +83,7 @@ class Joined(View):
         self._first_ids = [0, *accumulate(counts)]
 
     def place(self, i: int) -> tuple[DetectionDataset, int]:
-        """The data set that image ``i`` comes from, and its index there."""
+        """The dataset that image ``i`` comes from, and its index there."""
         return self._places[i]
 
     def objects(self, i: int) -> Objects:
