@@ -29,14 +29,14 @@ LAYERS = (
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let the layers of the transformers be computed again; until :func:`keep` the model must not be copied."""
+    """Checkpoint the activations of the transformer layers; do not copy the model until :func:`keep_all_activations`."""
     for layer in model.modules():
         if isinstance(layer, LAYERS):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def keep_all_activations(model: nn.Module) -> None:
-    """Let them keep again what they compute."""
+    """Stop checkpointing."""
     for layer in model.modules():
         if isinstance(layer, LAYERS):
             vars(layer).pop("forward", None)
