@@ -29,7 +29,10 @@ LAYERS = (
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Checkpoint the activations of the transformer layers; do not copy the model until :func:`keep_all_activations`."""
+    """Checkpoint the activations of the transformer layers.
+
+    Do not copy the model before :func:`keep_all_activations`.
+    """
     for layer in model.modules():
         if isinstance(layer, LAYERS):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
