@@ -484,9 +484,9 @@ class TestUnpack:
                 raise KeyboardInterrupt
             write(source, target)
 
-        write = prepare._write_beside
+        write = prepare._write_atomic
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prepare, "_write_beside", killed)
+            patch.setattr(prepare, "_write_atomic", killed)
             prepare_coco(tmp_path, ["val"], coco.url)
         [first] = (tmp_path / "val2017").glob("[!.]*")
         kept = first.stat()

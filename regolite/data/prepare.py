@@ -29,7 +29,7 @@ from http.client import HTTPException, HTTPResponse
 from io import FileIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from regolite.data.coco import (
     LONGEST,
@@ -613,7 +613,7 @@ def _check_images(
     sizes, missing, seen = _sizes(files.folder), set(files.missing), set()
     by_id: dict[int, tuple[str, int, int]] = {}
     for image in images:
-        number, name, width, height = (image.get(key) for key in ("id", "file_name", "width", "height"))
+        number, name, width, height = image.get("id"), image.get("file_name"), image.get("width"), image.get("height")
         if not isinstance(name, str) or not name:
             wrong("image without a file name", said=f"file_name {name!r}", image_id=number)
             continue
@@ -624,7 +624,7 @@ def _check_images(
             wrong("missing image", name, image_id=number)
         elif name not in sizes and not files.path(name).stat().st_size:
             wrong("empty image", name, image_id=number)
-        if not all(type(side) is int and 1 <= side <= LONGEST for side in (width, height)):
+        if not (_is_side(width) and _is_side(height)):
             wrong("image without a size", name, f"width {width!r}, height {height!r}", image_id=number)
             width = height = NO_SIZE
         if is_id(number):
@@ -634,6 +634,11 @@ def _check_images(
         for name in sorted(sizes.keys() - listed):
             note("image not listed", name)
     return by_id
+
+
+def _is_side(value: Any) -> TypeGuard[int]:
+    """Whether a JSON value is the width or height of an image."""
+    return type(value) is int and 1 <= value <= LONGEST
 
 
 def _check_annotations(
