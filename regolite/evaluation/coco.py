@@ -170,7 +170,7 @@ def evaluate(
     """
     backend_of(backend)  # fail now, not after an hour
     draws = whole("draws", draws, 0)
-    of_kind("dataset", dataset, DetectionDataset, "a data set: regolite.data.open_data(FOLDER) gives one")
+    of_kind("dataset", dataset, DetectionDataset, "a dataset: regolite.data.open_data(FOLDER) gives one")
     if detections is None and not dataset.is_annotated:
         raise UserError(
             f"{getattr(dataset, 'file', 'the data')}: {len(dataset)} images without a single annotation, nothing to "
@@ -228,7 +228,7 @@ def _detect_all(
 ) -> tuple[list[list[dict[str, Any]]], dict[int, str]]:
     """Detections by stage, and error messages of the skipped images by index."""
     check_stages(model, stages)
-    of_kind("dataset", dataset, DetectionDataset, "a data set: regolite.data.open_data(FOLDER) gives one")
+    of_kind("dataset", dataset, DetectionDataset, "a dataset: regolite.data.open_data(FOLDER) gives one")
     batch_size, top_k = whole("batch_size", batch_size, 1), whole("top_k", top_k, 1)
     workers = whole("workers", workers, 0)
     category_ids = category_ids_of(getattr(model, "model_config", None), dataset)
@@ -307,7 +307,7 @@ def prepared(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:
         return dataset
     if config is None:
         logging.getLogger("regolite").warning(
-            "neither the data set has a transform nor the model a model_config: images are taken at full size"
+            "neither the dataset has a transform nor the model a model_config: images are used at full size"
         )
         return dataset
     dataset = copy.copy(dataset)

@@ -81,7 +81,7 @@ class Run:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             there = "has no config.json" if folder.is_dir() else "does not exist"
-            raise UserError(f"{folder} is no folder of a run, it {there}; give the output folder of a training")
+            raise UserError(f"{folder} is not the folder of a run, it {there}; give the output folder of a training")
         try:
             stored = json.loads((folder / "config.json").read_text("utf-8"))
             config, model = dict(stored["run"]), dict(stored["model"])

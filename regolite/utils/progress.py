@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
@@ -67,6 +67,7 @@ class Status:
         self._bar.close()
 
 
+@runtime_checkable
 class SizedIterable(Protocol[T_co]):
     """An iterable with a length, as a list or a ``DataLoader``."""
 
