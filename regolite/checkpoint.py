@@ -1,7 +1,6 @@
-"""Weights on disk: one safetensors file that carries the configuration of its model.
+"""Checkpoints: one safetensors file with the weights and the configuration of a model.
 
-safetensors holds tensors and text, so loading a file executes nothing. Files are written beside their place and
-renamed, so that an interrupted write leaves the old file whole.
+safetensors holds tensors and text, so loading a file executes no code. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from regolite.utils.validation import shown
 
 KEY = "regolite"
 EVERYDAY = Path(__file__).with_name("weights") / "rego_deformable_detr_everyday.safetensors"
-"""The everyday detector: 20 classes of everyday objects in photographs. It is what is loaded where nothing is named."""
+"""The everyday detector: 20 classes of everyday objects in photographs. The default of :func:`regolite.load`."""
 
 
 def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -31,25 +30,36 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
     Args:
         model: the model.
         path: the ``.safetensors`` file to write.
-        dtype: type of the weights in the file, ``torch.float16`` for half the size; by default their own.
+        dtype: data type of the weights in the file, ``torch.float16`` for half the size; unchanged by default.
 
     Raises:
-        UserError: when the model does not carry its configuration, as one that was put together by hand.
+        UserError: the model carries no configuration, as one assembled by hand.
     """
-    if getattr(model, "model_config", None) is None:
-        raise UserError("a checkpoint carries the model's configuration: make the model with regolite.build")
-    state = {  # clones, since safetensors takes no two names of one tensor, as tied weights have
+    config = config_of(model)
+    state = {  # clones, since safetensors refuses shared tensors, as of tied weights
         key: value.detach().to("cpu", dtype or value.dtype).clone(memory_format=torch.contiguous_format)
         for key, value in model.state_dict().items()
     }
-    write_atomic(path, save(state, metadata={KEY: json.dumps(model.model_config.to_dict())}))
+    write_atomic(path, save(state, metadata={KEY: json.dumps(config.to_dict())}))
+
+
+def config_of(model: nn.Module) -> ModelConfig:
+    """The configuration of a model made by :func:`regolite.build`.
+
+    Raises:
+        UserError: the model carries no configuration, as one assembled by hand.
+    """
+    config = getattr(model, "model_config", None)
+    if config is None:
+        raise UserError("a checkpoint carries the model's configuration: make the model with regolite.build")
+    return config
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The configuration in a checkpoint.
+    """Read the configuration in a checkpoint.
 
     Raises:
-        UserError: when there is no such file, or it is no checkpoint of regolite.
+        UserError: the file does not exist, or is not a regolite checkpoint.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}; give the .safetensors file of a run, or train one")
@@ -57,7 +67,9 @@ def read_config(path: str | Path) -> ModelConfig:
         with safe_open(path, framework="pt") as file:
             stored = (file.metadata() or {}).get(KEY)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({error}); train it again or copy it anew") from error
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}); train it again or copy it again"
+        ) from error
     if stored is None:
         raise UserError(f"{path} holds no regolite model; give the .safetensors file of a run")
     try:
@@ -65,6 +77,6 @@ def read_config(path: str | Path) -> ModelConfig:
         if not isinstance(content, dict):
             raise UserError(f"its configuration is {shown(content)}")
         return ModelConfig.from_dict(content)
-    except (ValueError, RecursionError) as error:  # a UserError, no JSON, or too many brackets in each other
+    except (ValueError, RecursionError) as error:  # a UserError, invalid JSON, or too deeply nested
         reason = " ".join(str(error).split())
         raise UserError(f"{path} was written by another version of regolite ({reason}); train it again") from error

@@ -1,10 +1,11 @@
-"""From predictions to detections: scores, classes and boxes in pixels of the original image."""
+"""Inference: convert predictions to scores, classes and boxes in pixels of the original image."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -20,19 +21,28 @@ from regolite.utils.modes import evaluating
 from regolite.utils.validation import of_kind, share, whole
 
 
+@runtime_checkable
+class HasDetections(Protocol):
+    """A detector that returns detections instead of a :class:`~regolite.types.DetectorOutput`."""
+
+    def detections(self, images: ImageBatch, sizes: Int[Tensor, "B 2"], top_k: int) -> list[Detections]:
+        """The highest-scoring detections of each image."""
+        ...
+
+
 def to_detections(
     prediction: Prediction, sizes: Int[Tensor, "B 2"], scoring: str, top_k: int = 100
 ) -> list[Detections]:
-    """The best detections of each image; no non-maximum suppression is needed.
+    """The highest-scoring detections of each image, without non-maximum suppression.
 
-    With sigmoids a query may stand for several classes, and the best pairs of query and class are taken (Deformable
-    DETR); with a softmax every query gives its best class other than "no object" (DETR).
+    With ``"sigmoid"`` the top pairs of query and class are taken, so a query may give several classes (Deformable
+    DETR). With ``"softmax"`` every query gives its best class other than "no object" (DETR).
 
     Args:
         prediction: logits and boxes.
         sizes: height and width of the original images in pixels.
         scoring: ``"softmax"`` or ``"sigmoid"``.
-        top_k: how many to keep of each image.
+        top_k: number of detections per image.
     """
     logits = prediction.logits.float()
     boxes = to_pixels(prediction.boxes.float(), sizes.to(prediction.boxes.device))
@@ -49,15 +59,22 @@ def to_detections(
 
 
 def run(model: nn.Module, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
-    """Run any detector; ``stages`` says how many REGO stages to use, where it has any."""
+    """Run any detector; ``stages`` limits the number of REGO stages."""
     return model(images, stages) if isinstance(model, Rego) else model(images)
 
 
+def scoring_of(model: nn.Module) -> str:
+    """How a detector turns logits into scores: ``"softmax"`` or ``"sigmoid"``."""
+    scoring = model.scoring
+    assert isinstance(scoring, str)
+    return scoring
+
+
 def check_stages(model: nn.Module, stages: int | None) -> None:
-    """Check that a detector has so many REGO stages; None stands for all of them.
+    """Check that a detector has at least this number of REGO stages; None means all of them.
 
     Raises:
-        UserError: it does not.
+        UserError: the model is not a detector, or has fewer stages.
     """
     of_kind("model", model, nn.Module, "a detector: regolite.load and regolite.build give one")
     most = len(model.stages) if isinstance(model, Rego) else 0
@@ -69,22 +86,22 @@ def check_stages(model: nn.Module, stages: int | None) -> None:
 def detections_by_stage(
     model: nn.Module, images: ImageBatch, sizes: Int[Tensor, "B 2"], stages: int | None = None, top_k: int = 100
 ) -> list[list[Detections]]:
-    """What any detector finds in a batch: for each stage, the base detector first, the detections of each image.
+    """Detect objects in a batch: for each stage, the base detector first, the detections of each image.
 
-    A detector with a method ``detections(images, sizes, top_k)`` answers by it, as one stage: the way for detectors
-    that end in something else than a :class:`~regolite.types.DetectorOutput`, see :mod:`regolite.models.baselines`.
+    A detector whose output is not a :class:`~regolite.types.DetectorOutput` implements :class:`HasDetections` instead
+    and has one stage, see :mod:`regolite.models.baselines`.
 
     Args:
         model: the detector.
-        images: the images, as the network wants them.
+        images: the preprocessed images.
         sizes: height and width of the original images in pixels.
-        stages: how many REGO stages to use, where it has any; all by default.
-        top_k: how many detections to keep of each image.
+        stages: number of REGO stages; all by default.
+        top_k: number of detections per image.
     """
-    if hasattr(model, "detections"):
+    if isinstance(model, HasDetections):
         return [model.detections(images, sizes, top_k)]
     images = replace(images, original_sizes=sizes)
-    return [to_detections(p, sizes, model.scoring, top_k) for p in run(model, images, stages).by_stage]
+    return [to_detections(p, sizes, scoring_of(model), top_k) for p in run(model, images, stages).by_stage]
 
 
 @torch.inference_mode()
@@ -98,20 +115,19 @@ def detect(
     """Detect objects in images of any size.
 
     Args:
-        model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
-        images: one or several images: whatever :func:`regolite.data.read_image` reads, and folders and patterns as
-            ``photos/*.jpg``, whose files :func:`regolite.data.list_images` lists. Files are turned upright as their
-            EXIF orientation says.
-        threshold: least score of a detection, from 0 to 1. Detectors that were trained with the focal loss score low:
-            the everyday detector has its best F1 on unseen images at 0.3.
-        stages: how many REGO stages to use; 0 for the base detector alone; all by default.
-        top_k: most detections of an image.
+        model: a detector from :func:`regolite.load` or :func:`regolite.build`.
+        images: one or several images: any source of :func:`regolite.data.read_image`, and folders and patterns as
+            ``photos/*.jpg``, which :func:`regolite.data.list_images` expands. The EXIF orientation of files is applied.
+        threshold: least score of a detection, from 0 to 1. Detectors trained with the focal loss have low scores: the
+            everyday detector has its best F1 on unseen images at 0.3.
+        stages: number of REGO stages, 0 for the base detector only; all by default.
+        top_k: most detections per image.
 
     Returns:
-        One :class:`~regolite.types.Detections` an image, best first, boxes ``xyxy`` in pixels of the image.
+        One :class:`~regolite.types.Detections` per image, highest-scoring first, boxes ``xyxy`` in pixels of the image.
 
     Raises:
-        UserError: when a file is missing or no image, or a number is out of its range.
+        UserError: a file is missing or is not an image, or a number is out of range.
     """
     threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
     check_stages(model, stages)
@@ -122,21 +138,20 @@ def detect(
 def detect_by_stage(
     model: nn.Module, image: ImageSource, threshold: float | int = 0.3, top_k: int = 100
 ) -> list[Detections]:
-    """Detect objects in one image, and tell what every stage found.
+    """Detect objects in one image, with the detections of every stage.
 
     Args:
-        model: a detector that :func:`regolite.load` or :func:`regolite.build` gave.
-        image: whatever :func:`regolite.data.read_image` reads.
-        threshold: least score of a detection, from 0 to 1. Detectors that were trained with the focal loss score low:
-            the everyday detector has its best F1 on unseen images at 0.3.
-        top_k: most detections of a stage.
+        model: a detector from :func:`regolite.load` or :func:`regolite.build`.
+        image: any source of :func:`regolite.data.read_image`.
+        threshold: least score of a detection, from 0 to 1, as in :func:`detect`.
+        top_k: most detections per stage.
 
     Returns:
-        One :class:`~regolite.types.Detections` a stage, number 0 the base detector's; the last is what
-        :func:`detect` gives.
+        One :class:`~regolite.types.Detections` per stage, the base detector's first; the last is the result of
+        :func:`detect`.
 
     Raises:
-        UserError: when the file is missing or no image, or a number is out of its range.
+        UserError: the file is missing or is not an image, or a number is out of range.
     """
     threshold, top_k = share("threshold", threshold), whole("top_k", top_k, 1)
     check_stages(model, None)
@@ -147,15 +162,15 @@ def detect_by_stage(
 def _detect_each(
     model: nn.Module, sources: list[ImageSource], stages: int | None, top_k: int
 ) -> Iterator[list[Detections]]:
-    """The detections by stage in each image, each by itself."""
+    """The detections by stage of each image, one image at a time."""
     config, device = getattr(model, "model_config", None), next(model.parameters()).device
     if config is None:
         raise UserError("the model does not say how to prepare images: set its model_config (regolite.configure)")
-    checked = [_checked(source, number) for number, source in enumerate(sources, 1)]  # before the work, not after it
+    checked = [_checked(source, number) for number, source in enumerate(sources, 1)]  # all, before the first detection
     transform = make_transform(config.augment, config.image_size, train=False)
     with evaluating(model):
         for source in checked:
-            image = read_image(source)  # files one by one: a folder of them may not fit into memory
+            image = read_image(source)  # one at a time: a folder of images may not fit into memory
             batch = batch_images([transform(image)], multiple=32).to(device)
             size = (image.height, image.width)
             found = detections_by_stage(model, batch, torch.tensor([size]), stages, top_k)
@@ -163,7 +178,7 @@ def _detect_each(
 
 
 def _checked(source: ImageSource, number: int) -> ImageSource:
-    """A file whose header can be read, or an image in memory that has been read; errors say which of them it is."""
+    """Check the header of a file, or read an image in memory; errors give the number of the image."""
     if isinstance(source, (str, os.PathLike)):
         check_image(source)
         return source

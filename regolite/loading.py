@@ -1,4 +1,4 @@
-"""Give me this model: from a checkpoint of regolite, or from a file of weights that others have published."""
+"""Load models from regolite checkpoints and from published weight files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from regolite import interop
-from regolite.checkpoint import EVERYDAY, KEY, read_config
+from regolite.checkpoint import EVERYDAY, KEY, config_of, read_config
 from regolite.errors import UserError
 from regolite.models.config import ModelConfig, class_head_names
 from regolite.models.presets import build
@@ -21,21 +21,21 @@ from regolite.utils.validation import of_kind
 
 
 def load(path: str | Path = EVERYDAY, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a checkpoint: the model that its configuration describes, with its weights, ready to detect.
+    """Load a model with its weights, in evaluation mode.
 
     Args:
-        path: a ``.safetensors`` file that a run has written, or a file that :func:`regolite.interop.load` reads; the
+        path: a ``.safetensors`` file written by a run, or a file that :func:`regolite.interop.load` reads; the
             everyday detector by default.
-        device: where to put it.
+        device: device of the model.
 
     Raises:
-        UserError: when the file is missing, damaged, holds neither a model of regolite nor a published one, or weights
-            of other shapes than its configuration says; and when there is no such device.
+        UserError: the file is missing or damaged, holds neither a regolite model nor a published one, or its weights
+            do not fit its configuration; or there is no such device.
     """
     device = choose_device(device)
     of_kind("path", path, (str, os.PathLike), "the path of a file")
     if not _is_ours(path):
-        return _published(path).to(device)
+        return interop.load(path).to(device)
     config = read_config(path).without_pretrained()
     _check_size(path, config)
     model = build(config)
@@ -49,26 +49,27 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
     Args:
         model: the model.
         path: the checkpoint, or a file that :func:`regolite.interop.load` reads.
-        new_classes: allow other classes than the checkpoint's. Then the class heads, base detector's and stages', take
-            over the rows of the classes that both know by name, and keep the model's own for the others. This is how a
-            model is fine-tuned to data of its own.
-        new_stages: allow a checkpoint of the base detector alone, where the model is a REGO: then all of REGO keeps the
-            weights that it has. This is how REGO is trained on top of a detector that is there.
+        new_classes: allow other classes than the checkpoint's, for fine-tuning on custom data. The class heads of the
+            base detector and of the stages take the rows of classes with the same name, and keep the model's own rows
+            for the others.
+        new_stages: allow a checkpoint of the base detector for a REGO model, to train REGO on top of a trained
+            detector. All of REGO keeps its own weights.
 
     Returns:
-        The names of the weights of which the model kept some or all.
+        The names of the weights that the model kept wholly or partly.
 
     Raises:
-        UserError: when names or shapes differ; the first of them is named.
+        UserError: names or shapes differ; the message gives the first difference.
     """
     classes, stored = _stored(path)
-    own, kept = model.state_dict(), set()
+    own = model.state_dict()
+    kept: set[str] = set()
     if new_stages and isinstance(model, Rego) and not any(key.startswith("detector.") for key in stored):
         stored = {f"detector.{key}": value for key, value in stored.items()}
         kept = {key for key in own if not key.startswith("detector.")}
     _check_names(path, set(own) - kept, set(stored), set(own))
-    if new_classes and classes != (ours := model.model_config.classes):
-        by_class = getattr(model.model_config.detector, "token_queries", False)
+    if new_classes and classes != (ours := config_of(model).classes):
+        by_class = getattr(config_of(model).detector, "token_queries", False)
         for key in class_head_names(set(own) & set(stored)):
             if own[key].shape[1:] == stored[key].shape[1:]:
                 stored[key], is_whole = _rows_by_name(key, own[key], stored[key], ours, classes, by_class)
@@ -79,10 +80,10 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
 
 
 def _check_size(path: str | Path, config: ModelConfig) -> None:
-    """Compare names and shapes of the weights before any memory is taken: a file may ask for any model.
+    """Compare names and shapes of the weights before memory is allocated: a file can request a model of any size.
 
     Raises:
-        UserError: when they are not those of the configuration.
+        UserError: the weights do not fit the configuration.
     """
     with torch.device("meta"):  # shapes without numbers
         own = build(config).state_dict()
@@ -113,17 +114,15 @@ def _check_shapes(path: str | Path, own: Mapping[str, Tensor], stored: Mapping[s
 def _rows_by_name(
     key: str, own: Tensor, stored: Tensor, ours: Sequence[str], theirs: Sequence[str], proposals_by_class: bool
 ) -> tuple[Tensor, bool]:
-    """A class head of ours with the checkpoint's rows of the classes that both know, and whether no row is ours.
+    """Copy the checkpoint's rows of the shared classes into our class head; also return whether no row remains ours.
 
-    Numbers that stand for missing names, and COCO's holes, are no names in common.
+    Numbers that stand for missing names, and the unused ids of COCO ("N/A"), are not shared names.
     """
     rows = [(i, theirs.index(n)) for i, n in enumerate(ours) if n in theirs and not n.isdigit() and n != "N/A"]
-    if (len(own), len(stored)) == (len(ours) + 1, len(theirs) + 1):  # a softmax: the last column is "no object"
+    if (len(own), len(stored)) == (len(ours) + 1, len(theirs) + 1):  # softmax: the last row is "no object"
         rows.append((len(ours), len(theirs)))
     is_whole = len(rows) == len(own)
-    if (
-        "proposals" in key.split(".") and not proposals_by_class
-    ):  # these know one class only, object, in the first column
+    if "proposals" in key.split(".") and not proposals_by_class:  # the only class is "object", in the first row
         rows, is_whole = [(0, 0)], True
     mixed = own.clone()
     for here, there in rows:
@@ -132,24 +131,19 @@ def _rows_by_name(
 
 
 def _stored(path: str | Path) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """Names of the classes, and the weights."""
+    """Class names and weights of a file."""
     if not _is_ours(path):
-        model = _published(path)
-        return model.model_config.classes, model.state_dict()
+        model = interop.load(path)
+        return config_of(model).classes, model.state_dict()
     classes = read_config(path).classes
     with safe_open(path, framework="pt") as file:
         return classes, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
 
 
 def _is_ours(path: str | Path) -> bool:
-    """Whether a run of regolite wrote the file, or would have written it were it there and whole."""
+    """Whether the file is a regolite checkpoint; a missing or damaged .safetensors file is taken for one."""
     try:
         with safe_open(path, framework="pt") as file:
             return KEY in (file.metadata() or {})
     except (SafetensorError, OSError):
         return Path(path).suffix == ".safetensors" or not Path(path).exists()
-
-
-def _published(path: str | Path) -> nn.Module:
-
-    return interop.load(path)

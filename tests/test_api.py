@@ -138,7 +138,7 @@ def test_evaluate(model, options, said):
         (lambda model, folder: bootstrap(SCENES.coco, [[]], draws=0), "draws=0 must be at least 1"),
         (lambda model, folder: removal(model, SCENES, [], stages=7), "stages is 7"),
         (lambda model, folder: count(model, 0, 64), "height=0 must be at least 1"),
-        (lambda model, folder: regolite.load(device="gpu"), "device gpu: PyTorch knows no such device"),
+        (lambda model, folder: regolite.load(device="gpu"), "device gpu: PyTorch has no such device"),
         (lambda model, folder: regolite.load(None), "path=None is not the path of a file"),
         (lambda model, folder: regolite.train({"data": "x"}), "config={'data': 'x'} is not a RunConfig"),
         (lambda model, folder: regolite.build(5, 3), "preset=5 is not the name of a preset or a ModelConfig"),
@@ -233,4 +233,4 @@ def test_full_size_is_said(model, caplog):
     del base.model_config
     with caplog.at_level(logging.WARNING, "regolite"):
         evaluate(base, Scenes(1, size=64), progress=False)
-    assert "images are taken at full size" in caplog.text
+    assert "images are used at full size" in caplog.text

@@ -281,7 +281,7 @@ def test_what_cannot_be_converted_is_one_clear_error(tmp_path, layout, spoil, sa
 
 def test_wrong_arguments(tmp_path):
     source = exported(tmp_path / "export", "voc")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         convert(tmp_path / "nothing", tmp_path / "data")
     with pytest.raises(UserError, match="val=1.5 must lie between"):
         convert(source, tmp_path / "data", val=1.5)

@@ -395,7 +395,7 @@ class TestErrors:
         [
             ("data", "arguments are required: name"),
             ("data birds", "invalid choice: 'birds'"),
-            ("data cards --mirror ftp://a.test", "--mirror ftp://a.test is no address"),
+            ("data cards --mirror ftp://a.test", "--mirror ftp://a.test is not an address"),
             ("data cards --root {file}", "is a file: give a folder"),
             ("data cards --rot x", "did you mean --root?"),
         ],

@@ -177,7 +177,7 @@ def test_classes_that_cannot_be_cut_out(folder):
     root = folder(rectangle(10, 10, 50, 50))
     with pytest.raises(UserError, match="no class 'bird' to cut out: choose from cat, dog"):
         cut_outs(root, classes=["dog", "bird"])
-    with pytest.raises(UserError, match="none of the 1 objects .* of a class asked for"):
+    with pytest.raises(UserError, match="none of the 1 objects .* of a requested class"):
         cut_outs(root, classes=["cat"])
 
 

@@ -177,8 +177,8 @@ class TestWhole:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            ("--mirror ftp://a.test", "--mirror ftp://a.test is no address"),
-            ("--mirror http://", "is no address"),
+            ("--mirror ftp://a.test", "--mirror ftp://a.test is not an address"),
+            ("--mirror http://", "is not an address"),
             ("--splits test", "invalid choice: 'test'"),
             ("--root {file}", "is a file: give a folder"),
             ("--check --root {file}/none", "does not exist"),
@@ -277,7 +277,7 @@ class TestDownload:
         assert fetch({"start": 5}, have=777) == ["bytes=777-"] * 2
 
     def test_a_page_to_log_in(self, fetch, server):
-        with pytest.raises(UserError, match="no zip file, perhaps a page to log in"):
+        with pytest.raises(UserError, match="not a zip file, perhaps a login page"):
             fetch(body=b"<html>" + bytes(400_000), length=None)
         assert fetch.part.read_bytes() == b"" and len(server.requests) == 1
 
@@ -478,15 +478,15 @@ class TestUnpack:
         assert on_disk(tmp_path) == left | zip_file  # nothing half-written
 
     def test_it_goes_on_where_it_stopped(self, coco, files, tmp_path, monkeypatch, capsys):
-        def killed(source: Any, target: Path) -> None:
+        def killed(content: Any, member: Any, target: Path) -> None:
             if len(list(target.parent.iterdir())) == 1:
                 target.with_name(f".{target.name}.part").write_bytes(b"half")
                 raise KeyboardInterrupt
-            write(source, target)
+            extract(content, member, target)
 
-        write = prepare._write_beside
+        extract = prepare._extract
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prepare, "_write_beside", killed)
+            patch.setattr(prepare, "_extract", killed)
             prepare_coco(tmp_path, ["val"], coco.url)
         [first] = (tmp_path / "val2017").glob("[!.]*")
         kept = first.stat()

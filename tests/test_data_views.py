@@ -90,7 +90,7 @@ class TestJoined:
             open_data(TINY, "train+val", limit=0)
 
     def test_an_image_that_is_in_both_is_refused(self):
-        with pytest.raises(UserError, match="in two of the data sets"):
+        with pytest.raises(UserError, match="in two of the datasets"):
             open_data(TINY, "val+val")
 
     def test_other_classes_are_refused(self):

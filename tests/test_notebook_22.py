@@ -123,7 +123,7 @@ def test_papermill_compares_other_runs(tmp_path: Path):
         (["-p", "metrics", "AP50"], "UserError: unknown parameter 'metrics'; did you mean 'metric'?"),
         (
             ["-y", "runs: [nowhere]", "-y", "labels: []"],
-            "UserError: nowhere is no folder of a run, it does not exist; give the output folder of a training",
+            "UserError: nowhere is not the folder of a run, it does not exist; give the output folder of a training",
         ),
     ],
 )

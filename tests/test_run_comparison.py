@@ -146,7 +146,7 @@ class TestRead:
             Run.read(base)
 
     def test_no_run(self, base: Path, tmp_path: Path):
-        with pytest.raises(UserError, match="nowhere is no folder of a run, it does not exist"):
+        with pytest.raises(UserError, match="nowhere is not the folder of a run, it does not exist"):
             Run.read(tmp_path / "nowhere")
         with pytest.raises(UserError, match="it has no config.json"):
             Run.read(tmp_path)
@@ -309,6 +309,6 @@ class TestCommand:
     def test_wrong_input_is_one_line(self, base: Path, tmp_path: Path, capsys):
         assert main(["compare", str(base), str(tmp_path / "no")]) == 2
         assert capsys.readouterr().err == (
-            f"regolite: error: {tmp_path / 'no'} is no folder of a run, it does not exist; "
+            f"regolite: error: {tmp_path / 'no'} is not the folder of a run, it does not exist; "
             "give the output folder of a training\n"
         )

@@ -94,7 +94,7 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
     """
     source, output = Path(source), Path(output)
     if not source.is_dir():
-        raise UserError(f"{source} is no folder: give the folder that your labeling tool has exported")
+        raise UserError(f"{source} is not a folder: give the folder that your labeling tool has exported")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists already: give a new folder")
     seed, val = whole("seed", seed), plain(val)

@@ -191,7 +191,9 @@ def _read_coco_file(source: Path, file: Path, content: Mapping[str, Any], finder
         export.images.append(image)
         try:
             if not _is_key(number) or ids[number] > 1:
-                raise _BadRecord(f"image has id {number!r}, which is no id of its own: give every image another")
+                raise _BadRecord(
+                    f"image has id {number!r}, which is missing or not unique: give every image its own id"
+                )
             image.size = _size(record.get("width"), record.get("height"), number)
             image.objects = [_coco_object(annotation, classes) for annotation in by_image.get(number, [])]
         except _BadRecord as error:
@@ -248,7 +250,7 @@ def _size(width: Any, height: Any, number: Any) -> tuple[int, int] | None:
 def _coco_object(annotation: Any, classes: Mapping[Any, str]) -> Object:
     """Parse a COCO annotation."""
     if not isinstance(annotation, dict):
-        raise _BadRecord(f"annotation {annotation!r} is no record: make it an object with bbox and category_id")
+        raise _BadRecord(f"annotation {annotation!r} is not a record: make it an object with bbox and category_id")
     which = f"annotation {annotation.get('id')!r}"
     category, box = annotation.get("category_id"), annotation.get("bbox")
     outline = annotation.get("segmentation") or []

@@ -83,8 +83,8 @@ def read_image(source: ImageSource, upright: bool = True) -> Image.Image:
         check_path(source)
     elif not isinstance(source, (Image.Image, bytes, bytearray, memoryview)):
         raise UserError(
-            f"{type(source).__name__} is no image: give a path, a PIL image, a NumPy array, a tensor, or the bytes of "
-            "a file"
+            f"{type(source).__name__} is not an image: give a path, a PIL image, a NumPy array, a tensor, or the bytes "
+            "of a file"
         )
     try:
         with _opened(source) as image:

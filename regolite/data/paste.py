@@ -116,7 +116,7 @@ def cut_outs(
     if not found:
         raise UserError(
             f"{file}: none of the {masks} objects with masks can be cut out: one must be at least {min_size} pixels "
-            f"wide and high, clear of the image border and of a class asked for; lower min_size or add images"
+            f"wide and high, clear of the image border and of a requested class; lower min_size or add images"
         )
     return found
 

@@ -29,7 +29,7 @@ from http.client import HTTPException, HTTPResponse
 from io import FileIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeGuard
 
 from regolite.data.coco import (
     LONGEST,
@@ -235,7 +235,7 @@ def check_address(mirror: str, root: Path) -> None:
         UserError: the mirror is not an http address, or the folder is a file.
     """
     if not re.fullmatch(r"https?://([\w.@-]+|\[[\da-f:.]+\])(:\d+)?(/\S*)?", mirror):
-        raise UserError(f"--mirror {mirror} is no address: give one that begins with http:// or https://")
+        raise UserError(f"--mirror {mirror} is not an address: give one that begins with http:// or https://")
     if root.exists() and not root.is_dir():
         raise UserError(f"{root} is a file: give a folder")
 
@@ -300,7 +300,7 @@ def _receive(url: str, out: FileIO, size: int, progress: _Progress, begins: byte
         while have < size and (data := answer.read1(CHUNK)):  # read1: no data is lost if the connection breaks
             data, skip = data[skip:][: size - have], max(0, skip - len(data))
             if not have and not begins.startswith(data[: len(begins)]):
-                raise UserError(f"{url} is no zip file, perhaps a page to log in: check the network, or --mirror")
+                raise UserError(f"{url} is not a zip file, perhaps a login page: check the network, or --mirror")
             _write(out, data)
             have += len(data)
             progress.update(have)
@@ -317,7 +317,7 @@ def _beginning(answer: HTTPResponse, url: str, have: int, size: int) -> int:
     if answer.status == 206:
         match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
         if not match or int(match[1]) != have:
-            raise HTTPException("the server sent another part of the file than was asked for")
+            raise HTTPException("the server sent another part of the file than requested")
         total, skip = match[2], 0
     if total.isdecimal() and int(total) != size:
         raise UserError(f"{url} has {total} bytes instead of {size}, so it is another file: give another --mirror")
@@ -402,8 +402,7 @@ def unpack(file: Path, root: Path, archive: Archive, wanted: Collection[str]) ->
                 target = root / member.filename
                 if not _is_whole(target, member):
                     replaced += target.exists()
-                    with content.open(member) as source:
-                        _write_atomic(source, target)
+                    _extract(content, member, target)
                 progress.add(member.file_size)
             progress.close()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -444,11 +443,11 @@ def _is_whole(target: Path, member: zipfile.ZipInfo) -> bool:
     return crc == member.CRC
 
 
-def _write_atomic(source: IO[bytes], target: Path) -> None:
+def _extract(content: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
     """Unpack a file atomically; ``zipfile`` checks the CRC at its end."""
     temporary = target.with_name(f".{target.name}.part")
     try:
-        with open(temporary, "wb", buffering=0) as out:
+        with content.open(member) as source, open(temporary, "wb", buffering=0) as out:
             while data := source.read(CHUNK):
                 _write(out, data)
         os.replace(temporary, target)
@@ -613,7 +612,7 @@ def _check_images(
     sizes, missing, seen = _sizes(files.folder), set(files.missing), set()
     by_id: dict[int, tuple[str, int, int]] = {}
     for image in images:
-        number, name, width, height = (image.get(key) for key in ("id", "file_name", "width", "height"))
+        number, name, width, height = image.get("id"), image.get("file_name"), image.get("width"), image.get("height")
         if not isinstance(name, str) or not name:
             wrong("image without a file name", said=f"file_name {name!r}", image_id=number)
             continue
@@ -624,7 +623,7 @@ def _check_images(
             wrong("missing image", name, image_id=number)
         elif name not in sizes and not files.path(name).stat().st_size:
             wrong("empty image", name, image_id=number)
-        if not all(type(side) is int and 1 <= side <= LONGEST for side in (width, height)):
+        if not (_is_side(width) and _is_side(height)):
             wrong("image without a size", name, f"width {width!r}, height {height!r}", image_id=number)
             width = height = NO_SIZE
         if is_id(number):
@@ -634,6 +633,11 @@ def _check_images(
         for name in sorted(sizes.keys() - listed):
             note("image not listed", name)
     return by_id
+
+
+def _is_side(value: Any) -> TypeGuard[int]:
+    """Whether a JSON value is the width or height of an image."""
+    return type(value) is int and 1 <= value <= LONGEST
 
 
 def _check_annotations(

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 from av.container import OutputContainer
@@ -100,7 +101,7 @@ class VideoWriter:
 
     def _open(self, width: int, height: int) -> tuple[OutputContainer, VideoStream]:
         container = av.open(os.fspath(self.path), "w", format="mp4")
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        codec: Literal["libx264", "mpeg4"] = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         stream = container.add_stream(codec, rate=30, options={"crf": "20"})
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"  # supported by every player

@@ -72,13 +72,13 @@ class Joined(View):
                 differences = category_differences(first.categories, other.categories, ("the first", "another"))
                 what = differences[0] if differences else "their order"
                 raise UserError(
-                    f"data sets of different classes cannot be joined ({what}): give them the same categories"
+                    f"datasets of different classes cannot be joined ({what}): give them the same categories"
                 )
         self._places = [(dataset, i) for dataset in datasets for i in range(len(dataset))][:limit]
         self.image_ids = [dataset.image_ids[i] for dataset, i in self._places]
         if len(set(self.image_ids)) < len(self.image_ids):
             twice = next(i for n, i in enumerate(self.image_ids) if i in self.image_ids[:n])
-            raise UserError(f"image {twice} is in two of the data sets: take it out of one, or give it another id")
+            raise UserError(f"image {twice} is in two of the datasets: take it out of one, or give it another id")
         counts = [len(dataset.objects(i)) for dataset, i in self._places]
         self._first_ids = [0, *accumulate(counts)]
 

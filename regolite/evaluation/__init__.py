@@ -1,4 +1,4 @@
-"""Measuring detectors: COCO's average precision, stage by stage."""
+"""Evaluation of detectors: COCO average precision by stage, confidence intervals and error analysis."""
 
 from __future__ import annotations
 

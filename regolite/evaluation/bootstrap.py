@@ -1,8 +1,8 @@
-"""How sure an average precision is: the bootstrap over images (Efron, 1979).
+"""Confidence intervals of average precision: the bootstrap over images (Efron, 1979).
 
-Other images would have given other figures. How different, the images at hand can tell: draw as many of them, with
-replacement, evaluate, and do it again some hundred times. All stages are evaluated on the same draws, so that their
-differences are surer than the figures themselves.
+The images are resampled with replacement and evaluated some hundred times; the spread of the results estimates the
+sampling error. All stages are evaluated on the same samples, so that the intervals of their differences are narrower
+than those of the figures.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from regolite.utils.validation import whole
 
 @dataclass(frozen=True)
 class Draws:
-    """Average precision of every draw of images, in percent; the mean over recalls.
+    """Average precision of every bootstrap sample, in percent; the mean over recalls.
 
     Attributes:
-        precision: of D draws, S stages, T demands on the overlap (IoU 0.50, 0.55, ..., 0.95), and K categories in the
-            order of their ids; nan where a draw has no object of a category.
+        precision: for D bootstrap samples, S stages, T IoU thresholds (0.50, 0.55, ..., 0.95) and K categories in the
+            order of their ids; nan if a sample has no object of a category.
     """
 
     precision: Float[np.ndarray, "D S T K"]
 
     @property
     def ap(self) -> Float[np.ndarray, "D S"]:
-        """AP of every draw and stage."""
+        """AP of every bootstrap sample and stage."""
         return np.nanmean(self.precision, (2, 3))
 
     @property
     def ap50(self) -> Float[np.ndarray, "D S"]:
-        """AP50 of every draw and stage."""
+        """AP50 of every bootstrap sample and stage."""
         return np.nanmean(self.precision[:, :, 0], 2)
 
     @property
     def ap50_by_category(self) -> Float[np.ndarray, "D S K"]:
-        """AP50 of every draw, stage and category."""
+        """AP50 of every bootstrap sample, stage and category."""
         return self.precision[:, :, 0]
 
 
 def interval(values: Float[np.ndarray, "D *n"], confidence: float = 0.95) -> tuple[Any, Any]:
-    """The bounds between which the middle of the draws lies (percentile bootstrap).
+    """The confidence interval by the percentile bootstrap.
 
     Args:
-        values: one for each draw.
-        confidence: share of the draws between the bounds.
+        values: one value per bootstrap sample.
+        confidence: confidence level.
     """
     tail = 50 * (1 - confidence)
     return np.nanpercentile(values, tail, axis=0), np.nanpercentile(values, 100 - tail, axis=0)
@@ -65,13 +65,13 @@ def interval(values: Float[np.ndarray, "D *n"], confidence: float = 0.95) -> tup
 def bootstrap(
     coco: COCO, by_stage: Sequence[Sequence[dict[str, Any]]], draws: int = 200, seed: int = 0, progress: bool = True
 ) -> Draws:
-    """Evaluate detections on many draws of the images.
+    """Evaluate detections on bootstrap samples of the images.
 
     Args:
         coco: the ground truth.
-        by_stage: the detections of each stage in COCO's form, as :func:`regolite.evaluation.detect_all` gives them.
-        draws: how many.
-        seed: of the draws.
+        by_stage: the detections of each stage in COCO format, as returned by :func:`regolite.evaluation.detect_all`.
+        draws: number of bootstrap samples.
+        seed: seed of the sampling.
         progress: show a progress bar.
     """
     draws = whole("draws", draws, 1)
@@ -87,23 +87,23 @@ def bootstrap(
 def intervals(
     coco: COCO, by_stage: Sequence[Sequence[dict[str, Any]]], draws: int = 200, seed: int = 0, progress: bool = True
 ) -> dict[str, Any]:
-    """The 95 % intervals of AP and AP50 by stage, of what the last stage gains on the base detector, and by class.
+    """95 % confidence intervals of AP and AP50 by stage, of the gain of the last stage, and by class.
 
     Arguments are those of :func:`bootstrap`.
 
     Returns:
-        ``intervals``: the number of ``draws``, the bounds of each stage's ``AP`` and ``AP50``, and of ``AP_gain`` and
-        ``AP50_gain``, last stage minus base detector. ``classes``: of each class that has objects its ``name``, its
-        number of ``objects``, ``AP50`` of the last stage and its bounds as ``AP50_interval``. All in percent.
+        ``intervals``: the number of ``draws``, the bounds of ``AP`` and ``AP50`` of each stage, and of ``AP_gain`` and
+        ``AP50_gain``, last stage minus base detector. ``classes``: for each class with objects its ``name``, its number
+        of ``objects``, ``AP50`` of the last stage, and the bounds ``AP50_interval``. All in percent.
 
     Raises:
-        UserError: when there is no object.
+        UserError: the ground truth has no object.
     """
     if not any(len(coco.getAnnIds(catIds=[category], iscrowd=False)) for category in coco.cats):
         raise UserError("the data has no object of the model's classes: there is nothing to measure")
     drawn = bootstrap(coco, by_stage, draws, seed, progress)
     last = _matched(coco, by_stage[-1])
-    whole = _precision(last, np.arange(len(last.params.imgIds)))[0]  # AP50 of the images as they are
+    ap50 = _precision(last, np.arange(len(last.params.imgIds)))[0]  # of the original images
 
     def bounds(values: Float[np.ndarray, "D"]) -> list[float]:
         return [round(float(bound), 4) for bound in interval(values)]
@@ -116,17 +116,17 @@ def intervals(
         {
             "name": coco.cats[category]["name"],
             "objects": len(coco.getAnnIds(catIds=[category], iscrowd=False)),
-            "AP50": round(float(whole[k]), 4),
+            "AP50": round(float(ap50[k]), 4),
             "AP50_interval": bounds(drawn.ap50_by_category[:, -1, k]),
         }
         for k, category in enumerate(sorted(coco.cats))
-        if not np.isnan(whole[k])
+        if not np.isnan(ap50[k])
     ]
     return {"intervals": by_figure, "classes": classes}
 
 
 def as_text(figures: dict[str, Any]) -> str:
-    """The intervals of :func:`regolite.evaluate` as tables of text."""
+    """Format the intervals of :func:`regolite.evaluate` as text tables."""
     found = figures["intervals"]
     rows = [f"95 % intervals of {found['draws']} draws of the images, in percent", "", f"{'':20}{'AP':^22}{'AP50':^22}"]
     for n, stage in enumerate(figures["stages"]):
@@ -148,7 +148,7 @@ def as_text(figures: dict[str, Any]) -> str:
 
 
 def _matched(coco: COCO, results: Sequence[dict[str, Any]]) -> COCOeval:
-    """Detections matched with the ground truth, image by image; a draw only counts these matches differently."""
+    """Match detections with the ground truth by image; a bootstrap sample only reweights these matches."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(coco, coco.loadRes(list(results)) if results else COCO(), "bbox")
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
@@ -158,13 +158,13 @@ def _matched(coco: COCO, results: Sequence[dict[str, Any]]) -> COCOeval:
 
 
 def _precision(evaluation: COCOeval, rows: Int[np.ndarray, "I"]) -> Float[np.ndarray, "T K"]:
-    """Average precision of the images at ``rows``, in percent."""
+    """Average precision of the images with indices ``rows``, in percent."""
     images = len(evaluation.params.imgIds)
     drawn = copy.copy(evaluation)
     by_category = [evaluation.evalImgs[start : start + images] for start in range(0, len(evaluation.evalImgs), images)]
     drawn.evalImgs = [category[row] for category in by_category for row in rows]
     drawn.params = drawn._paramsEval = copy.copy(evaluation.params)
-    drawn.params.imgIds = list(range(images))  # an image that was drawn twice counts as two
+    drawn.params.imgIds = list(range(images))  # a repeated image counts as several images
     with contextlib.redirect_stdout(io.StringIO()):
         drawn.accumulate()
     precision = drawn.eval["precision"][..., 0, 0]  # [T, R, K]

@@ -1,7 +1,7 @@
-"""COCO's average precision of every stage of a detector.
+"""COCO average precision of every stage of a detector.
 
-pycocotools computes the figures; faster-coco-eval gives the same ones several times as fast, where it is installed and
-asked for. Figures are percentages; one that cannot be computed, since no object has that size, is None.
+Figures are computed by pycocotools, or by the optional backend faster-coco-eval, which gives the same figures several
+times faster. Figures are percentages; a figure without objects of its size is None.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -44,12 +44,12 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 @dataclass(frozen=True)
 class Measured:
-    """What COCO's evaluation gives.
+    """The result of a COCO evaluation.
 
     Attributes:
         figures: the figures by the names of :data:`FIGURES`, in percent.
-        precision: precision at T demands on the overlap (IoU 0.50, 0.55, ..., 0.95), R recalls (0, 0.01, ..., 1) and
-            for K categories in the order of their ids; all sizes, 100 detections; nan where a category has no object.
+        precision: precision at T IoU thresholds (0.50, 0.55, ..., 0.95) and R recalls (0, 0.01, ..., 1), of K
+            categories in the order of their ids; all sizes, 100 detections; nan if a category has no object.
     """
 
     figures: dict[str, Any]
@@ -61,37 +61,37 @@ class Measured:
         return 100 * self.precision.mean((0, 1))
 
     def curve(self, iou: float = 0.5) -> Float[np.ndarray, "R"]:
-        """Precision in percent at each recall, the mean over the categories that have objects.
+        """The precision-recall curve in percent, averaged over the categories with objects.
 
         Args:
-            iou: the demand on the overlap, one of the T.
+            iou: the IoU threshold, one of the T.
         """
         at = self.precision[round((iou - 0.5) / 0.05)]
         return 100 * at[:, ~np.isnan(at[0])].mean(1)
 
 
 def average_precision(coco: COCO, results: Sequence[dict[str, Any]], backend: str = "pycocotools") -> dict[str, Any]:
-    """COCO's twelve figures for boxes, in percent: the figures of :func:`measure`, which takes the same."""
+    """COCO's twelve figures for boxes, in percent: the figures of :func:`measure` with the same arguments."""
     return measure(coco, results, backend).figures
 
 
 def measure(coco: COCO, results: Sequence[dict[str, Any]], backend: str = "pycocotools") -> Measured:
-    """COCO's evaluation of boxes.
+    """Evaluate boxes as COCO does.
 
     Args:
         coco: the ground truth.
-        results: detections in COCO's form: ``image_id``, ``category_id``, ``bbox`` (corner, width, height in pixels),
+        results: detections in COCO format: ``image_id``, ``category_id``, ``bbox`` (corner, width, height in pixels),
             ``score``.
         backend: ``"pycocotools"`` or ``"faster-coco-eval"``.
 
     Returns:
-        The twelve figures, and the precision that they are means of.
+        The twelve figures, and the precision from which they are computed.
 
     Raises:
-        UserError: when there is no such backend, or it is not installed.
+        UserError: the backend is unknown or not installed.
     """
     own_coco, evaluator = backend_of(backend)
-    with contextlib.redirect_stdout(io.StringIO()):  # both libraries print whatever they do
+    with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
         if own_coco is not COCO:
             coco = own_coco(coco.dataset)
         if results:
@@ -113,10 +113,10 @@ def measure(coco: COCO, results: Sequence[dict[str, Any]], backend: str = "pycoc
 
 
 def backend_of(name: str) -> tuple[Any, Any]:
-    """What holds annotations and what evaluates, of a library.
+    """The annotation class and the evaluation class of a backend.
 
     Raises:
-        UserError: when there is no such backend, or it is not installed.
+        UserError: the backend is unknown or not installed.
     """
     if name == "pycocotools":
         return COCO, COCOeval
@@ -143,36 +143,34 @@ def evaluate(
     draws: int = 0,
     on_broken: str = "stop",
 ) -> dict[str, Any]:
-    """Evaluate a detector and every stage of it.
+    """Evaluate every stage of a detector.
 
     Args:
         model: the detector.
-        dataset: images and ground truth. Where it has no transform, images are prepared as the model's
-            configuration says.
-        stages: how many REGO stages to run; all by default.
-        batch_size: images at a time.
-        top_k: detections kept of each image.
-        backend: see :func:`average_precision`.
-        workers: processes that prepare images.
+        dataset: images and ground truth. Without a transform, images are prepared as in the model's configuration.
+        stages: number of REGO stages; all by default.
+        batch_size: images per batch.
+        top_k: detections per image.
+        backend: see :func:`measure`.
+        workers: number of DataLoader workers.
         progress: show a progress bar.
-        detections: a file to write the last stage's detections to, in COCO's form, for other tools; none by default.
-        draws: how many draws of the images say how sure the figures are, see :mod:`regolite.evaluation.bootstrap`.
-        on_broken: ``"stop"`` at an image that cannot be read, or ``"skip"``: leave it out, with its ground truth.
+        detections: file for the last stage's detections in COCO format; not written by default.
+        draws: number of bootstrap samples for confidence intervals, see :mod:`regolite.evaluation.bootstrap`.
+        on_broken: ``"stop"`` at an image that cannot be read, or ``"skip"`` it with its ground truth.
 
     Returns:
-        The figures of the last stage, the number of ``images`` that were measured, and ``stages``: the figures by
-        stage, of which number 0 is the base detector. With draws also, as
-        :func:`regolite.evaluation.bootstrap.intervals` has them, ``intervals`` and ``classes``. If images were left
-        out, ``broken``: what is wrong with each.
+        The figures of the last stage, the number of evaluated ``images``, and ``stages``: the figures by stage, the
+        base detector's first. With ``draws`` also ``intervals`` and ``classes``, see
+        :func:`regolite.evaluation.bootstrap.intervals`. If images were skipped, ``broken``: an error message for each.
 
     Raises:
-        UserError: when the model does not know all of the data's categories or has no such stages, a number makes no
-            sense, there is no such backend, an image cannot be read (with ``"skip"``: none, or many in a row), or the
-            data has no annotation at all and no file of detections is asked for.
+        UserError: the model lacks categories of the data or has fewer stages, a number is out of range, the backend is
+            unavailable, an image cannot be read (with ``"skip"``: all images, or many in a row), or the data has no
+            annotations and ``detections`` is not given.
     """
-    backend_of(backend)  # now, and not after an hour
+    backend_of(backend)  # fail now, not after an hour
     draws = whole("draws", draws, 0)
-    of_kind("dataset", dataset, DetectionDataset, "a data set: regolite.data.open_data(FOLDER) gives one")
+    of_kind("dataset", dataset, DetectionDataset, "a dataset: regolite.data.open_data(FOLDER) gives one")
     if detections is None and not dataset.is_annotated:
         raise UserError(
             f"{getattr(dataset, 'file', 'the data')}: {len(dataset)} images without a single annotation, nothing to "
@@ -180,8 +178,10 @@ def evaluate(
         )
     if on_broken not in ("stop", "skip"):
         raise UserError(f"on_broken={on_broken!r} is not one of 'stop', 'skip'")
-    how = (stages, batch_size, top_k, workers, progress)
-    (results, broken), figures = _detect_all(model, dataset, *how, skip=on_broken == "skip"), None
+    figures: dict[str, Any] = {}
+    results, broken = _detect_all(
+        model, dataset, stages, batch_size, top_k, workers, progress, skip=on_broken == "skip"
+    )
     if distributed.rank() == 0:
         if broken:
             dataset = OfImages(dataset, [i for i in range(len(dataset)) if i not in broken])
@@ -205,12 +205,12 @@ def detect_all(
     workers: int = 0,
     progress: bool = True,
 ) -> list[list[dict[str, Any]]]:
-    """All that a detector finds in a data set, in COCO's form: one list a stage, number 0 the base detector's.
+    """Detections of a detector in a dataset, in COCO format: one list per stage, the base detector's first.
 
-    Several processes share the batches. A batch holds the same images however many there are, so that they find the
-    very same; the first one gets everything, the others nothing.
+    In a distributed run the processes share the batches. The composition of the batches is independent of the number of
+    processes, so the results are identical. Rank 0 gets all results, the other ranks none.
 
-    Arguments and errors are those of :func:`evaluate`, which measures these lists.
+    Arguments and errors are those of :func:`evaluate`.
     """
     return _detect_all(model, dataset, stages, batch_size, top_k, workers, progress, skip=False)[0]
 
@@ -226,9 +226,9 @@ def _detect_all(
     progress: bool,
     skip: bool,
 ) -> tuple[list[list[dict[str, Any]]], dict[int, str]]:
-    """All that a detector finds, by stage, and what is wrong with images that were skipped, by index."""
+    """Detections by stage, and error messages of the skipped images by index."""
     check_stages(model, stages)
-    of_kind("dataset", dataset, DetectionDataset, "a data set: regolite.data.open_data(FOLDER) gives one")
+    of_kind("dataset", dataset, DetectionDataset, "a dataset: regolite.data.open_data(FOLDER) gives one")
     batch_size, top_k = whole("batch_size", batch_size, 1), whole("top_k", top_k, 1)
     workers = whole("workers", workers, 0)
     category_ids = category_ids_of(getattr(model, "model_config", None), dataset)
@@ -240,16 +240,16 @@ def _detect_all(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or a seed for the workers would be drawn from everybody's generator
+        generator=torch.Generator(),  # otherwise the workers' seed would be drawn from the global generator
     )
-    results: list[list[list[dict[str, Any]]] | None] = []  # of each batch: of each stage
+    results: list[list[list[dict[str, Any]]] | None] = []  # by batch and stage
     broken: dict[int, str] = {}
     with evaluating(model):
         for batch, errors in track(batches, "evaluating", progress and distributed.rank() == 0):
             if errors and not skip:
                 raise next(iter(errors.values()))
             broken |= {i: str(error) for i, error in errors.items()}
-            if batch is None:  # all of it is broken
+            if batch is None:  # all images are broken
                 results.append(None)
                 continue
             images, targets = batch
@@ -266,14 +266,14 @@ def _detect_all(
                 ]
             )
     shares = distributed.gather((results, broken))
-    broken = {i: said for _, part in shares for i, said in part.items()}
+    broken = {i: message for _, part in shares for i, message in part.items()}
     _check_broken(sorted(broken.items()), len(dataset))
     in_order = [batch for turn in zip_longest(*(part for part, _ in shares)) for batch in turn if batch is not None]
     return [list(chain.from_iterable(stage)) for stage in zip(*in_order)], broken
 
 
 class _Items(Dataset):
-    """The images of a data set with their indices; where one cannot be read, the error that says so."""
+    """The items of a dataset with their indices; an error in place of an image that cannot be read."""
 
     def __init__(self, dataset: DetectionDataset) -> None:
         self.dataset = dataset
@@ -283,17 +283,17 @@ class _Items(Dataset):
 
 
 def _collate(items: list[tuple[int, Any]]) -> tuple[tuple[ImageBatch, list[Target]] | None, dict[int, UserError]]:
-    """The padded batch of the images that could be read, None for none, and the errors of the others by index."""
+    """The padded batch of the readable images, or None, and the errors of the others by index."""
     errors = {i: found for i, found in items if isinstance(found, UserError)}
     sound = [found for i, found in items if i not in errors]
     return collate(sound, multiple=32) if sound else None, errors
 
 
 def _check_broken(broken: list[tuple[int, str]], count: int) -> None:
-    """Go on without single images, but not without a disk.
+    """Tolerate single broken images, but not a failed disk.
 
     Raises:
-        UserError: all of the images are broken, or as many in a row as no training goes on with.
+        UserError: all images are broken, or :data:`regolite.data.dataset.TRIES` in a row.
     """
     rows = zip(broken, broken[TRIES - 1 :])
     if broken and (len(broken) == count or any(last[0] - first[0] == TRIES - 1 for first, last in rows)):
@@ -301,13 +301,13 @@ def _check_broken(broken: list[tuple[int, str]], count: int) -> None:
 
 
 def prepared(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:
-    """The data, its images as the model wants them; at full size, and that is said, where nobody says how."""
+    """The dataset with the model's evaluation transform, unless it has one; with neither, full size and a warning."""
     config = getattr(model, "model_config", None)
     if dataset.transform is not None:
         return dataset
     if config is None:
         logging.getLogger("regolite").warning(
-            "neither the data set has a transform nor the model a model_config: images are taken at full size"
+            "neither the dataset has a transform nor the model a model_config: images are used at full size"
         )
         return dataset
     dataset = copy.copy(dataset)
@@ -316,10 +316,10 @@ def prepared(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:
 
 
 def with_shared_classes(dataset: DetectionDataset, config: ModelConfig) -> DetectionDataset:
-    """The data with the classes that the model knows too, by name; under the model's category ids.
+    """The dataset restricted to the classes that the model shares by name, with the model's category ids.
 
     Raises:
-        UserError: when they have no class in common.
+        UserError: data and model have no class in common.
     """
     shared = [name for name in config.classes if name in dataset.classes]
     if not shared:
@@ -331,15 +331,18 @@ def with_shared_classes(dataset: DetectionDataset, config: ModelConfig) -> Detec
 
 
 def category_ids_of(config: ModelConfig | None, dataset: DetectionDataset) -> tuple[int, ...]:
-    """COCO's id of each of the model's labels: its own where it has them, the data's where it does not.
+    """COCO's category id of each label: the model's own, or the data's if the model has only generic class numbers.
 
-    A model may know more than the data, as a published one with a column for every number up to 90; what it finds of
-    other categories counts for nothing.
+    A model may have more categories than the data, as published models with one logit for every id up to 90; detections
+    of other categories are ignored.
+
+    Raises:
+        UserError: the data has categories that the model lacks.
     """
     own, wanted = config.category_ids if config is not None else (), dataset.category_ids
     if set(wanted) <= set(own):
         return own
-    if not own or own == tuple(range(len(wanted))):  # numbers of a model that was built without names of classes
+    if not own or own == tuple(range(len(wanted))):  # a model built without class names
         return wanted
     raise UserError(
         f"the data has categories that the model does not know: {sorted(set(wanted) - set(own))}; give the data that "
@@ -348,10 +351,10 @@ def category_ids_of(config: ModelConfig | None, dataset: DetectionDataset) -> tu
 
 
 def table_by_stage(figures: Mapping[str, Any]) -> str:
-    """COCO's figures of every stage as a table of text, in percent.
+    """Format COCO's figures of every stage as a text table, in percent.
 
     Args:
-        figures: what :func:`regolite.evaluate` gives, or a line of ``metrics.jsonl`` of an evaluation.
+        figures: the result of :func:`regolite.evaluate`, or an evaluation line of ``metrics.jsonl``.
     """
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     rows = ["".join([" " * 14, *(f"{name:>7}" for name in names)])]

@@ -1,15 +1,15 @@
-"""What a model costs: parameters, and multiply-adds of one image, beside Table 1 of the paper.
+"""Model complexity: parameters and multiply-adds per image, compared with Table 1 of the paper.
 
-Models are built on the device ``meta``, where tensors have shapes and no numbers: nothing is allocated and nothing is
-computed. A :class:`Counter` listens to every operator that PyTorch runs. It takes PyTorch's own formulas for
-convolutions and matrix products, and adds those for reading features at points, which PyTorch's counter leaves out.
-Three kinds of work are kept apart, since tables differ in what they count:
+Models are built on the ``meta`` device, whose tensors have shapes but no data: nothing is allocated or computed. A
+:class:`Counter` intercepts every PyTorch operator. It uses PyTorch's formulas for convolutions and matrix products, and
+adds formulas for sampling features at points, which PyTorch's counter omits. Three kinds of operations are counted
+separately, since published tables differ in what they include:
 
-- **layers**: a weight meets a number (convolutions, linear layers): weights times places where they are applied;
-- **attention**: two activations meet, equation (2): queries with keys, weights with values;
-- **reading**: features are read at points between cells by bilinear interpolation: deformable sampling, glimpses.
+- **layers**: weights times activations (convolutions, linear layers);
+- **attention**: products of two activations, equation (2): queries with keys, weights with values;
+- **reading**: bilinear interpolation of features at points: deformable sampling, glimpses.
 
-Softmax, normalization, additions and everything else element by element are left out, as usual.
+Elementwise operations such as softmax, normalization and additions are not counted, as usual.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from regolite.utils.progress import track
 from regolite.utils.validation import whole
 
 IMAGE = (800, 1127)
-"""Height and width of the image at which every full-size model is counted.
+"""Height and width of the image for which all full-size models are counted.
 
-DETR's authors give 86 GFLOPs for DETR-R50, a mean over the first 100 validation images resized to a shorter side of
-800 (facebookresearch/detr#110). At this size DETR-R50 has 86.0 G multiply-adds. It was chosen once, for all rows.
+DETR's authors report 86 GFLOPs for DETR-R50, a mean over the first 100 validation images resized to a shorter side of
+800 (facebookresearch/detr#110). At this size DETR-R50 has 86.0 G multiply-adds. The same size is used in all rows.
 """
 
 CLASSES = 91
-"""As the published models have: COCO's ids run to 90, and DETR counts from 0."""
+"""As in the published models: COCO's ids run to 90, and DETR counts from 0."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs.
+    """Complexity of a model.
 
     Attributes:
         parameters: number of parameters.
@@ -62,7 +62,7 @@ class Cost:
     parts: dict[str, dict[str, int]]
 
     def kind(self, kind: str) -> int:
-        """Multiply-adds of one kind, all parts together."""
+        """Multiply-adds of one kind in all parts."""
         return sum(kinds.get(kind, 0) for kinds in self.parts.values())
 
     @property
@@ -77,22 +77,23 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Everything, two for each multiply-add."""
+        """All operations, two per multiply-add."""
         return 2 * self.with_reading
 
 
 def count(model: nn.Module, height: int, width: int) -> Cost:
-    """Count a model.
+    """Count the parameters and operations of a model.
 
     Args:
-        model: a detector, on any device; on ``meta`` nothing is allocated. A detector whose work depends on what it
-            finds offers ``dense``, a forward pass that does not (:meth:`regolite.models.baselines.Baseline.dense`).
+        model: a detector, on any device; on ``meta`` nothing is allocated. A detector whose cost depends on its
+            detections implements ``dense``, a forward pass of fixed cost
+            (:meth:`regolite.models.baselines.Baseline.dense`).
         height: height of the image in pixels.
         width: its width.
 
     Returns:
-        Its parameters, and the multiply-adds of one image. The parts are the children of the base detector, "rego"
-        is all that REGO adds, and "rest" is what happens between the parts.
+        The parameters, and the multiply-adds for one image. The parts are the children of the base detector, "rego"
+        (everything that REGO adds) and "rest" (operations outside the parts).
     """
     height, width = whole("height", height, 1), whole("width", width, 1)
     device = next(model.parameters()).device
@@ -106,10 +107,10 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the multiply-adds of every operator that runs inside it.
+    """Counts the multiply-adds of every operator within a ``with`` block.
 
     Args:
-        model: the model; its weights tell layers from attention, and its children are the parts.
+        model: the model; its weights distinguish layers from attention, and its children are the parts.
 
     Attributes:
         parts: multiply-adds of each part by kind.
@@ -123,7 +124,7 @@ class Counter(TorchDispatchMode):
         self._running = ["rest"]
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, and count it."""
+        """Run and count an operator."""
         packet = operator.overloadpacket
         run = SHORTCUTS[packet] if packet in SHORTCUTS and args[0].is_meta else operator
         result = run(*args, **(kwargs or {}))
@@ -131,17 +132,17 @@ class Counter(TorchDispatchMode):
         if packet in READING:
             self.parts[part]["reading"] += READING[packet](result, *args)
         elif packet in PRODUCTS:
-            # The weights of a convolution may be scaled ones, with a frozen norm in them.
-            weighs = packet is aten.convolution or any(
+            # The kernel of a convolution may be a scaled copy, with a frozen norm folded in.
+            has_weights = packet is aten.convolution or any(
                 isinstance(a, Tensor) and _storage(a) in self._weights for a in args
             )
-            flops = PRODUCTS[packet](*args, **(kwargs or {}), out_val=result)  # two for a multiply-add
-            self.parts[part]["layers" if weighs else "attention"] += flops // 2
+            flops = PRODUCTS[packet](*args, **(kwargs or {}), out_val=result)  # two per multiply-add
+            self.parts[part]["layers" if has_weights else "attention"] += flops // 2
         return result
 
     @contextmanager
     def knowing_parts(self) -> Iterator[None]:
-        """Listen to the model, so that an operator is counted for the part in which it runs."""
+        """Register hooks that attribute each operator to the part in which it runs."""
 
         def enter(part: str) -> Callable[..., None]:
             return lambda *_: self._running.append(part)
@@ -162,12 +163,12 @@ class Counter(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    """What a tensor and its views have in common."""
+    """Identity of the storage that a tensor shares with its views."""
     return tensor.untyped_storage()._cdata
 
 
 def _part(model: nn.Module, name: str) -> str:
-    """The part that a module belongs to, by its name; empty for the model itself."""
+    """The part of a module with this name; empty for the model itself."""
     if isinstance(model, Rego) and name and not name.startswith("detector"):
         return "rego"
     path = [step for step in name.split(".") if step not in ("detector", "net")]
@@ -175,17 +176,17 @@ def _part(model: nn.Module, name: str) -> str:
 
 
 def _sampled(result: Tensor, *_: Any) -> int:
-    """``grid_sample``: each value mixes four cells, and is multiplied by its attention weight right after."""
+    """``grid_sample``: each value interpolates four cells, and is multiplied by its attention weight afterwards."""
     return 5 * result.numel()
 
 
 def _summed(result: Any, table: Tensor, index: Tensor, *_: Any) -> int:
-    """``embedding_bag``, by which glimpses are cut: every bin is a weighted sum of sixteen rows."""
+    """``embedding_bag``, which extracts glimpses: every bin is a weighted sum of sixteen rows."""
     return index.numel() * table.shape[1]
 
 
 def _aligned(result: Tensor, maps: Tensor, boxes: Tensor, scale: float, h: int, w: int, points: int, *_: Any) -> int:
-    """``roi_align`` of torchvision: ``points`` squared points a bin, four cells each."""
+    """``roi_align`` of torchvision: ``points`` squared points per bin, four cells each."""
     return 4 * max(points, 1) ** 2 * result.numel()
 
 
@@ -196,13 +197,13 @@ READING: dict[Any, Callable[..., int]] = {
     aten._embedding_bag_forward_only: _summed,
     torch.ops.torchvision.roi_align: _aligned,
 }
-"""Formulas of the operators that read features at points: multiply-adds from result and arguments."""
+"""Operators that sample features at points: multiply-adds as a function of result and arguments."""
 
 PRODUCTS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
 }
-"""PyTorch's formulas of convolutions, matrix products and fused attention."""
+"""PyTorch's FLOP formulas for convolutions, matrix products and fused attention."""
 
 SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.grid_sampler_2d: lambda x, grid, *_: x.new_empty(*x.shape[:2], *grid.shape[1:3]),
@@ -212,7 +213,7 @@ SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.clamp: lambda x, *_, **__: torch.empty_like(x),
     aten.relu: torch.empty_like,
 }
-"""The frequent operators at which PyTorch takes long on ``meta``, though only a shape is wanted: half of all time."""
+"""Shape functions of frequent operators that are slow on ``meta``; they halve the time."""
 
 
 # ---------------------------------------------------------------------------------------------------------- Table 1
@@ -223,8 +224,8 @@ class Printed:
     """A row of the paper's Table 1.
 
     Attributes:
-        gflops: its GFLOPs.
-        parameters: its millions of parameters, where it prints them.
+        gflops: GFLOPs.
+        parameters: parameters in millions, or None if the paper omits them.
         remarks: what our count includes, or why it differs.
     """
 
@@ -290,7 +291,7 @@ TABLE_1 = {
     "rego_deformable_detr_two_stage_r101": Printed(257, 73, (_TWO_STAGE, _REGO)),
     "rego_deformable_detr_two_stage_x101": Printed(434, 119, (_X101, _REGO)),
 }
-"""Table 1 by preset. A size that it prints once for a model and its DC5 form stands here twice."""
+"""Table 1 by preset. A number of parameters that it prints once for a model and its DC5 variant appears here twice."""
 
 CONVENTIONS = {
     "parameters": f"Every nn.Parameter, frozen ones too; frozen batch norm holds constants. {CLASSES} classes.",
@@ -303,7 +304,7 @@ CONVENTIONS = {
     "image": f"{IMAGE[0]} x {IMAGE[1]} pixels for all, at which DETR-R50 has the 86 G that its authors give as a "
     "mean over 100 validation images; laptop presets (tiny, scenes) at their own size.",
 }
-"""What each column counts, and of which image."""
+"""What each column counts, and for which image."""
 
 
 def rows(models: Sequence[str] | None = None, progress: bool = False) -> list[dict[str, Any]]:
@@ -311,18 +312,18 @@ def rows(models: Sequence[str] | None = None, progress: bool = False) -> list[di
 
     Args:
         models: their names; all by default.
-        progress: show how far it is.
+        progress: show a progress bar.
 
     Returns:
-        For each preset its name, the size of the image, counts by kind, by :data:`CONVENTIONS` and by part, and
-        the row of Table 1 with our difference from it in percent, or None.
+        For each preset its name, the size of the image, counts by kind, by :data:`CONVENTIONS` and by part, and the row
+        of Table 1 with our difference from it in percent, or None.
 
     Raises:
-        UserError: for a preset that does not exist, before anything is counted.
+        UserError: an unknown preset, before anything is counted.
     """
     configs, counted = [configure(name) for name in (presets() if models is None else models)], []
     for config in track(configs, "counting", progress):
-        with torch.device("meta"):  # torchvision's networks have one column more, the background
+        with torch.device("meta"):  # torchvision's networks have an additional background class
             model = build(config.without_pretrained(), CLASSES - isinstance(config.detector, BaselineConfig))
         height, width = image(config)
         cost = count(model, height, width)
@@ -340,7 +341,7 @@ def rows(models: Sequence[str] | None = None, progress: bool = False) -> list[di
 
 
 def image(config: ModelConfig) -> tuple[int, int]:
-    """Height and width of the image at which a model is counted: :data:`IMAGE`, or 4:3 for a laptop's sizes."""
+    """Height and width of the image for which a model is counted: :data:`IMAGE`, or 4:3 for laptop presets."""
     return IMAGE if config.augment == "detr" else (config.image_size * 3 // 4, config.image_size)
 
 
@@ -361,14 +362,15 @@ def _percent(ours: float, theirs: int) -> float:
 
 
 def document(counted: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What ``--json`` writes: the rows, how they were counted, and by which versions."""
+    """The content of ``--json``: the rows, the conventions and the library versions."""
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
     return {"image": list(IMAGE), "conventions": CONVENTIONS, "versions": versions, "rows": list(counted)}
 
 
 def as_text(counted: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table for people, and its notes."""
-    nothing = dict.fromkeys(("parameters", "parameters_off", "gflops", "gflops_off")) | {"remarks": []}
+    """Format the rows as a text table with notes."""
+    nothing: dict[str, Any] = {"remarks": []}
+    nothing |= dict.fromkeys(("parameters", "parameters_off", "gflops", "gflops_off"))
     papers = [row["table_1"] or nothing for row in counted]
     remarks = list(dict.fromkeys(remark for paper in papers for remark in paper["remarks"]))  # each once
     line = f"{{:{max(len(row['model']) for row in counted)}}}" + "{:>9}{:>7}{:>8}" * 2 + "{:>9}{:>9}  {}"
@@ -382,7 +384,7 @@ def as_text(counted: Sequence[dict[str, Any]]) -> str:
         cells += [f"{row['with_reading'] / 1e9:.2f}", f"{row['flops'] / 1e9:.2f}"]
         text.append(line.format(*cells, " ".join(f"[{remarks.index(remark) + 1}]" for remark in paper["remarks"])))
     columns = ("M params", "G mult-adds", "with reading", "2 each", "paper", "image")
-    notes = [f"{column}: {said}" for column, said in zip(columns, CONVENTIONS.values())]
+    notes = [f"{column}: {meaning}" for column, meaning in zip(columns, CONVENTIONS.values())]
     notes += [f"[{number}] {remark}" for number, remark in enumerate(remarks, 1)]
     notes = [textwrap.fill(note, 112, subsequent_indent="    ") for note in notes]
     return "\n".join(row.rstrip() for row in [*text, "", *notes])

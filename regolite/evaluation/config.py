@@ -16,23 +16,23 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class EvaluationConfig(Checked):
-    """Which checkpoint to measure, on what, and how."""
+    """Checkpoint, data and options of an evaluation."""
 
     checkpoint: str = _option("runs/rego/model.safetensors", "weights: of a run, or a published file")
     data: str = _option("data/coco_tiny", "folder in COCO format, or scenes (see regolite.data.open_data)")
-    splits: tuple[str, ...] = _option(("val",), "of train, val, test and train+val; the first is looked at closely")
-    shared_classes: bool = _option(False, "measure only classes that both the data and the model know, by name")
+    splits: tuple[str, ...] = _option(("val",), "of train, val, test and train+val; the first is analyzed in detail")
+    shared_classes: bool = _option(False, "evaluate only classes that data and model share by name")
     output: str = _option("runs/evaluation", "folder of the results")
-    stages: int | None = _option(None, "use so many REGO stages; all by default")
-    batch_size: int = _option(8, "images at a time")
+    stages: int | None = _option(None, "number of REGO stages; all by default")
+    batch_size: int = _option(8, "images per batch")
     image_size: int | None = _option(None, "size of the images; the model's own by default")
     limit_images: int | None = _option(None, "use only the first N images of each split")
     backend: Literal["pycocotools", "faster-coco-eval"] = _option("pycocotools", "what computes the figures")
-    threshold: float = _option(0.5, "least score of a detection that counts as an answer, for errors and images")
-    images: int = _option(6, "how many error images of each kind")
-    save_detections: bool = _option(False, "write the last stage's detections of each split, in COCO's form")
-    workers: int = _option(0, "processes that prepare images")
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute")
+    threshold: float = _option(0.5, "least score of a detection in the error analysis and in images")
+    images: int = _option(6, "number of example images of each kind of error")
+    save_detections: bool = _option(False, "write the last stage's detections of each split in COCO format")
+    workers: int = _option(0, "number of DataLoader workers")
+    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "device")
 
     def __post_init__(self) -> None:
         """Check the values, one by one."""
@@ -53,9 +53,9 @@ class EvaluationConfig(Checked):
 
     @staticmethod
     def of(values: dict[str, Any]) -> EvaluationConfig:
-        """A configuration from names and values, lists taken for tuples.
+        """Build a configuration from names and values; lists become tuples.
 
         Raises:
-            UserError: for an unknown name (the message names the nearest right one) or a wrong value.
+            UserError: an unknown name (the message suggests the closest match) or an invalid value.
         """
         return from_values(EvaluationConfig, values)

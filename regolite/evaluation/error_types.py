@@ -1,26 +1,26 @@
-"""Where a detector's errors come from: every wrong detection gets one reason, and AP50 says what each reason costs.
+"""Error analysis: every false detection is assigned one kind of error, and each kind its cost in AP50.
 
 After Bolya, Foley, Hays and Hoffman, "TIDE: A General Toolbox for Identifying Object Detection Errors" (ECCV 2020). A
-detection is correct if it overlaps an object of its class by an IoU of at least 0.5, and no surer one has taken that
-object. Of a wrong one, the first of these that fits is the reason:
+detection is correct if its IoU with an object of its class is at least 0.5 and no higher-scoring detection matches that
+object. A false detection gets the first kind in this table that applies:
 
 ============  ======================================================================  ================================
-kind          what is the matter                                                      mended by
+kind          error                                                                   fixed by
 ============  ======================================================================  ================================
-box           the nearest object of its class overlaps it by 0.1 to 0.5               giving it the object's box
-class         an object of another class overlaps it by 0.5 or more                   giving it the object's class
-duplicate     an object of its class overlaps it by 0.5 or more, but was taken        taking it away
-background    nothing overlaps it by more than 0.1                                    taking it away
-both          what is left: another class's object overlaps it by 0.1 to 0.5          taking it away
-missed        an object that no detection found, nor one wrong in box or class alone  leaving the object out
+box           the IoU with the nearest object of its class is 0.1 to 0.5              giving it the object's box
+class         the IoU with an object of another class is at least 0.5                 giving it the object's class
+duplicate     the IoU with a matched object of its class is at least 0.5              removing it
+background    no object has an IoU above 0.1                                          removing it
+both          otherwise: the IoU with an object of another class is 0.1 to 0.5        removing it
+missed        an object without a correct detection, a box error or a class error     removing the object
 ============  ======================================================================  ================================
 
-Fixing never makes a duplicate: where several detections would find one object, the highest-scoring one does and the
-others are removed. The cost of a kind is how much AP50 rises when all errors of that kind, and no other, are fixed. The
-costs do not add up to what is missing from 100: fixing two kinds together gives more, or less, than each alone.
+Fixing never creates a duplicate: if several detections would match one object, the highest-scoring one does and the
+others are removed. The cost of a kind is the increase of AP50 when all errors of that kind, and no others, are fixed.
+The costs do not sum to 100 - AP50: fixing two kinds together gains more, or less, than the sum of both.
 
-Simpler than TIDE's own toolbox: boxes alone and no masks, the IoU of 0.5 alone, neither one kind mended after the other
-nor the two summaries "false positive" and "false negative". A crowd excuses detections of its class, as in COCO.
+Simpler than the TIDE toolbox: boxes only, IoU 0.5 only, no successive fixes, no "false positive" and "false negative"
+summaries. Detections in a crowd of their class are ignored, as in COCO.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ FOREGROUND, BACKGROUND = 0.5, 0.1
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The objects of a data set as columns, crowds left out.
+    """The objects of a dataset as arrays, without crowds.
 
     Attributes:
-        image_ids: COCO's id of each one's image.
-        categories: COCO's id of its category.
+        image_ids: COCO's image id of each object.
+        categories: COCO's category id.
         boxes: corner, width and height in pixels.
     """
 
@@ -58,17 +58,17 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Judged:
-    """Detections as columns, the highest-scoring first, each with what it is.
+    """Classified detections as arrays, the highest-scoring first.
 
     Attributes:
-        truth: the objects.
-        image_ids: COCO's id of each one's image.
-        categories: COCO's id of its category.
+        truth: the ground-truth objects.
+        image_ids: COCO's image id of each detection.
+        categories: COCO's category id.
         boxes: corner, width and height in pixels.
         scores: confidence.
-        kinds: ``"correct"``, one of :data:`KINDS` but the last, or ``"ignored"``: in a crowd.
-        objects: the row of ``truth`` that it found, or is wrong about; -1 for none.
-        overlaps: its IoU with that object; 0 for none.
+        kinds: ``"correct"``, one of :data:`KINDS` except the last, or ``"ignored"`` (in a crowd).
+        objects: row of ``truth`` that is matched or concerned by the error; -1 for none.
+        overlaps: IoU with that object; 0 for none.
     """
 
     truth: GroundTruth
@@ -84,43 +84,43 @@ class Judged:
         return len(self.scores)
 
     def above(self, threshold: float) -> Judged:
-        """Those of at least this score. A surer detection never depends on a less sure one, so the kinds stay."""
+        """The detections of at least this score; kinds never depend on lower-scoring detections."""
         end = int((self.scores >= threshold).sum())
         names = ("image_ids", "categories", "boxes", "scores", "kinds", "objects", "overlaps")
         return replace(self, **{name: getattr(self, name)[:end] for name in names})
 
     def _touched(self, *kinds: str) -> Bool[np.ndarray, "M"]:
-        """For each object, whether a detection of these kinds is about it."""
+        """For each object, whether a detection of these kinds concerns it."""
         touched = np.zeros(len(self.truth), dtype=bool)
         touched[self.objects[np.isin(self.kinds, kinds)]] = True
         return touched
 
     @property
     def missed(self) -> Int[np.ndarray, "m"]:
-        """The rows of the objects that were missed."""
+        """The rows of the missed objects."""
         return np.flatnonzero(~self._touched("correct", "class", "box"))
 
     def counts(self) -> dict[str, int]:
-        """How many detections are correct, and how many errors there are of each kind."""
+        """The number of correct detections, and of errors of each kind."""
         counted = {kind: int((self.kinds == kind).sum()) for kind in ("correct", *KINDS)}
         return counted | {"missed": len(self.missed)}
 
-    def ap50(self, mended: str | None = None) -> float:
-        """AP at IoU 0.5 in percent, as pycocotools computes it; nan where there are no objects.
+    def ap50(self, fixed: str | None = None) -> float:
+        """AP at IoU 0.5 in percent, as computed by pycocotools; nan without objects.
 
         Args:
-            mended: the kind of error to mend first, one of :data:`KINDS`.
+            fixed: the kind of error to fix first, one of :data:`KINDS`.
         """
         categories, correct, counts = self.categories.copy(), self.kinds == "correct", self.kinds != "ignored"
         wanted = np.ones(len(self.truth), dtype=bool)
-        if mended == "missed":
+        if fixed == "missed":
             wanted[self.missed] = False
-        elif mended is not None:
-            wrong = self.kinds == mended
+        elif fixed is not None:
+            wrong = self.kinds == fixed
             counts = counts & ~wrong
-            if mended in ("class", "box"):
+            if fixed in ("class", "box"):
                 free = np.flatnonzero(wrong & ~self._touched("correct")[self.objects])
-                best = free[np.unique(self.objects[free], return_index=True)[1]]  # one a free object
+                best = free[np.unique(self.objects[free], return_index=True)[1]]  # one per free object
                 categories[best] = self.truth.categories[self.objects[best]]
                 correct[best] = counts[best] = True
         precisions = [
@@ -130,18 +130,18 @@ class Judged:
         return 100 * float(np.mean(precisions)) if precisions else float("nan")
 
     def costs(self) -> dict[str, float]:
-        """By how much AP50 rises, in points, when the errors of a kind are mended."""
+        """The increase of AP50, in points, when the errors of each kind are fixed."""
         before = self.ap50()
         return {kind: self.ap50(kind) - before for kind in KINDS}
 
 
 def judge(coco: COCO, results: Sequence[dict[str, Any]]) -> Judged:
-    """Match detections with the truth at IoU 0.5, as COCO does, and say of each what it is.
+    """Match detections with the ground truth at IoU 0.5, as COCO does, and classify them.
 
     Args:
         coco: the ground truth.
-        results: detections in COCO's form, as :func:`regolite.evaluation.detect_all` gives for a stage. Those of
-            categories that the truth does not know are left out.
+        results: detections in COCO format, as returned by :func:`regolite.evaluation.detect_all` for one stage. Other
+            categories than those of the ground truth are ignored.
     """
     annotations = [one for one in coco.dataset["annotations"] if not one.get("iscrowd", 0)]
     crowds = [one for one in coco.dataset["annotations"] if one.get("iscrowd", 0)]
@@ -149,7 +149,7 @@ def judge(coco: COCO, results: Sequence[dict[str, Any]]) -> Judged:
     results = [one for one in results if one["category_id"] in coco.cats]
     image_ids, categories, boxes = _columns(results)
     scores = np.array([one["score"] for one in results], dtype=float)
-    order = np.lexsort((image_ids, -scores))  # the order in which pycocotools counts them, ties included
+    order = np.lexsort((image_ids, -scores))  # the order of pycocotools, ties included
     image_ids, categories, boxes, scores = (column[order] for column in (image_ids, categories, boxes, scores))
     kinds = np.full(len(scores), "background", dtype="<U10")
     objects, overlaps = np.full(len(scores), -1), np.zeros(len(scores))
@@ -171,12 +171,12 @@ def judge(coco: COCO, results: Sequence[dict[str, Any]]) -> Judged:
 def _judge_image(
     iou: Float[np.ndarray, "n m"], own: Bool[np.ndarray, "n m"], excused: Bool[np.ndarray, "n"]
 ) -> tuple[list[str], Int[np.ndarray, "n"]]:
-    """The kinds of one image's detections, the highest-scoring first, and the object that each is about.
+    """The kinds of the detections of one image, the highest-scoring first, and the object that each concerns.
 
     Args:
-        iou: of detections with objects.
+        iou: IoU of detections and objects.
         own: whether the object is of the detection's class.
-        excused: whether it lies in a crowd of its class.
+        excused: whether the detection lies in a crowd of its class.
     """
     kinds, about = [], np.full(len(iou), -1)
     if not iou.shape[1]:
@@ -205,12 +205,12 @@ def _judge_image(
 
 
 def _average_precision(correct: Bool[np.ndarray, "n"], objects: int) -> float:
-    """The mean over 101 recalls of the best precision at that recall or a higher one."""
+    """The mean over 101 recalls of the interpolated precision."""
     found = np.cumsum(correct)
     precision = found / np.arange(1, len(found) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     at = np.searchsorted(found / objects, np.linspace(0, 1, 101))
-    return float(np.append(precision, 0.0)[at].mean())  # recalls that are never reached count 0
+    return float(np.append(precision, 0.0)[at].mean())  # precision is 0 at recalls that are not reached
 
 
 def _columns(
@@ -222,14 +222,14 @@ def _columns(
 
 
 def _by_image(image_ids: Int[np.ndarray, "n"]) -> dict[int, Int[np.ndarray, "_"]]:
-    """The rows of each image, in their order."""
+    """The rows of each image, in order."""
     order = np.argsort(image_ids, kind="stable")
     ids, starts = np.unique(image_ids[order], return_index=True)
     return dict(zip(ids.tolist(), np.split(order, starts[1:])))
 
 
 def _iou(boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"], crowd: bool) -> Float[np.ndarray, "n m"]:
-    """COCO's IoU; of a crowd it is the part of the box that lies in it."""
+    """COCO's IoU; for a crowd, the fraction of the box that lies in it."""
     if not len(boxes) or not len(others):
         return np.zeros((len(boxes), len(others)))
     return np.asarray(mask.iou(boxes, others, [int(crowd)] * len(others)))

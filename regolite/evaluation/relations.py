@@ -1,35 +1,32 @@
-"""The relation score: does attention point at the object that truly decides the class, and does that object matter?
+"""The relation score: how often attention points at the object that decides the class of another.
 
-The paper shows relations as images (its Figure 6): a glimpse asks the hidden states of all queries, and the most
-related objects are drawn. Scenes know the truth: every ball is decided by one neighbor (:mod:`regolite.data.scenes`).
-So there are numbers. **The relation score** of a map is how often, of all other objects, a ball's query gives the most
-weight to the decider. These definitions make it one:
+The paper shows relations qualitatively (Figure 6): a glimpse attends to the hidden states of all queries, and the most
+related objects are drawn. Scenes provide ground-truth relations: the class of every ball is decided by one neighbor
+(:mod:`regolite.data.scenes`). **The relation score** of an attention map is the fraction of balls whose query gives the
+decider the highest weight of all other objects. Definitions:
 
-- **Which queries are an object's.** A query lies on the object that its box overlaps most, if by an IoU of at least
-  0.5, and on nothing otherwise. The boxes are those of the last stage that runs, for the maps of all stages: queries
-  keep their number from the first layer to the last, so that every map is asked about the same balls, queries and
-  objects, and a difference between two maps is one of the maps. Neither true nor predicted classes are looked at.
-- **Which query stands for the ball.** The highest-scoring of those on it: the one whose best class, whichever it is,
-  scores highest.
-- **The weight of an object** is the sum of the weights of all queries on it, since attention sums over them. The ball's
-  own queries are left out, duplicates included, and so are those that lie on nothing.
-- **Heads** are averaged (``score``), as are the layers in rows like ``stage.1.relations.*``. ``best_head`` is one head
-  alone. The best of many is good by luck too, so it is chosen on one half of the images and scored on the other.
-- **Which balls count.** Those with two or more other objects. Where no query lies on the ball or on its decider, there
-  is nothing to ask: such balls are left out, and ``cases`` of ``balls`` tells how many remain. Other objects without a
-  query cannot be chosen, so they do not count for chance either; two or more, the decider among them, must remain.
-- **Chance** is 1 / (number of those objects), ball by ball. Where several objects have equally much, each is the most
-  related for its share: attention that is the same everywhere, with one query an object, scores exactly chance.
-- **Intervals** hold 95 % of the means of images drawn anew with replacement, since balls of one image are not
-  independent.
+- **Queries of an object.** A query is assigned to the object with the highest IoU if that IoU is at least 0.5,
+  otherwise to none. The boxes of the last stage are used for the maps of all stages. Queries keep their index through
+  all layers, so all maps are scored on the same balls, queries and objects. Classes, true or predicted, are not used.
+- **Query of a ball.** The highest-scoring query of the ball, by its maximum class score.
+- **Weight of an object.** The sum of the weights of all its queries, since attention sums over them. The ball's own
+  queries, duplicates included, and queries without an object are left out.
+- **Heads** are averaged (``score``), as are the layers in rows such as ``stage.1.relations.*``. ``best_head`` is a
+  single head. To avoid selection bias, it is chosen on one half of the images and scored on the other.
+- **Cases.** Balls with at least two other objects. Balls without a query, or whose decider has none, are left out:
+  ``cases`` of ``balls`` remain. Other objects without a query are not candidates and do not count for chance. At least
+  two candidates, including the decider, must remain.
+- **Chance** is 1 / (number of candidates), per ball. Ties are shared equally: uniform attention with one query per
+  object scores exactly chance.
+- **Intervals** are 95 % bootstrap intervals over images, since balls of one image are not independent.
 
-Chance is a weak rival, so there are two more. ``nearest`` always chooses the nearest box: deciders stand beside their
-balls. ``most_queries`` chooses the object with the most queries, as attention that is the same everywhere does.
-And ``decoder.0.self`` of a detector with learned queries has seen no image yet: what it scores, it scores blindly.
+There are two stronger baselines than chance. ``nearest`` always chooses the nearest box, as deciders stand beside their
+balls. ``most_queries`` chooses the object with the most queries, as uniform attention does. In addition,
+``decoder.0.self`` of a detector with learned queries is independent of the image.
 
-**Attention is not explanation.** A map tells what is mixed, not what follows from it; and REGO's glimpses are enlarged,
-so that a ball's own glimpse may show the decider, and no relation is needed. :mod:`regolite.evaluation.removal` asks
-the model instead: it draws a scene again without an object, and measures what becomes of the ball's class.
+**Attention is not explanation.** A map shows what is mixed, not its effect on the prediction. REGO's glimpses are
+enlarged, so a ball's own glimpse may show the decider, and no relation is needed. :mod:`regolite.evaluation.removal`
+measures the effect instead: it renders a scene without an object, and compares the predicted class of the ball.
 """
 
 from __future__ import annotations
@@ -59,7 +56,7 @@ from regolite.utils.progress import track
 from regolite.utils.validation import whole
 
 OVERLAP = 0.5
-"""Least IoU of a query's box with the object that it lies on."""
+"""Least IoU of a query's box with its object."""
 
 BASE = "decoder.*.self"
 WIDTHS = (14, 17, 17, 14)
@@ -67,17 +64,17 @@ WIDTHS = (14, 17, 17, 14)
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One ball that a model has found together with its decider, and what its query attends to.
+    """A ball that was detected together with its decider, and the attention of its query.
 
     Attributes:
         image_id: COCO's id of the image.
-        ball: which of the image's N objects is decided.
-        decider: which one decides.
-        candidates: the other objects that have a query; the decider is one of them.
-        queries: how many queries lie on each object.
-        gaps: free distance between the box of the ball and each object's, in pixels of the original image.
-        weights: for each map of queries to queries by name, how much each head of the ball's query gives to the queries
-            of each object. What is missing from 1 goes to queries that lie on nothing.
+        ball: index of the ball among the N objects of the image.
+        decider: index of its decider.
+        candidates: the other objects with a query, including the decider.
+        queries: number of queries of each object.
+        gaps: distance between the boxes of the ball and of each object, in pixels of the original image.
+        weights: for each query-to-query map by name, the attention of the ball's query to the queries of each object,
+            by head. The remainder to 1 goes to queries without an object.
     """
 
     image_id: int
@@ -90,33 +87,33 @@ class Case:
 
     @property
     def chance(self) -> float:
-        """How often a choice among the candidates at random is right."""
+        """Probability that a random candidate is the decider."""
         return 1 / int(self.candidates.sum())
 
     def hits(self, values: Float[Tensor, "*n N"]) -> Float[np.ndarray, "*n"]:
-        """1 where the decider has the most of all candidates, 0 where another has; 1/k where k share the most."""
+        """1 if the decider has the highest value of all candidates, 1/k if k candidates tie with it, otherwise 0."""
         among = values.masked_fill(~self.candidates, float("-inf"))
-        # Sums of equal weights may differ in the last digit.
+        # Sums of equal weights may differ by rounding.
         most = torch.isclose(among, among.amax(-1, keepdim=True), rtol=1e-5, atol=0.0)
         return (most[..., self.decider].float() / most.sum(-1)).numpy()
 
     def heads(self, pattern: str) -> Float[Tensor, "M N"]:
-        """All heads of one map, or of all layers of a row like ``stage.1.relations.*``."""
+        """All heads of one map, or of all layers of a row such as ``stage.1.relations.*``."""
         return torch.cat([weights for name, weights in self.weights.items() if pattern in (name, group(name))])
 
 
 def stand_for(
     boxes: Float[Tensor, "Q 4"], scores: Float[Tensor, "Q K"], objects: Float[Tensor, "N 4"]
 ) -> tuple[Int[Tensor, "Q"], Int[Tensor, "N"]]:
-    """Which object each query lies on, and which query speaks for each object; see the top of this module.
+    """Assign queries to objects, and select the query of each object; see the module docstring.
 
     Args:
-        boxes: of the queries, ``xyxy`` in any unit.
-        scores: of every class.
+        boxes: boxes of the queries, ``xyxy`` in any unit.
+        scores: scores of all classes.
         objects: boxes of the objects, ``xyxy`` in the same unit; at least one.
 
     Returns:
-        For each query an object, or -1; for each object a query, or -1.
+        The object of each query, or -1; the query of each object, or -1.
     """
     overlap, owner = box_iou(boxes, objects).max(1)
     owner = owner.where(overlap >= OVERLAP, -1)
@@ -126,28 +123,32 @@ def stand_for(
 
 
 def relation_cases(trace: Trace, target: Target, relations: Sequence[tuple[int, int]], image: int = 0) -> list[Case]:
-    """The balls of one image that count, with what their queries attend to.
+    """The cases of one image.
 
     Args:
-        trace: what was recorded: boxes, and maps of queries to queries.
+        trace: a recording with boxes and query-to-query maps.
         target: the objects of the image.
-        relations: pairs (ball, decider) of objects, as ``dataset.relations(i)`` gives them.
-        image: of the batch.
+        relations: pairs (ball, decider) of objects, as returned by ``dataset.relations(i)``.
+        image: index of the image in the batch.
     """
     last = trace.by_stage[-1]
     objects = to_xyxy(target.boxes)
-    owner, speaker = stand_for(to_xyxy(last.boxes[image]), last.scores[image], objects)
-    lies_on = F.one_hot(owner + 1, len(objects) + 1)[:, 1:]  # [Q, N]
-    maps = [name for name in trace.names() if isinstance(trace[name], AttentionMap) and not trace[name].shapes]
+    owner, query = stand_for(to_xyxy(last.boxes[image]), last.scores[image], objects)
+    assigned = F.one_hot(owner + 1, len(objects) + 1)[:, 1:]  # [Q, N]
+    maps = {
+        name: attention.weights
+        for name in trace.names()
+        if isinstance(attention := trace[name], AttentionMap) and not attention.shapes
+    }
     cases = []
     for ball, decider in relations:
-        candidates = speaker >= 0
+        candidates = query >= 0
         candidates[ball] = False
-        if speaker[ball] < 0 or not candidates[decider] or candidates.sum() < 2:
+        if query[ball] < 0 or not candidates[decider] or candidates.sum() < 2:
             continue
-        weights = {name: trace[name].weights[image, :, speaker[ball]] @ lies_on.float() for name in maps}
+        weights = {name: attention[image, :, query[ball]] @ assigned.float() for name, attention in maps.items()}
         gaps = _gaps(objects[ball], objects, target.size)
-        cases.append(Case(target.image_id, ball, decider, candidates, lies_on.sum(0), gaps, weights))
+        cases.append(Case(target.image_id, ball, decider, candidates, assigned.sum(0), gaps, weights))
     return cases
 
 
@@ -161,28 +162,28 @@ def relation_score(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[Case]]:
-    """Measure how often the most related object is the decider, for all maps of queries to queries.
+    """Compute the relation scores of all query-to-query maps.
 
     Args:
         model: a detector that can be recorded.
-        dataset: scenes, or any data with ``decided_by``. Where it has no transform, images are prepared as the
-            model's configuration says.
-        stages: how many REGO stages to run; all by default.
-        batch_size: images at a time.
-        samples: how many times the images are drawn anew for an interval.
-        seed: of these draws.
+        dataset: scenes, or any data with ``decided_by``. Without a transform, images are prepared as in the model's
+            configuration.
+        stages: number of REGO stages; all by default.
+        batch_size: images per batch.
+        samples: number of bootstrap samples for an interval.
+        seed: seed of the bootstrap.
         progress: show a progress bar.
 
     Returns:
-        The figures that :func:`summary` gives, with ``images`` and ``balls`` that were looked at; and the cases, for
+        The figures of :func:`summary` with the number of ``images`` and ``balls``; and the cases, for
         :func:`regolite.evaluation.removal.removal`.
 
     Raises:
-        UserError: when no object of the data is decided by another, or the model finds none with its decider.
+        UserError: the data has no relations, or the model detects no ball together with its decider.
     """
     check_stages(model, stages)
     batch_size, samples = whole("batch_size", batch_size, 1), whole("samples", samples, 1)
-    category_ids_of(getattr(model, "model_config", None), dataset)  # that the model knows what the data shows
+    category_ids_of(getattr(model, "model_config", None), dataset)  # raises if the model lacks categories of the data
     dataset = prepared(model, dataset)
     relations = {i: dataset.relations(i) for i in range(len(dataset))}
     relations = {i: pairs for i, pairs in relations.items() if pairs and _count(dataset, i) > 2}
@@ -209,20 +210,19 @@ def relation_score(
 
 
 def summary(cases: Sequence[Case], samples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """The relation score of every map, from cases.
+    """Compute the relation score of every map from cases.
 
     Args:
         cases: one or more, all with the same maps.
-        samples: how many times the images are drawn anew for an interval.
-        seed: of these draws.
+        samples: number of bootstrap samples for an interval.
+        seed: seed of the bootstrap.
 
     Returns:
-        The number of ``cases``; ``chance``, ``nearest`` and ``most_queries``; and ``maps``, for each map and for all
-        layers of a kind together: ``name``, ``stage``, ``score``, what it has over chance (``over_chance``) and over
-        all layers of the base decoder's self-attention (``over_base``, None for those), ``best_head`` (None with one
-        image), the score of each head by itself, and ``shares``: where the attention goes, to the decider, to other
-        objects, to the ball itself and to queries that lie on nothing. Figures are dictionaries of ``mean``, ``low``
-        and ``high``, in [0, 1].
+        The number of ``cases``; ``chance``, ``nearest`` and ``most_queries``; and ``maps``, for each map and for the
+        mean over layers: ``name``, ``stage``, ``score``, the differences from chance (``over_chance``) and from the
+        base decoder's self-attention (``over_base``, None for the latter), ``best_head`` (None with one image), the
+        score of each head (``heads``), and ``shares``: the attention to the decider, to other objects, to the ball
+        itself and to queries without an object. Figures are dictionaries of ``mean``, ``low`` and ``high``, in [0, 1].
     """
     figure = figures_of(cases, samples, seed)
     chance = np.array([case.chance for case in cases])
@@ -259,13 +259,13 @@ def summary(cases: Sequence[Case], samples: int = 2000, seed: int = 0) -> dict[s
 def interval(
     values: Float[np.ndarray, "n"], images: Int[np.ndarray, "n"], samples: int = 2000, seed: int = 0
 ) -> dict[str, float]:
-    """The mean, and within which bounds 95 % of the means lie when the images are drawn anew with replacement.
+    """The mean and its 95 % bootstrap interval over images.
 
     Args:
         values: one or more.
-        images: the image that each value is of; values of one image are drawn together.
-        samples: how many times they are drawn.
-        seed: of the draws.
+        images: the image of each value; values of one image are resampled together.
+        samples: number of bootstrap samples.
+        seed: seed of the bootstrap.
     """
     _, place = np.unique(images, return_inverse=True)
     sums, counts = np.bincount(place, values), np.bincount(place)
@@ -275,7 +275,7 @@ def interval(
 
 
 def as_text(figures: dict[str, Any]) -> str:
-    """What :func:`relation_score` measured, as a table."""
+    """Format the figures of :func:`relation_score` as a text table."""
     titles = "".join(
         f"{title:>{width}}" for title, width in zip(("score", "over chance", "over base", "best head"), WIDTHS)
     )
@@ -300,7 +300,7 @@ def as_text(figures: dict[str, Any]) -> str:
 
 
 def percent(figure: dict[str, float] | None, sign: str = "", digits: int = 0) -> str:
-    """Mean and interval of a figure, times 100."""
+    """Format mean and interval of a figure in percent."""
     if figure is None:
         return "-"
     mean, low, high = (format(100 * figure[name], f"{sign}.{digits}f") for name in ("mean", "low", "high"))
@@ -310,18 +310,18 @@ def percent(figure: dict[str, float] | None, sign: str = "", digits: int = 0) ->
 def figures_of(
     cases: Sequence[Case], samples: int, seed: int
 ) -> Callable[[Float[np.ndarray, "n"]], dict[str, float] | None]:
-    """What makes a figure, mean and interval, of one value a case; None where there are no cases."""
+    """A function that computes mean and interval of one value per case; None without cases."""
     images = np.array([case.image_id for case in cases], dtype=np.int64)
     return lambda values: interval(values, images, samples, seed) if len(values) else None
 
 
 def group(name: str) -> str:
-    """The row of all layers that a map belongs to: ``stage.1.relations.*``."""
+    """The row that averages a map over layers, such as ``stage.1.relations.*``."""
     return re.sub(r"(encoder|decoder|relations)\.\d+", r"\1.*", name)
 
 
 def _count(dataset: DetectionDataset, i: int) -> int:
-    """How many objects image ``i`` shows."""
+    """Number of objects in image ``i``."""
     return len(dataset.objects(i).targets(*dataset.size(i)))
 
 
@@ -330,13 +330,13 @@ def _stage(name: str) -> int:
 
 
 def _gaps(box: Float[Tensor, "4"], boxes: Float[Tensor, "N 4"], size: tuple[int, int]) -> Float[Tensor, "N"]:
-    """Free distance between a box and others, ``xyxy`` in [0, 1], in pixels of an image of this height and width."""
+    """Distance between a box and others, ``xyxy`` in [0, 1], in pixels of an image of this height and width."""
     apart = torch.maximum(box[:2] - boxes[:, 2:], boxes[:, :2] - box[2:]).clamp(min=0.0)
     return (apart * torch.tensor([float(size[1]), float(size[0])])).norm(dim=1)
 
 
 def _best_head(hits: Float[np.ndarray, "n M"], images: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"] | None:
-    """The hits of one head, which for each half of the images is the one that was best in the other half."""
+    """The hits of the best head, chosen for each half of the images on the other half (two-fold cross-validation)."""
     half = np.unique(images, return_inverse=True)[1] % 2
     if not half.any():
         return None
@@ -344,7 +344,7 @@ def _best_head(hits: Float[np.ndarray, "n M"], images: Int[np.ndarray, "n"]) -> 
 
 
 def _shares(cases: Sequence[Case], name: str) -> dict[str, float]:
-    """Where the attention goes, the mean over heads and balls."""
+    """The distribution of the attention, averaged over heads and balls."""
     by_object = [(case, case.heads(name).mean(0)) for case in cases]
     decider = float(np.mean([float(w[case.decider]) for case, w in by_object]))
     itself = float(np.mean([float(w[case.ball]) for case, w in by_object]))

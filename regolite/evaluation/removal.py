@@ -1,25 +1,25 @@
-"""What follows from an object: take it out of the scene, and see what the model then says of the ball beside it.
+"""Causal effect of objects: remove an object from a scene, and measure how the prediction for a ball changes.
 
-A map of attention tells what a query mixes, not what follows from it. Scenes can be drawn again, background and noise
-the same: without one thing, or with a star as decider where a square was. No pixel in the ball's box has changed. So
-what the model then says otherwise of the ball, it says because of that thing.
+An attention map shows what a query mixes, not its effect on the prediction. A scene can be rendered again with the same
+background and noise, without one thing, or with the decider swapped between square and star. The pixels in the ball's
+box stay the same, so a changed prediction for the ball is caused by that thing.
 
-If the model decides a ball as it should, then
+For a model that uses the true relation,
 
-- without its decider it no longer knows (where another square or star is left, that one decides now);
-- with the other decider it says the other class;
-- without any other object it says the same, also without the one that is most related by the attention.
+- without the decider the class is uncertain (if another square or star remains, the nearest one decides);
+- with the swapped decider the class changes;
+- without any other object the class stays the same, even without the most related one by attention.
 
-The last is the test of the maps. Removing objects gives a relation score of its own too: how often the one object whose
-removal hurts most is the decider. That is what the model uses, and a map need not show it.
+The last is the test of the attention maps. Removal also gives a relation score: how often the object whose removal
+reduces the score most is the decider. It shows what the model uses, which an attention map need not show.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from regolite.data.transforms import to_pixels
 from regolite.errors import UserError
 from regolite.evaluation.coco import category_ids_of, prepared
 from regolite.evaluation.relations import BASE, Case, figures_of, group, percent, stand_for
-from regolite.inference import check_stages, run
+from regolite.inference import check_stages, run, scoring_of
 from regolite.types import Prediction
 from regolite.utils.modes import evaluating
 from regolite.utils.progress import track
@@ -43,12 +43,12 @@ MEASURES = {"score": "score of the ball's class", "preference": "preference to t
 
 
 def without(scene: Scene, k: int) -> Scene:
-    """The scene without thing ``k``; all else of the image stays, the background included."""
+    """The scene without thing ``k``; the background and all other things are unchanged."""
     return Scene(scene.size, scene.noise, scene.things[:k] + scene.things[k + 1 :])
 
 
 def swapped(scene: Scene, k: int) -> Scene:
-    """The scene with thing ``k`` a star where it is a square, and the other way round: its balls change their class."""
+    """The scene with thing ``k`` swapped between square and star, which changes the class of its balls."""
     things = list(scene.things)
     things[k] = replace(things[k], shape=DECIDERS[1 - DECIDERS.index(things[k].shape)])
     return Scene(scene.size, scene.noise, things)
@@ -64,36 +64,36 @@ def removal(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Take objects out of scenes, one at a time, and measure what becomes of the classes of the balls.
+    """Remove objects from scenes, one at a time, and measure the change of the balls' scores.
 
-    In each image drawn again, the query that speaks for the ball is found anew by the boxes of the last stage. The
-    ball's ``score`` at a stage is that query's score of the ball's class; 0 where no query lies on the ball. Its
-    ``preference`` is score / (score + score of the other kind of ball), 0.5 where both are 0: it tells a model that
-    doubts the class from one that no longer sees a ball. "The ball's class" is that of the image as it was.
+    In each rendered image, the query of the ball is selected again by the boxes of the last stage. The ball's ``score``
+    at a stage is that query's score of the ball's original class, or 0 without a query. Its ``preference`` is score /
+    (score + score of the other kind of ball), 0.5 if both are 0. It distinguishes an uncertain class from an undetected
+    ball.
 
     Args:
         model: any detector.
-        scenes: the set that the cases are of.
-        cases: one or more, as :func:`regolite.evaluation.relations.relation_score` gives them.
-        stages: how many REGO stages to run; all by default.
-        samples: how many times the images are drawn anew for an interval.
-        seed: of these draws.
+        scenes: the dataset of the cases.
+        cases: one or more, as returned by :func:`regolite.evaluation.relations.relation_score`.
+        stages: number of REGO stages; all by default.
+        samples: number of bootstrap samples for an interval.
+        seed: seed of the bootstrap.
         progress: show a progress bar.
 
     Returns:
-        ``stages``: for each, number 0 being the base detector, ``score`` and ``preference``, each with figures of
+        ``stages``: for each, the base detector first, ``score`` and ``preference``, each with the figures
 
         - ``before``: the mean;
-        - ``decider_removed`` and ``decider_swapped``: the mean change by that;
-        - ``other_removed``: by removing another candidate, the mean over all of them;
-        - ``related_removed``: by removing the most related candidate, where that is *not* the decider. Most related by
+        - ``decider_removed`` and ``decider_swapped``: the mean change;
+        - ``other_removed``: the change after removing another candidate, averaged over all of them;
+        - ``related_removed``: the change after removing the most related candidate, if that is *not* the decider: by
           all layers and heads of the base decoder's self-attention (stage 0), or of the stage's relations;
-        - ``unrelated_removed``: for the same balls, by removing a candidate that is neither. Only balls that have one
-          count for these two, ``related_cases`` of them; None where there are none;
-        - ``decider_first``: how often the candidate whose removal lowers it most is the decider.
+        - ``unrelated_removed``: for the same balls, the change after removing a candidate that is neither. These two
+          are restricted to the ``related_cases`` balls that have such a candidate; None if there are none;
+        - ``decider_first``: how often the candidate whose removal reduces the value most is the decider.
 
     Raises:
-        UserError: for data that cannot be drawn again.
+        UserError: the data is not a :class:`~regolite.data.Scenes` dataset.
     """
     if not isinstance(scenes, Scenes):
         raise UserError("images in files cannot be drawn again without an object; give scenes, as scenes:200")
@@ -113,17 +113,17 @@ def removal(
             i, numbers = place[image_id], of_image[image_id]
             scene = scenes.scene(i)
             objects = to_xyxy(scenes[i][1].boxes).to(device)
-            # Objects have the numbers of the scene's things, since every thing can be seen and none is a crowd.
+            # Objects have the indices of the scene's things, since every thing is visible and none is a crowd.
             variants = [scene, *(without(scene, k) for k in range(len(objects)))]
             variants += [swapped(scene, cases[n].decider) for n in numbers]
             batch = batch_images([transform(variant.draw()) for variant in variants], multiple=32)
             output = run(model, batch.to(device), stages)
             for number, n in enumerate(numbers):
-                scores = _ball_scores(output.by_stage, model.scoring, objects, cases[n].ball, columns)
+                scores = _ball_scores(output.by_stage, scoring_of(model), objects, cases[n].ball, columns)
                 if scene.things[cases[n].decider].shape != DECIDERS[0]:
                     scores = scores.flip(-1)
-                its_own = [*range(1 + len(objects)), 1 + len(objects) + number]
-                effects[n] = _effects(scores[its_own])
+                variant = [*range(1 + len(objects)), 1 + len(objects) + number]  # with the swap of this ball's decider
+                effects[n] = _effects(scores[variant])
     in_order = [effects[n] for n in range(len(cases))]
     count = in_order[0]["score"].shape[1]
     return {"stages": [_of_stage(cases, in_order, stage, samples, seed) for stage in range(count)]}
@@ -132,7 +132,7 @@ def removal(
 def _ball_scores(
     by_stage: Sequence[Prediction], scoring: str, objects: Float[Tensor, "N 4"], ball: int, columns: Sequence[int]
 ) -> Float[Tensor, "V S 2"]:
-    """The scores of both kinds of ball of the query that speaks for a ball, in V images and at S stages."""
+    """The scores of both ball classes for the query of a ball, in V images and at S stages."""
     scores = [p.logits.sigmoid() if scoring == "sigmoid" else p.logits.softmax(-1)[..., :-1] for p in by_stage]
     result = torch.zeros(len(scores[-1]), len(scores), 2)
     for v, boxes in enumerate(to_xyxy(by_stage[-1].boxes)):
@@ -143,10 +143,10 @@ def _ball_scores(
 
 
 def _effects(scores: Float[Tensor, "n S 2"]) -> dict[str, Float[Tensor, "n S"]]:
-    """Both measures of one ball: as it was, then the changes by each removed object, then that by the swap.
+    """Both measures of one ball: the original value, the change for each removed object, the change for the swap.
 
     Args:
-        scores: of the ball's class and of the other kind, in these images.
+        scores: scores of the ball's class and of the other ball class, in these images.
     """
     own, both = scores[..., 0], scores.sum(-1)
     measured = {"score": own, "preference": (own / both).where(both > 0, 0.5)}
@@ -158,11 +158,11 @@ def _of_stage(
 ) -> dict[str, Any]:
     """The figures of one stage."""
     related = [_most_related(case, f"stage.{stage}.relations.*" if stage else BASE) for case in cases]
-    apart = [  # the balls with a most related object that is not the decider, and a third one
-        n
-        for n, case in enumerate(cases)
-        if related[n] is not None and related[n] != case.decider and int(case.candidates.sum()) > 2
-    ]
+    apart = {  # the balls whose most related object is not the decider, with a third candidate
+        n: most
+        for n, (case, most) in enumerate(zip(cases, related))
+        if most is not None and most != case.decider and int(case.candidates.sum()) > 2
+    }
     figure, figure_apart = (figures_of(some, samples, seed) for some in (cases, [cases[n] for n in apart]))
     result: dict[str, Any] = {"stage": stage, "related_cases": len(apart)}
     for name in MEASURES:
@@ -173,15 +173,15 @@ def _of_stage(
             "decider_removed": figure(_column(x[case.decider] for case, x in changes)),
             "decider_swapped": figure(_column(x[-1] for x in values)),
             "other_removed": figure(_column(_others(case, x) for case, x in changes)),
-            "related_removed": figure_apart(_column(changes[n][1][related[n]] for n in apart)),
-            "unrelated_removed": figure_apart(_column(_others(*changes[n], related[n]) for n in apart)),
+            "related_removed": figure_apart(_column(changes[n][1][most] for n, most in apart.items())),
+            "unrelated_removed": figure_apart(_column(_others(*changes[n], most) for n, most in apart.items())),
             "decider_first": figure(_column(case.hits(-x) for case, x in changes)),
         }
     return result
 
 
 def _most_related(case: Case, row: str) -> int | None:
-    """The candidate to which all layers and heads of a row give the most weight; None where there are no such maps."""
+    """The candidate with the highest weight over all layers and heads of a row; None without such maps."""
     if all(group(name) != row for name in case.weights):
         return None
     return int(case.heads(row).mean(0).masked_fill(~case.candidates, float("-inf")).argmax())
@@ -194,12 +194,12 @@ def _others(case: Case, values: Float[Tensor, "N"], but: int | None = None) -> F
     return values[rest].mean()
 
 
-def _column(values: Any) -> Float[np.ndarray, "n"]:
+def _column(values: Iterable[SupportsFloat]) -> Float[np.ndarray, "n"]:
     return np.array([float(value) for value in values])
 
 
 def as_text(figures: dict[str, Any]) -> str:
-    """What :func:`removal` measured, as tables."""
+    """Format the figures of :func:`removal` as text tables."""
     labels = {
         "before": "as it is",
         "decider_removed": "decider removed",

@@ -1,8 +1,7 @@
-"""Runs side by side: what their folders say, in how much training each came how far, and in what they differ.
+"""Comparison of training runs: results, training cost and differences in settings, read from their folders.
 
-A run is its ``config.json`` and its ``metrics.jsonl`` (:mod:`regolite.training.folder`); weights are not needed. A run
-that was killed in the middle of a line, or is writing one now, can be read as well: that line is left out, and
-:attr:`Run.notes` says so.
+A run is read from its ``config.json`` and ``metrics.jsonl`` (:mod:`regolite.training.folder`), without weights. If the
+last line is incomplete, since the run was killed or is still writing, it is left out and reported in :attr:`Run.notes`.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from regolite.models.presets import build
 from regolite.utils.validation import Checked, from_values
 
 AXES = ("epochs", "hours", "images")
-"""What training can be measured by."""
+"""Measures of training cost."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value, and the training that had been done by then.
+    """A measured value with the training cost up to that evaluation.
 
     Attributes:
-        value: the figure, in percent; not a number where the evaluation had nothing to measure.
+        value: the figure, in percent; nan if it could not be computed.
         step: optimizer steps.
-        epochs: whole epochs, and a fraction where the run ended within one.
-        hours: time of the run, evaluations included.
-        images: steps times images per step; an epoch's last step may have had fewer.
+        epochs: epochs, fractional within an epoch.
+        hours: wall time of the run, evaluations included.
+        images: steps times batch size; the last step of an epoch may have had fewer images.
     """
 
     value: float
@@ -48,16 +47,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it.
+    """A training run, read from its folder.
 
     Attributes:
-        folder: where it is.
+        folder: the folder.
         label: its name in tables and figures.
         config: the fields of its :class:`~regolite.training.RunConfig`.
         model: the fields of its :class:`~regolite.models.config.ModelConfig`.
-        training: the lines of its logged steps.
-        evaluations: the lines of its evaluations, all splits.
-        notes: what was wrong with its files and could be mended.
+        training: the log lines of training steps.
+        evaluations: the log lines of evaluations, all splits.
+        notes: defects of its files that could be tolerated.
     """
 
     folder: Path
@@ -77,17 +76,17 @@ class Run:
             label: its name; the folder's by default.
 
         Raises:
-            UserError: when the folder holds no run, or a file of it is damaged.
+            UserError: the folder holds no run, or a file is damaged.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             there = "has no config.json" if folder.is_dir() else "does not exist"
-            raise UserError(f"{folder} is no folder of a run, it {there}; give the output folder of a training")
+            raise UserError(f"{folder} is not the folder of a run, it {there}; give the output folder of a training")
         try:
             stored = json.loads((folder / "config.json").read_text("utf-8"))
             config, model = dict(stored["run"]), dict(stored["model"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); copy it anew") from error
+            raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); copy it again") from error
         lines, notes = _read_lines(folder / "metrics.jsonl")
         by_kind = {kind: tuple(line for line in lines if line["kind"] == kind) for kind in ("train", "evaluation")}
         label = label or folder.resolve().name
@@ -95,62 +94,62 @@ class Run:
 
     @property
     def preset(self) -> str:
-        """The name of the model."""
+        """The preset of the model."""
         return str(self.config.get("model", self.model.get("preset")))
 
     @cached_property
     def parameters(self) -> int | None:
-        """How many parameters the model has, or None where its configuration is of another version of regolite."""
+        """Number of parameters, or None if the configuration is from an incompatible version of regolite."""
         try:
             config = ModelConfig.from_dict(dict(self.model)).without_pretrained()
-            with torch.device("meta"):  # shapes without numbers: nothing is allocated
+            with torch.device("meta"):  # shapes without data: nothing is allocated
                 return sum(p.numel() for p in build(config).parameters())
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
     @property
     def hours(self) -> float:
-        """Time of the run up to its last line."""
+        """Wall time of the run up to its last line."""
         return max((float(line["seconds"]) for line in self._lines), default=0.0) / 3600
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimizer steps of a whole epoch, or None where not one is done."""
-        # Epoch e is the running one while e * steps < step <= (e + 1) * steps; an evaluation after it has equality.
+        """Optimizer steps per epoch, or None before the end of the first one."""
+        # During epoch e, e * steps < step <= (e + 1) * steps; the evaluation after it has equality.
         bounds = [line["step"] // line["epoch"] for line in self._lines if line["epoch"] > 0]
         return min(bounds) if bounds else None
 
     @property
     def epochs(self) -> float:
-        """Epochs done, a fraction where the run ended within one."""
+        """Completed epochs, fractional within an epoch."""
         return max((self.epochs_at(line) for line in self._lines), default=0.0)
 
     @property
     def drops(self) -> tuple[int, ...]:
-        """The epochs after which the step schedule has divided the learning rate."""
+        """The epochs after which the step schedule reduced the learning rate."""
         if self.config.get("schedule") != "step":
             return ()
         return tuple(drop for drop in self.config["drop_epochs"] if 0 < drop < self.epochs)
 
     def epochs_at(self, line: Mapping[str, Any]) -> float:
-        """Epochs done when a line was written."""
+        """Completed epochs when a line was written."""
         per_epoch = self.steps_per_epoch
         return line["step"] / per_epoch if per_epoch else float(line["epoch"])
 
     def stages(self, split: str = "val") -> int:
-        """How many stages were measured, the base detector apart."""
+        """Number of evaluated REGO stages."""
         return min(len(line["stages"]) for line in self._measured(split)) - 1
 
     def points(self, metric: str = "AP", stage: int | None = None, split: str = "val") -> list[Point]:
-        """A figure in the course of training.
+        """A figure over the course of training.
 
         Args:
             metric: AP, AP50, AP75, APs, APm or APl.
-            stage: which stage, 0 the base detector; the last by default.
-            split: images that were evaluated, ``val`` or ``train``.
+            stage: the stage, 0 for the base detector; the last by default.
+            split: the evaluated images, ``val`` or ``train``.
 
         Raises:
-            UserError: when the run has no evaluation of that, or fewer stages.
+            UserError: the run has no evaluation on the split, or fewer stages.
         """
         lines, last = self._measured(split), self.stages(split)
         if stage is not None and not 0 <= stage <= last:
@@ -162,29 +161,29 @@ class Run:
     def curve(
         self, x: str, metric: str = "AP", stage: int | None = None, split: str = "val"
     ) -> tuple[list[float], list[float]]:
-        """The same as two lists, of training (one of :data:`AXES`) and of values."""
+        """The figure as two lists: training cost (one of :data:`AXES`) and values."""
         points = self.points(metric, stage, split)
         return [float(getattr(point, x)) for point in points], [point.value for point in points]
 
     def best(self, metric: str = "AP", stage: int | None = None, split: str = "val") -> Point:
-        """The highest value, the first where it was measured twice."""
+        """The evaluation with the highest value, the first one if there is a tie."""
         points = self.points(metric, stage, split)
         return max(points, key=lambda point: -math.inf if math.isnan(point.value) else point.value)
 
     def reaches(self, value: float, metric: str = "AP", stage: int | None = None, split: str = "val") -> Point | None:
-        """The first evaluation with at least this value, or None where there is none."""
+        """The first evaluation with at least this value, or None."""
         return next((point for point in self.points(metric, stage, split) if point.value >= value), None)
 
     def losses(self, decoder: str, term: str, smoothing: int = 1) -> tuple[list[float], list[float]]:
-        """A term of the loss of a decoder's last layer in the course of training.
+        """A loss term of a decoder's last layer over the course of training.
 
         Args:
             decoder: ``base`` or ``stage1``, ``stage2``, ...
             term: ``label``, ``l1`` or ``giou``.
-            smoothing: each value is the mean of so many lines, those before it included; 1 for the lines as they are.
+            smoothing: window of a trailing moving average, in lines; 1 for no smoothing.
 
         Returns:
-            Epochs and values; empty where the run has no such term.
+            Epochs and values; empty if the run has no such term.
         """
         lines = [line for line in self.training if f"{decoder}/{term}" in line["terms"]]
         values = [float(line["terms"][f"{decoder}/{term}"]) for line in lines]
@@ -213,7 +212,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison(Checked):
-    """What to compare, and by what: the parameters of notebook 22."""
+    """Runs and figure of a comparison: the parameters of notebook 22."""
 
     runs: tuple[str, ...] = field(metadata={"help": "folders of runs"})
     labels: tuple[str, ...] = field(default=(), metadata={"help": "their names; those of the folders by default"})
@@ -235,23 +234,23 @@ class Comparison(Checked):
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> Comparison:
-        """A comparison from names and values, lists taken for tuples.
+        """Build a comparison from names and values; lists become tuples.
 
         Raises:
-            UserError: for an unknown name (the message names the nearest right one) or a value of the wrong type.
+            UserError: an unknown name (the message suggests the closest match) or a value of the wrong type.
         """
         return from_values(Comparison, dict(values))
 
     @property
     def figure(self) -> dict[str, Any]:
-        """The figure that is compared, as the methods of :class:`Run` take it."""
+        """The compared figure, as keyword arguments of the methods of :class:`Run`."""
         return {"metric": self.metric, "stage": self.stage, "split": self.split}
 
     def read(self) -> list[Run]:
-        """The runs, the one to compare with first.
+        """Read the runs, the base of the comparison first.
 
         Raises:
-            UserError: when one cannot be read, has no such evaluation or stage, or there is no such label.
+            UserError: a run cannot be read or lacks the evaluation or stage, or ``base`` is not a label.
         """
         labels = self.labels or tuple(Path(folder).resolve().name for folder in self.runs)
         if len(set(labels)) < len(labels):
@@ -260,7 +259,7 @@ class Comparison(Checked):
             raise UserError(f"base={self.base!r} is none of the runs; choose from {', '.join(labels)}")
         runs = [Run.read(folder, label) for folder, label in zip(self.runs, labels)]
         for run in runs:
-            run.points(**self.figure)  # says what is missing, now and not in the middle of a figure
+            run.points(**self.figure)  # raises now, not in the middle of a plot
         return sorted(runs, key=lambda run: run.label != (self.base or labels[0]))
 
 
@@ -268,18 +267,18 @@ class Comparison(Checked):
 
 
 def rows(runs: Sequence[Run], metric: str = "AP", stage: int | None = None, split: str = "val") -> list[dict[str, Any]]:
-    """The runs in numbers, one dictionary a run, as JSON can hold it.
+    """The runs as JSON content, one dictionary per run.
 
     ``best`` is the highest value of the chosen stage, and ``by_stage`` the values of all stages at that evaluation.
-    ``reaches`` is the first evaluation at which a run is as good as the first run's best, and how much training it took
-    by comparison: ``epochs_ratio`` 0.72 are 28% fewer epochs, the "acceleration" of the paper's section 5.2. It is None
-    for a run that never is.
+    ``reaches`` is the first evaluation at which a run reaches the first run's best value, with the ratios of training
+    cost: an ``epochs_ratio`` of 0.72 means 28% fewer epochs, the "acceleration" of the paper's section 5.2. It is None
+    if the value is not reached.
 
     Args:
-        runs: the runs, the one to compare with first.
+        runs: the runs, the base of the comparison first.
         metric: AP, AP50, AP75, APs, APm or APl.
-        stage: which stage; each run's last by default.
-        split: on which images.
+        stage: the stage; each run's last by default.
+        split: the evaluated images.
     """
     goal = runs[0].best(metric, stage, split)
     table = []
@@ -307,7 +306,7 @@ def rows(runs: Sequence[Run], metric: str = "AP", stage: int | None = None, spli
 
 
 def as_text(table: Sequence[Mapping[str, Any]], metric: str = "AP") -> str:
-    """What :func:`rows` gives, as two tables of text: the runs, and what it took to be as good as the first."""
+    """Format the result of :func:`rows` as two text tables: the runs, and the cost of reaching the first run's best."""
     unit, per_hour = time_unit(max(row["hours"] for row in table))
     wide = max(len(row["label"]) for row in table)
     model = max(len(row["preset"]) for row in table)
@@ -340,10 +339,10 @@ def as_text(table: Sequence[Mapping[str, Any]], metric: str = "AP") -> str:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The settings in which runs differ: for each its values, run by run, as text.
+    """The settings in which runs differ: the value of each run as text, by setting.
 
-    Settings of the model have ``model.`` before their names. ``-`` stands where a run's file has no such setting. What
-    says only where a run is and whether it was continued is left out.
+    Settings of the model have the prefix ``model.``. A missing setting is ``-``. The output folder and the ``resume``
+    option are ignored.
     """
     ignored = {"output", "resume", "model.preset"}
     settings = [{**run.config, "model.": run.model} for run in runs]
@@ -362,7 +361,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def differences_as_text(runs: Sequence[Run]) -> str:
-    """What :func:`differences` gives, as a table of text."""
+    """Format the result of :func:`differences` as a text table."""
     found = {"": [run.label for run in runs], **differences(runs)}
     if len(found) == 1:
         return "the runs have the same settings"
@@ -372,7 +371,7 @@ def differences_as_text(runs: Sequence[Run]) -> str:
 
 
 def summary(table: Sequence[Mapping[str, Any]], metric: str = "AP") -> str:
-    """What :func:`rows` gives, in sentences that say no more than the numbers."""
+    """Summarize the result of :func:`rows` in sentences."""
     unit, per_hour = time_unit(max(row["hours"] for row in table))
     base, *others = table
     lines = [
@@ -400,7 +399,7 @@ def summary(table: Sequence[Mapping[str, Any]], metric: str = "AP") -> str:
 
 
 def time_unit(hours: float) -> tuple[str, float]:
-    """The unit for a time, and how many of it are an hour: minutes for runs of less than two hours."""
+    """The time unit and its number per hour: minutes for runs of less than two hours."""
     return ("hours", 1.0) if hours >= 2 else ("minutes", 60.0)
 
 
@@ -410,7 +409,7 @@ _MISSING = object()
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """The lines of ``metrics.jsonl``; a last one that is cut is left out, and that is noted."""
+    """The lines of ``metrics.jsonl``, and a note if the last one is incomplete."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: the run has not logged anything yet; let it train on, or leave it out")
     texts = path.read_text("utf-8", errors="replace").splitlines()
@@ -423,7 +422,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number < len(texts):
                 raise UserError(
-                    f"line {number} of {path} is damaged; delete that line, or copy the file anew"
+                    f"line {number} of {path} is damaged; delete that line, or copy the file again"
                 ) from error
             return lines, (f"{path}: the last line (line {number}) is cut off and left out.",)
     return lines, ()
@@ -434,12 +433,12 @@ def _json(point: Point) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    """As JSON can hold it."""
+    """A JSON value: None for nan."""
     return None if math.isnan(value) else value
 
 
 def _ratios(point: Point, other: Point) -> dict[str, float | None]:
-    """How much training one took, by what the other took."""
+    """The ratios of training cost of two points."""
     pairs = {f"{axis}_ratio": (getattr(point, axis), getattr(other, axis)) for axis in AXES}
     return {name: a / b if b else None for name, (a, b) in pairs.items()}
 
@@ -459,7 +458,7 @@ def _change(ratio: float | None, less: str) -> str:
 
 
 def _setting(value: Any) -> str:
-    """A setting as text; of a group of settings the first says which it is."""
+    """A setting as text; a group of settings is abbreviated to its first one."""
     if value is _MISSING:
         return "-"
     if isinstance(value, Mapping):

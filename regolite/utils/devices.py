@@ -19,7 +19,7 @@ def choose_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise UserError(f"device {name}: PyTorch knows no such device; give auto, cpu, cuda or mps") from None
+        raise UserError(f"device {name}: PyTorch has no such device; give auto, cpu, cuda or mps") from None
     is_out_of_range = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     if not available.get(device.type, True) or is_out_of_range:
         raise UserError(f"device {name}: PyTorch sees no such device; give auto")

@@ -92,7 +92,7 @@ def check(config: Checked) -> None:
     Raises:
         UserError: a value has the wrong type or is out of bounds; the message says what the field takes.
     """
-    hints = _hints(config.__class__)
+    hints = _hints(config)
     for f in fields(config):
         value = getattr(config, f.name)
         if not fits(value, hints[f.name]):
@@ -163,8 +163,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
+def _hints(config: Checked) -> dict[str, Any]:
+    return _hints_of(type(config))  # type: ignore[arg-type]  # mypy does not know that classes are hashable
+
+
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints_of(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
@@ -174,7 +178,7 @@ def checked(config: T, changes: dict[str, Any]) -> T:
     Raises:
         UserError: as :func:`check`, or the fields are inconsistent.
     """
-    hints = _hints(config.__class__)
+    hints = _hints(config)
     changes = {name: plain(value) for name, value in changes.items()}
     single = [n for n, v in changes.items() if typing.get_origin(hints[n]) is tuple and not isinstance(v, tuple)]
     changes = changes | {name: (changes[name],) for name in single}
