@@ -143,7 +143,7 @@ def test_evaluate(model, options, said):
         (lambda model, folder: regolite.train({"data": "x"}), "config={'data': 'x'} is not a RunConfig"),
         (lambda model, folder: regolite.build(5, 3), "preset=5 is not the name of a preset or a ModelConfig"),
         (lambda model, folder: regolite.detect(None, IMAGE), "model=None is not a detector"),
-        (lambda model, folder: evaluate(model, "data/coco_tiny"), "dataset='data/coco_tiny' is not a data set"),
+        (lambda model, folder: evaluate(model, "data/coco_tiny"), "dataset='data/coco_tiny' is not a dataset"),
         (lambda model, folder: regolite.record(None).__enter__(), "model=None is not a detector"),
         (
             lambda model, folder: regolite.Rego(model.detector, {"stages": 2}),
