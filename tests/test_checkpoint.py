@@ -323,7 +323,7 @@ def put(*place, value):
         (("rego",), "yes", "rego='yes' is not a RegoConfig"),
         (("loss", "label"), "much", "label='much' is not a number"),
         (("loss",), None, "loss=None is not a LossConfig"),
-        (("kind",), ["detr"], "kind=['detr'] is not one of detr"),
+        (("kind",), ["detr"], "kind=['detr'] is not one of "),
         (("preset",), {}, "preset={} is not a text"),
         (("image_size",), 10**9, "image_size=1000000000 must be at most 10000"),
         (("classes",), [["cat"], ["dog"], ["emu"]], "is not a list of a text"),

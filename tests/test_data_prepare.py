@@ -357,7 +357,8 @@ class TestSums:
         own = tmp_path / "annotations_trainval2017.zip"
         own.write_bytes(right[:-9] if change == "shorter" else right[:-9] + bytes(9))
         before = on_disk(tmp_path)
-        with pytest.raises(UserError, match="annotations_trainval2017.zip has .*: delete it, or rename it to .*zip.part"):
+        wrong = "annotations_trainval2017.zip has .*: delete it, or rename it to .*zip.part"
+        with pytest.raises(UserError, match=wrong):
             prepare_coco(tmp_path, mirror=coco.url)
         assert on_disk(tmp_path) == before and not coco.requests
         if change == "shorter":  # what the message says

@@ -66,7 +66,8 @@ def test_the_parameters_are_annotated_as_the_fields_are():
     vars(cell).update(execute(PARAMETERS))
     annotations = typing.get_type_hints(cell)
     samples = {str: "any", int: 1, float: 0.5, bool: True, type(None): None, list[str]: ("any",), list[int]: (1,)}
-    for name, hint in typing.get_type_hints(RunConfig).items():
+    hints = typing.get_type_hints(RunConfig)
+    for name, hint in ((f.name, hints[f.name]) for f in fields(RunConfig)):
         kinds = typing.get_args(annotations[name]) if fits(None, hint) else (annotations[name],)
         words = [word for literal in (hint, *typing.get_args(hint)) for word in literal_words(literal)]
         for kind in kinds:

@@ -61,7 +61,8 @@ def test_papermill_explains_every_parameter():
     cell = ModuleType("cell")
     vars(cell).update(execute(PARAMETERS))
     annotations = typing.get_type_hints(cell)
-    for name, hint in typing.get_type_hints(EvaluationConfig).items():
+    hints = typing.get_type_hints(EvaluationConfig)
+    for name, hint in ((f.name, hints[f.name]) for f in fields(EvaluationConfig)):
         optional = type(None) in typing.get_args(annotations[name])
         assert fits(None, hint) == optional, name
 

@@ -52,7 +52,8 @@ def test_the_parameters_are_annotated_as_the_fields_are():
     exec(compile(PARAMETERS, "a cell", "exec", dont_inherit=True), vars(cell))
     samples = {str: "any", int: 1, type(None): None, list[str]: ("any",)}
     annotations, words = typing.get_type_hints(cell), {"metric": "AP75", "split": "train"}
-    for name, hint in typing.get_type_hints(Comparison).items():
+    hints = typing.get_type_hints(Comparison)
+    for name, hint in ((f.name, hints[f.name]) for f in fields(Comparison)):
         for kind in typing.get_args(annotations[name]) if fits(None, hint) else (annotations[name],):
             assert fits(words.get(name, samples[kind]), hint), f"{name}: {kind}, but Comparison has {hint}"
 
