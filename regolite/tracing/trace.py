@@ -3,20 +3,6 @@
 :func:`regolite.record` returns a :class:`Trace`. Names are the same for all detectors; each detector has those that
 apply. Layers are numbered from 0, as in PyTorch; stages from 1, as in the paper, where stage 0 is the base detector.
 
-``proposals``                       the encoder's own :class:`Boxes` (two-stage Deformable DETR, RT-DETR)
-``encoder.{layer}``                 self-attention of the cells: :class:`AttentionMap`, :class:`Sampling` (deformable
-                                    attention) or :class:`RowColumnMap` (Anchor DETR)
-``references``                      where the queries start: :class:`References`
-``decoder.{layer}.self``            self-attention of the queries: :class:`AttentionMap`
-``decoder.{layer}.cross``           how queries look at the image, of the same kinds as ``encoder.{layer}``
-``decoder.{layer}.boxes``           what the layer predicts: :class:`Boxes`
-``stage.{i}.glimpses``              the regions that stage i looks at again: :class:`Glimpses`
-``stage.{i}.encoder.{layer}``       self-attention of the hidden states, in a stage that has encoder layers
-``stage.{i}.decoder.{layer}.self``  self-attention of the glimpse decoder
-``stage.{i}.relations.{layer}``     its cross-attention: which queries of stage i - 1 each glimpse asks, Q x Q
-``stage.{i}.boxes.{layer}``         what its layers predict: :class:`Boxes`; the last is O(i)
-==================================  ====================================================================================
-==================================  ====================================================================================
 ==================================  ====================================================================================
 ``proposals``                       the encoder's own :class:`Boxes` (two-stage Deformable DETR, RT-DETR)
 ``encoder.{layer}``                 self-attention of the cells: :class:`AttentionMap`, :class:`Sampling` (deformable
