@@ -150,7 +150,11 @@ def environment(number, extras, build=None):
             index = ["--extra-index-url", CPU_WHEELS]
         else:
             print("      PyTorch's CPU wheels cannot be reached: PyTorch comes from the package index", flush=True)
-    install([*index, "-c", "constraints.txt", "-e", f".[{','.join(wanted['extras'])}]" if wanted["extras"] else "."])
+    words = ["-c", "constraints.txt", "-e", f".[{','.join(wanted['extras'])}]" if wanted["extras"] else "."]
+    install([*index, *words])
+    if index and not works("import torchvision"):  # where one of the two came without CUDA and the other with it
+        print("      PyTorch's CPU wheels do not fit each other: PyTorch comes from the package index", flush=True)
+        install(["--force-reinstall", *words])
     # Every kernel would warn of connections that are not encrypted; they never leave this machine.
     config = VENV / "etc" / "ipython" / "ipython_kernel_config.py"
     config.parent.mkdir(parents=True, exist_ok=True)

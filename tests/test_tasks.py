@@ -21,7 +21,7 @@ class Machine:
     """A machine on which ``tasks.py`` creates environments: whether there is a driver, and the CPU wheels in reach."""
 
     def __init__(self, tasks: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch):
-        self.driver, self.reachable = False, True
+        self.driver, self.reachable, self.fits = False, True, True
         self.pip: list[list[str]] = []
         self.venvs: list[list[str]] = []
         self.probes = 0
@@ -39,7 +39,7 @@ class Machine:
             assert seconds <= 10, "a machine without a network must not wait"
             self.probes += 1
             return self.reachable
-        return self.python.exists()
+        return self.fits if "torchvision" in code else self.python.exists()
 
     def run(self, command, **_):
         assert command[1:3] == ["-m", "venv"]
@@ -112,6 +112,14 @@ def test_cpu_wheels_out_of_reach_are_one_line_and_no_failure(machine, capsys):
     machine.extras("demo")
     machine.extras("test")
     assert machine.probes == 1, "PyTorch is there: nothing to ask for"
+
+
+def test_cpu_wheels_that_do_not_fit_each_other_are_replaced(machine, capsys):
+    machine.fits = False
+    assert machine.extras("demo") == ".[course]"
+    first, second = machine.pip
+    assert machine.tasks.CPU_WHEELS in first and machine.tasks.CPU_WHEELS not in second
+    assert "--force-reinstall" in second and "do not fit each other" in capsys.readouterr().out
 
 
 def test_other_systems_have_one_build(machine, monkeypatch):
