@@ -107,18 +107,22 @@ class _Clock:
 
 
 @dataclass
-class Run:
-    """What a run needs from step to step.
+class TrainingRun:
+    """The state of a run between steps.
 
     Attributes:
-        state: what is saved: the model, its optimizer, its average, its progress.
+        config: its configuration.
+        state: what a checkpoint saves: the model, its optimizer, its moving average, its progress.
         trained: the model as Accelerate has prepared it.
         set_loss: the loss.
-        shown_set: the training images as they are shown, some of them several times.
-        clock, cpu_clock: seconds of wall time and of CPU time, pauses excluded.
+        train_set: the training images.
+        shown_set: the same, with images of rare classes repeated.
+        val_set: the validation images.
+        clock: seconds of wall time, pauses excluded.
+        cpu_clock: seconds of CPU time, pauses excluded.
         status: the progress bar.
-        broken: what is wrong with images that could not be read.
-        saved: when the last checkpoint was written.
+        broken: messages about images that could not be read.
+        saved: time of the last checkpoint.
     """
 
     config: RunConfig
@@ -200,7 +204,7 @@ def _train(
         Status(model_config.preset, accelerator.is_main_process),
         SetLoss(model_config.loss, model.scoring),
     )
-    run = Run(config, state, trained, set_loss, train_set, shown_set, val_set, clock, cpu_clock, status)
+    run = TrainingRun(config, state, trained, set_loss, train_set, shown_set, val_set, clock, cpu_clock, status)
 
     if config.evaluate_start and progress.step == 0:
         with cpu_clock.paused():
@@ -213,7 +217,7 @@ def _train(
     return _finish(run)
 
 
-def train_epoch(run: Run) -> None:
+def train_epoch(run: TrainingRun) -> None:
     """Train for an epoch, from the batch after the last one on, or until the time of the run is over."""
     config, state, progress, accelerator = run.config, run.state, run.state.progress, run.state.accelerator
     batches = EpochBatches(
@@ -250,7 +254,7 @@ def train_epoch(run: Run) -> None:
             _evaluate(state, run.val_set, "val", config, run.broken)
 
 
-def train_step(run: Run, parts: list[Part]) -> tuple[dict[str, float], float, Tensor | None]:
+def train_step(run: TrainingRun, parts: list[Part]) -> tuple[dict[str, float], float, Tensor | None]:
     """One step of the optimizer.
 
     Args:
@@ -277,7 +281,7 @@ def train_step(run: Run, parts: list[Part]) -> tuple[dict[str, float], float, Te
     return losses, images, norm
 
 
-def _share(run: Run, parts: list[Part]) -> int:
+def _share(run: TrainingRun, parts: list[Part]) -> int:
     """Share times, signals and broken images among the processes after a step; returns the signal, 0 for none."""
     progress, count = run.state.progress, run.state.accelerator.num_processes
     broken = [message for part in parts for message in part.broken * part.counts]
@@ -290,7 +294,7 @@ def _share(run: Run, parts: list[Part]) -> int:
     return int(asked)
 
 
-def _finish(run: Run) -> Path:
+def _finish(run: TrainingRun) -> Path:
     """Save, evaluate and draw what the run has come to; returns its folder."""
     config, state, progress, folder = run.config, run.state, run.state.progress, run.state.folder
     if run.done < 1.0 and state.accelerator.is_main_process:
