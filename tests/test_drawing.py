@@ -19,7 +19,7 @@ from PIL import Image
 
 from regolite.course import diagrams, notebook, show
 from regolite.data import make_transform
-from regolite.plots import draw_heat, draw_matrix, draw_points, panels, to_image
+from regolite.plots import draw_heat, draw_matrix, draw_points, draw_title, panels, to_image
 from regolite.plots.drawing import BLUE, VERMILLION, draw_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,3 +142,13 @@ def test_a_line_of_pixels_is_drawn_in_a_panel_of_a_page(size):
     assert 0.3 < figure.get_figheight() < 30
     box = ax.get_window_extent()
     assert box.width / box.height == pytest.approx(size[0] / size[1], rel=0.05), "not stretched"
+
+
+@pytest.mark.parametrize(("note", "size"), [("45 pixels off", 7), ("itself 49 %, no object 51 % (uniform 81 %)", 6.5)])
+def test_a_note_leaves_room_for_its_title(note, size):
+    figure, [ax] = panels(1.0, 1, width=2.9)
+    draw_title(ax, "Base detector", note)
+    title, written = (text for text in ax.texts if text.get_text())
+    figure.canvas.draw()
+    assert title.get_window_extent().x1 < written.get_window_extent().x0
+    assert 5 <= written.get_fontsize() <= size

@@ -199,10 +199,13 @@ def draw_matrix(
 
 
 def draw_title(ax: Axes, title: str, note: str = "", color: str = INK) -> None:
-    """A title, and a note at the right, over a colored bar."""
+    """A title, and a note at the right, over a colored bar; the note shrinks where it would overlap the title."""
     ax.plot([0, 1], [1, 1], color=color, linewidth=3, transform=ax.transAxes, clip_on=False, solid_capstyle="butt")
-    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **ABOVE, **as_is())
-    ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GRAY, ha="right", **ABOVE, **as_is())
+    left = ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **ABOVE, **as_is())
+    right = ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GRAY, ha="right", **ABOVE, **as_is())
+    room = ax.get_window_extent().width - left.get_window_extent().width - ax.figure.dpi / 18  # 4 points apart
+    if note and (width := right.get_window_extent().width) > room:
+        right.set_fontsize(max(5.0, 7 * room / width))
 
 
 def draw_objects(
