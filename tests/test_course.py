@@ -240,5 +240,9 @@ class TestBookSite:
 
     def test_can_be_searched_and_shows_the_package(self, book: Path):
         assert "glimps" in (book / "searchindex.js").read_text("utf-8")
-        assert "class" in (book / "package" / "rego.html").read_text("utf-8")
+        page = (book / "package" / "models" / "rego.html").read_text("utf-8")
+        assert 'id="regolite.models.rego.Rego"' in page, "the reference of a class, by its docstring"
+        assert 'notebooks/11_recurrent_decoder.html"' in page, "and the chapter that builds it"
+        assert "cut_glimpses" in page, "and its source"
+        assert "glossary.html" in (book / "index.html").read_text("utf-8")
         assert 'href="notebooks/solutions/index.html"' in (book / "index.html").read_text("utf-8")
