@@ -453,8 +453,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def experiment(arguments: argparse.Namespace) -> int:
     """Ask the paper's questions at laptop scale: train what is missing, and print the verdicts."""
-    from regolite.paper import cost, queue, recipe_study, report, statistics
-    from regolite.paper import experiments as table
+    from regolite.paper import cost, experiments, queue, recipe_study, report, statistics
 
     small = "runs/experiments_small/results" if arguments.small else "experiments/results"
     results = arguments.results or Path(small)
@@ -462,16 +461,16 @@ def experiment(arguments: argparse.Namespace) -> int:
         print(report.overview(statistics.read_results(results) if any(results.glob("*.json")) else {}))
         return 0
     named = [name for name in arguments.names if name not in ("cost", "recipe")]
-    wanted = list(table.EXPERIMENTS) if "all" in arguments.names else named
+    wanted = list(experiments.EXPERIMENTS) if "all" in arguments.names else named
     for name in wanted:
-        table.experiment(name)
+        experiments.experiment(name)
     if "recipe" not in arguments.names and (arguments.data or arguments.weights or arguments.arms):
         raise UserError("--data, --weights and --arms are options of the experiment recipe: name it, or leave them out")
     folder = arguments.output or Path("runs/experiments_small" if arguments.small else "runs/experiments")
     if wanted:
         queue.conduct(wanted, arguments.seeds, folder, results, arguments.jobs, arguments.small)
         found = statistics.read_results(results)
-        print("\n\n".join(report.as_text(table.EXPERIMENTS[name], found) for name in wanted))
+        print("\n\n".join(report.as_text(experiments.EXPERIMENTS[name], found) for name in wanted))
     if "cost" in arguments.names or "all" in arguments.names:
         measured = cost.measure(results / "cost.json", rounds=2 if arguments.small else 30)
         for arm, one in measured["arms"].items():

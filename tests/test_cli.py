@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import typing
 from dataclasses import fields
@@ -316,6 +317,13 @@ class TestDetect:
         words = ["--threshold", "0.4", "--output", str(tmp_path / "found")]
         assert main(["detect", "data/coco_tiny/images/000000555705.jpg", *words]) == 0
         assert [one["label"] for one in read(tmp_path / "found" / "detections.json")] == ["cat", "cat"]
+
+    def test_a_library_of_an_extra_that_is_missing_is_one_line(self, tmp_path):
+        code = "import sys; sys.modules['matplotlib'] = None; import regolite.cli as c; sys.exit(c.main(sys.argv[1:]))"
+        words = ["detect", "data/coco_tiny/images/000000555705.jpg", "--output", str(tmp_path / "found")]
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.endswith("matplotlib is not installed: pip install 'regolite[course]'\n")
 
     def test_writes_images_and_json(self, run, checkpoint, images, tmp_path, capsys):
         whole, output = [images[0], images[2]], tmp_path / "found"
