@@ -146,7 +146,7 @@ def test_a_line_of_pixels_is_drawn_in_a_panel_of_a_page(size):
 
 @pytest.mark.parametrize(("note", "size"), [("45 pixels off", 7), ("itself 49 %, no object 51 % (uniform 81 %)", 6.5)])
 def test_a_note_leaves_room_for_its_title(note, size):
-    figure, [ax] = panels(1.0, 1, width=2.9)
+    figure, [ax] = panels(1.0, 1, width=3.0)
     draw_title(ax, "Base detector", note)
     title, written = (text for text in ax.texts if text.get_text())
     figure.canvas.draw()
