@@ -1,11 +1,11 @@
-"""Exercises that check themselves.
+"""Self-checking exercises.
 
 A notebook ends an exercise with ``check("1.2", softmax)``: notebook 01, exercise 2, and the learner's answer. The
-checker says that it is solved, or what is wrong with it, as precisely as it can: the shape, the value, the gradient.
-``hint("1.2")`` helps a little, and more each time it is called.
+checker reports success or, as precisely as possible, the error: shape, value, gradient. ``hint("1.2")`` prints a hint,
+and a stronger one each time it is called.
 
-The checkers of notebook 01 are in ``chapter_01.py``, and so on; each is a function that gets the answer and raises
-:class:`Mistake`, or returns a sentence that says what was gained::
+The checkers of notebook 01 are in ``chapter_01.py``, and so on. Each is a function of the answer that raises
+:class:`Mistake` or returns a concluding sentence::
 
     @exercise("1.2", "Divide by something before the softmax.", "By the square root of the number of channels.")
     def scaled(answer):
@@ -45,11 +45,11 @@ __all__ = [
     "show",
 ]
 
-WIDTH = 110  # letters in a line: what a cell's output shows without breaking words
+WIDTH = 110  # characters per line of a cell's output
 
 
 class Mistake(Exception):  # noqa: N818
-    """What is wrong with an answer, in a sentence for the learner."""
+    """An error in an answer, as a sentence for the learner."""
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Exercise:
     """One exercise.
 
     Attributes:
-        number: notebook and place in it, ``"1.2"``.
-        checker: gets the answer; raises :class:`Mistake` or returns what to say to a right one.
-        hints: from a nudge to nearly the answer.
-        given: how many hints the learner has had.
+        number: number of notebook and exercise, ``"1.2"``.
+        checker: checks the answer; raises :class:`Mistake` or returns a comment on a correct one.
+        hints: hints, the weakest first.
+        given: number of hints already printed.
     """
 
     number: str
@@ -73,11 +73,11 @@ _EXERCISES: dict[str, Exercise] = {}
 
 
 def exercise(number: str, *hints: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
-    """Register the function below as the checker of an exercise.
+    """Register the decorated function as the checker of an exercise.
 
     Args:
-        number: notebook and place in it, ``"1.2"``.
-        hints: from a nudge to nearly the answer; at least one.
+        number: number of notebook and exercise, ``"1.2"``.
+        hints: hints, the weakest first; at least one.
     """
     if not hints:
         raise ValueError(f"exercise {number} has no hint")
@@ -90,10 +90,10 @@ def exercise(number: str, *hints: str) -> Callable[[Callable[..., str]], Callabl
 
 
 def find(number: str) -> Exercise:
-    """The exercise of a number.
+    """The exercise with a number.
 
     Raises:
-        UserError: there is none.
+        UserError: if there is none.
     """
     chapter = number.split(".")[0]
     module = f"regolite.course.chapter_{chapter:0>2}"
@@ -106,55 +106,55 @@ def find(number: str) -> Exercise:
 
 
 def check(number: str, *answer: Any) -> None:
-    """Say whether an answer is right, and if not, what is wrong with it.
+    """Check an answer and print the result.
 
     Args:
-        number: notebook and place in it, ``"1.2"``.
-        answer: what the exercise asks for: a function, a class, a number, a tensor.
+        number: number of notebook and exercise, ``"1.2"``.
+        answer: the answer: a function, a class, a number, a tensor.
     """
-    asked = find(number)
+    found = find(number)
     try:
-        # What a checker draws at random must not change what the notebook draws after it.
+        # The checker's random numbers must not change those that the notebook draws later.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            gained = asked.checker(*answer)
+            comment = found.checker(*answer)
     except Mistake as mistake:
-        said = str(mistake)
+        problem = str(mistake)
     except NotImplementedError:
-        said = "there is no answer yet."
-    except Exception as error:  # whatever the learner's code raises is an answer to be explained, not a crash
-        said = f"your code raised {type(error).__name__}: {error}{_where(error)}"
+        problem = "there is no answer yet."
+    except Exception as error:  # the learner's error is explained, not raised
+        problem = f"your code raised {type(error).__name__}: {error}{_where(error)}"
     else:
-        print(textwrap.fill(f"Exercise {number}: solved. {gained}", WIDTH))
+        print(textwrap.fill(f"Exercise {number}: solved. {comment}", WIDTH))
         return
-    print(textwrap.fill(f"Exercise {number}: not yet. {said[0].upper()}{said[1:]}", WIDTH))
+    print(textwrap.fill(f"Exercise {number}: not yet. {problem[0].upper()}{problem[1:]}", WIDTH))
     print(f'If you are stuck: hint("{number}")')
 
 
 def hint(number: str) -> None:
-    """Print the next hint of an exercise; the last one again where there are no more."""
-    asked = find(number)
-    asked.given = min(asked.given + 1, len(asked.hints))
-    print(textwrap.fill(f"Hint {asked.given} of {len(asked.hints)}: {asked.hints[asked.given - 1]}", WIDTH))
+    """Print the next hint of an exercise, or the last one again."""
+    found = find(number)
+    found.given = min(found.given + 1, len(found.hints))
+    print(textwrap.fill(f"Hint {found.given} of {len(found.hints)}: {found.hints[found.given - 1]}", WIDTH))
 
 
 def same_shape(name: str, found: Any, wanted: Sequence[int]) -> None:
-    """Raise a :class:`Mistake` where ``found`` is not a tensor of the wanted shape."""
+    """Raise a :class:`Mistake` if ``found`` is not a tensor of the expected shape."""
     if not isinstance(found, Tensor):
-        raise Mistake(f"{name} should be a tensor, and is {'nothing' if found is None else type(found).__name__}.")
+        raise Mistake(f"{name} should be a tensor, but is {'None' if found is None else type(found).__name__}.")
     if tuple(found.shape) != tuple(wanted):
-        raise Mistake(f"{name} should have shape {tuple(wanted)}, and has {tuple(found.shape)}.")
+        raise Mistake(f"{name} should have shape {tuple(wanted)}, but has {tuple(found.shape)}.")
 
 
 def close(name: str, found: Any, wanted: Tensor | float, tolerance: float = 1e-4, but: str = "") -> None:
-    """Raise a :class:`Mistake` where values differ, naming the worst place.
+    """Raise a :class:`Mistake` at the largest difference, if values differ.
 
     Args:
-        name: what is compared, "the weights".
+        name: what is compared, such as "the weights".
         found: the learner's tensor or number.
-        wanted: the right one.
-        tolerance: largest difference allowed.
-        but: what to say in place of the numbers, where a checker knows the mistake.
+        wanted: the correct one.
+        tolerance: maximum difference.
+        but: message of a known mistake, in place of the numbers.
     """
     wanted = torch.as_tensor(wanted).detach()
     if isinstance(found, (int, float)) and not wanted.ndim:
@@ -164,28 +164,28 @@ def close(name: str, found: Any, wanted: Tensor | float, tolerance: float = 1e-4
     if wanted.numel() and float(difference.max()) > tolerance:
         place = tuple(int(i) for i in torch.unravel_index(difference.argmax(), wanted.shape))
         at = f" at {list(place)}" if place else ""
-        raise Mistake(but or f"{name} should be {float(wanted[place]):.4f}{at}, and is {float(found[place]):.4f}.")
+        raise Mistake(but or f"{name} should be {float(wanted[place]):.4f}{at}, but is {float(found[place]):.4f}.")
 
 
 def alike(found: Any, wanted: Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether ``found`` has the shape and, within a tolerance, the values of ``wanted``; so a mistake is recognized."""
+    """Whether ``found`` has the shape and, within a tolerance, the values of ``wanted``; used to recognize mistakes."""
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return False
-    pair = (tensor.detach().double().cpu() for tensor in (found, wanted))
-    return torch.allclose(*pair, rtol=tolerance, atol=tolerance)
+    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
+    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
 
 
 def has_gradient(name: str, *inputs: Tensor) -> None:
-    """Raise a :class:`Mistake` where no gradient reached the inputs, or one that is not a number."""
+    """Raise a :class:`Mistake` if an input has no gradient, or one that is not finite."""
     for tensor in inputs:
         if tensor.grad is None or not tensor.grad.any():
-            raise Mistake(f"no gradient flows back to {name}: something on the way is detached or not differentiable.")
+            raise Mistake(f"no gradient flows back to {name}: an operation is detached or not differentiable.")
         if not tensor.grad.isfinite().all():
-            raise Mistake(f"the gradient that reaches {name} holds NaN or infinity.")
+            raise Mistake(f"the gradient of {name} has NaN or infinite values.")
 
 
 def _where(error: Exception) -> str:
-    """The learner's own line that raised, the deepest that is neither a library's nor ours."""
+    """The deepest line of the learner's code in the traceback, outside of libraries and this package."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f.line and ("ipykernel" in f.filename or f.filename.startswith("<ipython"))]
     return f" (in the line `{own[-1].line}`)" if own else ""

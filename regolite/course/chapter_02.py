@@ -1,4 +1,4 @@
-"""Exercises of notebook 02, from images to tokens."""
+"""Checkers of notebook 02: from images to tokens."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _field(layers: list[tuple[int, int]]) -> int:
 
 @exercise(
     "2.1",
-    "Keep two numbers: the field so far, and the stride so far: how many pixels lie between neighboring cells.",
-    "A kernel of 3 reaches one cell further on both sides, and cells of its input lie the stride so far apart.",
+    "Keep two numbers: the field so far, and the stride so far, the distance of adjacent cells in pixels.",
+    "A kernel of 3 reaches one cell further on both sides, and the cells of its input are one stride apart.",
     "For each layer: `field += (kernel - 1) * stride`, and only then `stride *= step`.",
 )
 def field_of_convolutions(answer: Callable[..., Any]) -> str:
@@ -35,14 +35,14 @@ def field_of_convolutions(answer: Callable[..., Any]) -> str:
         ([(3, 1)], {0: "there is no answer yet.", 2: "the cell itself counts too: start from 1."}),
         (
             [(3, 1), (3, 1)],
-            {6: "kernels do not add up: the second widens the field by 2, not by 3.", 9: "they add up."},
+            {6: "kernels do not add up: the second widens the field by 2, not by 3.", 9: "they do not multiply."},
         ),
         (
             [(3, 2), (3, 1)],
             {
-                5: "the second layer's cells are two pixels apart, since the first has stride 2; that is forgotten.",
+                5: "the second layer's cells are two pixels apart, since the first has stride 2.",
                 6: "the windows of 3 overlap: the second layer reaches (3 - 1) cells further, 2 pixels each.",
-                9: "the stride is used too early: a layer's own stride changes only what the next ones see.",
+                9: "the stride is used too early: a layer's own stride affects only the next layers.",
             },
         ),
         ([(3, 2), (1, 1), (5, 2), (3, 2), (3, 1)], {}),
@@ -50,22 +50,22 @@ def field_of_convolutions(answer: Callable[..., Any]) -> str:
     ):
         found, wanted = answer(layers), _field(layers)
         if found != wanted:
-            raise Mistake(known.get(found, f"for the layers {layers} it should be {wanted}, and is {found}."))
+            raise Mistake(known.get(found, f"for the layers {layers} it should be {wanted}, but is {found}."))
     more = -(-(1333 - 491) // (2 * 32))
-    return f"From 491 pixels at stride 32, {more} more layers of kernel 3 would reach across 1333; attention needs one."
+    return f"From 491 pixels at stride 32 it takes {more} more layers of kernel 3 to cover 1333; attention takes one."
 
 
 @exercise(
     "2.2",
-    "Ask the other way around: does a cell's square hold any pixel of the image?",
-    "Whether any pixel of a square is 1 is what F.max_pool2d says, applied to ~mask as floats.",
+    "Turn it around: does a cell's square contain any pixel of the image?",
+    "F.max_pool2d of ~mask as floats tells whether any pixel of a square is 1.",
     "`F.max_pool2d((~mask).float()[:, None], stride, ceil_mode=True)[:, 0] == 0`; ceil_mode keeps partial cells.",
 )
 def shrunken_mask(answer: Callable[..., Any]) -> str:
     """A padding mask at the size of a feature map."""
     odd = torch.ones(2, 407, 640, dtype=torch.bool)
     odd[0, :300, :427], odd[1, :, :97] = False, False
-    scattered = torch.rand(2, 21, 34) < 0.8  # no padding looks like that, but it finds out shortcuts
+    scattered = torch.rand(2, 21, 34) < 0.8  # unrealistic, but it reveals shortcuts
     for mask, strides in ((odd, (32, 16, 8)), (scattered, (4,))):
         for stride in strides:
             inside = (~mask).float()[:, None]
@@ -73,42 +73,40 @@ def shrunken_mask(answer: Callable[..., Any]) -> str:
             found = answer(mask, stride)
             same_shape(f"the mask at stride {stride}", found, wanted.shape)
             if found.dtype != torch.bool:
-                raise Mistake(f"a mask is of type bool, and this is {found.dtype}.".replace("torch.", ""))
+                raise Mistake(f"a mask has dtype bool, not {found.dtype}.".replace("torch.", ""))
             _compare(found, wanted, inside, mask, stride)
-    return "No strip of an image is hidden by the rounding, and no cell of pure padding is seen."
+    return "Rounding hides no strip of an image, and cells of pure padding are masked."
 
 
 def _compare(found: Tensor, wanted: Tensor, inside: Tensor, mask: Tensor, stride: int) -> None:
-    """Say what kind of mistake a shrunken mask has."""
+    """Raise a Mistake for the error of a downsampled mask."""
     if torch.equal(found, wanted):
         return
     if torch.equal(found, ~wanted):
         raise Mistake("the mask is inverted: True is padding.")
     any_padding = F.max_pool2d(1 - inside, stride, ceil_mode=True)[:, 0] > 0
     if torch.equal(found, any_padding):
-        raise Mistake(
-            "cells that hold a strip of the image are called padding: a cell is padding only where all of it is."
-        )
+        raise Mistake("cells with a strip of the image are marked as padding: a cell is padding only if all of it is.")
     size = list(wanted.shape[1:])
     if torch.equal(found, F.interpolate(mask[None].float(), size=size)[0].bool()):
         raise Mistake(
-            f"interpolation stretches the mask to the map, but {mask.shape[1]} is no multiple of {stride}, so its "
+            f"interpolation stretches the mask to the map, but {mask.shape[1]} is not a multiple of {stride}, so its "
             f"cells are not the map's: {int((found != wanted).sum())} cells are wrong."
         )
     if torch.equal(found, mask[:, ::stride, ::stride]):
         raise Mistake(
-            "the first pixel of a square decides alone; right for padding that goes on to the edge, not for any."
+            "the first pixel of a square decides alone; this is right for padding up to the edge, but not in general."
         )
     lost, gained = int((found & ~wanted).sum()), int((~found & wanted).sum())
     raise Mistake(
-        f"at stride {stride}, {lost} cells with a part of the image are called padding, and {gained} of pure padding "
-        "are not."
+        f"at stride {stride}, {lost} cells with a part of the image are marked as padding, and {gained} of pure "
+        "padding are not."
     )
 
 
 @exercise(
     "2.3",
-    "The mask knows how large each image is; the shape of the map does not.",
+    "The mask gives the size of each image; the shape of the map does not.",
     "Count the cells that are not padding along each axis: cumsum(1) over ~mask gives 1, 2, 3, ... down each column.",
     "`y = (~mask).float().cumsum(1)`, divided by its last row `y[:, -1:]`; x the same way with cumsum(2).",
 )
@@ -127,8 +125,8 @@ def own_coordinates(answer: Callable[..., Any]) -> str:
         x[1], (across / 20).expand(20, 20)
     ):
         raise Mistake(
-            "the coordinate is divided by the size of the padded map: the cat's last row is at 0.65 beside the "
-            "giraffes and at 1 alone."
+            "the coordinate is divided by the size of the padded map: the cat's last row is at 0.65 in a batch with "
+            "the giraffes, but at 1 alone."
         )
     for name, found, wanted in (
         ("y of the first image", y[0, :13], (down[:13] / 13).expand(13, 20)),
@@ -137,24 +135,22 @@ def own_coordinates(answer: Callable[..., Any]) -> str:
         ("x of the second image", x[1, :, :14], (across[:, :14] / 14).expand(20, 14)),
     ):
         if torch.allclose(found, wanted - 0.5 / wanted.shape[0 if name[0] == "y" else 1], atol=1e-4):
-            raise Mistake("these are the cells' centers; here the last cell of an image is to be at 1.")
+            raise Mistake("these are the cells' centers; here the last cell of an image should be at 1.")
         close(name, found, wanted, tolerance=1e-4)
     for values in (y, x):
         if not values.isfinite().all():
-            raise Mistake(
-                "on padding there is NaN or infinity; masked or not, it spoils sums: divide by something not 0."
-            )
-    return "Objects far from the upper left corner suffer most from the bug: the error grows with the coordinate."
+            raise Mistake("padding has NaN or infinite values, which spoil sums even if masked: do not divide by 0.")
+    return "The bug affects objects far from the upper left corner most: the error grows with the coordinate."
 
 
 @exercise(
     "2.4",
     "Compute the angle of each pair first: omega times delta, with omega = temperature ** (-2 i / dim) for pair i.",
-    "Row 2i of the matrix makes the sine: sin(a + b) = sin(a) cos(b) + cos(a) sin(b). Row 2i + 1 makes the cosine.",
+    "Row 2i of the matrix gives the sine: sin(a + b) = sin(a) cos(b) + cos(a) sin(b). Row 2i + 1 gives the cosine.",
     "With c and s of every pair: R[2i, 2i] = c, R[2i, 2i + 1] = s, R[2i + 1, 2i] = -s, R[2i + 1, 2i + 1] = c.",
 )
 def moving_matrix(answer: Callable[..., Any]) -> str:
-    """The matrix that moves waves."""
+    """The matrix that shifts sine embeddings."""
     places = torch.linspace(0, 2 * math.pi, 7)
     for delta, dim, temperature in ((0.7, 8, 10000.0), (-1.3, 12, 10000.0), (0.4, 8, 20.0)):
         found = answer(delta, dim, temperature)
@@ -162,24 +158,24 @@ def moving_matrix(answer: Callable[..., Any]) -> str:
         before, after = sine_embedding(places, dim, temperature), sine_embedding(places + delta, dim, temperature)
         moved = before @ found.to(before.dtype).T
         if torch.allclose(moved, before, atol=1e-4):
-            raise Mistake("the matrix leaves every place where it is.")
+            raise Mistake("the matrix does not change the embedding.")
         if torch.allclose(moved, sine_embedding(places - delta, dim, temperature), atol=1e-4):
             raise Mistake(
-                "the matrix moves by -delta: the signs of the sines are exchanged (or the matrix is transposed)."
+                "the matrix shifts by -delta: the signs of the sines are swapped (or the matrix is transposed)."
             )
         if torch.allclose(before @ _turning_alike(delta, dim).T, moved, atol=1e-4):
-            raise Mistake("every pair turns by the same angle delta: pair i turns by omega_i times delta.")
+            raise Mistake("every pair is rotated by the same angle delta: rotate pair i by omega_i times delta.")
         if torch.allclose(before @ _turning_halves(delta, dim, temperature).T, moved, atol=1e-4):
             raise Mistake(
                 "sines and cosines are interleaved (sine, cosine, sine, ...), not half of each: pair i is 2i, 2i + 1."
             )
         close(
-            f"the moved waves (delta {delta}, {dim} channels, temperature {temperature:g})",
+            f"the shifted embedding (delta {delta}, {dim} channels, temperature {temperature:g})",
             moved,
             after,
             tolerance=1e-3,
         )
-    return "One linear layer can look beside itself by any fixed step. That is why waves, and not just any encoding."
+    return "One linear layer can attend to any fixed offset. That is the advantage of sine embeddings."
 
 
 def _turning_alike(delta: float, dim: int) -> Tensor:
@@ -195,37 +191,36 @@ def _turning_halves(delta: float, dim: int, temperature: float) -> Tensor:
 
 @exercise(
     "2.5",
-    "The levels lie one after another: take away the tokens of a level as long as the number does not fall into it.",
-    "A level has h times w tokens, laid out row by row: within it, row and column are divmod(number, w).",
+    "The levels follow one another: subtract the tokens of a level until the number lies within a level.",
+    "A level has h times w tokens, row by row: within it, row and column are divmod(number, w).",
     "Loop over shapes and strides; if token < h * w, return the square of divmod(token, w), else token -= h * w.",
 )
 def place_of_token(answer: Callable[..., Any]) -> str:
     """From the number of a token to its square in the image."""
     shapes, strides = [(80, 60), (40, 30), (20, 15)], [8, 16, 32]
     for token in (0, 61, 4799, 4800, 5999, 6000, 6163, 6299):
-        number, wanted = token, ()
-        for (h, w), stride in zip(shapes, strides):
-            if 0 <= number < h * w:
-                row, column = divmod(number, w)
-                wanted = tuple(side * stride for side in (column, row, column + 1, row + 1))
-                swapped = (wanted[1], wanted[0], wanted[3], wanted[2])
-                by_height = divmod(number, h)
-                transposed = tuple(
-                    side * stride for side in (by_height[1], by_height[0], by_height[1] + 1, by_height[0] + 1)
-                )
-                break
-            number -= h * w
+        number, level = token, 0
+        while number >= shapes[level][0] * shapes[level][1]:
+            number -= shapes[level][0] * shapes[level][1]
+            level += 1
+        (h, w), stride = shapes[level], strides[level]
+
+        def square(row: int, column: int, stride: int = stride) -> tuple[int, ...]:
+            return tuple(side * stride for side in (column, row, column + 1, row + 1))
+
+        row, column = divmod(number, w)
+        wanted = square(row, column)
         found = tuple(int(side) for side in answer(token, shapes, strides))
         if found == wanted:
             continue
-        if found == swapped:
-            raise Mistake(f"x and y are exchanged: token {token} is at {wanted}, not at {found}.")
-        if found == transposed:
+        if found == square(column, row):
+            raise Mistake(f"x and y are swapped: token {token} is at {wanted}, not at {found}.")
+        if found == square(*divmod(number, h)):
             raise Mistake("a row has w tokens, not h: the row is the number divided by the width of the level.")
         if found[3] > 640:
             raise Mistake(
-                f"token {token} would end at pixel {found[3]}, below the image's 640: it belongs to a coarser level, "
-                "whose numbers begin anew after all tokens of the levels before."
+                f"token {token} would end at pixel {found[3]}, below the image's 640: it belongs to a coarser level; "
+                "subtract all tokens of the finer levels first."
             )
-        raise Mistake(f"token {token} stands for the square {wanted}, not {found}.")
-    return "With it a weight on token 6163 becomes a place on the photograph; notebook 13 draws its maps so."
+        raise Mistake(f"token {token} is the square {wanted}, not {found}.")
+    return "This turns a weight of token 6163 into a position in the photograph; notebook 13 uses it for its maps."

@@ -1,4 +1,4 @@
-"""Exercises of notebook 06: DETR, whole."""
+"""Checkers of notebook 06: the complete DETR."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NEW = ("zebra", "dog", "cat", "bus")
 
 @exercise(
     "6.1",
-    "The softmax runs over all columns, 'no object' too: that is what makes an idle query's score small.",
-    "Only then the last column is cut off, and `max(-1)` gives the best of the rest with its number.",
+    "The softmax is over all columns, including 'no object': this gives an unmatched query a low score.",
+    "Then cut off the last column; `max(-1)` gives the best of the rest with its index.",
     "`logits.softmax(-1)[:, :-1].max(-1)` has both: values and indices.",
 )
 def read(answer: Callable[..., Any]) -> str:
-    """Scores and labels of queries that are scored by a softmax with "no object"."""
+    """Scores and labels of queries from a softmax with "no object"."""
     logits = torch.randn(12, 6) * 2
-    logits[:6, -1] += 6.0  # six queries that are nearly sure of "no object"
+    logits[:6, -1] += 6.0  # six queries with a high probability of "no object"
     given = answer(logits.clone())
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         raise Mistake("return two tensors, the scores and the labels.")
@@ -38,61 +38,64 @@ def read(answer: Callable[..., Any]) -> str:
     probabilities = logits.softmax(-1)
     wanted, wanted_labels = probabilities[:, :-1].max(-1)
     if not scores.any():
-        raise Mistake("the scores are all 0: nothing of the logits is in them yet.")
+        raise Mistake("the scores are all 0: they do not depend on the logits yet.")
     if int(labels.max()) == 5:
-        raise Mistake("a label is K, the column of 'no object'; it is no class, and must not be chosen.")
+        raise Mistake("a label is K, the column of 'no object', which is not a class.")
     alone, sigmoid = logits[:, :-1].softmax(-1).max(-1).values, logits[:, :-1].sigmoid().max(-1).values
     nothing = 1 - probabilities[:, -1]
     for mistaken, but in (
         (
             alone,
-            "the softmax was taken without the column of 'no object', so that an idle query scores high.",
+            "the softmax leaves out the column of 'no object', so that unmatched queries have high scores.",
         ),
-        (sigmoid, "a sigmoid scores each class by itself; these logits compete in a softmax."),
+        (sigmoid, "a sigmoid scores each class independently; these logits need a softmax."),
         (nothing, "that is the probability of any object at all; the score is that of the best class."),
-        (logits[:, :-1].max(-1).values, "the scores are logits still, and not probabilities."),
+        (logits[:, :-1].max(-1).values, "the scores are still logits, not probabilities."),
     ):
         if torch.allclose(scores.float(), mistaken, atol=1e-4):
             raise Mistake(but)
     close("the scores", scores, wanted)
     if not torch.equal(labels.long(), wanted_labels):
         raise Mistake("a label is not the best class of its query.")
-    return "A query that says 'no object' has a low score by itself; nobody need throw it away."
+    return "A query that predicts 'no object' has a low score and needs no extra filter."
 
 
 @exercise(
     "6.2",
-    "Let p be the probability of 'no object' and 1 - p that of all classes together. Which queries pay what?",
-    "(queries - objects) of them pay -w log p, and `objects` of them pay -log(1 - p) and something constant.",
+    "Let p be the probability of 'no object' and 1 - p that of all classes together. What is the loss of each query?",
+    "(queries - objects) of them have the loss -w log p, and `objects` of them -log(1 - p) plus a constant.",
     "a/p = b/(1 - p) has the solution p = a/(a + b), with a = weight * (queries - objects) and b = objects.",
 )
 def settles(answer: Callable[..., Any]) -> str:
-    """The probability of "no object" that a network settles at which cannot tell its queries apart."""
+    """The optimal probability of "no object" of a network that cannot distinguish its queries."""
     for queries, objects, weight in ((160, 22, 0.1), (100, 7, 0.1), (100, 7, 1.0), (300, 40, 0.5), (20, 5, 0.0)):
         found = answer(queries, objects, weight)
         found = float(found) if isinstance(found, (int, float, Tensor)) else found
         if not isinstance(found, float):
-            raise Mistake(f"return a number; this is {type(found).__name__}.")
+            raise Mistake(f"the answer should be a number, but is {type(found).__name__}.")
         idle = weight * (queries - objects)
         wanted = idle / (idle + objects)
         if abs(found - wanted) < 1e-3:
             continue
         case = f"for {queries} queries, {objects} objects and weight {weight:g} the answer"
         for mistaken, but in (
-            ((queries - objects) / queries, "that leaves the weight out: it is the share of idle queries."),
+            ((queries - objects) / queries, "that ignores the weight: it is the share of unmatched queries."),
             (objects / (idle + objects), "that is the probability of an object; 'no object' has the rest."),
-            (idle / queries, "the weighted part is compared with the weights' sum, not with the number of queries."),
-            (weight * queries / (weight * queries + objects), "not all queries are idle: `objects` of them have one."),
+            (idle / queries, "divide by the sum of the weights, not by the number of queries."),
+            (
+                weight * queries / (weight * queries + objects),
+                "not all queries are unmatched: `objects` of them have an object.",
+            ),
         ):
             if abs(found - mistaken) < 1e-3:
                 raise Mistake(f"{case} is {found:.3f}: {but}")
-        raise Mistake(f"{case} should be {wanted:.3f}, and is {found:.3f}.")
-    return "On COCO that is 0.57 with weight 0.1 and 0.93 with weight 1: hardly a query would dare to speak."
+        raise Mistake(f"{case} should be {wanted:.3f}, but is {found:.3f}.")
+    return "On COCO that is 0.57 with weight 0.1 and 0.93 with weight 1: almost no query would predict an object."
 
 
 @exercise(
     "6.3",
-    "The probability of the right answer has a logit of its own: x where the truth is 1, and -x where it is 0.",
+    "The probability of the correct answer has its own logit: x where the target is 1, and -x where it is 0.",
     "log p_t is `F.logsigmoid` of that logit, p_t its sigmoid.",
     "signed = logits * (2 * truth - 1); alpha_t = alpha * truth + (1 - alpha) * (1 - truth).",
 )
@@ -109,12 +112,15 @@ def focal(answer: Callable[..., Any]) -> str:
     p = x.sigmoid()
     pt, alphas = torch.where(t == 1, p, 1 - p), torch.where(t == 1, 0.25, 0.75)
     for mistaken, but in (
-        (-pt.log(), "this is the plain cross-entropy: neither alpha_t nor (1 - p_t)^gamma is in it."),
-        (-alphas * pt.log(), "(1 - p_t)^gamma is missing, the factor that lets easy answers go."),
+        (-pt.log(), "this is the plain cross-entropy, without alpha_t and (1 - p_t)^gamma."),
+        (-alphas * pt.log(), "(1 - p_t)^gamma is missing, the factor that down-weights easy examples."),
         (-((1 - pt) ** 2) * pt.log(), "alpha_t is missing."),
-        (-(1 - alphas) * (1 - pt) ** 2 * pt.log(), "alpha_t is the wrong way round: yes has alpha, no has 1 - alpha."),
-        (-alphas * pt**2 * pt.log(), "it is (1 - p_t)^gamma and not p_t^gamma: the easy answers pay less."),
-        (-0.25 * (1 - pt) ** 2 * pt.log(), "alpha_t depends on the truth: where the answer is no it is 1 - alpha."),
+        (-(1 - alphas) * (1 - pt) ** 2 * pt.log(), "alpha_t is inverted: positives have alpha, negatives 1 - alpha."),
+        (
+            -alphas * pt**2 * pt.log(),
+            "it is (1 - p_t)^gamma and not p_t^gamma: easy examples should have a small loss.",
+        ),
+        (-0.25 * (1 - pt) ** 2 * pt.log(), "alpha_t depends on the target: for negatives it is 1 - alpha."),
         (-wanted, "the sign is wrong: a loss is not negative."),
     ):
         if torch.allclose(found.detach(), mistaken, atol=1e-4):
@@ -127,22 +133,24 @@ def focal(answer: Callable[..., Any]) -> str:
     far = torch.tensor([200.0, -200.0, 200.0, -200.0], requires_grad=True)
     extreme = answer(far, torch.tensor([0.0, 1.0, 1.0, 0.0]))
     if not extreme.isfinite().all():
-        raise Mistake("at a logit of 200 or -200 the loss is infinite or NaN: take F.logsigmoid, not log of a sigmoid.")
+        raise Mistake(
+            "at a logit of 200 or -200 the loss is infinite or NaN: use F.logsigmoid, not the log of a sigmoid."
+        )
     extreme.sum().backward()
-    if not far.grad.isfinite().all():
-        raise Mistake("at a logit of 200 or -200 the gradient is NaN: take F.logsigmoid, not log of a sigmoid.")
-    close("the loss at 200 where the truth is 0", extreme[0], 150.0, 1e-2)
-    return "Equal to torchvision's, and finite however sure the network is."
+    if far.grad is None or not far.grad.isfinite().all():
+        raise Mistake("at a logit of 200 or -200 the gradient is NaN: use F.logsigmoid, not the log of a sigmoid.")
+    close("the loss at 200 where the target is 0", extreme[0], 150.0, 1e-2)
+    return "Equal to torchvision's, and finite even for extreme logits."
 
 
 @exercise(
     "6.4",
-    "What is the true class of a query that has no object? Column 0 is a class like any other.",
-    "`F.l1_loss` takes the mean, over pairs and over the four numbers. What should the sum be divided by?",
-    "`generalized_box_iou_loss` wants corners; the boxes here are center, width and height.",
+    "What is the target class of a query without an object? Column 0 is a class like any other.",
+    "`F.l1_loss` takes the mean over pairs and the four numbers. What should the sum be divided by?",
+    "`generalized_box_iou_loss` takes corners; the boxes here are center, width and height.",
 )
 def image_loss(answer: Callable[..., Any]) -> str:
-    """The three terms of one image's loss, whose usual mistakes are known."""
+    """The three terms of one image's loss."""
     logits, boxes = torch.randn(7, 5), torch.rand(7, 4) * 0.3 + 0.3
     boxes.requires_grad_()
     labels, query, objects = torch.tensor([2, 0, 3]), torch.tensor([4, 1, 6]), 8
@@ -160,17 +168,17 @@ def image_loss(answer: Callable[..., Any]) -> str:
     overlap = generalized_box_iou_loss(to_xyxy(pairs), to_xyxy(wanted))
     but = ""
     if alike(giou, generalized_box_iou_loss(pairs, wanted).sum() / objects, 1e-5):
-        but = "the GIoU term takes cxcywh boxes for corners: it measures the overlap of boxes that are not there."
+        but = "the GIoU term uses cxcywh boxes as corners: convert them first."
     elif alike(giou, overlap.mean(), 1e-5):
         but = "the GIoU term is the mean over the image's pairs; divide the sum by `objects`, those of the batch."
     close("the GIoU term", giou, overlap.sum() / objects, but=but)
     (l1 + giou).backward()
     has_gradient("the boxes", boxes)
-    return "Silence has its own column now, and every object of the batch counts alike."
+    return "'No object' has its own column, and every object of the batch has the same weight."
 
 
 def _label(logits: Tensor, labels: Tensor, query: Tensor, nothing: int, weighted: int | None = -1) -> Tensor:
-    """The label term with a certain column as "no object", and a certain column weighing 0.1."""
+    """The label term with a given column as "no object", and a given column with weight 0.1."""
     truth = torch.full((len(logits),), nothing)
     truth[query] = labels
     weight = torch.ones(logits.shape[1])
@@ -180,7 +188,7 @@ def _label(logits: Tensor, labels: Tensor, query: Tensor, nothing: int, weighted
 
 
 def _label_mistake(logits: Tensor, labels: Tensor, query: Tensor, found: Tensor) -> str:
-    zero = "queries without an object are taught class 0; 'no object' is the last column, number K."
+    zero = "queries without an object have class 0 as target; 'no object' is the last column, number K."
     for mistaken, but in (
         (_label(logits, labels, query, 0), zero),
         (_label(logits, labels, query, 0, 0), zero),
@@ -199,7 +207,7 @@ def _l1_mistake(apart: Float[Tensor, "T 4"], found: Tensor, objects: int) -> str
             "the L1 term is a mean over pairs and numbers; sum, and divide by the batch's `objects`.",
         ),
         (apart.sum(-1).mean(), "the L1 term is divided by this image's objects, not by those of the batch."),
-        (apart.mean() / objects, "the L1 term is a mean, divided by `objects` once more; sum before you divide."),
+        (apart.mean() / objects, "the L1 term is a mean, divided by `objects` again; sum before you divide."),
         (apart.sum(), "the L1 term is not divided by `objects`."),
     ):
         if alike(found, mistaken, 1e-5):
@@ -211,10 +219,10 @@ def _l1_mistake(apart: Float[Tensor, "T 4"], found: Tensor, objects: int) -> str
     "6.5",
     "Begin with the model's own head, `model.class_head.weight.detach().clone()`, and overwrite rows.",
     "`new_classes.index(name)` is a class's row in the model, `old_classes.index(name)` in `state`; -1 is the last.",
-    "Put both mended tensors into a copy of `state` and load that with `strict=True`, which raises by itself.",
+    "Put both new tensors into a copy of `state` and load it with `strict=True`, which raises an error itself.",
 )
 def adapt(answer: Callable[..., Any]) -> str:
-    """Loading weights into a model with other classes, keeping what both know."""
+    """Loading weights into a model with other classes, keeping the rows of common classes."""
     state = {name: value + 1.0 for name, value in _model(OLD).state_dict().items()}
     model = _model(NEW)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -225,7 +233,7 @@ def adapt(answer: Callable[..., Any]) -> str:
     _check_rows(state, before, after)
     for name in sorted(set(state) - {"class_head.weight", "class_head.bias"}):
         if not torch.equal(after[name], state[name]):
-            raise Mistake(f"{name} is not the checkpoint's: all but the class head is copied.")
+            raise Mistake(f"{name} is not the checkpoint's: copy everything except the class head.")
     for case, bad in (
         ("lacks box_head.0.weight", _without(state)),
         ("has an unknown tensor", state | {"neck": state["box_head.0.bias"]}),
@@ -234,12 +242,12 @@ def adapt(answer: Callable[..., Any]) -> str:
             answer(bad, OLD, _model(NEW), NEW)
         except (KeyError, RuntimeError, ValueError):
             continue
-        raise Mistake(f"a state that {case} was loaded without a word; `strict=False` hides that.")
-    return "The cat is still known, 'no object' too, and a wrong file is refused."
+        raise Mistake(f"a state that {case} was loaded without an error; `strict=False` hides that.")
+    return "The rows of 'cat' and 'no object' are kept, and a wrong file is rejected."
 
 
 def _check_rows(state: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Raise where a row of the class head is not the right one."""
+    """Raise a Mistake if a row of the class head is wrong."""
     for part in ("weight", "bias"):
         name = f"class_head.{part}"
         old, own, new = state[name], before[name], after[name]
@@ -249,18 +257,21 @@ def _check_rows(state: dict[str, Tensor], before: dict[str, Tensor], after: dict
             if row < len(OLD) and torch.equal(new[row], old[row]):
                 raise Mistake(f"the row of {cls!r} in {name} was copied by its number, not by the class's name.")
             if cls in OLD:
-                raise Mistake(f"the row of {cls!r} in {name} should come from the checkpoint: both know this class.")
+                raise Mistake(f"the row of {cls!r} in {name} should come from the checkpoint: both have this class.")
             if torch.equal(new[row], old[-1]):
                 raise Mistake(f"the row of {cls!r} in {name} is the checkpoint's 'no object': the last row moves.")
             if not torch.equal(new[row], own[row]):
-                raise Mistake(f"the row of {cls!r} in {name} should stay as the model made it: the class is new.")
+                raise Mistake(f"the row of {cls!r} in {name} should keep its initial value: the class is new.")
         if not torch.equal(new[-1], old[-1]):
-            raise Mistake(f"the last row of {name} should be the checkpoint's last: both know 'no object'.")
+            raise Mistake(f"the last row of {name} should be the checkpoint's last: both have 'no object'.")
 
 
 def _model(classes: tuple[str, ...]) -> Detr:
-    sizes = {"dim": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "ffn_dim": 16, "queries": 3}
-    return Detr(DetrConfig(backbone="tiny", weights=None, frozen_stages=0, dropout=0.0, **sizes), len(classes))
+    config = DetrConfig(
+        backbone="tiny", weights=None, frozen_stages=0, dropout=0.0, dim=16, heads=2, encoder_layers=1,
+        decoder_layers=1, ffn_dim=16, queries=3,
+    )  # fmt: skip
+    return Detr(config, len(classes))
 
 
 def _without(state: dict[str, Tensor]) -> dict[str, Tensor]:

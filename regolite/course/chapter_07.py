@@ -1,4 +1,4 @@
-"""Checkers of notebook 07, measuring detectors."""
+"""Checkers of notebook 07: measuring detectors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _curve(right: Verdicts, objects: int) -> tuple[Float[Tensor, "D"], Float[Ten
 
 
 def _at_101(right: Verdicts, objects: int) -> float:
-    """AP of a ranking as COCO has it: the mean interpolated precision at 101 recalls."""
+    """COCO's AP of a ranking: the mean interpolated precision at 101 recalls."""
     _, envelope, recall = _curve(right, objects)
     reached = torch.searchsorted(recall, torch.from_numpy(np.linspace(0, 1, 101)))
     return float(torch.cat([envelope, envelope.new_zeros(1)])[reached].mean())
 
 
 def _ranking(length: int, seed: int) -> Verdicts:
-    """Verdicts that grow rarer towards the end, the second one false."""
+    """A ranking with fewer correct detections towards the end; the second one is wrong."""
     drawn = torch.rand(length, generator=torch.Generator().manual_seed(seed))
     right = drawn < torch.linspace(1.0, 0.3, length)
     right[:2] = torch.tensor([True, False])
@@ -38,9 +38,9 @@ def _ranking(length: int, seed: int) -> Verdicts:
 
 @exercise(
     "7.1",
-    "Only the right boxes move the curve to the right, each by 1/N. What is its height there?",
-    "The height is the running maximum of the precision, taken from the end: flip, cummax, flip.",
-    "Sum the running maximum over the right boxes, and divide by N.",
+    "Only correct boxes increase the recall, each by 1/N. What is the height of the curve there?",
+    "The height is the running maximum of the precision from the end: flip, cummax, flip.",
+    "Sum the running maximum over the correct boxes, and divide by N.",
 )
 def area(answer: Callable[[Verdicts, int], Tensor]) -> str:
     """The area under the interpolated precision."""
@@ -51,26 +51,28 @@ def area(answer: Callable[[Verdicts, int], Tensor]) -> str:
         found = torch.as_tensor(answer(right, objects)).double()
         same_shape("the area", found, ())
         for value, known in (
-            (precision.mean(), "that is the mean of the precisions over all boxes; only right boxes add a strip"),
+            (precision.mean(), "that is the mean of the precisions over all boxes; only correct boxes add area"),
             (
                 precision[right].sum() / objects,
-                "that is the area under the saw: take the best precision there or beyond",
+                "that is the area without interpolation: take the best precision at this recall or above",
             ),
-            (envelope[right].mean(), "that divides by the boxes that are right, and so forgets the missed objects"),
-            (_at_101(right, objects), "that is the mean at 101 recalls; the area itself has no grid"),
+            (envelope[right].mean(), "that divides by the number of correct boxes and ignores the missed objects"),
+            (_at_101(right, objects), "that is the mean at 101 recalls; compute the exact area"),
         ):
             if abs(float(found) - float(value)) < 1e-9 and abs(float(value) - wanted) > 1e-9:
                 raise Mistake(f"{known}.")
         close("the area", found, wanted, 1e-6)
-    close("the area of a ranking without a right box", torch.as_tensor(answer(torch.zeros(3).bool(), 4)).double(), 0.0)
-    return "With 101 recalls or without a grid, the figures differ by less than one part in 101 for each step."
+    close(
+        "the area of a ranking without a correct box", torch.as_tensor(answer(torch.zeros(3).bool(), 4)).double(), 0.0
+    )
+    return "The mean at 101 recalls differs from the exact area by less than 1/101 for each step."
 
 
 @exercise(
     "7.2",
-    "How much do the box and its moved copy share, and how much do they cover together?",
-    "The IoU is 0.8 / 1.2. At which of 0.50, 0.55, ..., 0.95 is every box right?",
-    "0.8 / 1.2 is 0.667: at 0.50, 0.55, 0.60 and 0.65 all boxes are right and at the six others none.",
+    "What are the intersection and the union of the box and its shifted copy?",
+    "The IoU is 0.8 / 1.2. At which of 0.50, 0.55, ..., 0.95 is every box correct?",
+    "0.8 / 1.2 is 0.667: at 0.50, 0.55, 0.60 and 0.65 all boxes are correct, at the six others none.",
 )
 def moved_boxes(prediction: Mapping[str, float | int]) -> str:
     """AP, AP50 and AP75 of boxes whose IoU is two thirds."""
@@ -79,24 +81,24 @@ def moved_boxes(prediction: Mapping[str, float | int]) -> str:
         raise Mistake(f"the prediction lacks {', '.join(missing)}.")
     ap, ap50, ap75 = (float(prediction[name]) for name in ("AP", "AP50", "AP75"))
     if max(ap, ap50) <= 1 and ap > 0:
-        raise Mistake("the figures are asked for in percent: 100, not 1.")
+        raise Mistake("give the values in percent: 100, not 1.")
     if abs(ap50 - 100) > 0.5:
-        raise Mistake(f"AP50 is not {ap50:g}: compute the IoU of a box with itself moved by 0.2 of its width.")
+        raise Mistake(f"AP50 is not {ap50:g}: compute the IoU of a box with itself shifted by 0.2 of its width.")
     if abs(ap75) > 0.5:
         raise Mistake(f"AP75 is not {ap75:g}: is the IoU at least 0.75?")
     if abs(ap - 80) < 0.5 or abs(ap - 66.7) < 0.5:
-        raise Mistake(f"AP is not {ap:g}: it is no mean of overlaps; each threshold is passed by all boxes or by none.")
+        raise Mistake(f"AP is not {ap:g}: it is not a mean of overlaps; each threshold is passed by all boxes or none.")
     if abs(ap - 50) < 0.5:
         raise Mistake("AP is not 50: that is the mean of AP50 and AP75, and AP is the mean over ten thresholds.")
     if abs(ap - 40) > 0.5:
-        raise Mistake(f"AP is not {ap:g}: count at how many of the ten thresholds the boxes are right.")
-    return "An IoU of 2/3 passes four of ten thresholds. AP rewards exact boxes by steps of 0.05."
+        raise Mistake(f"AP is not {ap:g}: count the thresholds, of ten, at which the boxes are correct.")
+    return "An IoU of 2/3 passes four of ten thresholds. AP rewards exact boxes in steps of 0.05."
 
 
 @exercise(
     "7.3",
-    "An image without objects never enters the mean, whatever is said about it.",
-    "Join the scores of all images, sort once, and make one curve; N is the sum over the images.",
+    "An image without objects is not in the mean, whatever its detections.",
+    "Concatenate the scores of all images, sort once, and compute one curve; N is the sum over the images.",
     "order = torch.cat(scores).argsort(descending=True); right = torch.cat(right)[order]; then as for the ten boxes.",
 )
 def pooled(answer: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]], Tensor]) -> str:
@@ -116,38 +118,38 @@ def pooled(answer: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int]],
         for value, known in (
             (
                 sum(means) / len(means),
-                "that is still a mean of one AP an image: false boxes in empty images cost nothing",
+                "that is still a mean of one AP per image: false positives in empty images cost nothing",
             ),
             (
                 sum(means) / len(lengths),
-                "that is a mean of one AP an image with 0 for empty ones, which are punished even unsaid",
+                "that is a mean of one AP per image with 0 for empty ones, even without false positives",
             ),
             (
                 _at_101(torch.cat(right), sum(objects)),
-                "the images are joined but not sorted: the ranking is by score",
+                "the images are concatenated but not sorted by score",
             ),
             (
                 _at_101(torch.cat(right)[order.flip(0)], sum(objects)),
-                "the ranking is upside down: the best score comes first",
+                "the ranking is reversed: the highest score comes first",
             ),
         ):
             if abs(float(found) - value) < 1e-9 and abs(value - wanted) > 1e-9:
                 raise Mistake(f"{known}.")
         close("AP", found, wanted, 1e-6)
-    return "All images share one ranking: a sure mistake in an empty image pushes every less sure hit down."
+    return "All images share one ranking: a false positive in an empty image lowers the rank of all hits below it."
 
 
 @exercise(
     "7.4",
-    "Sort by score; then every place of the ranking is one threshold, and TP and FP are running sums.",
-    "2 TP + FP + FN is n + N at the n-th place: everything said plus everything there is.",
+    "Sort by score; then every rank is one threshold, and TP and FP are cumulative sums.",
+    "2 TP + FP + FN is n + N at rank n: all detections plus all objects.",
     "f1 = 2 * right[order].cumsum(0) / (torch.arange(1, D + 1) + objects); the score at its argmax.",
 )
 def best_threshold(answer: Callable[[Tensor, Tensor, int], Tensor | float]) -> str:
     """The score above which F1 is best."""
-    precise = "that is where precision alone is best: it says one thing and misses the rest"
-    everything = "that keeps everything: recall alone is best there"
-    early = "the running sums are taken before sorting by score"
+    precise = "that maximizes precision alone: it keeps one detection and misses the rest"
+    everything = "that keeps everything: it maximizes recall alone"
+    early = "the cumulative sums are taken before sorting by score"
     given: list[float] = []
     right_ones: list[float] = []
     known: dict[str, list[float]] = {precise: [], everything: [], early: []}
@@ -161,7 +163,7 @@ def best_threshold(answer: Callable[[Tensor, Tensor, int], Tensor | float]) -> s
         found = torch.as_tensor(answer(scores.clone(), right.clone(), objects)).float()
         same_shape("the threshold", found, ())
         if not (scores == found).any():
-            raise Mistake(f"the threshold {float(found):.4f} is none of the scores.")
+            raise Mistake(f"the threshold {float(found):.4f} is not one of the scores.")
         given.append(float(found))
         right_ones.append(float(scores[order][(2 * hits / (said + objects)).argmax()]))
         known[precise].append(float(scores[order][(hits / said).argmax()]))
@@ -171,37 +173,37 @@ def best_threshold(answer: Callable[[Tensor, Tensor, int], Tensor | float]) -> s
         if given == values:
             raise Mistake(f"{what}.")
     close("the thresholds of three rankings", torch.tensor(given), torch.tensor(right_ones), 1e-6)
-    return "F1 gives a working point. AP alone never would: it judges the whole ranking and names no threshold."
+    return "F1 gives an operating point; AP does not, since it measures the whole ranking without a threshold."
 
 
 @exercise(
     "7.5",
-    "For each detection: which object does it overlap most, and by how much? overlap.max(1) says both.",
-    "torch.where(best >= 0.5, truth_labels[which], labels), and labels as they are where there is no object.",
+    "For each detection: which object does it overlap most, and by how much? overlap.max(1) gives both.",
+    "torch.where(best >= 0.5, truth_labels[which], labels), and unchanged labels without objects.",
 )
 def relabel(answer: Callable[[Int[Tensor, "D"], Float[Tensor, "D G"], Int[Tensor, "G"]], Tensor]) -> str:
-    """Every detection on an object gets the object's class."""
+    """Every detection that overlaps an object gets the object's class."""
     overlap = torch.tensor([[0.9, 0.1, 0.6], [0.3, 0.5, 0.2], [0.49, 0.2, 0.0], [0.0, 0.7, 0.8], [0.0, 0.0, 0.0]])
     labels, truth = torch.tensor([7, 8, 9, 5, 2]), torch.tensor([5, 4, 6])
     given = labels.clone()
     found = answer(given, overlap.clone(), truth.clone())
     same_shape("the labels", found, (5,))
     if not torch.equal(given, labels):
-        raise Mistake("the labels that came in were changed in place; make new ones.")
+        raise Mistake("the input labels were changed in place; create new ones.")
     wanted = torch.tensor([5, 4, 9, 6, 2])
     if torch.equal(found, labels):
         raise Mistake("no label is changed.")
     for value, known in (
-        ([5, 4, 5, 6, 5], "detections that overlap no object by 0.5 are to keep their class"),
+        ([5, 4, 5, 6, 5], "detections with a maximum overlap below 0.5 should keep their class"),
         ([5, 8, 9, 6, 2], "an overlap of exactly 0.5 is at least 0.5"),
         ([0, 1, 9, 2, 2], "that is the number of the object; its class is truth_labels of that number"),
     ):
         if found.tolist() == value:
             raise Mistake(f"{known}.")
     if not torch.equal(found, wanted):
-        raise Mistake(f"of the labels {labels.tolist()} should come {wanted.tolist()}, and {found.tolist()} come.")
+        raise Mistake(f"the labels {labels.tolist()} should become {wanted.tolist()}, not {found.tolist()}.")
     alone = answer(labels.clone(), torch.zeros(5, 0), torch.zeros(0, dtype=torch.long))
     same_shape("the labels in an image without objects", alone, (5,))
     if not torch.equal(alone, labels):
-        raise Mistake("in an image without objects the labels should stay as they are.")
-    return "Now measure both oracles: the gain of each is the price of one kind of mistake."
+        raise Mistake("in an image without objects the labels should not change.")
+    return "Now measure both oracles: the gain of each is the cost of one type of error."

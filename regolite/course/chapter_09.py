@@ -1,8 +1,9 @@
-"""Checkers of notebook 09, deformable attention."""
+"""Checkers of notebook 09: deformable attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +17,18 @@ def _differs(found: Tensor, wanted: Tensor, tolerance: float = 1e-3) -> bool:
     return found.shape != wanted.shape or not torch.allclose(found.detach().float(), wanted, atol=tolerance)
 
 
-def _read(x: Tensor, points: Tensor, **how: object) -> Tensor:
-    """What ``grid_sample`` reads of one channel [h, w] at points [N, 2] in [0, 1]."""
-    how = {"align_corners": False, "padding_mode": "zeros"} | how
-    return F.grid_sample(x[None, None], 2 * points[None, None] - 1, **how)[0, 0, 0]
+def _read(x: Tensor, points: Tensor, align_corners: bool = False) -> Tensor:
+    """The values of one channel [h, w] at points [N, 2] in [0, 1], by ``grid_sample``."""
+    return F.grid_sample(x[None, None], 2 * points[None, None] - 1, align_corners=align_corners)[0, 0, 0]
 
 
 @exercise(
     "9.1",
-    "What would a map whose every cell is 1 read there?",
-    "With all cells 1 a reading is the sum of its weights: bilinear() of a map of ones.",
+    "What is the bilinear value of a map of ones at these points?",
+    "For a map of ones the value is the sum of the bilinear weights: bilinear() of a map of ones.",
 )
 def coverage(answer: Callable[[Tensor, int, int], Tensor]) -> str:
-    """``coverage(points, height, width)``: the bilinear weight that falls on cells."""
+    """``coverage(points, height, width)``: the total bilinear weight of cells inside the map."""
     height, width = 5, 9
     known = torch.tensor([[0.5, 0.5], [0.0, 0.5], [1.0, 1.0], [-0.2, 0.5]])
     points = torch.cat([known, torch.rand(60, 2) * 1.6 - 0.3])
@@ -37,26 +37,26 @@ def coverage(answer: Callable[[Tensor, int, int], Tensor]) -> str:
     found = answer(points, height, width)
     same_shape("the coverage", found, (len(points),))
     if not _differs(found, torch.ones(len(points))):
-        raise Mistake("every point is fully covered in your answer, but on the edge of the map one side is zeros.")
+        raise Mistake("every point is fully covered in your answer, but at the edge of the map one side is zero.")
     if not _differs(found, _read(ones, points, align_corners=True)):
         raise Mistake(
             "0 and 1 are the outer edges of the map, not the centers of the outermost cells (align_corners=False): "
             "at a corner three of the four neighbors are missing."
         )
     if not _differs(found, _read(torch.ones(width, height), points)):
-        raise Mistake("height and width have changed places.")
+        raise Mistake("height and width are swapped.")
     close("the coverage", found, wanted)
-    return "1 in the middle, 1/2 at the middle of a side, 1/4 at a corner, 0 from half a cell outside on."
+    return "It is 1 in the middle, 1/2 at the middle of a side, 1/4 at a corner, and 0 from half a cell outside."
 
 
 @exercise(
     "9.2",
     "Write down the value between four cells as a formula of p_x and p_y, and differentiate it by p_x.",
-    "By p_x: right minus left, in the upper and in the lower row, mixed by how far p_y is from each row.",
+    "By p_x: right minus left, in the upper and in the lower row, interpolated by p_y.",
     "p_x = x w - 1/2, so the chain rule multiplies the first component by w, and the second by h.",
 )
 def slope(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
-    """``slope(x, points)``: the gradient of bilinear readings with respect to the points."""
+    """``slope(x, points)``: the gradient of bilinear interpolation with respect to the points."""
     height, width = 6, 9
     x = torch.randn(height, width)
     inner = torch.rand(40, 2) * 0.6 + 0.2
@@ -67,19 +67,19 @@ def slope(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
     found = found.detach()
     cells = torch.tensor([width, height])
     if not found.any():
-        raise Mistake("all slopes are zero: a point between two different cells has one.")
+        raise Mistake("all slopes are zero, but a point between two different cells has a slope.")
     if not _differs(found, wanted / cells):
         raise Mistake(
-            "these are slopes by cells: the points count whole maps, so the chain rule multiplies by width and height."
+            "these are slopes per cell: points are relative to the map, so the chain rule multiplies by both sizes."
         )
     if not _differs(found, wanted / cells * cells.flip(0)):
-        raise Mistake("width and height change places: x, the first component, goes with the width.")
+        raise Mistake("width and height are swapped: x, the first component, belongs to the width.")
     if not _differs(found.flip(1), wanted):
-        raise Mistake("x and y have changed places: the first component is the slope along x, along a row.")
+        raise Mistake("x and y are swapped: the first component is the slope along x, along a row.")
     if not _differs(-found, wanted):
         raise Mistake("every slope has the wrong sign: it is right minus left, and lower minus upper.")
     close("the slopes", found, wanted, 1e-3)
-    return "Four cells decide where a point is pulled to; it knows of no others."
+    return "Only the four nearest cells contribute to a point's gradient."
 
 
 @exercise(
@@ -95,13 +95,13 @@ def weigh(answer: Callable[[Tensor], Tensor]) -> str:
     same_shape("the weights", found, scores.shape)
     found = found.detach()
     alternatives = {
-        "the weights of each level sum to 1 by themselves, so those of a head sum to the number of levels: "
-        "the softmax runs over the points of a level, not over levels and points together.": scores.softmax(-1),
-        "the softmax runs over the levels: it should run over levels and points together.": scores.softmax(-2),
-        "the softmax runs over the heads: each head deals out a weight of 1 by itself.": scores.softmax(2),
-        "the weights of a head sum to 1, but dividing by the number of levels gives every level the same share; "
-        "one softmax over levels and points lets the query prefer a level.": scores.softmax(-1) / 3,
-        "the softmax runs over heads, levels and points: each head deals out a weight of 1 by itself.": (
+        "the weights of each level sum to 1, so those of a head sum to the number of levels: the softmax is over the "
+        "points of a level, not over levels and points together.": scores.softmax(-1),
+        "the softmax is over the levels: it should be over levels and points together.": scores.softmax(-2),
+        "the softmax is over the heads: the weights of each head should sum to 1.": scores.softmax(2),
+        "the weights of a head sum to 1, but dividing by the number of levels gives every level the same share; with "
+        "one softmax over levels and points the query can prefer a level.": scores.softmax(-1) / 3,
+        "the softmax is over heads, levels and points: the weights of each head should sum to 1.": (
             scores.flatten(2).softmax(-1).view_as(scores)
         ),
     }
@@ -109,13 +109,13 @@ def weigh(answer: Callable[[Tensor], Tensor]) -> str:
         if not _differs(found, wrong, 1e-5):
             raise Mistake(mistake)
     close("the weights", found, scores.flatten(-2).softmax(-1).view_as(scores), 1e-5)
-    return "One softmax deals out both the levels and the points."
+    return "One softmax distributes the weight over levels and points."
 
 
 @exercise(
     "9.4",
-    "Locations count the padded map: times (width, height) of the batch they are pixels of what the network read.",
-    "Then a pixel of the resized image is original / resized pixels of the file, in x and in y by itself.",
+    "Locations are relative to the padded map: times (width, height) of the batch they are pixels of the input.",
+    "Then a pixel of the resized image is original / resized pixels of the file, separately in x and y.",
 )
 def to_photograph(answer: Callable[..., Tensor]) -> str:
     """``to_photograph(locations, padded, resized, original)``: sampling locations in pixels of the file."""
@@ -132,21 +132,21 @@ def to_photograph(answer: Callable[..., Tensor]) -> str:
     found = found.detach()
     if not _differs(found, locations * torch.tensor([original[1], original[0]]), 0.05):
         raise Mistake(
-            "the padding is forgotten: 1 is the edge of the padded batch, not of the image, so your points are "
-            "squeezed towards the upper left corner."
+            "the padding is ignored: 1 is the edge of the padded batch, not of the image, so your points are shifted "
+            "towards the upper left corner."
         )
     if not _differs(found, locations * torch.tensor([padded[1], padded[0]]), 0.05):
         raise Mistake("these are pixels of the padded batch: scale them from the resized image to the original.")
     if not _differs(found, locations * torch.tensor([padded[1] * 2.5, padded[0] * 2.5]), 0.05):
-        raise Mistake("2.5 was the scale of the cat's photograph; take it from the sizes.")
+        raise Mistake("2.5 is the scale of the cat's photograph; compute it from the sizes.")
     swapped = right(padded, resized, original) / torch.tensor([padded[1], padded[0]]) * torch.tensor(padded)
     turned = locations * torch.tensor([padded[i] / resized[i] * original[i] for i in (0, 1)])
     if not _differs(found, swapped, 0.05) or not _differs(found, turned, 0.05):
-        raise Mistake("x goes with the width and y with the height; sizes are (height, width), locations (x, y).")
+        raise Mistake("x belongs to the width and y to the height; sizes are (height, width), locations (x, y).")
     close("the points", found, wanted, 0.05)
     again = ((192, 256), (162, 256), (407, 640))
     close("the points of another image", answer(locations.clone(), *again), right(*again), 0.05)
-    return "Now the points of any batch can be drawn on the files."
+    return "Now the points of any batch can be drawn on the original images."
 
 
 @exercise(
@@ -156,17 +156,17 @@ def to_photograph(answer: Callable[..., Tensor]) -> str:
     "A point has two logits; those of the size are 0: F.pad(logits, (0, 2)). inverse_sigmoid keeps 0 and 1 finite.",
 )
 def correction(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
-    """``correction(start, wanted)``: what the box head must put out."""
+    """``correction(start, wanted)``: the required output of the box head."""
     start, wanted = torch.rand(30, 4) * 0.9 + 0.05, torch.rand(30, 4) * 0.9 + 0.05
     found = answer(start.clone(), wanted.clone())
     same_shape("the correction", found, (30, 4))
     if not found.any():
-        raise Mistake("a correction of zero leaves every box where it is.")
+        raise Mistake("a correction of zero does not move the boxes.")
     if not _differs(found, wanted - start):
         raise Mistake("this is the difference of the boxes: they are added as logits, not as numbers in [0, 1].")
     right = inverse_sigmoid(wanted) - inverse_sigmoid(start)
     if not _differs(-found, right):
-        raise Mistake("the sign is turned: the correction leads from the start to what is wanted.")
+        raise Mistake("the sign is wrong: the correction leads from the start to the wanted box.")
     if not _differs(found, inverse_sigmoid(wanted)):
         raise Mistake("this is the logit of the wanted box: the layer adds it to the logit of the start.")
     close("the correction of boxes", found, right, 1e-3)
@@ -175,51 +175,63 @@ def correction(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
     same_shape("the correction from reference points", found, (30, 4))
     sizes = inverse_sigmoid(wanted)[:, 2:]
     if not _differs(found[:, 2:], sizes - inverse_sigmoid(torch.tensor(1e-5)), 0.05):
-        raise Mistake("from a point, the size starts from the LOGIT 0, that is from a half, not from a size of 0.")
+        raise Mistake("for a point, the size starts from the LOGIT 0, which is 0.5, not from a size of 0.")
     close("the correction from reference points", found, torch.cat([right[:, :2], sizes], 1), 1e-3)
 
     edges = torch.tensor([[0.0, 1.0, 0.5, 1.0]])
     if not answer(edges, torch.full((1, 4), 0.5)).isfinite().all() or not answer(wanted[:1], edges).isfinite().all():
-        raise Mistake("the correction is infinite where a coordinate is 0 or 1: keep it off both before the logarithm.")
-    return "In logits every correction gives a legal box, and small boxes need no smaller ones than large boxes."
+        raise Mistake("the correction is infinite where a coordinate is 0 or 1: clamp it before the logarithm.")
+    return (
+        "In logits every correction gives a valid box, and small boxes do not need smaller corrections than large ones."
+    )
 
 
 @exercise(
     "9.6",
-    "Solve 4 bytes times M S^2 = room for S, and round down.",
+    "Solve 4 bytes times M S^2 = memory for S, and round down.",
     "math.isqrt(room // (4 * heads)); for the other, room // (heads * points * 3 * 4).",
 )
 def fits(answer: Callable[[int, int, int], tuple[int, int]]) -> str:
-    """``fits(room, heads, points)``: the tokens that dense and deformable attention can afford."""
+    """``fits(room, heads, points)``: the maximum numbers of tokens of dense and deformable attention."""
     for room, heads, points in ((10**9, 8, 16), (123_456_789, 4, 12), (7 * 10**10, 16, 8)):
         found = answer(room, heads, points)
         if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise Mistake("give two integers: tokens for dense attention, tokens for deformable attention.")
+            raise Mistake("return two integers: tokens for dense attention, tokens for deformable attention.")
         dense, sparse = found
         if dense != int(dense) or sparse != int(sparse):
-            raise Mistake("tokens are whole: round down to integers.")
+            raise Mistake("numbers of tokens are integers: round down.")
         if dense < 1 or sparse < 1:
             raise Mistake(f"{room:,} bytes hold more than {int(dense)} and {int(sparse)} tokens.")
-        _affordable("dense", int(dense), room, lambda s, m=heads: 4 * m * s * s, _dense_slips(room, heads))
+        _affordable("dense", int(dense), room, partial(_dense_bytes, heads), _dense_slips(room, heads))
         slips = {
-            "a point keeps three numbers, a weight and two coordinates": room // (4 * heads * points),
-            "a number of float32 takes 4 bytes": room // (3 * heads * points),
-            "every head has points of its own": room // (12 * points),
+            "a point has three numbers, a weight and two coordinates": room // (4 * heads * points),
+            "a float32 number takes 4 bytes": room // (3 * heads * points),
+            "every head has its own points": room // (12 * points),
         }
-        _affordable("deformable", int(sparse), room, lambda s, m=heads, p=points: 12 * m * p * s, slips)
+        _affordable("deformable", int(sparse), room, partial(_sparse_bytes, heads, points), slips)
     return "A gigabyte holds 5,590 tokens densely and 651,041 deformably; an image of 800 by 1066 has 17,821."
+
+
+def _dense_bytes(heads: int, tokens: int) -> int:
+    """Bytes of dense attention weights."""
+    return 4 * heads * tokens * tokens
+
+
+def _sparse_bytes(heads: int, points: int, tokens: int) -> int:
+    """Bytes of sampling locations and weights."""
+    return 12 * heads * points * tokens
 
 
 def _dense_slips(room: int, heads: int) -> dict[str, int]:
     return {
-        "a number of float32 takes 4 bytes": int((room / heads) ** 0.5),
-        "every head has weights of its own": int((room / 4) ** 0.5),
-        "the weights grow with the square of the tokens": room // (4 * heads),
+        "a float32 number takes 4 bytes": int((room / heads) ** 0.5),
+        "every head has its own weights": int((room / 4) ** 0.5),
+        "the memory grows with the square of the number of tokens": room // (4 * heads),
     }
 
 
 def _affordable(kind: str, found: int, room: int, takes: Callable[[int], int], slips: dict[str, int]) -> None:
-    """The largest number of tokens that takes no more than the room."""
+    """Raise a Mistake unless ``found`` is the largest number of tokens that fits into the room."""
     if takes(found) <= room < takes(found + 1):
         return
     for slip, wrong in slips.items():

@@ -1,4 +1,4 @@
-"""Notebook 10, glimpses: regions, RoIAlign, padding, weights."""
+"""Checkers of notebook 10, glimpses: regions, RoIAlign, padding, weights."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def _boxes(*shape: int) -> Float[Tensor, "*n 4"]:
 
 
 def _compare(name: str, found: Tensor, wanted: Tensor, *mistakes: tuple[Tensor, str]) -> None:
-    """Raise a Mistake where ``found`` is not ``wanted``: the one whose result it is, or the numbers."""
+    """Raise a Mistake if ``found`` is not ``wanted``, with the message of the known mistake or with the numbers."""
     if not alike(found, wanted, 1e-3):
-        for wrong, said in mistakes:
+        for wrong, message in mistakes:
             if alike(found, wrong, 1e-3):
-                raise Mistake(said)
+                raise Mistake(message)
     close(name, found, wanted, 1e-3)
 
 
 @exercise(
     "10.1",
-    "Multiplying all four numbers by alpha moves the box away from the corner of the image. What has to stay?",
+    "Multiplying all four numbers by alpha moves the box away from the corner of the image. What must not change?",
     "The center stays: (x0 + x1) / 2. Half the new width is alpha times half the old one.",
     "With the mean of the two corners as `center` and half their difference as `half`, the corners are "
     "torch.cat([center - alpha * half, center + alpha * half], -1).",
@@ -50,20 +50,20 @@ def enlarge_corners(answer: Callable[..., Any]) -> str:
         found = answer(boxes, alpha)
         same_shape("the enlarged boxes", found, (*shape, 4))
         if not torch.equal(boxes, before):
-            raise Mistake("your function changes the boxes that it was given: make new ones.")
+            raise Mistake("your function changes its input boxes: create new ones.")
         wanted = wider(boxes, alpha)
         _compare(
             "the enlarged boxes",
             found,
             wanted,
-            (boxes, "the boxes come back as they were."),
+            (boxes, "the boxes are unchanged."),
             (
                 alpha * boxes,
-                "corners were multiplied by alpha, which moves a box away from the origin: its center must stay.",
+                "you multiplied corners by alpha, which moves a box away from the origin: its center must not change.",
             ),
             (
                 wider(boxes, alpha**0.5),
-                "the area grew by alpha, and not the sides: multiply width and height by alpha.",
+                "the area grew by alpha, not the sides: multiply width and height by alpha.",
             ),
             (
                 wider(boxes, 2 * alpha),
@@ -71,7 +71,7 @@ def enlarge_corners(answer: Callable[..., Any]) -> str:
             ),
             (
                 box_convert(wanted, "xyxy", "cxcywh"),
-                "the boxes come back as center, width, height: convert them to corners.",
+                "the result is center, width, height: convert it to corners.",
             ),
             (wanted.clamp(min=0), "the result is clipped at 0: regions may reach beyond the image."),
         )
@@ -80,8 +80,8 @@ def enlarge_corners(answer: Callable[..., Any]) -> str:
 
 @exercise(
     "10.2",
-    "Where is column 0.0 of `read`, in pixels, and where does `region / stride` think it is?",
-    "The center of cell 0 lies half a cell from the edge: a pixel x is at column x / stride - 0.5.",
+    "Where is column 0.0 of `read` in pixels, and where does `region / stride` place it?",
+    "The center of cell 0 is half a cell from the edge: a pixel x is at column x / stride - 0.5.",
     "Half a cell is stride / 2 pixels: align(level, region - stride / 2, stride).",
 )
 def align_exactly(answer: Callable[..., Any]) -> str:
@@ -99,22 +99,22 @@ def align_exactly(answer: Callable[..., Any]) -> str:
                 theirs(boxes=[region[None]], aligned=True)[0],
                 (
                     theirs(boxes=[region[None]])[0],
-                    "this is still `aligned=False`: the points lie half a cell too far to the right and the bottom.",
+                    "this is still `aligned=False`: the points are half a cell too far to the right and the bottom.",
                 ),
                 (
                     theirs(boxes=[region[None] + stride / 2])[0],
-                    "the points were moved the wrong way, so that they are now a whole cell off: subtract.",
+                    "the points were moved in the wrong direction and are now a whole cell off: subtract.",
                 ),
                 (
                     theirs(boxes=[region[None] - 0.5])[0],
-                    "you took away half a pixel; it is half a cell, which is half a stride in pixels.",
+                    "you subtracted half a pixel; subtract half a cell, which is half a stride in pixels.",
                 ),
                 (
                     theirs(boxes=[region[None] - stride])[0],
-                    "you took away a whole cell: the center of a cell is half a cell from its edge.",
+                    "you subtracted a whole cell: the center of a cell is half a cell from its edge.",
                 ),
             )
-    return "It equals roi_align with aligned=True: every point is read where it is."
+    return "It equals roi_align with aligned=True: every point is read at its exact position."
 
 
 @exercise(
@@ -137,10 +137,10 @@ def regions_of(answer: Callable[..., Any]) -> str:
         to_pixels(larger, sizes),
         (
             to_pixels(larger, padded),
-            "the regions are still scaled by the padded size of the batch, 128 x 160: in every image that is smaller "
-            "they come out too large, and too far to the right and the bottom.",
+            "the regions are still scaled by the padded size of the batch, 128 x 160: in every smaller image they are "
+            "too large, and too far to the right and the bottom.",
         ),
-        (to_pixels(larger, sizes.flip(1)), "height and width have changed places."),
+        (to_pixels(larger, sizes.flip(1)), "height and width are swapped."),
         (to_pixels(boxes, sizes), "the boxes are in the right frame, but not enlarged by alpha."),
         (to_pixels(larger, sizes[:1].expand(3, 2)), "all images were scaled by the size of the first one."),
         (to_xyxy(larger), "the corners are still in [0, 1]: multiply them by the images' sizes."),
@@ -150,9 +150,9 @@ def regions_of(answer: Callable[..., Any]) -> str:
 
 @exercise(
     "10.4",
-    "Row b holds the weights of bin b: at column cell[0, 0, b, t] the weight[0, 0, b, t], for its four taps t.",
-    "Two taps can name the same cell: where points are close, and at the border. Then their weights add up.",
-    "matrix.scatter_add_(1, cell[0, 0], weight[0, 0]) adds where taps meet; an assignment would keep only one of them.",
+    "Row b has the weights of bin b: weight[0, 0, b, t] in column cell[0, 0, b, t], for its four taps t.",
+    "Two taps can have the same cell, if points are close or at the border. Then their weights add up.",
+    "matrix.scatter_add_(1, cell[0, 0], weight[0, 0]) adds weights of equal cells; an assignment would keep only one.",
 )
 def reading_matrix(answer: Callable[..., Any]) -> str:
     """``answer(begin, end, extent)``: the weights of the seven bins along one axis."""
@@ -163,22 +163,22 @@ def reading_matrix(answer: Callable[..., Any]) -> str:
         empty = torch.zeros(7, extent)
         wanted = empty.scatter_add(1, cell, weight)
         if not found.any():
-            raise Mistake("the matrix is empty: no bin reads anything.")
+            raise Mistake("the matrix is all zero: no bin reads anything.")
         _compare(
             "the matrix",
             found,
             wanted,
             (
                 empty.scatter(1, cell, weight),
-                "where two taps name the same cell, only one of their weights was kept: add them. Each row of a region "
-                "that lies wholly inside adds up to 1.",
+                "if two taps have the same cell, only one of their weights was kept: add them. Each row of a region "
+                "inside the map sums to 1.",
             ),
             (
                 2 * wanted,
-                "the rows add up to twice what they should: a bin is the mean of its two points, not their sum.",
+                "the rows sum to 2 instead of 1: a bin is the mean of its two points, not their sum.",
             ),
         )
-    return "RoIAlign on one level is W_y X W_x^T: linear in the features, and separable."
+    return "RoIAlign on one level is W_y X W_x^T: linear in the features and separable."
 
 
 @exercise(
@@ -188,7 +188,7 @@ def reading_matrix(answer: Callable[..., Any]) -> str:
     "2 * (deciders[:, :2] - balls[:, :2]).abs() / balls[:, 2:], then the larger of the two: .amax(1).",
 )
 def smallest_alpha(answer: Callable[..., Any]) -> str:
-    """``answer(balls, deciders)``: the alpha at which the decider's center enters the ball's region."""
+    """``answer(balls, deciders)``: the smallest alpha whose region contains the decider's center."""
     balls, deciders = 128 * _boxes(50), 128 * _boxes(50)
     found = answer(balls, deciders)
     same_shape("alpha", found, (50,))
@@ -198,14 +198,17 @@ def smallest_alpha(answer: Callable[..., Any]) -> str:
         "alpha",
         found,
         ratio.amax(1),
-        (torch.ones(50), "every alpha is 1: the function does not look at the neighbors yet."),
-        (ratio.amax(1) / 2, "these are half of what is needed: a region reaches only half its width to each side."),
+        (torch.ones(50), "every alpha is 1: the function does not use the neighbors yet."),
+        (ratio.amax(1) / 2, "these are half the correct values: a region extends only half its width to each side."),
         (ratio.amin(1), "one axis is not enough: the center must be inside in x and in y, so the larger alpha counts."),
-        ((2 * away.abs() / deciders[:, 2:]).amax(1), "you divided by the neighbor's size; the ball's is enlarged."),
-        ((2 * away / balls[:, 2:]).amax(1), "take the absolute value of dx and dy: the neighbor may lie on any side."),
+        (
+            (2 * away.abs() / deciders[:, 2:]).amax(1),
+            "you divided by the neighbor's size; divide by the ball's, which is enlarged.",
+        ),
+        ((2 * away / balls[:, 2:]).amax(1), "take the absolute value of dx and dy: the neighbor may be on any side."),
         (
             2 * away.norm(dim=1) / balls[:, 2],
             "a region is a rectangle, not a circle: compare in x and in y, not the distance.",
         ),
     )
-    return "The paper's largest alpha, 3, shows the center of the neighbor for about three balls in ten."
+    return "The paper's largest alpha, 3, includes the neighbor's center for about three balls in ten."

@@ -1,4 +1,4 @@
-"""Checkers of notebook 12: schedule, clipping, going on, diagnosis, large batches in parts."""
+"""Checkers of notebook 12: schedule, gradient clipping, resuming, diagnosis, gradient accumulation."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from torch import Tensor, nn
 from regolite.course import Mistake, close, exercise, same_shape
 from regolite.data import Scenes, collate
 from regolite.losses import SetLoss
-from regolite.models.presets import build
+from regolite.models.presets import build, configure
 from regolite.types import ImageBatch, Target
 
 
 @exercise(
     "12.1",
-    "Two factors multiply: one for the warm-up, one for the drops. Write each on a line of its own.",
-    "The warm-up is min(1, (step + 1) / warm), where warm is not 0: the first step counts as one.",
-    "The drops: 0.1 to the power of how many of them lie at or before this step.",
+    "Multiply two factors: one for the warm-up, one for the drops. Compute each separately.",
+    "The warm-up is min(1, (step + 1) / warm) if warm is not 0: the first step counts as one.",
+    "The drops: 0.1 to the power of the number of drops at or before this step.",
 )
 def warm_up_and_drop(answer: Callable[[int, int, tuple[int, ...]], float]) -> str:
     """``answer(step, warm, drops)`` is the factor of the learning rate."""
     value = answer(0, 10, ())
     if not isinstance(value, (int, float)):
-        raise Mistake(f"the factor should be a number, and is a {type(value).__name__}.")
+        raise Mistake(f"the factor should be a number, but is a {type(value).__name__}.")
     if value == 0:
-        raise Mistake("the first step has the factor 0 and teaches nothing: let step 0 count as one of the warm-up.")
+        raise Mistake("the first step has the factor 0 and no effect: count step 0 as one step of the warm-up.")
     close("the factor of step 0 in a warm-up of 10 steps", value, 0.1)
     for step in (3, 9):
         close(f"the factor of step {step} in a warm-up of 10 steps", answer(step, 10, ()), (step + 1) / 10)
     if answer(25, 10, ()) > 1:
-        raise Mistake("the factor goes on growing after the warm-up: it should stay at 1.")
+        raise Mistake("the factor keeps growing after the warm-up: it should stay at 1.")
     close("the factor after the warm-up, before any drop", answer(25, 10, (40,)), 1.0)
     close("the factor without a warm-up (warm = 0)", answer(0, 0, (40,)), 1.0)
-    late = "the rate drops one step late: at step 40, the drop's own number, it is divided by ten already."
+    late = "the rate drops one step late: it should be divided by ten at step 40 already."
     close("the factor at the drop", answer(40, 10, (40,)), 0.1, but=late if answer(41, 10, (40,)) < 0.5 else "")
     close("the factor before the drop", answer(39, 10, (40,)), 1.0)
-    again = "the second drop changes nothing: every drop that has passed divides by ten."
+    again = "the second drop has no effect: every passed drop divides by ten."
     close(
         "the factor after two drops",
         answer(70, 10, (40, 60)),
@@ -54,61 +54,68 @@ def warm_up_and_drop(answer: Callable[[int, int, tuple[int, ...]], float]) -> st
 
 
 def _two_weights(scale: float = 1.0) -> list[nn.Parameter]:
-    """Parameters with gradients of length 3 and 4 (times ``scale``): together 5."""
-    long, short, idle = (nn.Parameter(torch.zeros(n)) for n in (4, 2, 3))
-    long.grad = scale * torch.tensor([2.0, -2.0, 2.0, 2.0])
-    short.grad = scale * torch.tensor([0.0, 3.0])
-    return [long, short, idle]
+    """Two parameters with :func:`_two_gradients`, and one without a gradient."""
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (4, 2, 3)]
+    for parameter, gradient in zip(parameters, _two_gradients(scale)):
+        parameter.grad = gradient
+    return parameters
+
+
+def _two_gradients(scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Gradients of norm 4 and 3 (times ``scale``), 5 together."""
+    return scale * torch.tensor([2.0, -2.0, 2.0, 2.0]), scale * torch.tensor([0.0, 3.0])
 
 
 @exercise(
     "12.2",
-    "All gradients together are one long vector. What is its length?",
+    "All gradients together are one long vector. What is its norm?",
     "The squares of all entries of all gradients, summed, and the square root of that.",
     "Multiply every gradient by min(1, largest / norm), in place (`parameter.grad.mul_`); skip those that are None.",
 )
 def clip(answer: Callable[[list[nn.Parameter], float], Tensor]) -> str:
-    """``answer(parameters, largest)`` shortens the gradients in place and returns the norm that they had."""
+    """``answer(parameters, largest)`` clips the gradients in place and returns their previous norm."""
     weights = _two_weights()
     norm = answer(weights, 0.5)
-    if any(w.grad is None for w in weights[:2]) or weights[2].grad is not None:
+    first, second = weights[0].grad, weights[1].grad
+    if first is None or second is None or weights[2].grad is not None:
         raise Mistake(
-            "gradients were removed or made: a parameter without a gradient keeps None, the others are scaled."
+            "gradients were removed or created: a parameter without a gradient keeps None, the others are scaled."
         )
     if isinstance(norm, (int, float)):
         norm = torch.tensor(float(norm))
     if not isinstance(norm, Tensor):
-        raise Mistake("return the norm that the gradient had: it is the first thing to look at when a run goes wrong.")
-    first, second = (w.grad for w in weights[:2])
+        raise Mistake("return the norm of the gradient before clipping: it is the first value to check if a run fails.")
     if math.isclose(float(first.norm()), 0.5, rel_tol=1e-3) and math.isclose(float(second.norm()), 0.5, rel_tol=1e-3):
         raise Mistake(
-            "each tensor was clipped by its own norm, which turns the gradient; there is one norm, over all of them."
+            "each tensor was clipped by its own norm, which changes the direction; use one norm of all gradients."
         )
     if float(first.abs().max()) == 0.5 and float(second.abs().max()) == 0.5:
-        raise Mistake("the values were clipped one by one, which turns the gradient; it is to be shortened as a whole.")
-    if torch.equal(first, _two_weights()[0].grad):
-        raise Mistake("the gradients are as long as before: change `parameter.grad` itself, in place.")
-    wanted = [w.grad * 0.1 for w in _two_weights()[:2]]
-    close("the first gradient, of an overall norm of 5 clipped to 0.5,", first, wanted[0], 1e-4)
-    close("the second gradient, of an overall norm of 5 clipped to 0.5,", second, wanted[1], 1e-4)
-    after = "the norm is that after clipping, which says nothing; return the norm that the gradient had before."
+        raise Mistake(
+            "the values were clipped individually, which changes the direction; scale the gradient as a whole."
+        )
+    long, short = _two_gradients()
+    if torch.equal(first, long):
+        raise Mistake("the gradients are unchanged: change `parameter.grad` itself, in place.")
+    close("the first gradient, of an overall norm of 5 clipped to 0.5,", first, long * 0.1, 1e-4)
+    close("the second gradient, of an overall norm of 5 clipped to 0.5,", second, short * 0.1, 1e-4)
+    after = "the norm is that after clipping, which is not informative; return the norm before."
     close("the norm before clipping", norm, 5.0, 1e-4, but=after if abs(float(norm) - 0.5) < 1e-3 else "")
     weights = _two_weights(0.01)
     answer(weights, 0.5)
-    longer = "a gradient shorter than the limit was made longer: clipping only shortens."
-    close("a gradient of norm 0.05 under a limit of 0.5", weights[1].grad, _two_weights(0.01)[1].grad, 1e-6, but=longer)
-    return "The gradient keeps its direction and loses its length. This is `torch.nn.utils.clip_grad_norm_`."
+    longer = "a gradient below the limit was made longer: clipping only shortens."
+    close("a gradient of norm 0.05 under a limit of 0.5", weights[1].grad, _two_gradients(0.01)[1], 1e-6, but=longer)
+    return "The gradient keeps its direction; only its norm is limited. This is `torch.nn.utils.clip_grad_norm_`."
 
 
 class LittleRun:
-    """A training in small, for exercise 12.3: a network with dropout, AdamW, images in random order.
+    """A minimal training for exercise 12.3: a network with dropout, AdamW, images in random order.
 
-    Everything that is random is drawn from PyTorch's global generator, as in most training scripts.
+    All random numbers come from PyTorch's global generator, as in most training scripts.
 
     Attributes:
         model: the network.
-        optimizer: AdamW over its weights.
-        step: steps done; the learning rate depends on it.
+        optimizer: AdamW.
+        step: number of completed steps; the learning rate depends on it.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -118,7 +125,7 @@ class LittleRun:
         self.step = 0
 
     def train(self, steps: int) -> list[float]:
-        """Take some steps; returns their losses."""
+        """Run some steps and return their losses."""
         losses = []
         points = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 4)] * 3, indexing="ij"), -1).reshape(-1, 3)
         self.model.train()
@@ -144,26 +151,26 @@ def _flat(value: Any) -> list[Tensor]:
 
 @exercise(
     "12.3",
-    "What does a step read? The weights, the optimizer's moments, the number of the step, and random numbers.",
-    "state_dict() hands out the very tensors that training goes on changing: copy.deepcopy keeps them as they are now.",
-    "torch.get_rng_state() and torch.set_rng_state(state) keep the generator. Set it last, after all that draws.",
+    "What does a step depend on? The weights, the optimizer's moments, the step number, and random numbers.",
+    "state_dict() returns the tensors that training keeps changing: copy.deepcopy preserves the current values.",
+    "torch.get_rng_state() and torch.set_rng_state(state) save and restore the generator. Restore it last.",
 )
 def go_on(state_of: Callable[[LittleRun], dict], restore: Callable[[LittleRun, dict], None]) -> str:
-    """``state_of(run)`` gives what ``restore(other_run, state)`` needs to go on exactly like ``run``."""
+    """``state_of(run)`` gives the state with which ``restore(other_run, state)`` continues exactly like ``run``."""
     whole = LittleRun()
     whole.train(3)
     weights, moments = (copy.deepcopy(part.state_dict()) for part in (whole.model, whole.optimizer))
     generator = torch.get_rng_state()
     state = state_of(whole)
     if not isinstance(state, dict) or not state:
-        raise Mistake("state_of should return a dictionary with what the run needs to go on.")
+        raise Mistake("state_of should return a dictionary with everything needed to resume the run.")
     if not torch.equal(generator, torch.get_rng_state()):
-        raise Mistake("saving draws random numbers, so the run that was saved goes on otherwise than without saving.")
+        raise Mistake("saving draws random numbers, which changes the rest of the saved run.")
     before = copy.deepcopy(state)
     wanted = whole.train(3)
     if any(not torch.equal(a, b) for a, b in zip(_flat(before), _flat(state))):
         raise Mistake(
-            "the state changed while the run went on: state_dict() hands out the tensors themselves, not copies. A "
+            "the state changed while the run continued: state_dict() returns the tensors themselves, not copies. A "
             "state that is written later, or kept in memory, must be a copy."
         )
     buffer = io.BytesIO()
@@ -173,31 +180,29 @@ def go_on(state_of: Callable[[LittleRun], dict], restore: Callable[[LittleRun, d
         state = torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError:
         raise Mistake(
-            "the state cannot be read with weights_only=True: store tensors, numbers and text, not objects such as the "
-            "model itself."
+            "the state cannot be loaded with weights_only=True: store tensors, numbers and text, not objects such as "
+            "the model itself."
         ) from None
     other = LittleRun(seed=1)
     restore(other, state)
     found = torch.get_rng_state()
     if any(not torch.equal(weights[name], value) for name, value in other.model.state_dict().items()):
-        raise Mistake("the weights of the restored run are not those that were saved.")
+        raise Mistake("the weights of the restored run are not the saved ones.")
     if not other.optimizer.state_dict()["state"]:
         raise Mistake(
-            "the optimizer starts anew: AdamW's moments are lost, and its next steps are as large as the first ones."
+            "the optimizer starts again: AdamW's moments are lost, and its next steps are as large as the first ones."
         )
     if any(
         not torch.equal(a, b) for a, b in zip(_flat(moments["state"]), _flat(other.optimizer.state_dict()["state"]))
     ):
-        raise Mistake("AdamW's moments are not those that were saved.")
+        raise Mistake("AdamW's moments are not the saved ones.")
     if other.step != 3:
-        raise Mistake(f"the restored run believes to be at step {other.step}, not 3: its learning rate is another one.")
+        raise Mistake(f"the restored run is at step {other.step}, not 3: its learning rate is wrong.")
     if not torch.equal(generator, found):
-        raise Mistake(
-            "the random generator is not where it was: other images are drawn, and dropout drops other units."
-        )
+        raise Mistake("the state of the random generator is not restored: the image order and dropout differ.")
     if other.train(3) != wanted:
-        raise Mistake("the restored run takes other steps than the one that went on.")
-    return "The same losses, to the last bit. Nothing of a run may live outside its checkpoint."
+        raise Mistake("the steps of the restored run differ from those of the original one.")
+    return "The losses are identical to the last bit. A checkpoint must contain the complete state of a run."
 
 
 CAUSES = {
@@ -208,49 +213,49 @@ CAUSES = {
 }
 STRANGERS = ("frozen backbone", "dropout left on in the evaluation")
 CLUES = {
-    "A": "compare the curves of its decoders: do all of them fall?",
+    "A": "compare the curves of its decoders: do all of them decrease?",
     "B": "look at the first ten steps of its loss.",
-    "C": "its loss falls, but look at the AP on the very images that it learns.",
-    "D": "everything in it goes in the right direction; how far?",
+    "C": "its loss decreases, but look at the AP on its own training images.",
+    "D": "everything changes in the right direction, but how far?",
 }
 
 
 @exercise(
     "12.4",
-    "One panel is enough for each run: the one in which it differs most from the healthy run.",
-    "A loss above that of the start is thrown there by steps that are too long. What nobody moves keeps its loss.",
-    "A run that learns the wrong thing well has a fine loss and AP 0. One that hardly moves has the start's loss.",
+    "One panel is enough for each run: the one with the largest difference to the healthy run.",
+    "A loss above the initial one comes from steps that are too large. Parameters without updates keep their loss.",
+    "A run that learns wrong targets has a low loss and AP 0. One that hardly changes keeps the initial loss.",
 )
 def diagnose(answer: dict[str, str]) -> str:
-    """``answer`` names the cause of each sick run."""
+    """``answer`` gives the cause of each failed run."""
     if not isinstance(answer, dict) or set(answer) != set(CAUSES):
         raise Mistake(f"answer with a dictionary that has a cause for each of {', '.join(CAUSES)}.")
     known = {*CAUSES.values(), *STRANGERS}
     unknown = [run for run, cause in answer.items() if cause not in known]
     if unknown and any(answer[run] for run in unknown):
-        raise Mistake(f"the cause of run {unknown[0]} is none of the six: copy it from the list.")
+        raise Mistake(f"the cause of run {unknown[0]} is not one of the six: copy it from the list.")
     if unknown:
         raise Mistake(f"run {unknown[0]} has no diagnosis yet.")
     wrong = [run for run in sorted(CAUSES) if answer[run] != CAUSES[run]]
     if wrong:
-        raise Mistake(f"run {wrong[0]} does not have this: {CLUES[wrong[0]]}")
-    return "By the total loss alone, A and C would have passed for healthy."
+        raise Mistake(f"this is not the cause of run {wrong[0]}: {CLUES[wrong[0]]}")
+    return "By the total loss alone, A and C would have looked healthy."
 
 
 Part = tuple[ImageBatch, list[Target]]
 
 
 def _parts() -> tuple[nn.Module, SetLoss, list[Part]]:
-    """A very small REGO and four scenes in two parts that hold different numbers of objects."""
+    """A very small REGO, and scenes in two parts with different numbers of objects."""
     scenes = Scenes(12, seed=3, size=64, max_objects=7)
-    model = build(
-        "rego_deformable_detr_scenes", num_classes=len(scenes.classes), dim=32, heads=4, ffn_dim=32, encoder_layers=1,
-        decoder_layers=1, queries=12, rego_ffn_dim=32, rego_stages=1,
+    config = configure(
+        "rego_deformable_detr_scenes", dim=32, heads=4, ffn_dim=32, encoder_layers=1, decoder_layers=1, queries=12,
+        rego_ffn_dim=32, rego_stages=1,
     )  # fmt: skip
+    model = build(config, num_classes=len(scenes.classes)).train()
     items = sorted((scenes[i] for i in range(len(scenes))), key=lambda item: len(item[1]))
     chosen = [items[0], items[-2], items[-1]]
-    model = model.train()
-    return model, SetLoss(model.model_config.loss, model.scoring), [collate(chosen[:1], 32), collate(chosen[1:], 32)]
+    return model, SetLoss(config.loss, "sigmoid"), [collate(chosen[:1], 32), collate(chosen[1:], 32)]
 
 
 def _gradient(model: nn.Module) -> Tensor:
@@ -260,12 +265,12 @@ def _gradient(model: nn.Module) -> Tensor:
 
 @exercise(
     "12.5",
-    "backward() adds to the gradients that are there: call zero_grad once, before the first part.",
-    "The set loss divides by the number of objects. By which number would it divide if all parts were one batch?",
+    "backward() adds to existing gradients: call zero_grad once, before the first part.",
+    "The set loss divides by the number of objects. What would this number be if all parts were one batch?",
     "objects = sum(len(t) for _, targets in parts for t in targets), handed to set_loss(output, targets, objects).",
 )
 def accumulate(answer: Callable[[nn.Module, SetLoss, list[Part]], Any]) -> str:
-    """``answer(model, set_loss, parts)`` leaves the gradient of all parts as one batch."""
+    """``answer(model, set_loss, parts)`` accumulates the gradient of all parts as of one batch."""
     torch.manual_seed(0)
     model, set_loss, parts = _parts()
     targets = [target for _, part in parts for target in part]
@@ -280,25 +285,25 @@ def accumulate(answer: Callable[[nn.Module, SetLoss, list[Part]], Any]) -> str:
     wanted = gradient(lambda: set_loss(model(whole), targets)[0])
     alone = [lambda part=part: set_loss(model(part[0]), part[1])[0] for part in parts]
     known = {
-        "every part was divided by its own number of objects and the parts were summed: divide by the number of all.": (
+        "every part was divided by its own number of objects before the sum: divide by the number of all objects.": (
             gradient(*alone)
         ),
-        "the mean of the parts' losses gives an image with few objects as much weight as one with many: divide by the "
+        "the mean of the parts' losses gives a part with few objects the same weight as one with many: divide by the "
         "number of objects of all parts.": gradient(*alone) / len(parts),
-        "only the last part is in the gradient: zero_grad belongs before the first part alone.": gradient(alone[-1]),
+        "the gradient is that of the last part only: call zero_grad only before the first part.": gradient(alone[-1]),
     }
     number = float(len(targets))
     counts = [float(sum(len(target) for target in part)) for _, part in parts]
     known["the number of images is not the number of objects: the set loss divides by objects."] = gradient(
         *[lambda part=part: set_loss(model(part[0]), part[1], number)[0] for part in parts]
     )
-    for parameter in model.parameters():  # whatever was left there is no part of the answer
+    for parameter in model.parameters():  # previous gradients must not be part of the answer
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     answer(model, set_loss, parts)
     found = _gradient(model)
     same_shape("the gradient", found, wanted.shape)
     if torch.equal(found, torch.ones_like(found)):
-        raise Mistake("the gradients are those of before: nothing was computed.")
+        raise Mistake("the gradients are unchanged: nothing was computed.")
     if not found.any():
         raise Mistake("there is no gradient: call backward() on the loss of every part.")
 
@@ -311,6 +316,6 @@ def accumulate(answer: Callable[[nn.Module, SetLoss, list[Part]], Any]) -> str:
         if like(other):
             raise Mistake(message)
     if like(wanted + 1):
-        raise Mistake("what was in the gradients before is still there: call zero_grad before the first part.")
+        raise Mistake("the previous gradients are included: call zero_grad before the first part.")
     off = float((found - wanted).norm() / wanted.norm())
     raise Mistake(f"the gradient differs from that of one batch by {off:.0%} of its norm.")

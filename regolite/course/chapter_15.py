@@ -1,4 +1,4 @@
-"""Checkers of notebook 15, what it costs."""
+"""Checkers of notebook 15: what it costs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from regolite.models.transformer import DecoderLayer
 
 
 def _number(name: str, found: Any) -> float:
-    """The answer as a number, or what is wrong with it."""
+    """The answer as a number; raise a Mistake if it is none."""
     if isinstance(found, Tensor) and found.numel() == 1:
         found = found.item()
     if not isinstance(found, (int, float)):
-        raise Mistake(f"{name} should be a number, and is {'nothing' if found is None else type(found).__name__}.")
+        raise Mistake(f"{name} should be a number, but is {'None' if found is None else type(found).__name__}.")
     return float(found)
 
 
 @exercise(
     "15.1",
-    "Write down the four parts one by one: attention, deformable attention, FFN, three norms.",
-    "Don't forget the biases: a linear layer from a to b has a * b + b numbers.",
+    "Count the four parts one by one: attention, deformable attention, FFN, three norms.",
+    "Include the biases: a linear layer from a to b has a * b + b parameters.",
     "Deformable attention: dim -> 2 M L K (offsets), dim -> M L K (weights), and dim -> dim twice (value, out).",
 )
 def decoder_layer(answer: Callable[[int, int, int, int, int], int]) -> str:
@@ -47,22 +47,22 @@ def decoder_layer(answer: Callable[[int, int, int, int, int], int]) -> str:
             (wanted - 4 * dim, "there are three LayerNorms, one after each branch"),
             (wanted - 3 * dim, "a LayerNorm has a scale and a shift for each channel"),
             (wanted - reads, "an offset has two coordinates, x and y"),
-            (wanted - reads * 2, "the offsets are missing; or they and the weights are counted as one"),
+            (wanted - reads * 2, "the offsets are missing, or counted together with the weights"),
             (wanted - reads * 3, "the layers that predict offsets and weights are missing"),
             (
                 wanted + 2 * (dim * dim + dim),
                 "deformable attention has no queries or keys to project, only value and out",
             ),
-            (wanted - 2 * (dim * dim + dim), "deformable attention projects twice too: the value, and the output"),
+            (wanted - 2 * (dim * dim + dim), "deformable attention has two projections too: value and output"),
         ):
             if found == value:
                 raise Mistake(f"{known}.")
         if found != wanted:
             raise Mistake(
                 f"for dim={dim}, ffn={ffn}, heads={heads}, levels={levels}, points={points} "
-                f"there are {wanted:,} parameters, and not {found:,.0f}."
+                f"there are {wanted:,} parameters, not {found:,.0f}."
             )
-    return "Only the layers that predict where to look know of heads, levels and points."
+    return "Only the layers that predict offsets and weights depend on heads, levels and points."
 
 
 @exercise(
@@ -72,7 +72,7 @@ def decoder_layer(answer: Callable[[int, int, int, int, int], int]) -> str:
     "2 * (queries + keys) * dim ** 2 + 2 * queries * keys * dim",
 )
 def attention_cost(answer: Callable[[int, int, int], int]) -> str:
-    """Multiply-adds of a dense attention, checked against PyTorch's own counter."""
+    """Multiply-adds of dense attention, checked with PyTorch's own counter."""
     for queries, keys, dim in ((100, 850, 256), (7, 7, 64), (300, 40, 32)):
         with torch.device("meta"):
             attention, asked, seen = MultiHeadAttention(dim, 4), torch.zeros(1, queries, dim), torch.zeros(1, keys, dim)
@@ -85,9 +85,9 @@ def attention_cost(answer: Callable[[int, int, int], int]) -> str:
             (2 * wanted, "that counts each multiply-add twice"),
             (products, "the four linear layers are missing"),
             (products // 2, "there are two products: queries with keys, and weights with values"),
-            (products + 4 * queries * square, "keys and values are projected at the keys' places, not at the queries'"),
-            (products + 4 * keys * square, "query and output are projected at the queries' places"),
-            (products + (queries + 2 * keys) * square, "the output's projection is missing"),
+            (products + 4 * queries * square, "key and value projections are applied to the keys, not to the queries"),
+            (products + 4 * keys * square, "query and output projections are applied to the queries"),
+            (products + (queries + 2 * keys) * square, "the output projection is missing"),
             (
                 products * 4 + 2 * (queries + keys) * square,
                 "every head has only dim / heads channels: the heads cancel",
@@ -99,41 +99,41 @@ def attention_cost(answer: Callable[[int, int, int], int]) -> str:
             raise Mistake(
                 f"{queries} queries, {keys} keys, {dim} channels cost {wanted:,} multiply-adds, not {found:,.0f}."
             )
-    return "Each of M heads has C / M channels, so the number of heads cancels: more heads are not more work."
+    return "Each of M heads has C / M channels, so the number of heads cancels: more heads cost nothing."
 
 
 @exercise(
     "15.3",
     "Set the two costs equal, and divide both sides by S and by C.",
-    "What is left is 2 S = 4 C + 2 F.",
+    "The result is 2 S = 4 C + 2 F.",
     "So S is 2 * dim + ffn.",
 )
 def crossing(answer: Callable[[int, int], float]) -> str:
-    """The number of tokens at which the products cost what the linear layers cost."""
+    """The number of tokens at which the products cost as much as the linear layers."""
     for dim, ffn in ((256, 2048), (128, 512), (64, 1000)):
         found, wanted = _number("the number of tokens", answer(dim, ffn)), 2 * dim + ffn
         for value, known in (
-            (4 * dim + 2 * ffn, "that is where ONE of the two products costs as much; there are two"),
+            (4 * dim + 2 * ffn, "that is for ONE of the two products; there are two"),
             (2 * dim, "the feed-forward network is missing"),
-            (dim + ffn / 2, "that is half of it: with so many tokens the products still cost half of the layers"),
+            (dim + ffn / 2, "that is half of it: there the products cost only half as much as the layers"),
         ):
             if found == value:
                 raise Mistake(f"{known}.")
         if abs(found - wanted) > 0.5:
             layers, products = wanted * (4 * dim**2 + 2 * dim * ffn), 2 * wanted**2 * dim
             assert layers == products
-            raise Mistake(f"for dim={dim} and ffn={ffn} the two are equal at another number of tokens than {found:g}.")
-    return "2560 tokens: some 1400 pixels of shorter side at stride 32, and 700 at stride 16, where DC5 models live."
+            raise Mistake(f"for dim={dim} and ffn={ffn} the two costs are not equal at {found:g} tokens.")
+    return "2560 tokens: a shorter side of about 1400 pixels at stride 32, and of 700 at stride 16, as in DC5 models."
 
 
 @exercise(
     "15.4",
     "65504 is the largest number of float16. Which intermediate results are larger?",
-    "The areas. Compute them in float32: a.float(), and turn the answer back at the end.",
-    "a, b = a.float(), b.float() before everything; .half() at the return.",
+    "The areas. Compute them in float32, a.float(), and convert the answer back at the end.",
+    "a, b = a.float(), b.float() first; .half() at the return.",
 )
 def half_iou(answer: Callable[[Float[Tensor, "N 4"], Float[Tensor, "N 4"]], Float[Tensor, "N"]]) -> str:
-    """An overlap of float16 boxes in pixels that is finite and right."""
+    """IoU of float16 boxes in pixels, finite and correct."""
     corner = torch.rand(64, 2) * 300
     boxes = torch.cat([corner, corner + 20 + 900 * torch.rand(64, 2) ** 2], 1)
     other = boxes + 60 * (torch.rand(64, 4) - 0.5)
@@ -146,14 +146,16 @@ def half_iou(answer: Callable[[Float[Tensor, "N 4"], Float[Tensor, "N 4"]], Floa
         raise Mistake("the overlaps should be a tensor of shape [N].")
     if not found.isfinite().all():
         count = int((~found.isfinite()).sum())
-        raise Mistake(f"{count} of 64 overlaps are NaN or infinite: areas above 65504 square pixels have no float16.")
+        raise Mistake(
+            f"{count} of 64 overlaps are NaN or infinite: areas above 65504 square pixels overflow in float16."
+        )
     if found.dtype != torch.float16:
-        raise Mistake(f"the answer should come back in float16, and is {str(found.dtype).removeprefix('torch.')}.")
+        raise Mistake(f"the answer should be float16, but is {str(found.dtype).removeprefix('torch.')}.")
     far = (found.float() - wanted).abs()
     if float(far[wanted == 1].max() if (wanted == 1).any() else 0) > 0.002 or float(far.max()) > 0.002:
         worst = int(far.argmax())
         raise Mistake(
-            f"an overlap is {float(found[worst]):.3f} where it should be {float(wanted[worst]):.3f}: finite, but wrong "
-            "(was an area clamped, or rounded on the way?)."
+            f"an overlap is {float(found[worst]):.3f} but should be {float(wanted[worst]):.3f}: finite, but wrong (was "
+            "an intermediate area clamped or rounded?)."
         )
-    return "The boxes fit into float16, their areas don't. Enter float32 before you square."
+    return "The boxes fit into float16, but not their areas. Convert to float32 before products."

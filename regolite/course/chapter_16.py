@@ -1,4 +1,4 @@
-"""Checkers of notebook 16, one's own data."""
+"""Checkers of notebook 16: your own data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from regolite.course import Mistake, close, exercise, same_shape
 
 @exercise(
     "16.1",
-    "The first number of a line is the class; the other four are center and size, as parts of the image.",
+    "The first number of a line is the class; the other four are center and size, relative to the image.",
     "x and width are multiplied by the image's width, y and height by its height.",
-    "The corners lie half the size from the center: x - w / 2, y - h / 2, x + w / 2, y + h / 2.",
+    "The corners are half the size away from the center: x - w / 2, y - h / 2, x + w / 2, y + h / 2.",
 )
 def read_line(answer: Callable[[str, int, int], tuple[int, Tensor]]) -> str:
     """A line of a YOLO file as class and corners in pixels."""
@@ -25,34 +25,34 @@ def read_line(answer: Callable[[str, int, int], tuple[int, Tensor]]) -> str:
     ):
         found = answer(line, width, height)
         if not isinstance(found, tuple) or len(found) != 2:
-            raise Mistake("give back two things: the class, and the four corners as a tensor.")
+            raise Mistake("return a pair: the class, and the four corners as a tensor.")
         if int(found[0]) != label:
-            raise Mistake(f"the class of {line!r} is {label}, its first number; {found[0]} came back.")
+            raise Mistake(f"the class of {line!r} is {label}, its first number, not {found[0]}.")
         wanted = torch.tensor(box)
         same_shape("the box", found[1], (4,))
         x0, y0, x1, y1 = box
-        for wrong, said in (
-            (torch.tensor([float(n) for n in line.split()[1:]]), "is still the line's own, in parts of the image"),
-            (torch.tensor([x0 / width, y0 / height, x1 / width, y1 / height]), "is still in parts of the image"),
+        for wrong, problem in (
+            (torch.tensor([float(n) for n in line.split()[1:]]), "still has the line's numbers, relative to the image"),
+            (torch.tensor([x0 / width, y0 / height, x1 / width, y1 / height]), "is still relative to the image"),
             (torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]), "is still center and size"),
             (torch.tensor([x0, y0, x1 - x0, y1 - y0]), "is COCO's corner and size"),
             (torch.tensor([x0 / width * height, y0 / height * width, x1 / width * height, y1 / height * width]),
-             "has width and height of the image exchanged"),
+             "has width and height of the image swapped"),
         ):  # fmt: skip
             if torch.allclose(found[1].float(), wrong, atol=1e-2):
-                raise Mistake(f"the box {said}; wanted are two corners in pixels.")
+                raise Mistake(f"the box {problem}; it should be two corners in pixels.")
         close("the box", found[1].float(), wanted, 1e-2)
-    return "This is all that a reader of YOLO files has to know."
+    return "This is all there is to the YOLO format."
 
 
 @exercise(
     "16.2",
-    "Three things can be wrong: no width or height, corners in the wrong order, no overlap with the image.",
-    "Cut the box at the image's edges first (clamp). What is wrong then has no width or no height left.",
+    "There are three errors: no width or height, corners in the wrong order, no overlap with the image.",
+    "Clip the box to the image first (clamp). A wrong box then has no width or no height.",
     "wide = x1.clamp(0, width) - x0.clamp(0, width), the same for y; unusable is (wide <= 0) | (high <= 0).",
 )
 def unusable(answer: Callable[[Float[Tensor, "N 4"], int, int], Tensor]) -> str:
-    """Which boxes no detector can learn from."""
+    """Invalid boxes, which no detector can learn from."""
     boxes = torch.tensor(
         [
             [10.0, 10.0, 50.0, 40.0],  # fine
@@ -66,9 +66,9 @@ def unusable(answer: Callable[[Float[Tensor, "N 4"], int, int], Tensor]) -> str:
     )
     wanted = torch.tensor([False, False, True, True, True, True, False])
     why = {
-        0: "is a good one", 1: "reaches over the edge, and is good once it is cut", 2: "has no width",
-        3: "has its corners in the wrong order", 4: "lies right of the image", 5: "lies below the image",
-        6: "fills the image, which is allowed",
+        0: "is valid", 1: "extends beyond the edge, but is valid after clipping", 2: "has no width",
+        3: "has its corners in the wrong order", 4: "is right of the image", 5: "is below the image",
+        6: "fills the image, which is valid",
     }  # fmt: skip
     found = answer(boxes, 100, 80)
     same_shape("the answer", found, (7,))
@@ -77,14 +77,14 @@ def unusable(answer: Callable[[Float[Tensor, "N 4"], int, int], Tensor]) -> str:
             raise Mistake(f"box {boxes[n].int().tolist()} in an image of 100 x 80 {why[n]}.")
     empty = answer(torch.zeros(0, 4), 100, 80)
     same_shape("the answer for an image without boxes", empty, (0,))
-    return "Such boxes are left out with a message: one of them in a batch can make GIoU divide nothing by nothing."
+    return "Such boxes are left out with a message: a single one can make GIoU divide 0 by 0."
 
 
 @exercise(
     "16.3",
-    "Draw lots among the groups, not among the images.",
+    "Choose groups at random, not images.",
     "groups = sorted({name.split('_')[0] for name in names}); shuffle them with random.Random(seed).",
-    "Take groups one by one until at least the share of the images is held out; an image follows its group.",
+    "Take groups one by one until at least the share of the images is held out, always with all their images.",
 )
 def split_groups(answer: Callable[[Sequence[str], float, int], tuple[list[str], list[str]]]) -> str:
     """Hold out whole groups of images that belong together."""
@@ -94,20 +94,20 @@ def split_groups(answer: Callable[[Sequence[str], float, int], tuple[list[str], 
     for seed in range(6):
         train, held = answer(names, 0.25, seed)
         if sorted([*train, *held]) != sorted(names):
-            raise Mistake("every image belongs to one of the two lists, and to one only.")
+            raise Mistake("every image belongs to exactly one of the two lists.")
         both = {n.split("_")[0] for n in train} & {n.split("_")[0] for n in held}
         if both:
             raise Mistake(
-                f"images of the group {min(both)!r} are in both lists: nearly the same image is trained on and "
-                "measured."
+                f"images of the group {min(both)!r} are in both lists: nearly the same images are used for training "
+                "and evaluation."
             )
         if not train or not held:
             raise Mistake("one of the lists is empty.")
         if len(held) < 0.25 * len(names):
-            raise Mistake(f"{len(held)} of {len(names)} images are held out; at least a quarter was asked for.")
+            raise Mistake(f"only {len(held)} of {len(names)} images are held out; it should be at least a quarter.")
         if (sorted(train), sorted(held)) != tuple(map(sorted, answer(names, 0.25, seed))):
-            raise Mistake("the same seed gives another choice the second time: draw from random.Random(seed).")
+            raise Mistake("the same seed gives a different split the second time: use random.Random(seed).")
         seen.add(tuple(sorted(held)))
     if len(seen) == 1:
         raise Mistake("every seed holds out the same groups: shuffle them with random.Random(seed).")
-    return "What is measured on held-out groups is what the detector will do in a place that it has not seen."
+    return "Held-out groups measure how the detector performs in places that it has not seen."

@@ -1,13 +1,13 @@
-"""Diagrams of what the course builds: the course itself, DETR, deformable attention, REGO and one of its stages.
+"""Diagrams of the course, DETR, deformable attention, REGO and one of its stages.
 
-They are drawn by code so that names and colors are the same in all of them and in every other figure: what comes from
-the image is sky blue, the transformer blue, queries and hidden states orange, glimpses purple, predictions
-vermillion, the truth green.
+Names and colors are the same as in all other figures: image features are sky blue, the transformer blue, queries and
+hidden states orange, glimpses purple, predictions vermillion, ground truth green.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -19,7 +19,7 @@ from regolite.plots.drawing import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, SKY, 
 
 @dataclass
 class Block:
-    """A box of a diagram, in the diagram's units; arrows go from and to the middles of its sides."""
+    """A box of a diagram, in the diagram's units."""
 
     x: float
     y: float
@@ -27,7 +27,7 @@ class Block:
     height: float
 
     def side(self, name: str, along: float = 0.5) -> tuple[float, float]:
-        """A point on a side: ``left``, ``right``, ``top`` or ``bottom``, ``along`` of the way from its lower end."""
+        """A point on a side (left, right, top or bottom), at a fraction ``along`` from its lower or left end."""
         return {
             "left": (self.x, self.y + along * self.height),
             "right": (self.x + self.width, self.y + along * self.height),
@@ -40,8 +40,8 @@ class Canvas:
     """A diagram under construction; one unit is an inch.
 
     Args:
-        width: of the figure.
-        height: of the figure.
+        width: width of the figure.
+        height: height of the figure.
     """
 
     def __init__(self, width: float, height: float) -> None:
@@ -65,27 +65,33 @@ class Canvas:
         """A rounded box with text; (x, y) is its lower left corner."""
         shape = "round,pad=0,rounding_size=0.07"
         tint = tuple(1 - 0.2 * (1 - channel) for channel in to_rgb(color))
-        style = {"facecolor": tint, "edgecolor": color, "linewidth": 1.6, "zorder": 2}
-        self.ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, **style))
+        self.ax.add_patch(
+            FancyBboxPatch((x, y), width, height, shape, facecolor=tint, edgecolor=color, linewidth=1.6, zorder=2)
+        )
         first, _, rest = text.partition("\n")
         middle = y + height / 2
         line = size * 1.35 / 72
         lines = 1 + (rest.count("\n") + 1 if rest else 0)
         top = middle + (lines - 1) * line / 2
         weight = "bold" if bold else "normal"
-        centered = {"ha": "center", "va": "center", "color": INK, "zorder": 3}
+        centered: dict[str, Any] = {"ha": "center", "va": "center", "color": INK, "zorder": 3}
         self.ax.text(x + width / 2, top, first, fontsize=size, fontweight=weight, **centered)
         for n, below in enumerate(rest.split("\n") if rest else [], 1):
             self.ax.text(x + width / 2, top - n * line, below, fontsize=size - 1, **centered)
         return Block(x, y, width, height)
 
-    def text(self, x: float, y: float, text: str, color: str = INK, size: float = 8.0, **style: object) -> None:
-        """Text centered at a place; ``style`` changes matplotlib's."""
+    def text(self, x: float, y: float, text: str, color: str = INK, size: float = 8.0, **style: Any) -> None:
+        """Text centered at a position; ``style`` overrides matplotlib's arguments."""
         self.ax.text(x, y, text, **{"fontsize": size, "color": color, "ha": "center", "va": "center", **style})
 
     def arrow(self, *points: tuple[float, float], color: str = GRAY, dashed: bool = False) -> None:
         """A line through points that ends in an arrow head."""
-        style = {"color": color, "linewidth": 1.4, "zorder": 1.5, "linestyle": (0, (3, 2)) if dashed else "-"}
+        style: dict[str, Any] = {
+            "color": color,
+            "linewidth": 1.4,
+            "zorder": 1.5,
+            "linestyle": (0, (3, 2)) if dashed else "-",
+        }
         if len(points) > 2:
             self.ax.plot(*zip(*points[:-1]), solid_capstyle="butt", **style)
         head = FancyArrowPatch(
@@ -98,7 +104,7 @@ class Canvas:
         self.ax.plot(*zip(*points), color=color, linewidth=width, zorder=3)
 
     def dot(self, x: float, y: float, color: str, radius: float = 0.05) -> None:
-        """A filled circle with a light seam."""
+        """A filled circle with a white outline."""
         self.ax.add_patch(Circle((x, y), radius, facecolor=color, edgecolor="white", linewidth=0.8, zorder=4))
 
     def sign(self, x: float, y: float, text: str) -> Block:
@@ -108,12 +114,12 @@ class Canvas:
         return Block(x - 0.15, y - 0.15, 0.3, 0.3)
 
     def grid(self, x: float, y: float, width: float, rows: int, columns: int, color: str) -> Block:
-        """A feature map: a grid of square cells, its width given."""
+        """A feature map: a grid of square cells with a given width."""
         cell = width / columns
         height = rows * cell
         tint = tuple(1 - 0.2 * (1 - channel) for channel in to_rgb(color))
         self.ax.add_patch(Rectangle((x, y), width, height, facecolor=tint, edgecolor=color, linewidth=1.4, zorder=2))
-        lines = {"color": color, "linewidth": 0.5, "zorder": 2.5}
+        lines: dict[str, Any] = {"color": color, "linewidth": 0.5, "zorder": 2.5}
         for n in range(1, columns):
             self.ax.plot([x + n * cell] * 2, [y, y + height], **lines)
         for n in range(1, rows):
@@ -149,7 +155,7 @@ def diagram_course() -> Figure:
 
 
 def diagram_detr() -> Figure:
-    """DETR: from the image to a set of predictions, and how they are compared with the truth."""
+    """DETR: from the image to a set of predictions, and their matching with the ground truth."""
     canvas = Canvas(10.0, 3.5)
     y, height = 1.9, 0.9
     image = canvas.block(0.1, y, 0.95, height, "image\n3 x H x W", SKY)
@@ -182,7 +188,7 @@ def diagram_detr() -> Figure:
     canvas.arrow(heads.side("right"), found.side("left"))
     matching = canvas.block(6.9, 0.35, 1.7, 0.8, "matching\ncheapest pairing,\nHungarian algorithm", GREEN)
     loss = canvas.block(4.2, 0.35, 1.9, 0.8, "set loss\nclass, L1, GIoU; the rest\nof the queries: no object", GREEN)
-    truth = canvas.block(8.95, 0.35, 0.95, 0.8, "truth\nclasses\nand boxes", GREEN)
+    truth = canvas.block(8.95, 0.35, 0.95, 0.8, "ground truth\nclasses\nand boxes", GREEN)
     canvas.arrow(truth.side("left"), matching.side("right"))
     canvas.arrow((9.42, y), (9.42, 1.5), (7.75, 1.5), matching.side("top"))
     canvas.arrow(matching.side("left"), loss.side("right"))
@@ -192,7 +198,7 @@ def diagram_detr() -> Figure:
 
 
 def diagram_deformable_attention() -> Figure:
-    """One query of deformable attention: where it looks, how much it believes each point, what it gets."""
+    """One query of deformable attention: sampling points, attention weights, output."""
     canvas = Canvas(10.0, 4.0)
     query = canvas.block(0.1, 1.55, 1.15, 0.7, "query " + r"$z_q$" + "\n1 x C", ORANGE)
     reference = canvas.block(0.1, 0.3, 1.4, 0.7, "reference point\n" + r"$\hat p_q$ in $[0, 1]^2$", ORANGE)
@@ -223,7 +229,7 @@ def diagram_deformable_attention() -> Figure:
     canvas.arrow((6.5, 3.1), (6.75, 3.1), (6.75, 2.1), (7.0, 2.1))
     canvas.arrow((6.2, 1.72), (7.0, 1.72))
     canvas.arrow((5.95, 0.55), (6.75, 0.55), (6.75, 1.6), (7.0, 1.6))
-    canvas.text(6.95, 3.38, "bilinear reading\nat every point", INK, 8.0)
+    canvas.text(6.95, 3.38, "bilinear sampling\nat every point", INK, 8.0)
     canvas.arrow(weights.side("right"), (4.2, 1.325), (4.2, 0.98), (7.625, 0.98), total.side("bottom"), color=BLUE)
     out = canvas.block(8.6, 1.5, 1.25, 0.9, "output\nheads side by side,\nlinear: 1 x C", ORANGE)
     canvas.arrow(total.side("right"), out.side("left"))
@@ -245,7 +251,7 @@ def diagram_stage() -> Figure:
     canvas.arrow((1.45, 0.95), (1.8, 0.95), (1.8, 2.35), enlarge.side("left"), dashed=True)
     canvas.arrow(enlarge.side("top"), (2.7, 3.1))
     canvas.text(2.78, 2.9, "RoIs (7)", GRAY, 8.0, ha="left")
-    canvas.block(4.6, 2.75, 1.75, 1.05, "glimpse decoder\nself-attention, then\nglimpses ask, (6)", BLUE)
+    canvas.block(4.6, 2.75, 1.75, 1.05, "glimpse decoder\nself-attention, then\ncross-attention, (6)", BLUE)
     canvas.arrow(extract.side("right"), (4.6, 3.45))
     canvas.text(4.13, 3.62, r"$V(i)$", size=10.0)
     canvas.text(4.13, 3.27, "queries", GRAY, 8.0)
@@ -271,7 +277,7 @@ def diagram_stage() -> Figure:
 
 
 def diagram_rego() -> Figure:
-    """REGO: a base detector and three stages, each looking closer at what the one before has found."""
+    """REGO: a base detector and three stages, each refining the predictions of the previous one."""
     canvas = Canvas(10.0, 3.7)
     features = canvas.block(0.1, 3.05, 9.8, 0.48, "features " + r"$X$" + " of the backbone or the encoder", SKY)
     base = canvas.block(0.1, 1.55, 1.75, 0.95, "base detector\nDETR or\nDeformable DETR", stage_color(0))
@@ -296,7 +302,7 @@ def diagram_rego() -> Figure:
     canvas.text(
         5.0,
         0.14,
-        "every output is matched with the truth and pays its own loss; the last one is the answer; "
+        "every output is matched with the ground truth and has its own loss; the last one is the prediction; "
         "dashed: no gradient flows back",
         GRAY,
         8.0,

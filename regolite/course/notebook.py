@@ -1,4 +1,4 @@
-"""How every notebook of the course begins, and how it shows a figure."""
+"""Setup of the course's notebooks, and display of figures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DPI = 96
 
 
 def begin(seed: int = 0) -> torch.device:
-    """Print what this notebook runs on, and seed PyTorch.
+    """Print versions and hardware, and seed PyTorch.
 
     Args:
-        seed: of everything random that follows.
+        seed: random seed.
 
     Returns:
-        The device to compute on: the GPU where there is one.
+        The device to compute on: the GPU if there is one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
@@ -36,13 +36,13 @@ def begin(seed: int = 0) -> torch.device:
 
 
 def show(figure: Figure | Image.Image, alt: str) -> None:
-    """Show a figure below the cell, small enough to be kept in the notebook.
+    """Show a figure below the cell, small enough to be stored in the notebook.
 
-    Photographs are stored as JPEG and drawings as PNG, whichever takes less room.
+    It is stored as JPEG or PNG, whichever is smaller.
 
     Args:
-        figure: what to show.
-        alt: what it says, in a sentence or two, for those who cannot see it.
+        figure: the figure.
+        alt: alternative text for screen readers, in a sentence or two.
     """
     if isinstance(figure, Figure):
         buffer = io.BytesIO()

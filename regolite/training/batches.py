@@ -15,6 +15,7 @@ from regolite.data.dataset import TRIES, item_or_error
 from regolite.errors import UserError
 from regolite.types import ImageBatch, Target
 from regolite.utils.interrupts import leave_signals_to_parent
+from regolite.utils.seeds import AUGMENTATION, ORDER, derive_seed
 
 STRIDE = 32  # batches are padded to whole cells of the coarsest map of a backbone
 
@@ -40,7 +41,7 @@ class SeededItems(Dataset):
         broken: list[str] = []
         while len(broken) < TRIES:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
+                torch.manual_seed(derive_seed(self.seed, AUGMENTATION, epoch, index))
                 i = (index + len(broken)) % len(self.dataset)
                 found = item_or_error(self.dataset, i)
             if not isinstance(found, UserError):
@@ -97,7 +98,7 @@ class EpochBatches(Sampler):
 
     def whole(self) -> list[list[int]]:
         """The batches of all processes together."""
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, self.epoch))
         order = torch.randperm(len(self.shapes), generator=generator)
         batches: list[Tensor] = []
         for pool in order.split(self.POOL * self.batch_size):

@@ -47,6 +47,7 @@ from regolite.utils import distributed
 from regolite.utils.interrupts import stop
 from regolite.utils.modes import modes_kept
 from regolite.utils.progress import Status
+from regolite.utils.seeds import STEP, derive_seed
 from regolite.utils.validation import of_kind
 
 
@@ -270,7 +271,7 @@ def train_step(run: TrainingRun, parts: list[Part]) -> tuple[dict[str, float], f
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     # Dropout and noise depend on the number of the step and the process alone, not on where the run was resumed.
-    torch.manual_seed(hash((config.seed, state.progress.step, accelerator.process_index)) % 2**63)
+    torch.manual_seed(derive_seed(config.seed, STEP, state.progress.step, accelerator.process_index))
     state.optimizer.zero_grad()
     with fastest_kernels(accelerator.device), state.saved_before_errors():
         losses, images = _backward(run.trained, run.set_loss, parts, state)

@@ -34,7 +34,7 @@ def counts():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ((0, 0, 0), "guesses that nobody should believe"),
+        ((0, 0, 0), "mostly false positives"),
         ((-1, 0, 0), "at a threshold of 0.35 more than {}"),
         ((0, 1, 0), "at a threshold of 0.5 fewer than {}"),
         ((0, 0, 1), "at a threshold of 0.7 fewer than {}"),
@@ -49,15 +49,15 @@ def test_thresholds(counts, change, message):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda m, p, stages: regolite.detect(m, p, threshold=0.3, stages=stages)[0], "the base detector is left"),
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.3, stages=stages)[0], "is the base detector alone"),
         (lambda m, p, stages: regolite.detect(m, p, threshold=0.3)[0], "that of all three"),
-        (lambda m, p, stages: regolite.detect(m, p, stages=stages), "one entry an image"),
+        (lambda m, p, stages: regolite.detect(m, p, stages=stages), "one entry per image"),
         (
             lambda m, p, stages: regolite.detect(m, p, 0.3, stages=max(stages - 1, 0))[0],
             "stages=3 the answer is that of 2",
         ),
-        (lambda m, p, stages: regolite.detect(m, p, threshold=0.0, stages=stages)[0], "and there are 100"),
-        (lambda m, p, stages: None, "and is nothing"),
+        (lambda m, p, stages: regolite.detect(m, p, threshold=0.0, stages=stages)[0], "not 100"),
+        (lambda m, p, stages: None, "but is None"),
     ],
 )
 def test_fewer_stages(answer, message):
@@ -89,12 +89,12 @@ def unguarded(by_stage, box_xyxy, label):
         (best_stage, "One object proves little"),
         (lambda *given: torch.tensor(best_stage(*given)), "One object proves little"),
         (lambda by_stage, box, label: len(by_stage) - 1, "not always the best"),
-        (most_confident, "a score is no overlap"),
+        (most_confident, "the score is not the overlap"),
         (lambda *given: best_stage(*given, ours=lambda found, label: found.labels > 0), "of another class"),
-        (lambda *given: best_stage(*given, overlap=lambda values: values.max()), "its most confident detection"),
+        (lambda *given: best_stage(*given, overlap=lambda values: values.max()), "its highest-scoring detection"),
         (lambda *given: best_stage(*given) + 1, "not always the best"),
-        (unguarded, "a stage without any detection of the class raises IndexError"),
-        (lambda *given: None, "should be the number of a stage, and is None"),
+        (unguarded, "a stage without a detection of the class raises IndexError"),
+        (lambda *given: None, "should be the number of a stage, but is None"),
     ],
 )
 def test_best_stage(answer, message):

@@ -35,15 +35,15 @@ def area_as_a_sum_of_strips(right, objects):
 
 @pytest.mark.parametrize("answer", [area, area_as_a_sum_of_strips])
 def test_area_solved(answer):
-    assert "no grid" in solve("7.1", answer) or "without a grid" in solve("7.1", answer)
+    assert "exact area" in solve("7.1", answer) or "exact area" in solve("7.1", answer)
 
 
 @pytest.mark.parametrize(
     "answer, message",
     [
         (lambda right, objects: curve(right, objects)[0].mean(), "mean of the precisions over all boxes"),
-        (lambda right, objects: (curve(right, objects)[0] * right).sum() / objects, "under the saw"),
-        (lambda right, objects: curve(right, objects)[1][right].mean(), "forgets the missed objects"),
+        (lambda right, objects: (curve(right, objects)[0] * right).sum() / objects, "without interpolation"),
+        (lambda right, objects: curve(right, objects)[1][right].mean(), "ignores the missed objects"),
         (at_101, "mean at 101 recalls"),
         (lambda right, objects: 0.5, "the area should be"),
         (lambda right, objects: curve(right, objects)[1], "should have shape"),
@@ -64,9 +64,9 @@ def test_moved_boxes_solved():
         ({"AP": 0.0, "AP50": 0.0, "AP75": 0.0}, "AP50 is not 0"),
         ({"AP": 0.4, "AP50": 1.0, "AP75": 0.0}, "in percent"),
         ({"AP": 40.0, "AP50": 100.0, "AP75": 100.0}, "AP75 is not 100"),
-        ({"AP": 66.7, "AP50": 100.0, "AP75": 0.0}, "no mean of overlaps"),
+        ({"AP": 66.7, "AP50": 100.0, "AP75": 0.0}, "not a mean of overlaps"),
         ({"AP": 50.0, "AP50": 100.0, "AP75": 0.0}, "mean of AP50 and AP75"),
-        ({"AP": 30.0, "AP50": 100.0, "AP75": 0.0}, "how many of the ten thresholds"),
+        ({"AP": 30.0, "AP50": 100.0, "AP75": 0.0}, "count the thresholds"),
         ({"AP": 40.0, "AP75": 0.0}, "lacks AP50"),
     ],
 )
@@ -90,7 +90,7 @@ def test_pooled_solved():
     [
         (
             lambda scores, right, objects: torch.stack([at_101(r, n) for r, n in zip(right, objects) if n]).mean(),
-            "still a mean of one AP an image",
+            "still a mean of one AP per image",
         ),
         (
             lambda scores, right, objects: sum(at_101(r, n) for r, n in zip(right, objects) if n) / len(objects),
@@ -99,7 +99,7 @@ def test_pooled_solved():
         (lambda scores, right, objects: at_101(torch.cat(right), sum(objects)), "not sorted"),
         (
             lambda scores, right, objects: at_101(torch.cat(right)[torch.cat(scores).argsort()], sum(objects)),
-            "upside down",
+            "reversed",
         ),
         (lambda scores, right, objects: 0.123, "AP should be"),
     ],
@@ -115,14 +115,14 @@ def best_threshold(scores, right, objects, figure=lambda hits, said, objects: 2 
 
 
 def test_best_threshold_solved():
-    assert "working point" in solve("7.4", best_threshold)
+    assert "operating point" in solve("7.4", best_threshold)
     solve("7.4", lambda *given: float(best_threshold(*given)))
 
 
 @pytest.mark.parametrize(
     "answer, message",
     [
-        (lambda scores, right, objects: 0.5, "none of the scores"),
+        (lambda scores, right, objects: 0.5, "not one of the scores"),
         (lambda *given: best_threshold(*given, lambda hits, said, objects: hits / said), "precision alone"),
         (lambda scores, right, objects: scores.min(), "keeps everything"),
         (
@@ -167,7 +167,7 @@ def test_relabel_solved():
             lambda labels, overlap, truth: relabel(labels, overlap, truth) if len(truth) else labels[:0],
             "in an image without objects",
         ),
-        (lambda labels, overlap, truth: labels + 1, "should come"),
+        (lambda labels, overlap, truth: labels + 1, "should become"),
     ],
 )
 def test_relabel_mistakes(answer, message):

@@ -28,9 +28,9 @@ def right_factor(step, warm, drops):
     ("answer", "message"),
     [
         (right_factor, "warm = 0 and one drop"),
-        (lambda step, warm, drops: torch.tensor(0.1), "should be a number, and is a Tensor"),
+        (lambda step, warm, drops: torch.tensor(0.1), "should be a number, but is a Tensor"),
         (lambda step, warm, drops: min(1.0, step / max(warm, 1)), "the first step has the factor 0"),
-        (lambda step, warm, drops: (step + 1) / max(warm, 1), "goes on growing"),
+        (lambda step, warm, drops: (step + 1) / max(warm, 1), "keeps growing"),
         (lambda step, warm, drops: min(1.0, (step + 1) / max(warm, 1)), "factor at the drop should be 0.1000"),
         (
             lambda step, warm, drops: min(1.0, (step + 1) / max(warm, 1)) * 0.1 ** sum(step > drop for drop in drops),
@@ -40,7 +40,7 @@ def right_factor(step, warm, drops):
             lambda step, warm, drops: (
                 min(1.0, (step + 1) / max(warm, 1)) * (0.1 if any(step >= drop for drop in drops) else 1.0)
             ),
-            "the second drop changes nothing",
+            "the second drop has no effect",
         ),
     ],
 )
@@ -75,12 +75,12 @@ def clip_values(parameters, largest):
         (torch.nn.utils.clip_grad_norm_, "keeps its direction"),
         (lambda parameters, largest: float(clip(parameters, largest)), "keeps its direction"),
         (clip_each, "by its own norm"),
-        (clip_values, "one by one"),
-        (lambda parameters, largest: torch.tensor(5.0), "as long as before"),
+        (clip_values, "individually"),
+        (lambda parameters, largest: torch.tensor(5.0), "the gradients are unchanged"),
         (lambda parameters, largest: clip(parameters, largest) and None, "return the norm"),
         (lambda parameters, largest: clip(parameters, largest, returned="after"), "that after clipping"),
         (lambda parameters, largest: clip(parameters, largest, limit=1e9), "only shortens"),
-        (lambda parameters, largest: [p.__setattr__("grad", None) for p in parameters], "removed or made"),
+        (lambda parameters, largest: [p.__setattr__("grad", None) for p in parameters], "removed or created"),
     ],
 )
 def test_clipping(answer, message):
@@ -141,13 +141,13 @@ DIAGNOSIS = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "would have passed"),
-        ({"A": "frozen backbone"}, "do all of them fall?"),
+        ({}, "would have looked healthy"),
+        ({"A": "frozen backbone"}, "do all of them decrease?"),
         ({"B": "learning rate too low"}, "first ten steps"),
-        ({"C": "learning rate too low"}, "AP on the very images"),
+        ({"C": "learning rate too low"}, "AP on its own training images"),
         ({"D": "learning rate too high"}, "how far?"),
         ({"D": ""}, "no diagnosis yet"),
-        ({"D": "flu"}, "none of the six"),
+        ({"D": "flu"}, "not one of the six"),
         ({"E": "flu"}, "a cause for each of A, B, C, D"),
     ],
 )
@@ -171,11 +171,11 @@ def accumulate(model, set_loss, parts, zero=True, divisor=None, each=False, mean
     ("changes", "message"),
     [
         ({}, "give the gradient of one batch"),
-        ({"mean": None}, "parts were summed"),
-        ({"mean": 2}, "as much weight as one with many"),
-        ({"each": True, "mean": None}, "only the last part"),
+        ({"mean": None}, "before the sum"),
+        ({"mean": 2}, "the same weight as one with many"),
+        ({"each": True, "mean": None}, "the last part only"),
         ({"divisor": 3.0}, "number of images is not the number of objects"),
-        ({"zero": False}, "still there"),
+        ({"zero": False}, "the previous gradients are included"),
         ({"divisor": 7.7}, "differs from that of one batch by"),
     ],
 )

@@ -35,7 +35,7 @@ def test_decoder_layer_solved():
     "answer, message",
     [
         (lambda *sizes: 0, "1,020,544"),
-        (lambda *sizes: None, "should be a number, and is nothing"),
+        (lambda *sizes: None, "should be a number, but is None"),
         (changed(bias=0), "biases"),
         (changed(norms=0), "three LayerNorms are missing"),
         (changed(norms=1), "one after each branch"),
@@ -44,7 +44,7 @@ def test_decoder_layer_solved():
         (changed(coordinates=0), "offsets are missing"),
         (changed(coordinates=0, weights=0), "predict offsets and weights are missing"),
         (changed(linears=4), "no queries or keys to project"),
-        (changed(linears=0), "projects twice too"),
+        (changed(linears=0), "has two projections too"),
     ],
 )
 def test_decoder_layer_mistakes(answer, message):
@@ -62,9 +62,9 @@ def test_attention_cost_solved():
         (lambda q, k, c: 2 * q * k * c, "four linear layers are missing"),
         (lambda q, k, c: q * k * c, "two products"),
         (lambda q, k, c: 4 * (q + k) * c * c + 4 * q * k * c, "twice"),
-        (lambda q, k, c: 4 * q * c * c + 2 * q * k * c, "at the keys' places"),
-        (lambda q, k, c: 4 * k * c * c + 2 * q * k * c, "at the queries' places"),
-        (lambda q, k, c: (q + 2 * k) * c * c + 2 * q * k * c, "output's projection"),
+        (lambda q, k, c: 4 * q * c * c + 2 * q * k * c, "are applied to the keys"),
+        (lambda q, k, c: 4 * k * c * c + 2 * q * k * c, "are applied to the queries"),
+        (lambda q, k, c: (q + 2 * k) * c * c + 2 * q * k * c, "output projection"),
         (lambda q, k, c: 7, "cost .* multiply-adds, not 7"),
         (lambda q, k, c: "much", "should be a number"),
     ],
@@ -81,7 +81,7 @@ def test_crossing_solved():
 @pytest.mark.parametrize(
     "answer, message",
     [
-        (lambda dim, ffn: 0, "another number of tokens"),
+        (lambda dim, ffn: 0, "not equal at"),
         (lambda dim, ffn: 4 * dim + 2 * ffn, "there are two"),
         (lambda dim, ffn: 2 * dim, "feed-forward network is missing"),
         (lambda dim, ffn: dim + ffn / 2, "half of it"),
@@ -112,7 +112,7 @@ def test_half_iou_solved():
     "answer, message",
     [
         (iou, "NaN or infinite"),
-        (lambda a, b: iou(a.float(), b.float()), "come back in float16"),
+        (lambda a, b: iou(a.float(), b.float()), "should be float16"),
         (clamped, "finite, but wrong"),
         (lambda a, b: iou(a.float(), b.float()).half()[:, None], r"shape \[N\]"),
     ],

@@ -28,11 +28,11 @@ def line(line, width, height, order=lambda x, y, w, h: [x - w / 2, y - h / 2, x 
     ("answer", "said"),
     [
         (lambda *a: (0, torch.zeros(4)), "the class of '3 0.5"),
-        (lambda *a: torch.zeros(4), "two things"),
+        (lambda *a: torch.zeros(4), "a pair"),
         (lambda *a: line(*a, order=lambda x, y, w, h: [x, y, w, h]), "still center and size"),
         (lambda *a: line(*a, order=lambda x, y, w, h: [x - w / 2, y - h / 2, w, h]), "COCO's corner"),
-        (lambda text, w, h: line(text, 1, 1), "parts of the image"),
-        (lambda text, w, h: line(text, h, w), "exchanged"),
+        (lambda text, w, h: line(text, 1, 1), "relative to the image"),
+        (lambda text, w, h: line(text, h, w), "swapped"),
         (lambda *a: (line(*a)[0], line(*a)[1] + 3), "should be 80.0000"),
     ],
 )
@@ -51,7 +51,7 @@ def unusable(boxes, width, height):
     [
         (lambda b, w, h: torch.zeros(len(b), dtype=torch.bool), "has no width"),
         (lambda b, w, h: (b[:, 2:] <= b[:, :2]).any(1), "right of the image"),
-        (lambda b, w, h: (b < 0).any(1), "reaches over the edge"),
+        (lambda b, w, h: (b < 0).any(1), "extends beyond the edge"),
         (lambda b, w, h: torch.zeros(3), r"should have shape \(7,\)"),
     ],
 )
@@ -81,7 +81,7 @@ def by_images(names, share, seed):
     [
         (by_images, "are in both lists"),
         (lambda names, share, seed: (names, []), "one of the lists is empty"),
-        (lambda names, share, seed: (names, names[:5]), "one only"),
+        (lambda names, share, seed: (names, names[:5]), "exactly one"),
         (lambda names, share, seed: by_groups(names, share, 0), "every seed holds out the same"),
         (lambda names, share, seed: by_groups(names, 0.01, seed), "at least a quarter"),
     ],

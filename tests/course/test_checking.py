@@ -32,10 +32,10 @@ def test_right_answer_is_told_what_it_gained(capsys):
     ("answer", "said"),
     [
         (lambda x: x, "The result should be "),
-        (lambda x: torch.zeros(2), "The result should have shape (3,), and has (2,)."),
-        (lambda x: None, "The result should be a tensor, and is nothing."),
-        (lambda x: 7, "The result should be a tensor, and is int."),
-        (lambda x: 2 * x * float("nan"), "and is nan."),
+        (lambda x: torch.zeros(2), "The result should have shape (3,), but has (2,)."),
+        (lambda x: None, "The result should be a tensor, but is None."),
+        (lambda x: 7, "The result should be a tensor, but is int."),
+        (lambda x: 2 * x * float("nan"), "but is nan."),
         (lambda: 1, "Your code raised TypeError: "),
     ],
 )
@@ -103,7 +103,7 @@ def test_an_exercise_needs_a_hint():
 def test_tools_of_checkers():
     same_shape("it", torch.zeros(2, 3), (2, 3))
     close("it", 0.5, 0.50001)
-    with pytest.raises(Mistake, match=r"it should be 2.0000 at \[1, 0\], and is 5.0000"):
+    with pytest.raises(Mistake, match=r"it should be 2.0000 at \[1, 0\], but is 5.0000"):
         close("it", torch.tensor([[1.0], [5.0]]), torch.tensor([[1.0], [2.0]]))
     with pytest.raises(Mistake, match="you forgot the half"):
         close("it", 1.0, 0.5, but="you forgot the half")
@@ -113,5 +113,5 @@ def test_tools_of_checkers():
     with pytest.raises(Mistake, match="no gradient flows back to y"):
         has_gradient("y", x, y)
     x.grad[0] = float("nan")
-    with pytest.raises(Mistake, match="holds NaN"):
+    with pytest.raises(Mistake, match="has NaN"):
         has_gradient("x", x)
