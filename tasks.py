@@ -327,12 +327,13 @@ def notebooks(args, rest):
     """Run notebooks again (all, or those named) and store their outputs, as `test` will compare them."""
     found = [Path(name).resolve() for name in args.names] or sorted((ROOT / "notebooks").rglob("[0-9]*.ipynb"))
     python = activate(args, "1/2")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", REGOLITE_MINE=os.devnull)  # nobody's own modules
     for notebook in found:
         step("2/2", f"running {shown(notebook)}")
         words = ["--ExecutePreprocessor.store_widget_state=False", "--ExecutePreprocessor.record_timing=False", *rest]
         command = [python, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", "--log-level=WARN", *words]
         began = time.monotonic()
-        run = subprocess.Popen([*command, str(notebook)], cwd=str(ROOT), env=dict(os.environ, OMP_NUM_THREADS="1"))
+        run = subprocess.Popen([*command, str(notebook)], cwd=str(ROOT), env=environment)
         failed, kilobytes = finish(run)
         if failed:
             raise SystemExit(f"tasks.py: {shown(notebook)} did not run to its end; nothing was stored")

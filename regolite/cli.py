@@ -528,6 +528,15 @@ def prepare_coco(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def progress(arguments: argparse.Namespace) -> int:
+    """Print which exercises of the course you have solved, and which modules you have written."""
+    from regolite.course import every_exercise
+    from regolite.course.progress import table
+
+    print(table({number: exercise.reference is not None for number, exercise in every_exercise().items()}))
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------- the options
 
 
@@ -588,6 +597,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (compare, _compare_options),
         (recipes, _recipes_options),
         (experiment, _experiment_options),
+        (progress, lambda parser: None),
     ):
         name, about = command.__name__.replace("_", "-"), command.__doc__
         options = commands.add_parser(name, help=about, description=about)

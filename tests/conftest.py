@@ -7,6 +7,7 @@ import os
 # Before torch is imported, and inherited by the programs that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order on every machine; the workers of pytest-xdist use the cores
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["REGOLITE_MINE"] = os.devnull  # notebooks use the package's modules, not what somebody wrote in mine/
 
 import importlib.util
 import random

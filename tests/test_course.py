@@ -20,7 +20,15 @@ FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 CHAPTERS = sorted(path for path in FOLDER.glob("[01]*.ipynb"))
 SOLUTIONS = sorted((FOLDER / "solutions").glob("*.ipynb"))
 ORDER = sorted(FOLDER.glob("[0-9]*.ipynb"))
-LINES = 28  # the longest code cell, parameters aside
+LINES = 28  # the longest code cell, except parameters and central exercises
+CENTRAL_LINES = 75
+FOLDED_LINES = 12  # longer cells that draw a figure are folded, so that a reader meets ideas before plotting code
+STALE = re.compile(
+    r"what to see|\bthe mend\b|\bmends?\b|\banew\b|\bby heart\b|\bsurest\b|answers? an object|thousand million"
+    r"|\bneeds not\b|\bwhere there is one\b",
+    flags=re.IGNORECASE,
+)
+"""Phrases that are not the field's; CONTRIBUTING has the rules."""
 
 by_stem = {"ids": lambda path: path.stem}
 chapters = pytest.mark.parametrize("path", CHAPTERS, **by_stem)
@@ -73,6 +81,7 @@ class TestBook:
         )
         assert took, "`make notebooks` writes the time"
         assert float(took[1]) <= (3 if took[2] == "minutes" else 180)
+        assert study_minutes(path) >= 20
 
     @chapters
     def test_leads_to_the_chapters_before_and_after(self, path: Path):
@@ -83,6 +92,28 @@ class TestBook:
         assert f"]({ORDER[place + 1].name})" in first and f"]({ORDER[place + 1].name})" in last
         assert re.search(r"^\*\*Next\.\*\* ", last, flags=re.MULTILINE)
 
+    @chapters
+    def test_asks_for_predictions_and_cites_its_sources(self, path: Path):
+        text = "\n".join(cell.source for cell in cells(path, "markdown"))
+        assert "**Predict.**" in text
+        references = text.split("\n## References\n")[1].split("\n## ")[0]
+        entries = re.findall(r"^- .*(?:\n  .*)*", references, flags=re.MULTILINE)
+        assert 3 <= len(entries) <= 6
+        assert all(re.search(r"\b(?:19|20)\d\d\b", entry) and len(entry) > 80 for entry in entries), entries
+
+    @both
+    def test_uses_standard_language(self, path: Path):
+        for cell in cells(path):
+            assert not (found := STALE.search(cell.source)), f"{found[0]!r} in {cell.source}"
+
+    @both
+    def test_long_plotting_cells_are_folded(self, path: Path):
+        """Folded in JupyterLab by ``source_hidden`` and in the book by ``hide-input``."""
+        for cell in cells(path, "code"):
+            draws = re.search(r"^\s*show\(", cell.source, flags=re.MULTILINE) and "exercise" not in tags(cell)
+            if draws and len(cell.source.splitlines()) > FOLDED_LINES:
+                assert "hide-input" in tags(cell) and cell.metadata.jupyter.source_hidden, cell.source
+
     @both
     def test_links_resolve(self, path: Path):
         for cell in cells(path, "markdown"):
@@ -92,7 +123,8 @@ class TestBook:
     @both
     def test_cells_are_short(self, path: Path):
         for cell in cells(path, "code"):
-            assert "parameters" in tags(cell) or len(cell.source.splitlines()) <= LINES, cell.source
+            limit = CENTRAL_LINES if "exercise" in tags(cell) else LINES
+            assert "parameters" in tags(cell) or len(cell.source.splitlines()) <= limit, cell.source
 
     @both
     def test_says_nothing_on_standard_error(self, path: Path):
@@ -123,7 +155,18 @@ class TestExercises:
         assert numbers == [f"{int(path.stem[:2])}.{n}" for n in range(1, len(numbers) + 1)]
         assert 3 <= len(numbers) <= 6
         text = "\n".join(cell.source for cell in cells(path, "markdown"))
-        assert len(re.findall(r"^\*(?:★☆☆|★★☆|★★★) · \d+ minutes\*$", text, flags=re.MULTILINE)) == len(numbers)
+        stars = "(?:★☆☆|★★☆|★★★)"
+        line = rf"^\*Difficulty {stars} · importance {stars} · \d+ minutes\*$"
+        assert len(re.findall(line, text, flags=re.MULTILINE)) == len(numbers)
+
+    @solutions
+    def test_central_solutions_build_a_module(self, path: Path):
+        """The solution of a central exercise has at least 20 lines of code, and its name is the reference's."""
+        for cell in cells(path, "code"):
+            for number, name in re.findall(r"\bcheck\(\"(\d+\.\d+)\", (\w+)\)", cell.source):
+                if (reference := course.find(number).reference) is not None:
+                    assert reference.endswith(f":{name}")
+                    assert len([line for line in cell.source.splitlines() if line.strip()]) >= 20
 
     @chapters
     def test_stubs_run_and_fail_every_checker(self, path: Path):
@@ -189,6 +232,11 @@ def test_definition_is_the_packages_own(path: Path, cell: nbformat.NotebookNode,
 
 def test_there_are_solutions_and_nothing_else_among_them():
     assert {path.name for path in SOLUTIONS} == {path.name for path in CHAPTERS}
+
+
+def study_minutes(path: Path) -> int:
+    """How long a chapter says that it takes a reader."""
+    return int(re.search(r"\*\*Study time\.\*\* About (\d+) minutes", cells(path)[0].source)[1])
 
 
 def minutes(path: Path) -> int:

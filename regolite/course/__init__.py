@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regolite.course import progress
 from regolite.course.notebook import begin, show
 from regolite.errors import UserError
 
@@ -43,6 +45,7 @@ __all__ = [
     "hint",
     "same_shape",
     "show",
+    "yours",
 ]
 
 WIDTH = 110  # characters per line of a cell's output
@@ -60,30 +63,49 @@ class Exercise:
         number: number of notebook and exercise, ``"1.2"``.
         checker: checks the answer; raises :class:`Mistake` or returns a comment on a correct one.
         hints: hints, the weakest first.
+        reference: of a central exercise, which builds a module that later chapters use: module and name of the
+            package's implementation, ``"regolite.models.rego:Stage"``.
         given: number of hints already printed.
     """
 
     number: str
     checker: Callable[..., str]
     hints: tuple[str, ...]
+    reference: str | None = None
     given: int = field(default=0)
+
+    def run(self, *answer: Any) -> str:
+        """Run the checker. Its random numbers do not change those that the notebook draws later.
+
+        Returns:
+            The checker's comment on a correct answer.
+
+        Raises:
+            Mistake: the answer is wrong.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.checker(*answer)
 
 
 _EXERCISES: dict[str, Exercise] = {}
 
 
-def exercise(number: str, *hints: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+def exercise(
+    number: str, *hints: str, reference: str | None = None
+) -> Callable[[Callable[..., str]], Callable[..., str]]:
     """Register the decorated function as the checker of an exercise.
 
     Args:
         number: number of notebook and exercise, ``"1.2"``.
         hints: hints, the weakest first; at least one.
+        reference: for a central exercise, the package's implementation; see :class:`Exercise`.
     """
     if not hints:
         raise ValueError(f"exercise {number} has no hint")
 
     def register(checker: Callable[..., str]) -> Callable[..., str]:
-        _EXERCISES[number] = Exercise(number, checker, hints)
+        _EXERCISES[number] = Exercise(number, checker, hints, reference)
         return checker
 
     return register
@@ -105,6 +127,34 @@ def find(number: str) -> Exercise:
     return _EXERCISES[number]
 
 
+def every_exercise() -> dict[str, Exercise]:
+    """All exercises of the course by number, in order."""
+    for module in pkgutil.iter_modules(__path__):
+        if module.name.startswith("chapter_"):
+            importlib.import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_EXERCISES.items(), key=lambda item: progress.sort_key(item[0])))
+
+
+def yours(number: str) -> Any:
+    """Your answer to a central exercise, or the package's implementation if you have not solved it.
+
+    ``begin(use_mine=False)`` makes a whole notebook use the package's implementations.
+
+    Args:
+        number: number of notebook and exercise, ``"1.5"``.
+
+    Returns:
+        A class or function with the signature that the exercise specifies.
+
+    Raises:
+        UserError: if the exercise does not exist or is not a central one.
+    """
+    found = find(number)
+    if found.reference is None:
+        raise UserError(f"exercise {number} is not a central exercise: it saves no code for later chapters")
+    return progress.fetch(number, found.reference, found.run)
+
+
 def check(number: str, *answer: Any) -> None:
     """Check an answer and print the result.
 
@@ -114,10 +164,7 @@ def check(number: str, *answer: Any) -> None:
     """
     found = find(number)
     try:
-        # The checker's random numbers must not change those that the notebook draws later.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            comment = found.checker(*answer)
+        comment = found.run(*answer)
     except Mistake as mistake:
         problem = str(mistake)
     except NotImplementedError:
@@ -125,7 +172,8 @@ def check(number: str, *answer: Any) -> None:
     except Exception as error:  # the learner's error is explained, not raised
         problem = f"your code raised {type(error).__name__}: {error}{_where(error)}"
     else:
-        print(textwrap.fill(f"Exercise {number}: solved. {comment}", WIDTH))
+        saved = progress.record(number, found.given, answer, found.reference is not None)
+        print(textwrap.fill(f"Exercise {number}: solved. {comment} {saved}".rstrip(), WIDTH))
         return
     print(textwrap.fill(f"Exercise {number}: not yet. {problem[0].upper()}{problem[1:]}", WIDTH))
     print(f'If you are stuck: hint("{number}")')

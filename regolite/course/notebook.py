@@ -13,15 +13,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from regolite import __version__
+from regolite.course.progress import configure_progress
 
 DPI = 96
 
 
-def begin(seed: int = 0) -> torch.device:
+def begin(seed: int = 0, use_mine: bool = True, record: bool = True) -> torch.device:
     """Print versions and hardware, and seed PyTorch.
 
     Args:
         seed: random seed.
+        use_mine: use the modules that you have written in earlier chapters; the package's otherwise.
+        record: save which exercises you solve, and the modules that you write.
 
     Returns:
         The device to compute on: the GPU if there is one.
@@ -32,6 +35,7 @@ def begin(seed: int = 0) -> torch.device:
         f"Python {platform.python_version()}, PyTorch {torch.__version__}, regolite {__version__}; {where}; seed {seed}"
     )
     torch.manual_seed(seed)
+    configure_progress(record, use_mine)
     return device
 
 
