@@ -48,6 +48,20 @@ __all__ = [
     "yours",
 ]
 
+CENTRAL = {
+    "1.5": "regolite.models.attention:MultiHeadAttention",
+    "3.4": "regolite.models.transformer:EncoderLayer",
+    "3.5": "regolite.models.transformer:DecoderLayer",
+    "5.5": "regolite.matching:match",
+    "6.5": "regolite.losses:SetLoss",
+    "9.5": "regolite.models.deformable_attention:DeformableAttention",
+    "10.5": "regolite.models.glimpse:cut_glimpses",
+    "11.3": "regolite.models.rego:Stage",
+    "11.4": "regolite.models.rego:Rego",
+    "12.4": "regolite.course.chapter_12:train_step",
+}
+"""The central exercises, whose answers later chapters use: number, and module and name of the reference."""
+
 WIDTH = 110  # characters per line of a cell's output
 
 
@@ -63,16 +77,18 @@ class Exercise:
         number: number of notebook and exercise, ``"1.2"``.
         checker: checks the answer; raises :class:`Mistake` or returns a comment on a correct one.
         hints: hints, the weakest first.
-        reference: of a central exercise, which builds a module that later chapters use: module and name of the
-            package's implementation, ``"regolite.models.rego:Stage"``.
         given: number of hints already printed.
     """
 
     number: str
     checker: Callable[..., str]
     hints: tuple[str, ...]
-    reference: str | None = None
     given: int = field(default=0)
+
+    @property
+    def reference(self) -> str | None:
+        """For a central exercise, the module and name of the package's implementation."""
+        return CENTRAL.get(self.number)
 
     def run(self, *answer: Any) -> str:
         """Run the checker. Its random numbers do not change those that the notebook draws later.
@@ -91,21 +107,18 @@ class Exercise:
 _EXERCISES: dict[str, Exercise] = {}
 
 
-def exercise(
-    number: str, *hints: str, reference: str | None = None
-) -> Callable[[Callable[..., str]], Callable[..., str]]:
+def exercise(number: str, *hints: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
     """Register the decorated function as the checker of an exercise.
 
     Args:
         number: number of notebook and exercise, ``"1.2"``.
         hints: hints, the weakest first; at least one.
-        reference: for a central exercise, the package's implementation; see :class:`Exercise`.
     """
     if not hints:
         raise ValueError(f"exercise {number} has no hint")
 
     def register(checker: Callable[..., str]) -> Callable[..., str]:
-        _EXERCISES[number] = Exercise(number, checker, hints, reference)
+        _EXERCISES[number] = Exercise(number, checker, hints)
         return checker
 
     return register

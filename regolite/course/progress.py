@@ -1,6 +1,6 @@
 """What a reader has solved and written: kept in the folder ``mine/``, and used by the following chapters.
 
-An exercise that builds a central module of the course (``exercise(..., reference=...)``) saves the reader's code as a
+An exercise that builds a central module of the course (:data:`regolite.course.CENTRAL`) saves the reader's code as a
 Python module when its checker passes. Later chapters fetch it::
 
     MultiHeadAttention = yours("1.5")  # your class, or the package's if you skipped the exercise

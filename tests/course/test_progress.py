@@ -14,22 +14,23 @@ from regolite import course
 from regolite.course import progress
 from regolite.course.notebook import begin
 from regolite.errors import UserError
-from regolite.models.attention import MultiHeadAttention
 
 REGISTER = """
 import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from regolite.course import begin, check, exercise, yours
+from regolite.course import CENTRAL, begin, check, exercise, yours
 begin(record={record})
 
-@exercise("98.1", "It is a class with one weight.", reference="torch.nn:Linear")
+CENTRAL.update({{"98.1": "torch.nn:Linear", "98.2": "torch.nn:Sequential"}})
+
+@exercise("98.1", "It is a class with one weight.")
 def linear(answer):
     assert answer(3, 4)(torch.ones(2, 3)).shape == (2, 4)
     return "Good."
 
-@exercise("98.2", "It uses the layer of 98.1.", reference="torch.nn:Sequential")
+@exercise("98.2", "It uses the layer of 98.1.")
 def sequential(answer):
     assert answer()(torch.ones(2, 3)).shape == (2, 4)
     return "Good."
@@ -108,23 +109,21 @@ def test_what_cannot_be_saved_is_said(monkeypatch, tmp_path):
     assert "solved" in said and "Saved" not in said and not (tmp_path / "none").exists()
 
 
-def test_the_package_stands_in_for_what_is_not_solved(monkeypatch, capsys):
-    monkeypatch.setitem(
-        course._EXERCISES,
-        "1.5",
-        course.Exercise("1.5", str, ("a hint",), "regolite.models.attention:MultiHeadAttention"),
-    )
-    assert course.yours("98.1") is MultiHeadAttention
-    assert capsys.readouterr().out == "Exercise 98.1: the package's MultiHeadAttention\n"
+@pytest.fixture
+def central(monkeypatch):
+    monkeypatch.setitem(course.CENTRAL, "98.1", "torch.nn:Linear")
+    monkeypatch.setitem(course._EXERCISES, "98.1", course.Exercise("98.1", lambda answer: "", ("a hint",)))
 
 
-def test_a_switch_leaves_own_code_out(monkeypatch, tmp_path, capsys):
+def test_the_package_stands_in_for_what_is_not_solved(central, capsys):
+    assert course.yours("98.1") is nn.Linear
+    assert capsys.readouterr().out == "Exercise 98.1: the package's Linear\n"
+
+
+def test_a_switch_leaves_own_code_out(central, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "exercise_98_1.py").write_text("class Linear:\n    own = True\n")
-    monkeypatch.setitem(
-        course._EXERCISES, "98.1", course.Exercise("98.1", lambda answer: "", ("a hint",), "torch.nn:Linear")
-    )
     assert course.yours("98.1").own
     begin(use_mine=False)
     assert course.yours("98.1") is nn.Linear
