@@ -26,12 +26,17 @@ from regolite.utils.validation import Checked
 
 @dataclass(frozen=True)
 class LossConfig(Checked):
-    """Weights of the loss, which are also those of the matching cost.
+    """Weights of the terms of the loss, and of the costs of its matching.
 
     Attributes:
         label: weight of the classification term.
         l1: weight of the L1 distance of boxes.
         giou: weight of 1 - GIoU.
+        label_cost: weight of the class in the matching: 1 in DETR (softmax), 2 in Deformable DETR (focal).
+        l1_cost: weight of the L1 distance in the matching.
+        giou_cost: weight of GIoU in the matching.
+        focal_alpha: weight of the positives in the focal loss and its cost; negatives have 1 - alpha.
+        focal_gamma: exponent of the focal loss and its cost.
         no_object: weight of "no object" in the softmax cross-entropy (DETR).
         base_label: factor of the classification terms of the base detector and its proposals; 0.8 in the released REGO.
         stage_auxiliary: include the loss of the first layers of REGO's stages, as in the paper; the released code omits
@@ -47,6 +52,11 @@ class LossConfig(Checked):
     label: float = 2.0
     l1: float = 5.0
     giou: float = 2.0
+    label_cost: float = 2.0
+    l1_cost: float = 5.0
+    giou_cost: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
     no_object: float = 0.1
     base_label: float = 1.0
     stage_auxiliary: bool = True
@@ -64,8 +74,8 @@ class SetLoss:
 
     def __init__(self, config: LossConfig, scoring: str) -> None:
         self.config, self.scoring = config, scoring
-        # As in the loss, the weight of the class is 1 in DETR's (softmax) matching and 2 in Deformable DETR's (focal).
-        self.costs = MatchingCosts(config.label, config.l1, config.giou)
+        c = config
+        self.costs = MatchingCosts(c.label_cost, c.l1_cost, c.giou_cost, c.focal_alpha, c.focal_gamma)
 
     def __call__(
         self,
@@ -182,7 +192,8 @@ class SetLoss:
         if scoring == "sigmoid":
             truth = torch.zeros_like(logits)
             truth[(*at, labels)] = 1.0
-            return sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2).sum((1, 2, 3)) / max(num_boxes, 1.0)
+            focal = sigmoid_focal_loss(logits, truth, self.config.focal_alpha, self.config.focal_gamma)
+            return focal.sum((1, 2, 3)) / max(num_boxes, 1.0)
         nothing = logits.shape[-1] - 1
         truth = torch.full(logits.shape[:3], nothing, device=logits.device)
         truth[at] = labels

@@ -27,11 +27,13 @@ class NonFinitePrediction(UserError):
 
 @dataclass(frozen=True)
 class MatchingCosts:
-    """Weights of the three parts of the cost."""
+    """Weights of the three parts of the cost, and the constants of the focal loss in the cost of the class."""
 
     label: float = 2.0
     l1: float = 5.0
     giou: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
 
 
 @dataclass
@@ -113,9 +115,9 @@ def matching_cost(
         label = -logits.softmax(-1).gather(2, columns)
     else:  # the focal loss of a positive minus that of a negative
         x = logits.gather(2, columns)
-        p = x.sigmoid()
-        right = 0.25 * (1 - p) ** 2 * -torch.nn.functional.logsigmoid(x)
-        wrong = 0.75 * p**2 * -torch.nn.functional.logsigmoid(-x)
+        p, alpha, gamma = x.sigmoid(), costs.focal_alpha, costs.focal_gamma
+        right = alpha * (1 - p) ** gamma * -torch.nn.functional.logsigmoid(x)
+        wrong = (1 - alpha) * p**gamma * -torch.nn.functional.logsigmoid(-x)
         label = right - wrong
     boxes = prediction.boxes.float()
     l1 = torch.cdist(boxes, targets.boxes, p=1)

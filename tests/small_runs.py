@@ -7,8 +7,9 @@ SMALL_RUN = RunConfig(
     data="scenes:6:val=1:size=64",
     model="rego_deformable_detr_scenes",
     overrides=(
-        "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
-        "rego_ffn_dim=32", "rego_stages=1", "dropout=0.1", "rego_dropout=0.1",
+        "dim=32", "heads=4", "queries=8",
+        "detector.ffn_dim=32", "detector.encoder_layers=1", "detector.decoder_layers=1",
+        "rego.ffn_dim=32", "stages=1", "detector.dropout=0.1", "rego.dropout=0.1",
     ),
     image_size=64,
     batch_size=2,

@@ -324,7 +324,9 @@ def test_rego_trains_points_and_patterns_but_not_the_heads_of_the_detector():
 
 
 def test_rego_refines_all_queries():
-    model = build("rego_anchor_detr_scenes", CLASSES, dim=32, ffn_dim=32, queries=12, rego_ffn_dim=32)
+    model = build(
+        "rego_anchor_detr_scenes", CLASSES, dim=32, detector={"ffn_dim": 32}, queries=12, rego={"ffn_dim": 32}
+    )
     shake(model).eval()
     images = batch((64, 96), (96, 64))
     with torch.no_grad():
@@ -338,7 +340,7 @@ def test_rego_refines_all_queries():
 def test_training_lowers_the_loss(name):
     data = Scenes(2, size=64, max_objects=4)
     images, targets = collate([data[0], data[1]], 32)
-    model = build(name, len(data.classes), dim=64, ffn_dim=64, heads=4, queries=12)
+    model = build(name, len(data.classes), dim=64, heads=4, queries=12, detector={"ffn_dim": 64})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loss, losses = SetLoss(LossConfig(), model.scoring), []
     for _ in range(30):

@@ -24,8 +24,9 @@ from regolite.inference import detect_by_stage
 from regolite.utils.devices import choose_device
 
 SMALL = {
-    "queries": 6, "dim": 32, "heads": 2, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 1,
-    "rego_ffn_dim": 16, "rego_stages": 2, "image_size": 64,
+    "queries": 6, "dim": 32, "heads": 2, 
+    "detector.ffn_dim": 16, "detector.encoder_layers": 1, "detector.decoder_layers": 1,
+    "rego.ffn_dim": 16, "stages": 2, "image_size": 64,
 }  # fmt: skip
 IMAGE = Image.new("RGB", (40, 30), "green")
 NAME = "rego_deformable_detr_scenes"
@@ -41,16 +42,16 @@ def model():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"encoder_layers": -1}, "encoder_layers=-1 must not be negative"),
-        ({"encoder_layers": 10**6}, "encoder_layers=1000000 must be at most 100"),
-        ({"decoder_layers": 0}, "decoder_layers=0 must be at least 1"),
+        ({"detector.encoder_layers": -1}, "encoder_layers=-1 must not be negative"),
+        ({"detector.encoder_layers": 10**6}, "encoder_layers=1000000 must be at most 100"),
+        ({"detector.decoder_layers": 0}, "decoder_layers=0 must be at least 1"),
         ({"points": 10**6}, "points=1000000 must be at most 64"),
         ({"queries": np.float64(5)}, "queries=5.0 is not a whole number"),
         ({"heads": 0}, "heads=0 must be at least 1"),
-        ({"dropout": 1.5}, "dropout=1.5 must be at most 1"),
+        ({"detector.dropout": 1.5}, "dropout=1.5 must be at most 1"),
         ({"alphas": (1.0, -2.0)}, "alphas=(1.0, -2.0) must not be negative"),
         ({"alphas": (1.0, 0.0)}, "alphas=(1.0, 0.0) must be greater than 0"),
-        ({"rego_stages": 1000}, "stages=1000 must be at most 20"),
+        ({"stages": 1000}, "stages=1000 must be at most 20"),
         ({"label": -1.0}, "label=-1.0 must not be negative"),
         ({"image_size": 0}, "image_size=0 must be at least 1"),
         ({"num_classes": 0}, "num_classes=0 must be at least 1"),
@@ -180,7 +181,9 @@ def test_numbers_of_numpy_lists_and_paths(model, tmp_path):
         assert (config.lr, config.epochs, config.drop_epochs) == (0.5, 3, (1, 2)) and type(config.epochs) is int
         assert (config.data, config.output) == (str(tmp_path), str(tmp_path / "run"))
         assert Comparison(runs=[Path("a"), "b"]).runs == ("a", "b")
-        made = regolite.configure(NAME, dropout=np.float64(0.25), alphas=np.array([3.0, 2.0, 1.0]), classes=["a", "b"])
+        made = regolite.configure(
+            NAME, rego={"dropout": np.float64(0.25)}, alphas=np.array([3.0, 2.0, 1.0]), classes=["a", "b"]
+        )
         assert made.rego.alphas == (3.0, 2.0, 1.0) and made.classes == ("a", "b")
         assert type(made.detector.dropout) is float
         assert replace(made, category_ids=[4, 7]).category_ids == (4, 7)
@@ -229,7 +232,9 @@ def test_no_call_changes_the_mode_of_any_part(fails, monkeypatch):
 
 def test_full_size_is_said(model, caplog):
     """Neither the data nor the model says how images are prepared."""
-    base = regolite.build("deformable_detr_scenes", 14, **{k: v for k, v in SMALL.items() if "rego" not in k})
+    base = regolite.build(
+        "deformable_detr_scenes", 14, **{k: v for k, v in SMALL.items() if "rego" not in k and k != "stages"}
+    )
     del base.model_config
     with caplog.at_level(logging.WARNING, "regolite"):
         evaluate(base, Scenes(1, size=64), progress=False)

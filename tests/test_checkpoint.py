@@ -21,13 +21,14 @@ from regolite.models.rego import Rego
 from regolite.utils.files import write_atomic
 
 SMALL = {
-    "queries": 5, "dim": 32, "heads": 4, "ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 2,
+    "queries": 5, "dim": 32, "heads": 4, "detector.ffn_dim": 32,
+    "detector.encoder_layers": 1, "detector.decoder_layers": 2,
     "backbone": "tiny", "weights": None, "frozen_stages": 0,
 }  # fmt: skip
 
 
 def small(name="rego_deformable_detr_refined_scenes", num_classes=3, **changes):
-    rego = {"stages": 2, "rego_ffn_dim": 32} if name.startswith("rego_") else {}
+    rego = {"stages": 2, "rego.ffn_dim": 32} if name.startswith("rego_") else {}
     return build(name, num_classes, **(SMALL | rego | changes)).eval()
 
 

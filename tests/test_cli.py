@@ -25,7 +25,10 @@ from regolite.cli import _fine_tune, main
 from regolite.data import video
 
 DATA = "scenes:4:val=2:size=64"
-TINY = "--set queries=20 dim=32 ffn_dim=64 encoder_layers=1 decoder_layers=2 rego_stages=2 rego_ffn_dim=64"
+TINY = (
+    "--set queries=20 dim=32 detector.ffn_dim=64 detector.encoder_layers=1 detector.decoder_layers=2 stages=2 "
+    "rego.ffn_dim=64"
+)
 TRAIN = f"train --model rego_deformable_detr_scenes --image-size 64 --augment none {TINY}"
 COLUMNS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 

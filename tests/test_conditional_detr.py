@@ -175,7 +175,9 @@ def test_it_learns_two_images(stages):
 
 
 def test_saved_and_loaded(tmp_path):
-    model = shake(build("rego_conditional_detr_scenes", 3, **SMALL, rego_ffn_dim=48)).eval()
+    model = shake(
+        build("rego_conditional_detr_scenes", 3, **{f"detector.{k}": v for k, v in SMALL.items()}, rego={"ffn_dim": 48})
+    ).eval()
     save_model(model, tmp_path / "model.safetensors")
     again, images = load(tmp_path / "model.safetensors"), batch((64, 64))
     assert again.model_config == model.model_config

@@ -227,7 +227,10 @@ class TestWhole:
         monkeypatch.setattr("regolite.plots.run.draw_run", lambda *_: [])  # drawing takes longer than training here
         root, run = tmp_path / "cards", tmp_path / "run"
         assert main(words(root, server)) == 0
-        tiny = "--set queries=20 dim=32 ffn_dim=64 encoder_layers=1 decoder_layers=2 rego_stages=1 rego_ffn_dim=64"
+        tiny = (
+            "--set queries=20 dim=32 detector.ffn_dim=64 detector.encoder_layers=1 detector.decoder_layers=2 stages=1 "
+            "rego.ffn_dim=64"
+        )
         how = f"--model rego_deformable_detr_scenes --image-size 64 --augment none {tiny} --epochs 1 --batch-size 3"
         assert main(shlex.split(f"train --data {root} --output {run} {how}")) == 0
         capsys.readouterr()

@@ -13,7 +13,8 @@ from regolite.matching import PaddedTargets
 from regolite.types import Target
 
 SMALL = {
-    "queries": 6, "dim": 32, "heads": 4, "ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 2,
+    "queries": 6, "dim": 32, "heads": 4, "detector.ffn_dim": 32,
+    "detector.encoder_layers": 1, "detector.decoder_layers": 2,
     "backbone": "tiny", "weights": None, "frozen_stages": 0,
 }  # fmt: skip
 COUNTS = (3, 0, 1)
@@ -25,7 +26,7 @@ def targets(counts=COUNTS, classes=4):
 
 
 def small(name="rego_deformable_detr_two_stage_scenes", **changes):
-    rego = {"stages": 2, "rego_ffn_dim": 32} if name.startswith("rego_") else {}
+    rego = {"stages": 2, "rego.ffn_dim": 32} if name.startswith("rego_") else {}
     return regolite.build(name, 4, **(SMALL | rego | {"denoising": True} | changes))
 
 

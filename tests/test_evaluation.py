@@ -351,8 +351,15 @@ def test_leaves_no_trace(folder, training, workers):
 
 
 def test_stages_of_a_rego():
-    small = {"dim": 32, "heads": 2, "ffn_dim": 16, "queries": 6, "encoder_layers": 1, "decoder_layers": 1}
-    model = build("rego_deformable_detr_scenes", 14, **small, rego_ffn_dim=16, rego_stages=2)
+    small = {
+        "dim": 32,
+        "heads": 2,
+        "detector.ffn_dim": 16,
+        "queries": 6,
+        "detector.encoder_layers": 1,
+        "detector.decoder_layers": 1,
+    }
+    model = build("rego_deformable_detr_scenes", 14, **small, rego={"ffn_dim": 16}, stages=2)
     dataset = Scenes(3, size=64)
     every = evaluate(model, dataset, progress=False)["stages"]
     assert [stage["stage"] for stage in every] == [0, 1, 2]

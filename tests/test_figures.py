@@ -239,15 +239,15 @@ def model() -> torch.nn.Module:
     sizes = {
         "dim": 32,
         "heads": 4,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "ffn_dim": 32,
+        "detector.encoder_layers": 1,
+        "detector.decoder_layers": 1,
+        "detector.ffn_dim": 32,
         "queries": 6,
         "image_size": 64,
     }
     scenes = Scenes(1)
     return regolite.build(
-        "rego_deformable_detr_scenes", rego_ffn_dim=32, stages=2, classes=scenes.classes,
+        "rego_deformable_detr_scenes", rego={"ffn_dim": 32}, stages=2, classes=scenes.classes,
         category_ids=scenes.category_ids, **sizes,
     ).eval()  # fmt: skip
 

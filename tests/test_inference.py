@@ -253,8 +253,15 @@ def test_a_detector_may_give_detections_itself():
 
 
 def test_stages():
-    small = {"dim": 32, "heads": 2, "ffn_dim": 16, "queries": 6, "encoder_layers": 1, "decoder_layers": 1}
-    model = build("rego_deformable_detr_scenes", 14, **small, rego_ffn_dim=16, rego_stages=2, image_size=64)
+    small = {
+        "dim": 32,
+        "heads": 2,
+        "detector.ffn_dim": 16,
+        "queries": 6,
+        "detector.encoder_layers": 1,
+        "detector.decoder_layers": 1,
+    }
+    model = build("rego_deformable_detr_scenes", 14, **small, rego={"ffn_dim": 16}, stages=2, image_size=64)
     given = image(90, 60, (20, 10, 70, 40))
     by_stage = detect_by_stage(model, given, threshold=0.0)
     assert len(by_stage) == 3

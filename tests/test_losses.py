@@ -55,11 +55,11 @@ def one_layer(prediction, targets, scoring, config, count, matched=None):
             if scoring == "softmax":
                 label = -logits.softmax(-1)[:, target.labels]
             else:
-                p = logits.sigmoid()[:, target.labels]
-                label = 0.25 * (1 - p) ** 2 * -torch.log(p) - 0.75 * p**2 * -torch.log(1 - p)
+                p, a, g = logits.sigmoid()[:, target.labels], config.focal_alpha, config.focal_gamma
+                label = a * (1 - p) ** g * -torch.log(p) - (1 - a) * p**g * -torch.log(1 - p)
             distance = (box[:, None] - target.boxes[None]).abs().sum(-1)
             overlap = generalized_box_iou(*(box_convert(x, "cxcywh", "xyxy") for x in (box, target.boxes)))
-            cost = config.label * label + config.l1 * distance - config.giou * overlap
+            cost = config.label_cost * label + config.l1_cost * distance - config.giou_cost * overlap
         picked.append(linear_sum_assignment(cost.numpy()))
         box = prediction.boxes[b]
         for q, t in zip(*picked[-1]):
@@ -71,7 +71,7 @@ def one_layer(prediction, targets, scoring, config, count, matched=None):
             truth = torch.zeros_like(logits)
             for q, t in zip(queries, chosen):
                 truth[q, target.labels[t]] = 1.0
-            label_sum = label_sum + sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2, reduction="sum")
+            label_sum = label_sum + sigmoid_focal_loss(logits, truth, config.focal_alpha, config.focal_gamma, "sum")
             weight_sum = count
         else:
             truth = torch.full((len(logits),), CLASSES)
@@ -94,7 +94,9 @@ def names_of(output):
 @pytest.mark.parametrize("counts", [(2, 5, 3), (0, 1, 6)])
 @pytest.mark.parametrize("stage_matching", ["own", "base"])
 def test_terms_are_those_of_a_plain_computation(scoring, counts, stage_matching):
-    config = LossConfig(label=1.5, l1=4.0, giou=2.5, no_object=0.2, stage_matching=stage_matching)
+    weights = {"label": 1.5, "l1": 4.0, "giou": 2.5, "no_object": 0.2}
+    costs = {"label_cost": 0.5, "l1_cost": 3.0, "giou_cost": 1.5, "focal_alpha": 0.4, "focal_gamma": 1.5}
+    config = LossConfig(**weights, **costs, stage_matching=stage_matching)
     output, targets = make_output(scoring), make_targets(*counts)
     loss, terms = SetLoss(config, scoring)(output, targets)
     inherited = output.layers[-1] if stage_matching == "base" else None

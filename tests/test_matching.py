@@ -15,7 +15,7 @@ from regolite.types import Prediction, Target
 
 CLASSES = 5
 SCORINGS = ("softmax", "sigmoid")
-COSTS = MatchingCosts(label=1.5, l1=4.0, giou=2.5)
+COSTS = MatchingCosts(label=1.5, l1=4.0, giou=2.5, focal_alpha=0.4, focal_gamma=1.5)
 
 
 def boxes(*shape):
@@ -37,7 +37,7 @@ def cost_of(logits, box, label, wanted, scoring):
         right = -logits.softmax(0)[label]
     else:
         p = logits[label].sigmoid()
-        right = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p**2 * -(1 - p).log()
+        right = 0.4 * (1 - p) ** 1.5 * -p.log() - 0.6 * p**1.5 * -(1 - p).log()
     overlap = generalized_box_iou(to_xyxy(box[None]), to_xyxy(wanted[None]))[0, 0]
     return float(COSTS.label * right + COSTS.l1 * (box - wanted).abs().sum() - COSTS.giou * overlap)
 

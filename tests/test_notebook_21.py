@@ -99,10 +99,17 @@ def test_a_backend_that_is_not_there_is_said_at_once(monkeypatch: pytest.MonkeyP
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small REGO of two stages that has learned nothing."""
     file = tmp_path_factory.mktemp("model") / "model.safetensors"
-    small = {"dim": 32, "heads": 2, "ffn_dim": 16, "queries": 12, "encoder_layers": 1, "decoder_layers": 1}
+    small = {
+        "dim": 32,
+        "heads": 2,
+        "detector.ffn_dim": 16,
+        "queries": 12,
+        "detector.encoder_layers": 1,
+        "detector.decoder_layers": 1,
+    }
     scenes = regolite.data.open_data(DATA)
     names = {"classes": scenes.classes, "category_ids": scenes.category_ids}
-    stages = {"rego_ffn_dim": 16, "rego_stages": 2, "image_size": 64}
+    stages = {"rego.ffn_dim": 16, "stages": 2, "image_size": 64}
     save_model(regolite.build("rego_deformable_detr_scenes", **small, **stages, **names), file)
     return file
 

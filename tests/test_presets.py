@@ -124,12 +124,14 @@ def test_presets_are_what_their_names_say():
         if "scenes" in name:
             assert (d.backbone, d.weights, d.frozen_stages) == ("tiny", None, 0)
         matching = "base" if "everyday" in name else "own"
-        assert configure(name).loss == LossConfig(label=1.0 if softmax else 2.0, stage_matching=matching)
+        assert configure(name).loss == replace(
+            LossConfig(label=1.0, label_cost=1.0) if softmax else LossConfig(), stage_matching=matching
+        )
 
 
 @pytest.mark.parametrize("name", [n for n in presets() if n.endswith(("tiny", "scenes"))])
 def test_laptop_presets_detect(name):
-    model = build(name, CLASSES, weights=None, queries=6, dim=32, ffn_dim=32).eval()
+    model = build(name, CLASSES, weights=None, queries=6, dim=32, detector={"ffn_dim": 32}).eval()
     with torch.no_grad():
         output = model(batch((64, 64)))
     assert output.final.boxes.shape == (1, 6, 4)
@@ -154,6 +156,31 @@ def test_configurations_survive_json(name):
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize(
+    ("preset", "overrides", "said"),
+    [
+        ("rego_detr_r50", {"dropout": 0.0}, "have a field 'dropout': write detector.dropout or rego.dropout"),
+        ("rego_detr_r50", {"rego.droput": 0.0}, "has no field 'droput'; did you mean 'dropout'?"),
+        ("rego_detr_r50", {"rego.queries": 5}, "has no field 'queries'"),
+        ("rego_detr_r50", {"reog.dropout": 0.0}, "has no part 'reog'; did you mean 'rego'?"),
+        ("detr_r50", {"rego.dropout": 0.0}, "has no part 'rego'"),
+        ("detr_r50", {"rego": 3}, "has no field 'rego'"),
+        ("detr_r50", {"rego_dropout": 0.0}, "has no field 'rego_dropout'"),
+    ],
+)  # fmt: skip
+def test_overrides_are_never_guessed(preset, overrides, said):
+    with pytest.raises(UserError) as caught:
+        configure(preset, **overrides)
+    assert said in str(caught.value)
+
+
+def test_a_field_of_one_part_needs_no_prefix():
+    assert configure("detr_r50", dropout=0.0) == configure("detr_r50", **{"detector.dropout": 0.0})
+    assert configure("rego_detr_r50", rego={"stages": 2}) == configure("rego_detr_r50", stages=2)
+    config = configure("rego_detr_r50", loss={"label_cost": 3.0, "focal_alpha": 0.5})
+    assert (config.loss.label, config.loss.label_cost, config.loss.focal_alpha) == (1.0, 3.0, 0.5)
+
+
 def test_overrides_go_where_the_field_is():
     config = configure(
         "rego_deformable_detr_r50",
@@ -162,9 +189,9 @@ def test_overrides_go_where_the_field_is():
         stages=2,  # REGO's
         alphas=[1.5, 1.0],  # a list is as good as a tuple
         no_object=0.2,  # the loss's
-        ffn_dim=512,  # the detector's, since both have it
-        rego_dropout=0.0,
+        detector={"ffn_dim": 512},  # both the detector and REGO have it
         classes=["a", "b"],
+        **{"rego.dropout": 0.0},
     )
     assert (config.detector.queries, config.image_size, config.detector.ffn_dim) == (50, 640, 512)
     assert (config.rego.stages, config.rego.alphas, config.rego.ffn_dim, config.rego.dropout) == (
@@ -189,7 +216,7 @@ def test_the_released_form_brings_what_belongs_to_it():
     assert (config.loss.stage_auxiliary, config.loss.base_label) == (False, 0.8)
     assert not config.detector.mask_padding and configure("rego_deformable_detr_r50").detector.mask_padding
     assert configure("rego_deformable_detr_tiny", form="released").rego.ffn_dim == 512
-    kept = configure("rego_deformable_detr_r50", form="released", rego_ffn_dim=2048, base_label=1.0)
+    kept = configure("rego_deformable_detr_r50", form="released", rego={"ffn_dim": 2048}, base_label=1.0)
     assert (kept.rego.ffn_dim, kept.loss.base_label) == (2048, 1.0)
     assert configure("rego_deformable_detr_r50", form="paper") == configure("rego_deformable_detr_r50")
 
@@ -250,7 +277,7 @@ def test_mistakes_are_one_line_that_names_the_mend(name, overrides, message):
     "overrides, message",
     [
         ({"queries": "many"}, "queries='many' is not a whole number"),
-        ({"dropout": True}, "dropout=True is not a number"),
+        ({"detector.dropout": True}, "dropout=True is not a number"),
         ({"form": "relased"}, "'relased'"),
         ({"augment": "strong"}, "augment='strong' is not one of 'detr'"),
         ({"classes": (1, 2)}, r"classes=\(1, 2\) is not a list of a text"),

@@ -14,8 +14,8 @@ from regolite.training import loop
 from regolite.training.resume import MAY_CHANGE, OF_MODEL, fingerprint
 
 SMALL = (
-    "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
-    "rego_ffn_dim=32", "rego_stages=2", "dropout=0.1", "rego_dropout=0.1",
+    "dim=32", "heads=4", "detector.ffn_dim=32", "detector.encoder_layers=1", "detector.decoder_layers=1", "queries=8",
+    "rego.ffn_dim=32", "stages=2", "detector.dropout=0.1", "rego.dropout=0.1",
 )  # fmt: skip
 CONFIG = RunConfig(
     model="rego_deformable_detr_scenes",
@@ -116,9 +116,9 @@ def override(old, new):
         ({"image_size": 96}, "(image_size=64, now 96)"),
         ({"augment": "none"}, "(augment='laptop', now 'none')"),
         ({"model": "deformable_detr_scenes", "overrides": SMALL[:6]}, "(model='rego_deformable_detr_scenes', now 'def"),
-        (override("dropout=0.1", "dropout=0.0"), "(detector.dropout=0.1, now 0.0)"),
+        (override("detector.dropout=0.1", "detector.dropout=0.0"), "(detector.dropout=0.1, now 0.0)"),
         (override("queries=8", "queries=9"), "(detector.queries=8, now 9)"),
-        (override("rego_stages=2", "rego_stages=1"), "rego.stages=2, now 1"),
+        (override("stages=2", "stages=1"), "rego.stages=2, now 1"),
         (override("", "alphas=1.5,1.0"), "rego.alphas="),
         ({"seed": 1, "ema": 0.9}, "(ema=0.0, now 0.9, seed=0, now 1)"),
     ],

@@ -29,8 +29,8 @@ from regolite.utils import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
-    "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
-    "rego_ffn_dim=32", "rego_stages=1", "dropout=0.0", "rego_dropout=0.0",
+    "dim=32", "heads=4", "detector.ffn_dim=32", "detector.encoder_layers=1", "detector.decoder_layers=1", "queries=8",
+    "rego.ffn_dim=32", "stages=1", "detector.dropout=0.0", "rego.dropout=0.0",
 )  # fmt: skip
 # 13 images in batches of four: four steps an epoch, the last of one image, too few for two processes or two parts.
 # Three batches of validation images, the last one not full.
@@ -186,7 +186,7 @@ def test_accumulated_parts_are_the_larger_batch_for_a_softmax_too(config):
     """Its cross-entropy is divided by the weight of all queries, and not by the number of objects."""
     changes = {
         "model": "detr_r50",
-        "overrides": ("backbone=tiny", "weights=none", *SMALL[:6], "dropout=0.0"),
+        "overrides": ("backbone=tiny", "weights=none", *SMALL[:6], "detector.dropout=0.0"),
         "epochs": 1,
     }
     whole, parts = train(config("whole", **changes)), train(config("parts", accumulate=2, **changes))
@@ -311,7 +311,7 @@ def test_recomputed_gradients_are_the_same(name):
 
 
 def test_recomputing_changes_no_bit_of_a_run(config):
-    changes = {"overrides": (*SMALL[:-2], "dropout=0.1", "rego_dropout=0.1"), "epochs": 1, "ema": 0.5}
+    changes = {"overrides": (*SMALL[:-2], "detector.dropout=0.1", "rego.dropout=0.1"), "epochs": 1, "ema": 0.5}
     plain, recomputed = train(config("a", **changes)), train(config("b", activation_checkpointing=True, **changes))
     assert (plain / "model.safetensors").read_bytes() == (recomputed / "model.safetensors").read_bytes()
 
@@ -424,7 +424,7 @@ def test_two_tasks_of_slurm_in_parts_train_as_one(config, tmp_path):
     """As srun starts them; also with parts, and a softmax whose cross-entropy is divided by weights."""
     changes = {
         "model": "detr_r50",
-        "overrides": ("backbone=tiny", "weights=none", *SMALL[:6], "dropout=0.0"),
+        "overrides": ("backbone=tiny", "weights=none", *SMALL[:6], "detector.dropout=0.0"),
         "epochs": 1,
     }
     whole = train(config("whole", **changes))

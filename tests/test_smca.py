@@ -399,7 +399,9 @@ def test_everything_is_trained(make):
 def test_training_steps_lower_the_loss():
     data = Scenes(2, seed=3, size=64)
     images, targets = collate([data[0], data[1]])
-    model = build("rego_smca_scenes", len(data.classes), dim=32, heads=4, ffn_dim=64, queries=10, stages=1)
+    model = build(
+        "rego_smca_scenes", len(data.classes), dim=32, heads=4, queries=10, stages=1, detector={"ffn_dim": 64}
+    )
     loss = SetLoss(LossConfig(), model.scoring)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     found = []

@@ -20,8 +20,8 @@ from regolite.training.schedule import lr_factor, parameter_groups
 from regolite.training.state import State
 
 SMALL = (
-    "dim=32", "heads=4", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "queries=8",
-    "rego_ffn_dim=32", "rego_stages=2", "dropout=0.1", "rego_dropout=0.1",
+    "dim=32", "heads=4", "detector.ffn_dim=32", "detector.encoder_layers=1", "detector.decoder_layers=1", "queries=8",
+    "rego.ffn_dim=32", "stages=2", "detector.dropout=0.1", "rego.dropout=0.1",
 )  # fmt: skip
 # Five images in batches of two: three steps an epoch, the last of one image. Dropout and augmentation draw lots.
 CONFIG = RunConfig(
@@ -95,7 +95,7 @@ def test_loss_falls_and_the_run_leaves_what_it_should(config):
     folder = train(
         config(
             data="scenes:3:val=1:size=64", batch_size=3, epochs=25, augment="none", ema=0.0, clip=1.0, lr=3e-3,
-            evaluate_train=True, overrides=(*SMALL[:-2], "rego_dropout=0.0"),
+            evaluate_train=True, overrides=(*SMALL[:-2], "rego.dropout=0.0"),
         )
     )  # fmt: skip
     course = losses(folder)
@@ -518,7 +518,7 @@ def test_cpu_time_of_earlier_sessions_counts(config, cpu):
 
 
 def test_parameter_groups():
-    overrides = {"weights": None, "dim": 32, "heads": 4, "ffn_dim": 32, "rego_ffn_dim": 32}
+    overrides = {"weights": None, "dim": 32, "heads": 4, "detector.ffn_dim": 32, "rego.ffn_dim": 32}
     model = build("rego_deformable_detr_tiny", 3, **overrides)
     plan = RunConfig(lr=1e-3, backbone_lr_mult=0.2, sampling_lr_mult=0.5)
     groups = {group["name"]: group for group in parameter_groups(model, plan)}

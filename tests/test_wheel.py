@@ -71,7 +71,8 @@ def test_it_holds_the_package_alone(site: Path):
 def test_it_trains_two_steps(run, tmp_path: Path):
     run(
         "-m", "regolite", "train", "--data", "scenes:4:val=1:size=64", "--model", "rego_deformable_detr_scenes",
-        "--set", "queries=8", "dim=32", "ffn_dim=32", "encoder_layers=1", "decoder_layers=1", "rego_ffn_dim=32",
+        "--set", "queries=8", "dim=32", "detector.ffn_dim=32",
+        "detector.encoder_layers=1", "detector.decoder_layers=1", "rego.ffn_dim=32",
         "--image-size", "64", "--batch-size", "2", "--epochs", "1", "--device", "cpu", "--output", "run",
     )  # fmt: skip
     assert (tmp_path / "run" / "model.safetensors").stat().st_size > 0

@@ -195,8 +195,15 @@ def most_related(answer: Callable[..., Any]) -> str:
 )
 def with_alphas(answer: Callable[..., Any]) -> str:
     """``answer(model, images, alphas)``: the output with other ratios, the model as before."""
-    small = {"dim": 32, "heads": 4, "encoder_layers": 1, "decoder_layers": 1, "ffn_dim": 32, "queries": 6}
-    model = build("rego_deformable_detr_scenes", num_classes=4, rego_ffn_dim=32, **small).eval()
+    small = {
+        "dim": 32,
+        "heads": 4,
+        "detector.encoder_layers": 1,
+        "detector.decoder_layers": 1,
+        "detector.ffn_dim": 32,
+        "queries": 6,
+    }
+    model = build("rego_deformable_detr_scenes", num_classes=4, rego={"ffn_dim": 32}, **small).eval()
     stages = [module for module in model.modules() if isinstance(module, Stage)]
     images = batch_images([torch.randn(3, 64, 96)], multiple=32)
 

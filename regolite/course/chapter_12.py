@@ -249,8 +249,8 @@ def _parts() -> tuple[nn.Module, SetLoss, list[Part]]:
     """A very small REGO, and scenes in two parts with different numbers of objects."""
     scenes = Scenes(12, seed=3, size=64, max_objects=7)
     config = configure(
-        "rego_deformable_detr_scenes", dim=32, heads=4, ffn_dim=32, encoder_layers=1, decoder_layers=1, queries=12,
-        rego_ffn_dim=32, rego_stages=1,
+        "rego_deformable_detr_scenes", dim=32, heads=4, queries=12,
+        detector={"ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1}, rego={"ffn_dim": 32, "stages": 1},
     )  # fmt: skip
     model = build(config, num_classes=len(scenes.classes)).train()
     items = sorted((scenes[i] for i in range(len(scenes))), key=lambda item: len(item[1]))

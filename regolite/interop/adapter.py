@@ -116,7 +116,7 @@ class TransformersDetector(nn.Module):
         self.model_config = ModelConfig(
             f"transformers:{config.model_type}",
             TransformersConfig(config.model_type, json.dumps(config.to_dict(), sort_keys=True)),
-            loss=LossConfig(label=1.0) if family.scoring == "softmax" else LossConfig(),
+            loss=LossConfig(label=1.0, label_cost=1.0) if family.scoring == "softmax" else LossConfig(),
             image_size=800 if family.masks_padding else 640,
             classes=classes,
             category_ids=_category_ids(classes),

@@ -7,6 +7,7 @@ each layer.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from regolite.interop import deformable_detr
@@ -15,6 +16,7 @@ from regolite.interop.keys import Pair
 from regolite.interop.sizes import count, tensor
 from regolite.models.config import ModelConfig
 from regolite.models.deformable_detr import DeformableDetrConfig
+from regolite.models.rego import RegoConfig
 from regolite.utils.weight_files import Weights
 
 TITLE = (
@@ -35,11 +37,13 @@ def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
     fields |= {
         "form": "released",
         "stages": stages,
-        "rego_decoder_layers": count(weights, "glimpse_transformer_0.decoder.layers."),
-        "rego_ffn_dim": len(tensor(weights, "glimpse_transformer_0.decoder.layers.0.linear1.bias")),
+        "rego.decoder_layers": count(weights, "glimpse_transformer_0.decoder.layers."),
+        "rego.ffn_dim": len(tensor(weights, "glimpse_transformer_0.decoder.layers.0.linear1.bias")),
     }
     if "dropout" in fields:
-        fields["rego_dropout"] = fields["dropout"]
+        fields["rego.dropout"] = fields["dropout"]
+    for name in {f.name for f in dataclasses.fields(RegoConfig)} & set(fields) - {"form", "stages"}:
+        fields[f"detector.{name}"] = fields.pop(name)  # REGO has a field of the same name
     return f"rego_{family}", classes, fields
 
 

@@ -61,17 +61,17 @@ DEFORMABLE_FIELDS = (
     ("refine", "with_box_refine"),
     ("two_stage", "two_stage"),
 )
-# Our weights of the loss are the matching costs too. Theirs may differ, which only affects training; the weights of the
-# loss take precedence.
+# Their classification loss has no weight of its own, except Conditional DETR's: we take that of their matching cost.
 LOSS_FIELDS = (
     ("label", "class_cost"),
-    ("l1", "bbox_cost"),
+    ("label_cost", "class_cost"),
+    ("l1_cost", "bbox_cost"),
     ("l1", "bbox_loss_coefficient"),
-    ("giou", "giou_cost"),
+    ("giou_cost", "giou_cost"),
     ("giou", "giou_loss_coefficient"),
     ("no_object", "eos_coefficient"),
 )
-CONDITIONAL_LOSS_FIELDS = (*LOSS_FIELDS[:-1], ("label", "cls_loss_coefficient"))
+CONDITIONAL_LOSS_FIELDS = (("label", "cls_loss_coefficient"), *LOSS_FIELDS[1:-1])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ A preset is a :class:`~regolite.models.config.ModelConfig`, which is all that :f
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -34,7 +35,7 @@ _SMCA = SmcaConfig()
 _SMCA_SINGLE_SCALE = replace(
     _SMCA, backbone_stages=(5,), coarser=False, encoder_layers=6, multi_scale_layers=(), ffn_dim=2048
 )
-_SOFTMAX_LOSS = LossConfig(label=1.0)
+_SOFTMAX_LOSS = LossConfig(label=1.0, label_cost=1.0)
 
 # Laptop sizes: a small network that a CPU trains in minutes. `tiny` starts from the bundled ImageNet features, `scenes`
 # from nothing.
@@ -115,44 +116,59 @@ def presets() -> tuple[str, ...]:
     return tuple(_TABLE)
 
 
+PARTS = ("detector", "rego", "loss")
+
+
 def configure(preset: str, **overrides: Any) -> ModelConfig:
     """The configuration of a preset, with changes.
 
     Args:
         preset: one of :func:`presets`.
-        **overrides: fields of the model, of its base detector, of REGO or of the loss, in this order; a field that
-            several have is the detector's, and ``rego_`` before it makes it REGO's (``rego_ffn_dim=1024``).
-            ``form="released"`` also sets what the released code does beside the module: feed-forward networks 1024
-            wide, padding let in, no auxiliary losses in the stages, the base detector's classification loss times 0.8.
+        **overrides: fields of the model or of its parts ``detector``, ``rego`` and ``loss``. A field that only one of
+            them has is given by its name (``queries=50``). Otherwise name the part: ``rego={"ffn_dim": 1024}``, or
+            ``rego.ffn_dim=1024`` as text on the command line. ``form="released"`` also sets what the released code
+            does beside the module: feed-forward networks 1024 wide, padding not masked in the backbone, no auxiliary
+            losses in the stages, the base detector's classification loss times 0.8.
 
     Raises:
-        UserError: for a preset or a field that does not exist; the message names the nearest one.
+        UserError: for a preset or a field that does not exist (the message names the nearest one), or a field that
+            several parts have.
     """
     of_kind("preset", preset, str, "the name of a preset")
     if preset not in _TABLE:
         raise UserError(f"unknown model {preset!r}; {_nearest(preset, _TABLE)} `python -m regolite presets` lists them")
     config = _TABLE[preset]
-    if overrides.get("form") == "released" and config.rego is not None:
-        narrow = min(1024, config.rego.ffn_dim)
-        beside = {"rego_ffn_dim": narrow, "mask_padding": False, "stage_auxiliary": False, "base_label": 0.8}
-        overrides = beside | overrides
-    parts: dict[str, Any] = {"detector": config.detector, "rego": config.rego, "loss": config.loss}
-    changes: dict[str, dict[str, Any]] = {part: {} for part in ("model", *parts)}
-    for name, value in overrides.items():
-        short = name.removeprefix("rego_")
-        where: str | None
-        if name in set(_names(config)) - set(parts):
-            where = "model"
-        else:
-            order = ["rego"] if name != short else list(parts)
-            where = next((p for p in order if parts[p] is not None and short in _names(parts[p])), None)
-        if where is None:
-            known = {n for p in parts.values() if p is not None for n in _names(p)} | set(_names(config)) - set(parts)
+    parts = {"": config} | {name: part for name in PARTS if (part := getattr(config, name)) is not None}
+    changes: dict[str, dict[str, Any]] = {name: {} for name in parts}
+    for part, name, value in _flat(overrides):
+        has = {n for n, p in parts.items() if name in _names(p) and (n or name not in PARTS)}
+        if part is None and len(has) > 1:
+            choices = " or ".join(f"{n}.{name}" for n in parts if n in has)
+            raise UserError(f"several parts of {preset} have a field {name!r}: write {choices}")
+        if not has or part is not None and part not in has:
+            if part is not None and (part not in parts or part not in PARTS):
+                raise UserError(f"{preset} has no part {part!r}; {_nearest(part, filter(None, parts))}")
+            searched = [part] if part is not None else parts
+            known = {f for n in searched for f in _names(parts[n]) if n or f not in PARTS}
             raise UserError(f"{preset} has no field {name!r}; {_nearest(name, known)}")
-        changes[where][short] = tuple(value) if isinstance(value, list) else value
-    config = checked(config, changes["model"])
-    changed: dict[str, Any] = {p: checked(old, changes[p]) for p, old in parts.items() if old is not None}
-    return replace(config, **changed)
+        changes[has.pop() if part is None else part][name] = tuple(value) if isinstance(value, list) else value
+    if config.rego is not None and changes["rego"].get("form") == "released":
+        changes["rego"] = {"ffn_dim": min(1024, config.rego.ffn_dim)} | changes["rego"]
+        changes["detector"] = {"mask_padding": False} | changes["detector"]
+        changes["loss"] = {"stage_auxiliary": False, "base_label": 0.8} | changes["loss"]
+    config = checked(config, changes.pop(""))
+    return replace(config, **{name: checked(parts[name], values) for name, values in changes.items()})
+
+
+def _flat(overrides: dict[str, Any]) -> Iterator[tuple[str | None, str, Any]]:
+    """Overrides as part (None if it was not named), field and value."""
+    for name, value in overrides.items():
+        if name in PARTS and isinstance(value, Mapping):
+            yield from ((name, field, each) for field, each in value.items())
+        elif "." in name:
+            yield (*name.split(".", 1), value)
+        else:
+            yield None, name, value
 
 
 def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:

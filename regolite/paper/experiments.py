@@ -32,7 +32,7 @@ PROTOCOL: dict[str, Any] = {
 }
 """Fields of :class:`regolite.RunConfig` that all arms share."""
 
-SIZES = ("dim=64", "ffn_dim=256", "queries=20")
+SIZES = ("dim=64", "detector.ffn_dim=256", "queries=20")
 """Sizes of the base detectors: a quarter of the paper's channels, and queries for at most 6 objects."""
 
 TEST = 500
@@ -63,7 +63,7 @@ class Arm:
 
     def settings(self) -> dict[str, Any]:
         """Fields of :class:`regolite.RunConfig`, except seed and folder."""
-        narrow = ("rego_ffn_dim=256",) if self.model.startswith("rego_") else ()
+        narrow = ("rego.ffn_dim=256",) if self.model.startswith("rego_") else ()
         own = {"model": self.model, "overrides": (*SIZES, *narrow, *self.overrides)}
         return {**PROTOCOL, **own, **self.recipe}
 
@@ -142,9 +142,9 @@ ARMS: dict[str, Arm] = {
     "base": Arm("Deformable DETR", _BASE, recipe=_CURVE, seeds=MAIN_SEEDS),
     "rego": Arm("REGO on Deformable DETR, 3 stages", recipe=_CURVE, seeds=MAIN_SEEDS),
     "base_8_layers": Arm(
-        "Deformable DETR, 5 more decoder layers", _BASE, ("decoder_layers=8",), _CURVE, seeds=MAIN_SEEDS
+        "Deformable DETR, 5 more decoder layers", _BASE, ("detector.decoder_layers=8",), _CURVE, seeds=MAIN_SEEDS
     ),
-    "base_5_layers": Arm("Deformable DETR, 2 more decoder layers", _BASE, ("decoder_layers=5",), _CURVE),
+    "base_5_layers": Arm("Deformable DETR, 2 more decoder layers", _BASE, ("detector.decoder_layers=5",), _CURVE),
     "base_longer": Arm("Deformable DETR, 17 epochs", _BASE, recipe=_drop(14)),
     "base_drop_4": Arm("Deformable DETR, drop at epoch 4", _BASE, recipe=_drop(4)),
     "base_drop_6": Arm("Deformable DETR, drop at epoch 6", _BASE, recipe=_drop(6)),
@@ -157,7 +157,7 @@ ARMS: dict[str, Arm] = {
     "rego_scale_1.5": Arm("REGO, glimpses 1.5 times as large", overrides=("alphas=4.5,3.0,1.5",), seeds=MAIN_SEEDS),
     "rego_scale_2": Arm("REGO, glimpses twice as large", overrides=("alphas=6.0,4.0,2.0",), seeds=MAIN_SEEDS),
     "rego_hidden_asks": Arm("REGO, H_dec(i-1) as query", overrides=("query=hidden",), seeds=MAIN_SEEDS),
-    "rego_encoder": Arm("REGO, with 2 encoder layers a stage", overrides=("rego_encoder_layers=2",), seeds=MAIN_SEEDS),
+    "rego_encoder": Arm("REGO, with 2 encoder layers a stage", overrides=("rego.encoder_layers=2",), seeds=MAIN_SEEDS),
     "rego_detached": Arm("REGO, no gradient into H_dec(i-1)", overrides=("detach_hidden=True",), seeds=MAIN_SEEDS),
     "rego_no_auxiliary": Arm(
         "REGO, no auxiliary losses in stages", overrides=("stage_auxiliary=False",), seeds=MAIN_SEEDS

@@ -104,7 +104,7 @@ ARMS: dict[str, Change] = {
         "learned queries, one-stage, no refinement",
         overrides=("two_stage=false", "refine=false", "token_queries=false", "denoising=false"),
     ),
-    "layers_3": Change("3 decoder layers in the base detector, not 1", overrides=("decoder_layers=3",)),
+    "layers_3": Change("3 decoder layers in the base detector, not 1", overrides=("detector.decoder_layers=3",)),
     "imagenet": Change("backbone weights from ImageNet, not COCO", weights="bundled"),
     "lr_5e-4": Change("learning rate 5e-4", {"lr": 5e-4}),
     "size_320": Change("image size 320", {"image_size": 320}),

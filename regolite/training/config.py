@@ -24,7 +24,7 @@ class RunConfig(Checked):
     data: str = _option("data/coco_tiny", "folder in COCO format, or scenes (see regolite.data.open_data)")
     model: str = _option("rego_deformable_detr_everyday", "name of a preset, see `regolite presets`")
     output: str = _option("runs/rego", "folder of the run")
-    overrides: tuple[str, ...] = _option((), "changes of the preset, as in queries=50 stages=2")
+    overrides: tuple[str, ...] = _option((), "changes of the preset, as in queries=50 rego.dropout=0")
     checkpoint: str | None = _option(None, "start from the weights of this file, a checkpoint or a published one")
     epochs: int = _option(50, "how often every image is seen")
     max_minutes: float | None = _option(None, "stop after this time; schedules then end with the time")

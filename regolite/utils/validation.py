@@ -26,6 +26,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_classes": (1, 100_000), "image_size": (1, 10_000), "frozen_stages": (0, 5),
     "dropout": (0, 1), "norm_eps": (0, 1), "beta": (0, 1000), "alphas": (0, 100),
     "label": (0, 1e6), "l1": (0, 1e6), "giou": (0, 1e6), "no_object": (0, 1e6), "base_label": (0, 1e6),
+    "label_cost": (0, 1e6), "l1_cost": (0, 1e6), "giou_cost": (0, 1e6), "focal_alpha": (0, 1), "focal_gamma": (0, 100),
     "proposals_per_object": (1, 1000), "lr": (-math.inf, 1000), "backbone_lr_mult": (0, 1000),
     "sampling_lr_mult": (0, 1000), "weight_decay": (0, 1000),
 }  # fmt: skip

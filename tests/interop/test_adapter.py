@@ -458,7 +458,15 @@ def test_a_given_model_that_does_not_fit_is_refused(config):
 
 
 def test_a_native_model_can_be_given_too(config):
-    model = build("rego_detr_scenes", num_classes=14, dim=32, ffn_dim=32, rego_ffn_dim=32, stages=1, frozen=True)
+    model = build(
+        "rego_detr_scenes",
+        num_classes=14,
+        dim=32,
+        detector={"ffn_dim": 32},
+        rego={"ffn_dim": 32},
+        stages=1,
+        frozen=True,
+    )
     before, modes = copy.deepcopy(model.detector.state_dict()), [module.training for module in model.eval().modules()]
     train(config(epochs=1), model=model)
     assert [module.training for module in model.modules()] == modes, "it is given back in the mode that it had"

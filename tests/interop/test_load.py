@@ -22,11 +22,11 @@ from regolite.loading import load_weights
 from regolite.models.presets import build, configure
 
 SMALL = {
-    "backbone": "resnet50", "weights": None, "dim": 32, "heads": 4, "encoder_layers": 1, "decoder_layers": 2,
-    "ffn_dim": 48, "dropout": 0.05, "queries": 7, "mask_padding": False,
+    "backbone": "resnet50", "weights": None, "dim": 32, "heads": 4, "detector.encoder_layers": 1,
+    "detector.decoder_layers": 2, "detector.ffn_dim": 48, "detector.dropout": 0.05, "queries": 7, "mask_padding": False,
 }  # fmt: skip
 SINGLE = {"levels": 1, "backbone_stages": (5,)}
-REGO = {"dim": 256, "form": "released", "rego_ffn_dim": 48, "rego_dropout": 0.05}
+REGO = {"dim": 256, "form": "released", "rego.ffn_dim": 48, "rego.dropout": 0.05}
 MODELS = {
     "detr": ("detr_r50", {}),
     "detr_dc5": ("detr_dc5_r50", {}),
@@ -382,7 +382,7 @@ def test_the_form_can_be_asked_for():
         ("rego_deformable_detr_r50", {"dim": 256}),  # the paper's form
         ("rego_deformable_detr_r50", REGO | {"stages": 2}),
         ("rego_deformable_detr_r50", REGO | {"alphas": (2.0, 2.0, 2.0)}),
-        ("rego_deformable_detr_r50", REGO | {"rego_ffn_dim": 64}),
+        ("rego_deformable_detr_r50", REGO | {"rego.ffn_dim": 64}),
     ],
 )
 def test_the_way_back_of_models_that_are_not_there(preset, changes, tmp_path):

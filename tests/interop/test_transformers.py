@@ -215,7 +215,7 @@ def test_loss_and_matching_are_theirs(small, variant):
     with torch.no_grad():
         output, other = detector(images), run_theirs(model, images, targets)
     config = detector.model_config.loss
-    assert config == LossConfig(label=1.0)
+    assert config == LossConfig(label=1.0, label_cost=1.0)
     loss, terms = SetLoss(config, detector.scoring)(replace(output, proposals=None), targets)
     expected = {}
     for layer, suffix in (("base.1", "_0"), ("base.2", "_1"), ("base", "")):
@@ -312,7 +312,9 @@ def test_a_detector_that_hides_padding_runs_there_for_a_image_alone(small, caplo
 
 
 def test_the_base_of_a_rego_runs_there(small):
-    config = configure("rego_detr_r50", weights=None, dim=32, heads=4, queries=6, encoder_layers=1, mask_padding=False)
+    config = configure(
+        "rego_detr_r50", weights=None, dim=32, heads=4, queries=6, mask_padding=False, detector={"encoder_layers": 1}
+    )
     model = build(config, num_classes=CLASSES)
     with pytest.raises(ValueError, match=r"no REGO.*to_transformers\(detector\.detector\)"):
         to_transformers(model)
