@@ -7,6 +7,7 @@ to be told (a figure's alternative text, where a module's page is); then Sphinx 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -63,8 +64,9 @@ def gather() -> None:
         if ".ipynb_checkpoints" in path.parts:
             continue
         name = path.relative_to(ROOT)
-        notebook = prepared(json.loads(path.read_text("utf-8")))
+        notebook = prepared(json.loads(path.read_text("utf-8")), name)
         write(name, json.dumps(notebook))
+        write("downloads" / name, path.read_text("utf-8"))
         linked |= links(notebook, name.parent)
         (solutions if path.parent.name == "solutions" else chapters).append("/" + name.with_suffix("").as_posix())
     guides = []
@@ -89,6 +91,9 @@ def gather() -> None:
     pages = "\n".join("/" + page_of(module).removesuffix(".md") for module in modules)
     write("package/index.md", LIST.format(title="API reference", text=text, pages=pages))
     index = (ROOT / "book" / "index.md").read_text("utf-8")
+    image = SOURCE / "data" / "checkpoints" / "everyday_stages.png"
+    image.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "data" / "checkpoints" / "everyday_stages.png", image)
     write("index.md", index.replace("CHAPTERS", "\n".join(chapters)).replace("GUIDES", "\n".join(guides)))
 
 
@@ -104,8 +109,10 @@ def page_of(module: Path) -> str:
     return "package/" + module.relative_to("regolite").with_suffix(".md").as_posix()
 
 
-def prepared(notebook: dict) -> dict:
-    """A notebook as Sphinx shall read it."""
+def prepared(notebook: dict, name: Path) -> dict:
+    """A notebook as Sphinx reads it: with links to run it, links to the book's pages, and texts of figures."""
+    title, _, rest = "".join(notebook["cells"][0]["source"]).partition("\n")
+    notebook["cells"][0]["source"] = f"{title}\n\n{launch_links(name)}\n{rest}"
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = linked_pages("".join(cell["source"]))
@@ -119,6 +126,19 @@ def prepared(notebook: dict) -> dict:
         if described:
             cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(described)}}
     return notebook
+
+
+def launch_links(name: Path) -> str:
+    """Links to download a notebook and, where the repository's place on GitHub is known, to run it there.
+
+    The environment variable REGOLITE_REPOSITORY names that place: ``owner/name``.
+    """
+    found = [f"{{download}}`Download this notebook </downloads/{name.as_posix()}>`"]
+    if repository := os.environ.get("REGOLITE_REPOSITORY"):
+        colab = f"https://colab.research.google.com/github/{repository}/blob/main/{name.as_posix()}"
+        binder = f"https://mybinder.org/v2/gh/{repository}/main?labpath={name.as_posix()}"
+        found += [f"[Open in Colab]({colab})", f"[Open in Binder]({binder})"]
+    return " · ".join(found)
 
 
 def linked_pages(text: str) -> str:

@@ -9,17 +9,17 @@ author = "The regolite authors"
 copyright = "The regolite authors, Apache License 2.0"
 release = metadata.version("regolite")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design"]
 autodoc_typehints = "none"  # the docstrings say what arguments are; shapes stand in the source below
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
-exclude_patterns = ["course.md"]  # a part of index.md
+exclude_patterns = ["course.md", "downloads"]  # a part of index.md; the notebooks as they are stored
 suppress_warnings = [
     "myst.header",  # solutions have their exercises' headings at the level that these have in the chapters
     "toc.not_included",  # files that a chapter links to are pages without a place in the contents
 ]
 nb_execution_mode = "off"  # the outputs are the stored ones, which `make test` compares
-myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
 # Mathematics is set in the reader's browser by MathJax, from a copy that lies beside the pages: no network is needed.

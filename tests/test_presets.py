@@ -251,7 +251,7 @@ def test_a_configuration_builds_what_its_preset_does():
             {},
             "unknown model 'rego_deformable_detr_r5'; did you mean 'rego_deformable_detr_r50",
         ),
-        ("yolo", {}, "unknown model 'yolo'; choose one of .*deformable_detr_r50"),
+        ("yolo", {}, "unknown model 'yolo'; choose from .*deformable_detr_r50"),
         ("detr_r50", {"quieries": 5}, "no field 'quieries'; did you mean 'queries'"),
         ("detr_r50", {"stages": 2}, "detr_r50 has no field 'stages'"),
         ("detr_r50", {"form": "released"}, "detr_r50 has no field 'form'"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from torchvision import tv_tensors
 from torchvision.ops import box_convert
 
 from regolite.data.transforms import to_pixels
-from regolite.errors import UserError
+from regolite.errors import UserError, did_you_mean
 from regolite.types import Target
 
 TRIES = 20  # consecutive broken images that may be skipped; with more, the disk has failed
@@ -267,9 +266,7 @@ class OfClasses(View):
     ) -> None:
         for name in classes:
             if name not in dataset.classes:
-                near = difflib.get_close_matches(name, dataset.classes, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(dataset.classes)}"
-                raise UserError(f"the data has no class {name!r}; {hint}")
+                raise UserError(f"the data has no class {name!r}; {did_you_mean(name, dataset.classes)}")
         self.dataset = dataset
         self.classes = tuple(classes)
         own_ids = [dataset.category_ids[dataset.classes.index(name)] for name in classes]

@@ -5,14 +5,13 @@ A preset is a :class:`~regolite.models.config.ModelConfig`, which is all that :f
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
 
-from regolite.errors import UserError
+from regolite.errors import UserError, did_you_mean
 from regolite.losses import LossConfig
 from regolite.models.anchor_detr import AnchorDetrConfig
 from regolite.models.baselines import BaselineConfig
@@ -136,7 +135,9 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
     """
     of_kind("preset", preset, str, "the name of a preset")
     if preset not in _TABLE:
-        raise UserError(f"unknown model {preset!r}; {_nearest(preset, _TABLE)} `python -m regolite presets` lists them")
+        raise UserError(
+            f"unknown model {preset!r}; {did_you_mean(preset, _TABLE)} `python -m regolite presets` lists them"
+        )
     config = _TABLE[preset]
     parts = {"": config} | {name: part for name in PARTS if (part := getattr(config, name)) is not None}
     changes: dict[str, dict[str, Any]] = {name: {} for name in parts}
@@ -147,10 +148,10 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
             raise UserError(f"several parts of {preset} have a field {name!r}: write {choices}")
         if not has or part is not None and part not in has:
             if part is not None and (part not in parts or part not in PARTS):
-                raise UserError(f"{preset} has no part {part!r}; {_nearest(part, filter(None, parts))}")
+                raise UserError(f"{preset} has no part {part!r}; {did_you_mean(part, filter(None, parts))}")
             searched = [part] if part is not None else parts
             known = {f for n in searched for f in _names(parts[n]) if n or f not in PARTS}
-            raise UserError(f"{preset} has no field {name!r}; {_nearest(name, known)}")
+            raise UserError(f"{preset} has no field {name!r}; {did_you_mean(name, sorted(known))}")
         changes[has.pop() if part is None else part][name] = tuple(value) if isinstance(value, list) else value
     if config.rego is not None and changes["rego"].get("form") == "released":
         changes["rego"] = {"ffn_dim": min(1024, config.rego.ffn_dim)} | changes["rego"]
@@ -222,8 +223,3 @@ def _check_dim(config: ModelConfig) -> None:
 
 def _names(config: Any) -> list[str]:
     return [f.name for f in fields(config)]
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}."

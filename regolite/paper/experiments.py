@@ -9,11 +9,10 @@ detector's. Results are measured on 500 test scenes that were not used for tunin
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from regolite.errors import UserError
+from regolite.errors import UserError, did_you_mean
 
 PROTOCOL: dict[str, Any] = {
     "data": "scenes:512:val=200:size=96:max_objects=6",
@@ -328,7 +327,5 @@ def experiment(name: str) -> Experiment:
         UserError: for an unknown name; the message suggests the closest one.
     """
     if name not in EXPERIMENTS:
-        near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(EXPERIMENTS)}"
-        raise UserError(f"unknown experiment {name!r}; {hint}")
+        raise UserError(f"unknown experiment {name!r}; {did_you_mean(name, EXPERIMENTS)}")
     return EXPERIMENTS[name]

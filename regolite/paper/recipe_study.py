@@ -16,7 +16,6 @@ There is no arm with copy-paste augmentation (:mod:`regolite.data.paste`), which
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import subprocess
@@ -32,7 +31,7 @@ import numpy as np
 
 from regolite.data import open_data
 from regolite.data.coco import find_annotations
-from regolite.errors import UserError
+from regolite.errors import UserError, did_you_mean
 from regolite.models.backbone import BUNDLED
 from regolite.paper import queue, runner
 from regolite.paper.experiments import Side
@@ -139,9 +138,7 @@ def plan(
     for kind, names, known in (("arm", arms or (), ARMS), ("data set", data, DATA)):
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-                raise UserError(f"the recipe study has no {kind} {name!r}; {hint}")
+                raise UserError(f"the recipe study has no {kind} {name!r}; {did_you_mean(name, known)}")
     chosen = [arm for arm in ARMS if arms is None or arm in arms]
     names = [name for name in DATA if name in data]
     every_seed = dict.fromkeys(SEEDS if seeds is None else seeds)

@@ -7,14 +7,13 @@ follow the code that it builds on; where neither gives a setting, a remark of th
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from regolite.errors import UserError
+from regolite.errors import UserError, did_you_mean
 from regolite.paper.estimates import TFLOPS, V100_HOURS, Estimate, estimate
 from regolite.paper.table1 import PUBLISHED
 from regolite.training.config import RunConfig
@@ -177,9 +176,7 @@ def recipe(name: str) -> Recipe:
         UserError: for an unknown name; the message suggests the closest one.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown recipe {name!r}; {hint}`python -m regolite recipes` lists them")
+        raise UserError(f"unknown recipe {name!r}; {did_you_mean(name, RECIPES)}")
     return RECIPES[name]
 
 

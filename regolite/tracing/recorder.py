@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from regolite.errors import UserError
+from regolite.errors import UserError, did_you_mean
 from regolite.interop.adapter import TransformersDetector
 from regolite.models.anchor_detr import AnchorDetr, Grid, RowColumnAttention
 from regolite.models.backbone import shrink
@@ -53,7 +53,6 @@ from regolite.tracing.trace import (
     RowColumnMap,
     Sampling,
     Trace,
-    nearest,
 )
 from regolite.types import DetectorOutput, ImageBatch, Memory, Prediction
 from regolite.utils.validation import of_kind
@@ -144,7 +143,9 @@ class _Recorder(TorchFunctionMode):
                 self.attentions[in_stage(name, number)] = found
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in self.names):
-                raise UserError(f"names={pattern!r} matches no record of this model; {nearest(pattern, self.names)}")
+                raise UserError(
+                    f"names={pattern!r} matches no record of this model; {did_you_mean(pattern, self.names)}"
+                )
 
     def wanted(self, name: str) -> bool:
         """Whether to record this name."""

@@ -25,7 +25,6 @@ input, the first at (s * row, s * column).
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import zipfile
@@ -40,7 +39,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regolite.boxes import to_pixels
-from regolite.errors import UserError
+from regolite.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -416,7 +415,7 @@ class Trace:
         """
         if name not in self._records:
             _ = self.frame  # raises if nothing has been recorded
-            raise UserError(f"the trace has no {name!r}; {nearest(name, self._records)}")
+            raise UserError(f"the trace has no {name!r}; {did_you_mean(name, self._records)}")
         return self._records[name]
 
     def __repr__(self) -> str:
@@ -479,12 +478,6 @@ class Trace:
                 f"{os.fspath(path)} holds no trace ({error}); give the file that Trace.save wrote"
             ) from error
         return Trace(records, frame, tuple(text["classes"]))
-
-
-def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """A hint at the known name nearest to an unknown one."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
 
 
 def _tuples(value: Any) -> Any:

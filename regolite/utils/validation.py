@@ -6,7 +6,6 @@ before it is used.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import reprlib
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
-from regolite.errors import UserError
+from regolite.errors import UserError, did_you_mean
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "dim": (1, 4096), "heads": (1, 256), "ffn_dim": (1, 65_536), "encoder_layers": (0, 100), "decoder_layers": (1, 100),
@@ -81,9 +80,7 @@ def from_values(kind: type[T], values: dict[str, Any]) -> T:
     known = {f.name for f in fields(kind)}
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(known))}"
-            raise UserError(f"unknown parameter {name!r}; {hint}")
+            raise UserError(f"unknown parameter {name!r}; {did_you_mean(name, sorted(known))}")
     return kind(**{name: plain(value) for name, value in values.items()})
 
 
