@@ -167,8 +167,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     names = dict(zip(config.category_ids, config.classes))
     if any(names[category] != name for category, name in zip(data.category_ids, data.classes)):
         print("regolite: warning: the data's classes have other names than the model's", file=sys.stderr)
-    how = {"backend": arguments.backend, "detections": arguments.save_detections, "draws": arguments.bootstrap}
-    figures = regolite.evaluate(model, data, arguments.stages, arguments.batch_size, **how)
+    figures = regolite.evaluate(
+        model, data, arguments.stages, arguments.batch_size, backend=arguments.backend,
+        detections=arguments.save_detections, draws=arguments.bootstrap, on_broken=arguments.on_broken,
+    )  # fmt: skip
+    for message in figures.get("broken", ()):
+        print(f"regolite: warning: left out: {message}", file=sys.stderr)
     print(f"AP on {figures['images']} images of {arguments.split}, in percent\n\n{table_by_stage(figures)}")
     if arguments.bootstrap:
         print(f"\n{as_text(figures)}")
@@ -680,6 +684,8 @@ def _evaluate_options(parser: Parser) -> None:
         help="what computes the figures (default: pycocotools)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    about = "leave images that cannot be read out of the figures, and name them (default: stop at the first)"
+    parser.add_argument("--on-broken", choices=("stop", "skip"), default="stop", help=about)
     about = "write what the last stage finds to this file, in COCO's form of results"
     parser.add_argument("--save-detections", type=Path, metavar="FILE", help=about)
 

@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import typing
@@ -20,7 +21,7 @@ from PIL import Image
 
 import regolite
 from regolite import RunConfig, UserError
-from regolite.checkpoint import read_config
+from regolite.checkpoint import read_config, save_model
 from regolite.cli import _fine_tune, main
 from regolite.data import video
 
@@ -203,6 +204,26 @@ class TestEvaluate:
         assert main(["evaluate", *checkpoint, "--data", DATA, *words]) == 0
         assert read(file)["stages"] == logged["stages"][:1]
         assert read(file)["AP"] == logged["stages"][0]["AP"] != logged["AP"]
+
+    def test_images_that_cannot_be_read_are_named_and_left_out(self, tmp_path, capsys):
+        data = regolite.data.open_data("data/coco_tiny", "val")
+        (tmp_path / "images").mkdir()
+        for i in range(len(data)):
+            shutil.copy(data.path(i), tmp_path / "images")
+        shutil.copytree("data/coco_tiny/annotations", tmp_path / "annotations")
+        broken = tmp_path / "images" / Path(data.path(3)).name
+        broken.write_bytes(broken.read_bytes()[:200])
+        sizes = {"dim": 32, "heads": 2, "ffn_dim": 16, "queries": 6, "encoder_layers": 1, "decoder_layers": 1}
+        names = {"classes": data.classes, "category_ids": data.category_ids}
+        model = regolite.build("deformable_detr_scenes", **sizes, **names, image_size=64)
+        save_model(model, tmp_path / "m.safetensors")
+        words = ["evaluate", "--checkpoint", str(tmp_path / "m.safetensors"), "--data", str(tmp_path)]
+        assert main(words) == 2 and broken.name in capsys.readouterr().err
+        file = tmp_path / "figures.json"
+        assert main([*words, "--on-broken", "skip", "--json", str(file)]) == 0
+        said = capsys.readouterr()
+        assert "AP on 31 images" in said.out and "left out" in said.err and broken.name in said.err
+        assert read(file)["images"] == 31 and len(read(file)["broken"]) == 1
 
     def test_saves_what_it_found(self, checkpoint, tmp_path, error):
         file = tmp_path / "new" / "found.json"

@@ -103,6 +103,7 @@ def test_loss_falls_and_the_run_leaves_what_it_should(config):
     *steps, val, last = lines(folder)
     assert {line["kind"] for line in steps} == {"train"}
     assert steps[4]["step"] == 5 and steps[4]["gradient_norm"] > 0
+    assert [line["images_seen"] for line in steps[:3]] == [3, 6, 9]
     assert steps[4]["loss"] == pytest.approx(sum(steps[4]["terms"].values()), rel=1e-4)
     assert {"base/label", "stage1.1/l1", "stage2/giou"} < set(steps[4]["terms"])
     assert (val["kind"], val["split"], last["split"]) == ("evaluation", "val", "train")

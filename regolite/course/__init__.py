@@ -225,7 +225,9 @@ def close(name: str, found: Any, wanted: Tensor | float, tolerance: float = 1e-4
     if wanted.numel() and float(difference.max()) > tolerance:
         place = tuple(int(i) for i in torch.unravel_index(difference.argmax(), wanted.shape))
         at = f" at {list(place)}" if place else ""
-        raise Mistake(but or f"{name} should be {float(wanted[place]):.4f}{at}, but is {float(found[place]):.4f}.")
+        raise Mistake(
+            but or f"{name} should be {float(wanted[place]):.4f}{at}, but is {float(found.detach()[place]):.4f}."
+        )
 
 
 def alike(found: Any, wanted: Tensor, tolerance: float = 1e-4) -> bool:

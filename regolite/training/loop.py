@@ -232,6 +232,7 @@ def train_epoch(run: TrainingRun) -> None:
         begun = time.perf_counter()
         losses, images, norm = train_step(run, parts)
         progress.step, progress.batch = progress.step + 1, progress.batch + 1
+        progress.images += round(images)
         asked = _share(run, parts)
         took = time.perf_counter() - begun
         state.meter.add(losses, norm, accelerator.optimizer_step_was_skipped, images, waited, took)
@@ -417,6 +418,7 @@ def _log(state: State, lr: float) -> None:
     state.meter = Meter()
     if not state.accelerator.is_main_process:
         return
+    line["images_seen"] = progress.images
     state.folder.write_metrics(line | ({"broken_images": progress.broken} if progress.broken else {}))
     state.folder.log.info(
         "step %d epoch %d loss %.3f lr %.2e %.1f images/s",

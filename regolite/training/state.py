@@ -37,6 +37,7 @@ class Progress:
         step: optimizer steps done.
         epoch: number of the running epoch, from 0.
         batch: batches of this epoch done.
+        images: images trained on, over all epochs and processes.
         seconds: time spent, over all sessions of the run.
         cpu_seconds: CPU time of training, over all sessions of the run; the mean over all processes.
         best: best AP on the validation images, -1 before the first evaluation.
@@ -48,6 +49,7 @@ class Progress:
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    images: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     best: float = -1.0
