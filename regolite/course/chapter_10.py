@@ -256,7 +256,7 @@ class _ByHand(TorchDispatchMode):
     "The boxes of an image on a level: (levels[image] == level).nonzero()[:, 0]. Its cells: with inside = "
     "~feature.mask[image], inside[:, 0].sum() rows and inside[0].sum() columns.",
     "x0, y0, x1, y1 = (boxes[image, chosen] / feature.stride).unbind(-1); rows from y0, y1 and columns from x0, x1.",
-    'torch.einsum("nyh,nxw,chw->ncyx", rows, columns, own_cells) gives [N, C, 7, 7].',
+    'half = torch.einsum("nyh,chw->ncyw", rows, own_cells), then torch.einsum("ncyw,nxw->ncyx", half, columns).',
 )
 def glimpses(answer: Callable[..., Any]) -> str:
     """``answer(features, boxes_xyxy)``: RoIAlign of every box on the level of its size."""
