@@ -228,7 +228,7 @@ def deformable_attention(answer: Any) -> str:
         raise Mistake("give the class itself, a subclass of nn.Module.")
     dim, heads, shapes, points = 24, 4, [(5, 7), (3, 4), (2, 2)], 2
     theirs = DeformableAttention(dim, heads, len(shapes), points)
-    mine = answer(dim, heads, len(shapes), points)
+    mine: Any = answer(dim, heads, len(shapes), points)
     _check_parameters(mine, theirs)
     for parameter in theirs.parameters():  # nothing may hide behind zeros
         nn.init.normal_(parameter, std=0.4)
