@@ -3,50 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from regolite.boxes import inverse_sigmoid
-from regolite.course import Mistake, close, exercise, same_shape
+from regolite.course import Mistake, alike, close, exercise, has_gradient, same_shape
+from regolite.models.deformable_attention import DeformableAttention
+from regolite.types import Memory
 
 
 def _differs(found: Tensor, wanted: Tensor, tolerance: float = 1e-3) -> bool:
     return found.shape != wanted.shape or not torch.allclose(found.detach().float(), wanted, atol=tolerance)
 
 
-def _read(x: Tensor, points: Tensor, align_corners: bool = False) -> Tensor:
+def _read(
+    x: Tensor, points: Tensor, align_corners: bool = False, padding: str = "zeros", mode: str = "bilinear"
+) -> Tensor:
     """The values of one channel [h, w] at points [N, 2] in [0, 1], by ``grid_sample``."""
-    return F.grid_sample(x[None, None], 2 * points[None, None] - 1, align_corners=align_corners)[0, 0, 0]
+    grid = 2 * points[None, None] - 1
+    return F.grid_sample(x[None, None], grid, mode, padding, align_corners)[0, 0, 0]
 
 
 @exercise(
     "9.1",
-    "What is the bilinear value of a map of ones at these points?",
-    "For a map of ones the value is the sum of the bilinear weights: bilinear() of a map of ones.",
+    "Where does a point lie in cells, counted from the center of cell 0? p_x = x w - 1/2, p_y = y h - 1/2.",
+    "gx = (1 - |j - p_x|), not below zero, for all columns j: a matrix [N, w]; gy likewise, [N, h].",
+    'With both matrices, torch.einsum("nh,nw,chw->nc", gy, gx, x).',
 )
-def coverage(answer: Callable[[Tensor, int, int], Tensor]) -> str:
-    """``coverage(points, height, width)``: the total bilinear weight of cells inside the map."""
+def bilinear(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
+    """``bilinear(x, points)``: the values of a map [C, h, w] at points [N, 2]."""
     height, width = 5, 9
-    known = torch.tensor([[0.5, 0.5], [0.0, 0.5], [1.0, 1.0], [-0.2, 0.5]])
-    points = torch.cat([known, torch.rand(60, 2) * 1.6 - 0.3])
-    ones = torch.ones(height, width)
-    wanted = _read(ones, points)
-    found = answer(points, height, width)
-    same_shape("the coverage", found, (len(points),))
-    if not _differs(found, torch.ones(len(points))):
-        raise Mistake("every point is fully covered in your answer, but at the edge of the map one side is zero.")
-    if not _differs(found, _read(ones, points, align_corners=True)):
-        raise Mistake(
-            "0 and 1 are the outer edges of the map, not the centers of the outermost cells (align_corners=False): "
-            "at a corner three of the four neighbors are missing."
-        )
-    if not _differs(found, _read(torch.ones(width, height), points)):
-        raise Mistake("height and width are swapped.")
-    close("the coverage", found, wanted)
-    return "It is 1 in the middle, 1/2 at the middle of a side, 1/4 at a corner, and 0 from half a cell outside."
+    maps = torch.randn(3, height, width).requires_grad_()
+    points = torch.cat([torch.tensor([[0.5, 0.5], [0.0, 0.5], [1.0, 1.0]]), torch.rand(60, 2) * 1.4 - 0.2])
+    points = points.requires_grad_()
+    found = answer(maps, points)
+    if isinstance(found, Tensor) and tuple(found.shape) == (3, len(points)):
+        raise Mistake("the values are [C, N]: return [N, C], one row for each point.")
+    same_shape("the values", found, (len(points), 3))
+
+    def everywhere(at: Tensor = points, source: Tensor = maps, **how: Any) -> Tensor:
+        return torch.stack([_read(x, at, **how) for x in source.detach()], 1).detach()
+
+    cells = torch.tensor([width, height])
+    alternatives = {
+        "0 and 1 are the outer edges of the map, not the centers of the outermost cells (align_corners=False).": (
+            everywhere(align_corners=True)
+        ),
+        "points beyond the outermost centers read the border cell: cells outside the map count as zero.": everywhere(
+            padding="border"
+        ),
+        "these are the values of the nearest cells: interpolate between the four around the point.": everywhere(
+            mode="nearest"
+        ),
+        "x and y are swapped: the first coordinate of a point is x, along the width.": everywhere(points.flip(1)),
+        "everything is half a cell off: the center of cell 0 is at x w = 1/2, so p_x = x w - 1/2.": everywhere(
+            points + 0.5 / cells
+        ),
+        "everything is half a cell off, in the other direction: subtract 1/2 once.": everywhere(points - 0.5 / cells),
+    }
+    for message, wrong in alternatives.items():
+        if alike(found, wrong, 1e-3):
+            raise Mistake(message)
+    close("the values", found.detach(), everywhere(), 1e-3)
+    if not found.requires_grad:
+        raise Mistake("no gradient can flow back: an operation is detached or not differentiable.")
+    found.square().sum().backward()
+    has_gradient("the map", maps)
+    has_gradient("the points", points)
+    return "It equals F.grid_sample with align_corners=False and zeros outside."
 
 
 @exercise(
@@ -93,64 +120,265 @@ def weigh(answer: Callable[[Tensor], Tensor]) -> str:
     scores = torch.randn(2, 5, 4, 3, 6) * 2
     found = answer(scores.clone())
     same_shape("the weights", found, scores.shape)
-    found = found.detach()
+    _compare_weights(found.detach(), scores)
+    return "One softmax distributes the weight over levels and points."
+
+
+def _compare_weights(found: Tensor, scores: Tensor) -> None:
+    """Raise a Mistake unless ``found`` is the softmax of scores [B, Q, M, L, K] over levels and points together."""
     alternatives = {
         "the weights of each level sum to 1, so those of a head sum to the number of levels: the softmax is over the "
         "points of a level, not over levels and points together.": scores.softmax(-1),
         "the softmax is over the levels: it should be over levels and points together.": scores.softmax(-2),
         "the softmax is over the heads: the weights of each head should sum to 1.": scores.softmax(2),
         "the weights of a head sum to 1, but dividing by the number of levels gives every level the same share; with "
-        "one softmax over levels and points the query can prefer a level.": scores.softmax(-1) / 3,
+        "one softmax over levels and points the query can prefer a level.": scores.softmax(-1) / scores.shape[-2],
         "the softmax is over heads, levels and points: the weights of each head should sum to 1.": (
             scores.flatten(2).softmax(-1).view_as(scores)
         ),
+        "the weights are the scores themselves: the softmax is missing.": scores,
+        "the weights are sigmoids: they should sum to 1 over levels and points.": scores.sigmoid(),
     }
     for mistake, wrong in alternatives.items():
-        if not _differs(found, wrong, 1e-5):
+        if alike(found, wrong, 1e-5):
             raise Mistake(mistake)
     close("the weights", found, scores.flatten(-2).softmax(-1).view_as(scores), 1e-5)
-    return "One softmax distributes the weight over levels and points."
 
 
 @exercise(
     "9.4",
-    "Locations are relative to the padded map: times (width, height) of the batch they are pixels of the input.",
-    "Then a pixel of the resized image is original / resized pixels of the file, separately in x and y.",
+    "Give the reference the axes of the offsets: [B, Q, L, d] to [B, Q, 1, L, 1, d].",
+    "For points, divide the offsets by (width, height) of each level: a tensor [L, 1, 2].",
+    "For boxes, the offsets times reference[..., 2:] / (2 K), with K = offsets.shape[-2]; then add reference[..., :2].",
 )
-def to_photograph(answer: Callable[..., Tensor]) -> str:
-    """``to_photograph(locations, padded, resized, original)``: sampling locations in pixels of the file."""
-    locations = torch.rand(7, 8, 3, 4, 2)
-    padded, resized, original = (256, 320), (250, 167), (640, 427)
+def sampling_locations(answer: Callable[..., Tensor]) -> str:
+    """``sampling_locations(reference, offsets, shapes)``: where to read, in [0, 1] of each level."""
+    shapes = [(6, 9), (3, 5), (2, 4)]
+    offsets = torch.randn(2, 5, 3, 3, 4, 2)  # as many heads as levels: only the order of the axes tells them apart
+    for d in (2, 4):
+        reference = torch.rand(2, 5, 3, d) * 0.5 + 0.2
+        found = answer(reference.clone(), offsets.clone(), shapes)
+        same_shape(f"the locations around {'points' if d == 2 else 'boxes'}", found, offsets.shape)
+        _compare_locations(found.detach(), reference, offsets, shapes)
+    return "One formula serves the encoder's points and the decoder's boxes."
 
-    def right(padded: tuple[int, int], resized: tuple[int, int], original: tuple[int, int]) -> Tensor:
-        scale = torch.tensor([padded[i] / resized[i] * original[i] for i in (1, 0)])
-        return locations * scale
 
-    wanted = right(padded, resized, original)
-    found = answer(locations.clone(), padded, resized, original)
-    same_shape("the points", found, locations.shape)
-    found = found.detach()
-    if not _differs(found, locations * torch.tensor([original[1], original[0]]), 0.05):
-        raise Mistake(
-            "the padding is ignored: 1 is the edge of the padded batch, not of the image, so your points are shifted "
-            "towards the upper left corner."
+def _compare_locations(found: Tensor, reference: Tensor, offsets: Tensor, shapes: list[tuple[int, int]]) -> None:
+    """Raise a Mistake unless ``found`` is where deformable attention reads."""
+    points, around = offsets.shape[-2], reference[:, :, None, :, None]  # [B, Q, 1, L, 1, d]
+    center = around[..., :2]
+    cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype)[:, None]
+    alternatives = {
+        "the offsets are added as they are: they count cells of the level or steps of the box, but locations are in "
+        "[0, 1].": center + offsets,
+        "the offsets are missing: every location is the reference itself.": center + 0 * offsets,
+    }
+    if reference.shape[-1] == 2:
+        name, wanted = "the locations around points", center + offsets / cells
+        alternatives |= {
+            "the offsets are divided by (height, width): x, the first, belongs to the width.": (
+                center + offsets / cells.flip(-1)
+            ),
+            "all levels use the cells of the first one: an offset counts cells of the level that is read.": (
+                center + offsets / cells[:1]
+            ),
+            "the locations are in cells of their level: they should be in [0, 1].": (center * cells + offsets),
+        }
+    else:
+        name, half = "the locations around boxes", around[..., 2:] / 2
+        wanted = center + offsets / points * half
+        alternatives |= {
+            "the offsets around a box count cells: for d = 4 they are measured by the box.": center + offsets / cells,
+            "the star reaches twice too far: a step is half a side over K, 1 / (2K).": center
+            + offsets / points * 2 * half,
+            "a step is a whole half side: divide by K, so that the outermost point lies on the side.": (
+                center + offsets * half
+            ),
+            "the step is too small: one factor of K, not two.": center + offsets / points**2 * half,
+            "the star is centered on the upper left corner: the first two numbers of a box are its center.": (
+                center - half + offsets / points * half
+            ),
+        }
+    if reference.shape[2] == offsets.shape[2]:
+        turned = reference[:, :, :, None, None]
+        scale = 1 / cells if reference.shape[-1] == 2 else turned[..., 2:] / 2 / points
+        alternatives["the reference of level l was added to head l: its axis is that of the levels."] = (
+            turned[..., :2] + offsets * scale
         )
-    if not _differs(found, locations * torch.tensor([padded[1], padded[0]]), 0.05):
-        raise Mistake("these are pixels of the padded batch: scale them from the resized image to the original.")
-    if not _differs(found, locations * torch.tensor([padded[1] * 2.5, padded[0] * 2.5]), 0.05):
-        raise Mistake("2.5 is the scale of the cat's photograph; compute it from the sizes.")
-    swapped = right(padded, resized, original) / torch.tensor([padded[1], padded[0]]) * torch.tensor(padded)
-    turned = locations * torch.tensor([padded[i] / resized[i] * original[i] for i in (0, 1)])
-    if not _differs(found, swapped, 0.05) or not _differs(found, turned, 0.05):
-        raise Mistake("x belongs to the width and y to the height; sizes are (height, width), locations (x, y).")
-    close("the points", found, wanted, 0.05)
-    again = ((192, 256), (162, 256), (407, 640))
-    close("the points of another image", answer(locations.clone(), *again), right(*again), 0.05)
-    return "Now the points of any batch can be drawn on the original images."
+    for mistake, wrong in alternatives.items():
+        if alike(found, wrong, 1e-4):
+            raise Mistake(mistake)
+    close(name, found, wanted, 1e-4)
 
 
 @exercise(
     "9.5",
+    "Write `sampling` first: it is 9.3 and 9.4 after two linear layers. unflatten(2, (heads, levels, points, 2)) "
+    "splits the offsets; the weights are normalized over levels * points before they are split.",
+    "Values: value(tokens), masked_fill(mask[..., None], 0), unflatten(2, (heads, -1)), then split along the tokens by "
+    "the number of cells of each level.",
+    "A level's values [B, h*w, M, c]: permute(0, 2, 3, 1).reshape(B * M, c, h, w). Its locations [B, Q, M, K, 2]: "
+    "transpose(1, 2).flatten(0, 1), a grid [B * M, Q, K, 2] after 2 * x - 1. F.grid_sample gives [B * M, c, Q, K].",
+    "Multiply the samples by the weights [B * M, 1, Q, K] and sum over K; add the levels. [B * M, c, Q] becomes "
+    "[B, Q, C] by unflatten(0, (B, M)).flatten(1, 2).transpose(1, 2). Then out.",
+)
+def deformable_attention(answer: Any) -> str:
+    """``DeformableAttention(dim, heads, levels, points)``."""
+    if not (isinstance(answer, type) and issubclass(answer, nn.Module)):
+        raise Mistake("give the class itself, a subclass of nn.Module.")
+    dim, heads, shapes, points = 24, 4, [(5, 7), (3, 4), (2, 2)], 2
+    theirs = DeformableAttention(dim, heads, len(shapes), points)
+    mine: Any = answer(dim, heads, len(shapes), points)
+    _check_parameters(mine, theirs)
+    for parameter in theirs.parameters():  # nothing may hide behind zeros
+        nn.init.normal_(parameter, std=0.4)
+    mine.load_state_dict(theirs.state_dict())
+
+    batch, asked, cells = 2, 6, sum(h * w for h, w in shapes)
+    mask = torch.rand(batch, cells) < 0.25
+    memory = Memory(torch.randn(batch, cells, dim), torch.randn(batch, cells, dim), mask, shapes)
+    queries = torch.randn(batch, asked, dim)
+    for d in (2, 4):
+        reference = torch.rand(batch, asked, len(shapes), d)
+        _check_sampling(mine, theirs, queries, shapes, reference)
+        _check_output(mine, theirs, queries, memory, reference)
+    memory.mask = None
+    found = mine(queries, memory, reference)
+    close("the output without a mask", found.detach(), theirs(queries, memory, reference))
+
+    inputs = [tensor.clone().requires_grad_() for tensor in (queries, memory.tokens, reference)]
+    memory.tokens = inputs[1]
+    mine(inputs[0], memory, inputs[2]).square().sum().backward()
+    for name, tensor in zip(("the queries", "the tokens", "the reference points"), inputs):
+        has_gradient(name, tensor)
+    for name, parameter in mine.named_parameters():
+        has_gradient(name, parameter)
+    if not hasattr(mine, "look"):
+        raise Mistake("the method `look` is missing, by which the transformer layers call the module.")
+    close(
+        "the output of `look`", mine.look(inputs[0], memory, inputs[2]).detach(), theirs(inputs[0], memory, inputs[2])
+    )
+    return "It equals the package's module: the weights of a trained detector fit."
+
+
+def _check_parameters(mine: nn.Module, theirs: DeformableAttention) -> None:
+    """Names, shapes and initial values."""
+    own, wanted = mine.state_dict(), theirs.state_dict()
+    if missing := sorted(wanted.keys() - own.keys()):
+        raise Mistake(f"the module has no parameter {missing[0]!r}: see the names in step 1.")
+    if extra := sorted(own.keys() - wanted.keys()):
+        raise Mistake(
+            f"the parameter {extra[0]!r} is not needed: four linear layers are enough, and there are no keys."
+        )
+    for name, tensor in wanted.items():
+        same_shape(f"the parameter {name}", own[name], tensor.shape)
+    for name in ("sampling_offsets.weight", "attention_weights.weight", "attention_weights.bias"):
+        if own[name].any():
+            raise Mistake(f"{name} should start at zero: the query has no influence yet, and all weights are equal.")
+    bias = own["sampling_offsets.bias"]
+    layout = wanted["sampling_offsets.bias"].view(theirs.heads, theirs.levels, theirs.points, 2)
+    if not bias.any():
+        raise Mistake("the bias of the offsets is zero: all points start at the reference. It should be the star.")
+    if alike(bias, layout.transpose(0, 1).flatten()):
+        raise Mistake("the star is ordered by level, then head: offsets are ordered by head, level, point, (x, y).")
+    if alike(bias, layout.transpose(1, 2).flatten()):
+        raise Mistake("the star is ordered by point before level: offsets are ordered by head, level, point, (x, y).")
+    if alike(bias, layout.flip(-1).flatten()):
+        raise Mistake("x and y of the star are swapped: head 0 points to the right.")
+    close("the initial bias of the offsets", bias, layout.flatten())
+
+
+def _check_sampling(
+    mine: Any, theirs: DeformableAttention, queries: Tensor, shapes: list[tuple[int, int]], reference: Tensor
+) -> None:
+    """Locations and weights."""
+    found = mine.sampling(queries, shapes, reference)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise Mistake("`sampling` should return two tensors: locations and weights.")
+    locations, weights = found
+    axes = (*queries.shape[:2], theirs.heads, theirs.levels, theirs.points)
+    same_shape("the locations", locations, (*axes, 2))
+    same_shape("the weights", weights, axes)
+    offsets = theirs.sampling_offsets(queries).detach()
+    _compare_locations(locations.detach(), reference, offsets.view(*axes, 2), shapes)
+    _compare_weights(weights.detach(), theirs.attention_weights(queries).detach().view(axes))
+
+
+def _check_output(mine: Any, theirs: DeformableAttention, queries: Tensor, memory: Memory, reference: Tensor) -> None:
+    """The output, against those of usual mistakes."""
+    locations, weights = theirs.sampling(queries, memory.shapes, reference)
+    assert memory.mask is not None
+    hidden = memory.mask[..., None]
+
+    def mixed(values: Tensor, at: Tensor = locations, project: bool = True, **how: Any) -> Tensor:
+        result = _mix(values, memory.shapes, at, weights, **how)
+        return theirs.out(result) if project else result
+
+    right = theirs.value(memory.tokens).masked_fill(hidden, 0.0)
+    split = right.unflatten(2, (theirs.heads, -1))
+    wrong_order = right.unflatten(2, (-1, theirs.heads)).transpose(2, 3)  # channels before heads
+    as_positions = (
+        theirs.value(memory.tokens + memory.positions).masked_fill(hidden, 0.0).unflatten(2, (theirs.heads, -1))
+    )
+    before = theirs.value(memory.tokens.masked_fill(hidden, 0.0)).unflatten(2, (theirs.heads, -1))
+    unmasked = theirs.value(memory.tokens).unflatten(2, (theirs.heads, -1))
+    raw = memory.tokens.masked_fill(hidden, 0.0).unflatten(2, (theirs.heads, -1))
+    alternatives = {
+        "padding is read: values where memory.mask is True should be zero.": mixed(unmasked),
+        "padding still has the bias of the value projection: set it to zero after the projection.": mixed(before),
+        "the mask is inverted: it is True on padding.": mixed(unmasked.masked_fill(~hidden[..., None], 0.0)),
+        "the output projection is missing.": mixed(split, project=False),
+        "the value projection is missing.": mixed(raw),
+        "positions were added to the values: only queries have positions.": mixed(as_positions),
+        "the channels are split the wrong way: head 0 has the first C / M channels.": mixed(wrong_order),
+        "grid_sample counts from -1 to 1: 2 * locations - 1.": mixed(split, (locations + 1) / 2),
+        "x and y are swapped in the grid of grid_sample.": mixed(split, locations.flip(-1)),
+        "grid_sample uses align_corners=True: 0 and 1 are the outer edges of the map.": mixed(
+            split, align_corners=True
+        ),
+        "points outside the map read the border: they should read zero (padding_mode='zeros').": mixed(
+            split, padding_mode="border"
+        ),
+        "only the last level reaches the output: sum over the levels.": theirs.out(
+            _mix(split, memory.shapes, locations, weights, only=len(memory.shapes) - 1)
+        ),
+        "the heads are not side by side: the output [B, Q, C] has the channels of head 0 first.": theirs.out(
+            _mix(split, memory.shapes, locations, weights).unflatten(2, (theirs.heads, -1)).transpose(2, 3).flatten(2)
+        ),
+    }
+    found = mine(queries, memory, reference)
+    same_shape("the output", found, queries.shape)
+    wanted = theirs(queries, memory, reference)
+    if not alike(found, wanted):
+        for mistake, wrong in alternatives.items():
+            if alike(found, wrong):
+                raise Mistake(mistake)
+    close("the output", found.detach(), wanted)
+
+
+def _mix(
+    values: Tensor,
+    shapes: list[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    only: int | None = None,
+    **how: Any,
+) -> Tensor:
+    """Sample values [B, S, M, c] and sum them with the weights, by one ``grid_sample`` per level."""
+    batch, _, heads, _ = values.shape
+    mixed = torch.zeros(())
+    for level, (value, shape) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes)):
+        if only not in (None, level):
+            continue
+        maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, *shape)
+        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
+        samples = F.grid_sample(maps, grid, **({"align_corners": False} | how))  # [B*M, c, Q, K]
+        mixed = mixed + (samples * weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+    return mixed.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
+
+
+@exercise(
+    "9.6",
     "Solve the equation of the refinement for the correction.",
     "wanted = sigmoid(correction + logit(start)), so correction = logit(wanted) - logit(start).",
     "A point has two logits; those of the size are 0: F.pad(logits, (0, 2)). inverse_sigmoid keeps 0 and 1 finite.",
@@ -182,60 +410,5 @@ def correction(answer: Callable[[Tensor, Tensor], Tensor]) -> str:
     if not answer(edges, torch.full((1, 4), 0.5)).isfinite().all() or not answer(wanted[:1], edges).isfinite().all():
         raise Mistake("the correction is infinite where a coordinate is 0 or 1: clamp it before the logarithm.")
     return (
-        "In logits every correction gives a valid box, and small boxes do not need smaller corrections than large ones."
+        "In logits every correction gives sizes in (0, 1), and small boxes need no smaller corrections than large ones."
     )
-
-
-@exercise(
-    "9.6",
-    "Solve 4 bytes times M S^2 = memory for S, and round down.",
-    "math.isqrt(room // (4 * heads)); for the other, room // (heads * points * 3 * 4).",
-)
-def fits(answer: Callable[[int, int, int], tuple[int, int]]) -> str:
-    """``fits(room, heads, points)``: the maximum numbers of tokens of dense and deformable attention."""
-    for room, heads, points in ((10**9, 8, 16), (123_456_789, 4, 12), (7 * 10**10, 16, 8)):
-        found = answer(room, heads, points)
-        if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise Mistake("return two integers: tokens for dense attention, tokens for deformable attention.")
-        dense, sparse = found
-        if dense != int(dense) or sparse != int(sparse):
-            raise Mistake("numbers of tokens are integers: round down.")
-        if dense < 1 or sparse < 1:
-            raise Mistake(f"{room:,} bytes hold more than {int(dense)} and {int(sparse)} tokens.")
-        _affordable("dense", int(dense), room, partial(_dense_bytes, heads), _dense_slips(room, heads))
-        slips = {
-            "a point has three numbers, a weight and two coordinates": room // (4 * heads * points),
-            "a float32 number takes 4 bytes": room // (3 * heads * points),
-            "every head has its own points": room // (12 * points),
-        }
-        _affordable("deformable", int(sparse), room, partial(_sparse_bytes, heads, points), slips)
-    return "A gigabyte holds 5,590 tokens densely and 651,041 deformably; an image of 800 by 1066 has 17,821."
-
-
-def _dense_bytes(heads: int, tokens: int) -> int:
-    """Bytes of dense attention weights."""
-    return 4 * heads * tokens * tokens
-
-
-def _sparse_bytes(heads: int, points: int, tokens: int) -> int:
-    """Bytes of sampling locations and weights."""
-    return 12 * heads * points * tokens
-
-
-def _dense_slips(room: int, heads: int) -> dict[str, int]:
-    return {
-        "a float32 number takes 4 bytes": int((room / heads) ** 0.5),
-        "every head has its own weights": int((room / 4) ** 0.5),
-        "the memory grows with the square of the number of tokens": room // (4 * heads),
-    }
-
-
-def _affordable(kind: str, found: int, room: int, takes: Callable[[int], int], slips: dict[str, int]) -> None:
-    """Raise a Mistake unless ``found`` is the largest number of tokens that fits into the room."""
-    if takes(found) <= room < takes(found + 1):
-        return
-    for slip, wrong in slips.items():
-        if abs(found - wrong) <= 1:
-            raise Mistake(f"{found:,} tokens for {kind} attention: {slip}.")
-    how = f"take {takes(found):,} bytes of {room:,}" if takes(found) > room else "leave room for one more"
-    raise Mistake(f"{found:,} tokens with {kind} attention {how}.")
