@@ -95,7 +95,7 @@ def little_rego():
 # ------------------------------------------------------------------------------------------------ shares of a batch
 
 
-class Numbers(torch.utils.data.Dataset):
+class Numbers(DetectionDataset):
     """41 images of a pixel, whose targets hold nothing but their number."""
 
     def __len__(self):

@@ -9,8 +9,6 @@ import difflib
 from dataclasses import fields, replace
 from typing import Any
 
-from torch import nn
-
 from regolite.errors import UserError
 from regolite.losses import LossConfig
 from regolite.models.anchor_detr import AnchorDetrConfig
@@ -18,6 +16,7 @@ from regolite.models.baselines import BaselineConfig
 from regolite.models.conditional_detr import ConditionalDetrConfig
 from regolite.models.config import ModelConfig, registered
 from regolite.models.deformable_detr import DeformableDetrConfig
+from regolite.models.detector import Detector
 from regolite.models.detr import DetrConfig
 from regolite.models.rego import Rego, RegoConfig
 from regolite.models.smca import SmcaConfig
@@ -155,7 +154,7 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
     return replace(config, **changed)
 
 
-def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:
+def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides: Any) -> Detector:
     """Build a model.
 
     Args:
