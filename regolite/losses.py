@@ -181,7 +181,8 @@ class SetLoss:
         labels = targets.labels[matches.image, matches.target]
         if scoring == "sigmoid":
             truth = torch.zeros_like(logits)
-            truth[(*at, labels)] = 1.0
+            classes = (*at, labels)
+            truth[classes] = 1.0
             return sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2).sum((1, 2, 3)) / max(num_boxes, 1.0)
         nothing = logits.shape[-1] - 1
         truth = torch.full(logits.shape[:3], nothing, device=logits.device)

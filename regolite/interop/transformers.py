@@ -196,9 +196,8 @@ def to_transformers(detector: nn.Module, timm: bool = True) -> HuggingFaceModel:
             **settings,
         )
     )
-    if (
-        settings.get("with_box_refine") and not settings["two_stage"]
-    ):  # a new model there has one class head under every number
+    if settings.get("with_box_refine") and not settings["two_stage"]:
+        # A new model there has one class head under every number.
         model.class_embed = nn.ModuleList(copy.deepcopy(head) for head in model.class_embed)
     model.load_state_dict(to_theirs(detector.state_dict(), _backbone_pairs(c.backbone, timm) + family.pairs(c)))
     return model.eval()

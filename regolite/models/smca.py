@@ -141,7 +141,9 @@ class Smca(Detector):
 
         positions = self.query_positions.weight.expand(len(images), -1, -1)
         # Centers are predicted from the input of the first decoder layer: positions alone, as hidden states are zero.
-        centers = in_full_precision(self.center_head, self.decoder.layers[0].prior_norm(positions))  # type: ignore[operator]
+        first = self.decoder.layers[0]
+        assert isinstance(first, SmcaDecoderLayer)
+        centers = in_full_precision(self.center_head, first.prior_norm(positions))
         pixels = centers.sigmoid() * images.sizes.flip(1)[:, None]  # x and y in the unpadded image
         cells = pixels[:, :, None] / pixels.new_tensor(self.strides)[:, None]  # [B, Q, L, 2]
         queries, hidden = positions.new_zeros(positions.shape), []
