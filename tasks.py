@@ -323,7 +323,7 @@ def pytest(python, *words):
 
 
 def test(args, rest):
-    """Run all that CI runs: style, types, tests, and every notebook again, its outputs compared with the stored ones."""
+    """Run all that CI runs: style, types, tests, and every notebook, its outputs compared with the stored ones."""
     python = activate(args, "1/3")
     style(python, "2/3")
     step("3/3", "tests, and the notebooks by nbval; types by mypy at the same time")
