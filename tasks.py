@@ -9,6 +9,7 @@ It needs nothing but Python >= 3.10. The first run creates a virtual environment
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -33,7 +34,7 @@ NEEDS = {
     "demo": ("course",),
     "lab": ("convert", "course", "transformers"),  # what the chapters import
     "coco-table1": (),
-    "lint": ("test",),
+    "lint": ("course", "test"),  # mypy reads the types of what the course imports
     "format": ("test",),
 }
 
@@ -298,6 +299,21 @@ def style(python, number):
     module(python, "ruff", "format", "--check", ".")
 
 
+@contextlib.contextmanager
+def types(python):
+    """Check types with mypy while something else runs; then show what it found, and fail if it found errors."""
+    with tempfile.TemporaryFile() as output:
+        mypy = subprocess.Popen([python, "-m", "mypy"], cwd=str(ROOT), stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield
+        finally:
+            status = mypy.wait()
+            output.seek(0)
+            print("mypy: " + output.read().decode("utf-8", "replace").strip(), flush=True)
+    if status:
+        raise SystemExit(status)
+
+
 def pytest(python, *words):
     """Call pytest, and leave nothing in the temporary folder: runs, kernels and browsers write gigabytes there."""
     with tempfile.TemporaryDirectory(prefix="regolite-", ignore_cleanup_errors=True) as folder:
@@ -307,20 +323,22 @@ def pytest(python, *words):
 
 
 def test(args, rest):
-    """Run all that CI runs: style, tests, and every notebook again, its outputs compared with the stored ones."""
+    """Run all that CI runs: style, types, tests, and every notebook, its outputs compared with the stored ones."""
     python = activate(args, "1/3")
     style(python, "2/3")
-    step("3/3", "tests, and the notebooks by nbval")
+    step("3/3", "tests, and the notebooks by nbval; types by mypy at the same time")
     words = ["tests", "notebooks", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=300"]
-    pytest(python, *words, "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", *rest)
+    with types(python):
+        pytest(python, *words, "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", *rest)
 
 
 def test_fast(args, rest):
-    """Run a quick part of the tests: style, and the tests that take seconds; no notebooks."""
+    """Run a quick part of the tests: style, types, and the tests that take seconds; no notebooks."""
     python = activate(args, "1/3")
     style(python, "2/3")
-    step("3/3", "the quick tests")
-    pytest(python, "tests", "-m", "not slow", *rest)
+    step("3/3", "the quick tests; types by mypy at the same time")
+    with types(python):
+        pytest(python, "tests", "-m", "not slow", *rest)
 
 
 def notebooks(args, rest):
@@ -389,8 +407,11 @@ def book(args, rest):
 
 
 def lint(args, rest):
-    """Check the style: ruff check, ruff format --check."""
-    style(activate(args, "1/2"), "2/2")
+    """Check style and types: ruff check, ruff format --check, mypy."""
+    python = activate(args, "1/3")
+    style(python, "2/3")
+    step("3/3", "types: mypy (a minute or two the first time)")
+    module(python, "mypy")
 
 
 def format(args, rest):

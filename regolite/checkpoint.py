@@ -15,7 +15,7 @@ from torch import nn
 
 from regolite.errors import UserError
 from regolite.interop import adapter  # noqa: F401 - registers the detectors of transformers
-from regolite.models.config import ModelConfig
+from regolite.models.config import ModelConfig, config_of
 from regolite.utils.files import write_atomic
 from regolite.utils.validation import shown
 
@@ -41,18 +41,6 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
         for key, value in model.state_dict().items()
     }
     write_atomic(path, save(state, metadata={KEY: json.dumps(config.to_dict())}))
-
-
-def config_of(model: nn.Module) -> ModelConfig:
-    """The configuration of a model made by :func:`regolite.build`.
-
-    Raises:
-        UserError: the model carries no configuration, as one assembled by hand.
-    """
-    config = getattr(model, "model_config", None)
-    if config is None:
-        raise UserError("a checkpoint carries the model's configuration: make the model with regolite.build")
-    return config
 
 
 def read_config(path: str | Path) -> ModelConfig:

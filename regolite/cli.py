@@ -41,7 +41,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,9 +49,8 @@ import regolite
 from regolite.errors import UserError, advice
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from regolite.data import DetectionDataset
+    from regolite.models.detector import Detector
     from regolite.types import Detections
 
 
@@ -110,7 +109,8 @@ def presets(arguments: argparse.Namespace) -> int:
         with torch.device("meta"):  # shapes without numbers: nothing is allocated
             parameters = sum(p.numel() for p in regolite.build(config).parameters())
         stages = config.rego.stages if config.rego is not None else 0
-        backbone = config.detector.backbone + ("-dc5" if getattr(config.detector, "dilated", False) else "")
+        about = asdict(config.detector)
+        backbone = about["backbone"] + "-dc5" * about.get("dilated", False)
         rows.append((name, parameters, backbone, stages, config.image_size))
     names = ("name", "parameters", "backbone", "stages", "image_size")
     if arguments.json:
@@ -147,12 +147,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Measure the average precision of every stage of a checkpoint."""
     from regolite.evaluation import table_by_stage, with_shared_classes
     from regolite.evaluation.bootstrap import as_text
+    from regolite.models.config import config_of
     from regolite.utils.files import write_atomic
 
     _prepare(arguments.json)
     _prepare(arguments.save_detections, "--save-detections")
     model = _load(arguments)
-    config = model.model_config
+    config = config_of(model)
     data = _open(arguments.data, arguments.split, model, arguments.limit_images, arguments.image_size)
     if arguments.shared_classes:
         of = len(data.classes)
@@ -227,14 +228,14 @@ def _sources(words: Sequence[str]) -> tuple[list[Path], list[str]]:
                 files = [Path(file) for file in sorted(glob.glob(word))]
                 found |= dict.fromkeys([Path(word)] if Path(word).exists() or not files else files)
             else:
-                found |= dict.fromkeys(list_images(word))
+                found |= {path: None for path in list_images(word) if isinstance(path, Path)}
         except UserError as error:
             wrong.append(_one_line(error))
     return list(found), wrong
 
 
 def _detect_in_image(
-    model: nn.Module, path: Path, target: Path, arguments: argparse.Namespace, records: JsonList
+    model: Detector, path: Path, target: Path, arguments: argparse.Namespace, records: JsonList
 ) -> str:
     """Detect in one image, draw and record what is found; returns what to say of it."""
     from regolite.data import read_image
@@ -252,7 +253,7 @@ def _detect_in_image(
 
 
 def _detect_in_video(
-    model: nn.Module, path: Path, target: Path, arguments: argparse.Namespace, records: JsonList
+    model: Detector, path: Path, target: Path, arguments: argparse.Namespace, records: JsonList
 ) -> str:
     """The same with every frame of a video."""
     from regolite.data.video import Frame, VideoWriter, read_video
@@ -329,29 +330,32 @@ def _prepare(file: Path | None, option: str = "--json") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _load(arguments: argparse.Namespace) -> nn.Module:
+def _load(arguments: argparse.Namespace) -> Detector:
     """The model of ``--checkpoint`` on ``--device``, after checking that it has the wanted ``--stages``."""
     from regolite.utils.devices import choose_device
 
     model = regolite.load(arguments.checkpoint, choose_device(arguments.device))
-    stages = len(model.stages) if isinstance(model, regolite.Rego) else 0
+    stages = model.num_stages
     if arguments.stages is not None and not 0 <= arguments.stages <= stages:
         has = f"has 0 to {stages}" if stages else "has no REGO: give 0, or leave it out"
         raise UserError(f"--stages {arguments.stages}: {arguments.checkpoint} {has}")
     return model
 
 
-def _open(root: str, split: str, model: nn.Module, limit: int | None, size: int | None = None) -> DetectionDataset:
+def _open(root: str, split: str, model: Detector, limit: int | None, size: int | None = None) -> DetectionDataset:
     """Data as the model is to see them in evaluation."""
     from regolite.data import make_transform, open_data
+    from regolite.models.config import config_of
 
-    config = model.model_config
+    config = config_of(model)
     return open_data(root, split, make_transform(config.augment, size or config.image_size, train=False), limit)
 
 
-def _records(path: Path, found: Detections, model: nn.Module) -> list[dict[str, Any]]:
+def _records(path: Path, found: Detections, model: Detector) -> list[dict[str, Any]]:
     """The detections of one image as JSON holds them."""
-    config = model.model_config
+    from regolite.models.config import config_of
+
+    config = config_of(model)
     return [
         {
             "file": str(path),
@@ -485,8 +489,8 @@ def experiment(arguments: argparse.Namespace) -> int:
             weights = arguments.weights or recipe_study.WEIGHTS
             recipe_study.conduct(_by_name(arguments.data), weights, arguments.arms, *options)
         finally:  # runs may be missing, or have failed: those that are done are worth a look
-            if found := recipe_study.read(results / "recipe"):
-                print(recipe_study.report(found))
+            if studied := recipe_study.read(results / "recipe"):
+                print(recipe_study.report(studied))
     return 0
 
 
@@ -552,7 +556,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.known: list[str] = []
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
         """As argparse's; the option's names are remembered."""
@@ -655,12 +659,13 @@ def _how_to_read(hint: Any) -> dict[str, Any]:
         return {"choices": arguments}
     if origin is tuple:
         return {"nargs": "*", "action": "extend", **_how_to_read(arguments[0])}
-    return {
+    options: dict[Any, dict[str, Any]] = {
         bool: {"action": argparse.BooleanOptionalAction},
         int: {"type": whole_number, "metavar": "N"},
         float: {"type": number, "metavar": "X"},
         str: {"type": str, "metavar": "NAME"},
-    }[hint]
+    }
+    return options[hint]
 
 
 def _evaluate_options(parser: Parser) -> None:

@@ -15,7 +15,8 @@ from regolite.boxes import to_pixels
 from regolite.data import batch_images, list_images, make_transform, read_image
 from regolite.data.images import ImageSource, check_image
 from regolite.errors import UserError
-from regolite.models.rego import Rego
+from regolite.models.config import config_of
+from regolite.models.detector import as_detector
 from regolite.types import Detections, DetectorOutput, ImageBatch, Prediction
 from regolite.utils.modes import evaluating
 from regolite.utils.validation import of_kind, share, whole
@@ -60,14 +61,12 @@ def to_detections(
 
 def run(model: nn.Module, images: ImageBatch, stages: int | None = None) -> DetectorOutput:
     """Run any detector; ``stages`` limits the number of REGO stages."""
-    return model(images, stages) if isinstance(model, Rego) else model(images)
+    return model(images, stages) if as_detector(model).num_stages else model(images)
 
 
 def scoring_of(model: nn.Module) -> str:
     """How a detector turns logits into scores: ``"softmax"`` or ``"sigmoid"``."""
-    scoring = model.scoring
-    assert isinstance(scoring, str)
-    return scoring
+    return as_detector(model).scoring
 
 
 def check_stages(model: nn.Module, stages: int | None) -> None:
@@ -77,7 +76,7 @@ def check_stages(model: nn.Module, stages: int | None) -> None:
         UserError: the model is not a detector, or has fewer stages.
     """
     of_kind("model", model, nn.Module, "a detector: regolite.load and regolite.build give one")
-    most = len(model.stages) if isinstance(model, Rego) else 0
+    most = as_detector(model).num_stages
     if stages is not None and whole("stages", stages) > most:
         has = f"this model has 0 to {most}" if most else "this model has no REGO: give 0, or leave it out"
         raise UserError(f"stages is {stages}, and {has}")
@@ -163,9 +162,8 @@ def _detect_each(
     model: nn.Module, sources: list[ImageSource], stages: int | None, top_k: int
 ) -> Iterator[list[Detections]]:
     """The detections by stage of each image, one image at a time."""
-    config, device = getattr(model, "model_config", None), next(model.parameters()).device
-    if config is None:
-        raise UserError("the model does not say how to prepare images: set its model_config (regolite.configure)")
+    need = "the model does not say how to prepare images: set its model_config (regolite.configure)"
+    config, device = config_of(model, need), next(model.parameters()).device
     checked = [_checked(source, number) for number, source in enumerate(sources, 1)]  # all, before the first detection
     transform = make_transform(config.augment, config.image_size, train=False)
     with evaluating(model):

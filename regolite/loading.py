@@ -11,16 +11,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from regolite import interop
-from regolite.checkpoint import EVERYDAY, KEY, config_of, read_config
+from regolite.checkpoint import EVERYDAY, KEY, read_config
 from regolite.errors import UserError
-from regolite.models.config import ModelConfig, class_head_names
+from regolite.models.config import ModelConfig, class_head_names, config_of
+from regolite.models.detector import Detector, as_detector
 from regolite.models.presets import build
-from regolite.models.rego import Rego
 from regolite.utils.devices import choose_device
 from regolite.utils.validation import of_kind
 
 
-def load(path: str | Path = EVERYDAY, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | Path = EVERYDAY, device: str | torch.device = "cpu") -> Detector:
     """Load a model with its weights, in evaluation mode.
 
     Args:
@@ -64,7 +64,7 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
     classes, stored = _stored(path)
     own = model.state_dict()
     kept: set[str] = set()
-    if new_stages and isinstance(model, Rego) and not any(key.startswith("detector.") for key in stored):
+    if new_stages and as_detector(model).num_stages and not any(key.startswith("detector.") for key in stored):
         stored = {f"detector.{key}": value for key, value in stored.items()}
         kept = {key for key in own if not key.startswith("detector.")}
     _check_names(path, set(own) - kept, set(stored), set(own))

@@ -191,7 +191,8 @@ class SetLoss:
         labels = targets.labels[matches.image, matches.target]
         if scoring == "sigmoid":
             truth = torch.zeros_like(logits)
-            truth[(*at, labels)] = 1.0
+            classes = (*at, labels)
+            truth[classes] = 1.0
             focal = sigmoid_focal_loss(logits, truth, self.config.focal_alpha, self.config.focal_gamma)
             return focal.sum((1, 2, 3)) / max(num_boxes, 1.0)
         nothing = logits.shape[-1] - 1

@@ -112,6 +112,8 @@ class DetectorOutput:
         proposals: the encoder's predictions (two-stage Deformable DETR), or None.
         stages: for each REGO stage the predictions of its decoder layers; the last of stage i is O(i). Empty without
             REGO.
+        references: the queries' initial reference points (x, y) or boxes (cxcywh) relative to the unpadded image,
+            or None if they have none.
         proposals_by_class: whether the proposals' logits are of classes; otherwise only the first is used, as "object".
         denoising: the output for noised ground truth in training (:mod:`regolite.denoising`), or None.
         query_mask: True on queries that are padding; None except in ``denoising``.
@@ -125,6 +127,7 @@ class DetectorOutput:
     proposals_by_class: bool = False
     denoising: DetectorOutput | None = None
     query_mask: Bool[Tensor, "B Q"] | None = None
+    references: Float[Tensor, "B Q d"] | None = None
 
     @property
     def by_stage(self) -> list[Prediction]:

@@ -13,6 +13,7 @@ from regolite.data import batch_images
 from regolite.models.anchor_detr import AnchorDetr, AnchorDetrConfig
 from regolite.models.conditional_detr import ConditionalDetr, ConditionalDetrConfig
 from regolite.models.deformable_detr import DeformableDetr, DeformableDetrConfig
+from regolite.models.detector import Detector, as_detector
 from regolite.models.detr import Detr, DetrConfig
 from regolite.models.smca import Smca, SmcaConfig
 from regolite.types import FeatureMap
@@ -133,3 +134,39 @@ def unchecked():
 def batch(*sizes, multiple=32):
     """A batch of random images of these heights and widths."""
     return batch_images(random_images(*sizes), multiple)
+
+
+def check_contract(detector, num_classes, images):
+    """Assert that what a detector says of itself is true of its output.
+
+    Args:
+        detector: the detector, in evaluation mode.
+        num_classes: number of classes K.
+        images: a batch.
+
+    Returns:
+        The output.
+    """
+    assert isinstance(detector, Detector) and as_detector(detector) is detector
+    with torch.no_grad():
+        output = detector(images)
+    assert detector.scoring in ("softmax", "sigmoid") and detector.dim % detector.heads == 0
+    assert detector.num_logits == num_classes + (detector.scoring == "softmax")
+    for prediction in (*output.layers, *output.by_stage):
+        assert prediction.logits.shape[-1] == detector.num_logits
+    assert output.layers[-1].logits.shape[:2] == output.queries.shape[:2] and output.queries.shape[2] == detector.dim
+    channels = [feature.tensor.shape[1] for feature in output.features]
+    assert detector.feature_channels == channels
+    assert not detector.projected or set(channels) == {detector.dim}
+    assert len(output.stages) == detector.num_stages
+    if output.references is not None:
+        assert output.references.shape[:2] == output.queries.shape[:2] and output.references.shape[2] in (2, 4)
+
+    attentions = dict(detector.named_attentions())
+    modules = set(detector.modules())
+    assert all(modules.issuperset(found) for found in attentions.values())
+    decoder = [name for name in attentions if name.startswith("decoder.") and name.endswith(".self")]
+    assert decoder == [f"decoder.{layer}.self" for layer in range(len(decoder))]
+    assert len(output.layers) - len(decoder) in (0, 1)  # RT-DETR's first prediction is its encoder's
+    assert {detector.parameter_group(name) for name, _ in detector.named_parameters()} >= {"backbone", "rest"}
+    return output

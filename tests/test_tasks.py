@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -140,3 +141,18 @@ def test_options_exclude_each_other(tasks, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tasks.main()
     assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_types_are_checked_beside_the_tests(tasks, monkeypatch, capsys, status):
+    start, commands = tasks.subprocess.Popen, []
+
+    def popen(command, **more):
+        commands.append(command)
+        return start([sys.executable, "-c", f"print('what it found'); raise SystemExit({status})"], **more)
+
+    monkeypatch.setattr(tasks.subprocess, "Popen", popen)
+    with contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit), tasks.types("python"):
+        print("the tests")
+    assert commands == [["python", "-m", "mypy"]]
+    assert capsys.readouterr().out.splitlines() == ["the tests", "mypy: what it found"]

@@ -24,7 +24,8 @@ from regolite.types import Memory
 )
 def pre_norm(answer: Callable[..., Tensor]) -> str:
     """A pre-norm encoder layer."""
-    layer = EncoderLayer(16, MultiHeadAttention(16, 2), 32, 0.0)
+    attention = MultiHeadAttention(16, 2)
+    layer = EncoderLayer(16, attention, 32, 0.0)
     for norm in (layer.attention_norm, layer.ffn_norm):  # make the two norms distinguishable
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias)
@@ -35,7 +36,7 @@ def pre_norm(answer: Callable[..., Tensor]) -> str:
         one, two = (second, first) if swapped else (first, second)
         n = one(tokens)
         q = n + positions
-        x = tokens + layer.attention(q, q if keys else n, q if values else n)
+        x = tokens + attention(q, q if keys else n, q if values else n)
         return x + layer.ffn(two(x))
 
     with torch.no_grad():
@@ -44,7 +45,7 @@ def pre_norm(answer: Callable[..., Tensor]) -> str:
         if alike(found, tokens):
             raise Mistake("the tokens are unchanged.")
         n = first(tokens)
-        wrong = n + layer.attention(n + positions, n + positions, n)
+        wrong = n + attention(n + positions, n + positions, n)
         before = first(tokens + positions)
         known = {
             "this is the post-norm layer: the norms come after the sums. Here they come before the branches.": layer(
@@ -58,13 +59,13 @@ def pre_norm(answer: Callable[..., Tensor]) -> str:
             "the sum starts from the normalized tokens. The residual connection has no norm: add to the tokens "
             "themselves.": wrong + layer.ffn(second(wrong)),
             "the input of the feed-forward network is not normalized.": (
-                (x := tokens + layer.attention(n + positions, n + positions, n)) + layer.ffn(x)
+                (x := tokens + attention(n + positions, n + positions, n)) + layer.ffn(x)
             ),
             "the input of the attention is not normalized.": (
-                (x := tokens + layer.attention(tokens + positions, tokens + positions, tokens)) + layer.ffn(second(x))
+                (x := tokens + attention(tokens + positions, tokens + positions, tokens)) + layer.ffn(second(x))
             ),
             "the positions were added before the norm: normalize the tokens first, then add the positions.": (
-                (x := tokens + layer.attention(before, before, n)) + layer.ffn(second(x))
+                (x := tokens + attention(before, before, n)) + layer.ffn(second(x))
             ),
         }
         for said, mistaken in known.items():

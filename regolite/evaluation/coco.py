@@ -32,6 +32,7 @@ from regolite.errors import UserError
 from regolite.evaluation.bootstrap import intervals
 from regolite.inference import check_stages, detections_by_stage
 from regolite.models.config import ModelConfig
+from regolite.models.detector import as_detector
 from regolite.types import ImageBatch, Target, stage_name
 from regolite.utils import distributed
 from regolite.utils.files import write_atomic
@@ -231,7 +232,7 @@ def _detect_all(
     of_kind("dataset", dataset, DetectionDataset, "a dataset: regolite.data.open_data(FOLDER) gives one")
     batch_size, top_k = whole("batch_size", batch_size, 1), whole("top_k", top_k, 1)
     workers = whole("workers", workers, 0)
-    category_ids = category_ids_of(getattr(model, "model_config", None), dataset)
+    category_ids = category_ids_of(as_detector(model).model_config, dataset)
     dataset, device = prepared(model, dataset), next(model.parameters()).device
     every = torch.arange(len(dataset)).split(batch_size)
     batches = DataLoader(
@@ -302,7 +303,7 @@ def _check_broken(broken: list[tuple[int, str]], count: int) -> None:
 
 def prepared(model: nn.Module, dataset: DetectionDataset) -> DetectionDataset:
     """The dataset with the model's evaluation transform, unless it has one; with neither, full size and a warning."""
-    config = getattr(model, "model_config", None)
+    config = as_detector(model).model_config
     if dataset.transform is not None:
         return dataset
     if config is None:

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from regolite.models.baselines import BaselineConfig
+from regolite.models.baselines import Baseline, BaselineConfig
 from regolite.models.config import ModelConfig
+from regolite.models.detector import as_detector
 from regolite.models.presets import build, configure, presets
-from regolite.models.rego import Rego
 from regolite.types import ImageBatch
 from regolite.utils.modes import evaluating
 from regolite.utils.progress import track
@@ -101,7 +101,7 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
     image = ImageBatch(pixels, torch.zeros_like(pixels[:, 0]).bool(), torch.tensor([[height, width]], device=device))
     counter = Counter(model)
     with evaluating(model), torch.no_grad(), counter, counter.knowing_parts():
-        getattr(model, "dense", model)(image)
+        (model.dense if isinstance(model, Baseline) else model)(image)
     parameters = sum(p.numel() for p in model.parameters())
     return Cost(parameters, {part: dict(kinds) for part, kinds in counter.parts.items()})
 
@@ -169,7 +169,7 @@ def _storage(tensor: Tensor) -> int:
 
 def _part(model: nn.Module, name: str) -> str:
     """The part of a module with this name; empty for the model itself."""
-    if isinstance(model, Rego) and name and not name.startswith("detector"):
+    if as_detector(model).num_stages and name and not name.startswith("detector"):
         return "rego"
     path = [step for step in name.split(".") if step not in ("detector", "net")]
     return path[0] if path else ""

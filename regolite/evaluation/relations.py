@@ -47,7 +47,7 @@ from regolite.data import DetectionDataset, collate
 from regolite.errors import UserError
 from regolite.evaluation.coco import category_ids_of, prepared
 from regolite.inference import check_stages, run
-from regolite.models.rego import Rego
+from regolite.models.detector import as_detector
 from regolite.tracing.recorder import record
 from regolite.tracing.trace import AttentionMap, Trace
 from regolite.types import Target
@@ -183,14 +183,14 @@ def relation_score(
     """
     check_stages(model, stages)
     batch_size, samples = whole("batch_size", batch_size, 1), whole("samples", samples, 1)
-    category_ids_of(getattr(model, "model_config", None), dataset)  # raises if the model lacks categories of the data
+    category_ids_of(as_detector(model).model_config, dataset)  # raises if the model lacks categories of the data
     dataset = prepared(model, dataset)
     relations = {i: dataset.relations(i) for i in range(len(dataset))}
     relations = {i: pairs for i, pairs in relations.items() if pairs and _count(dataset, i) > 2}
     if not relations:
         raise UserError("no image has three objects and one of them decided by another; give scenes, as scenes:200")
     patterns = [BASE, "decoder.*.boxes"]
-    if isinstance(model, Rego):
+    if as_detector(model).num_stages:
         patterns += ["stage.*.self", "stage.*.relations.*", "stage.*.boxes.*"]
     cases: list[Case] = []
     with evaluating(model) as device:

@@ -34,6 +34,7 @@ from regolite.errors import UserError
 from regolite.evaluation.coco import category_ids_of, prepared
 from regolite.evaluation.relations import BASE, Case, figures_of, group, percent, stand_for
 from regolite.inference import check_stages, run, scoring_of
+from regolite.models.detector import as_detector
 from regolite.types import Prediction
 from regolite.utils.modes import evaluating
 from regolite.utils.progress import track
@@ -99,7 +100,7 @@ def removal(
         raise UserError("images in files cannot be drawn again without an object; give scenes, as scenes:200")
     check_stages(model, stages)
     samples = whole("samples", samples, 1)
-    known = category_ids_of(getattr(model, "model_config", None), scenes)
+    known = category_ids_of(as_detector(model).model_config, scenes)
     columns = [known.index(scenes.category_ids[CLASSES.index(f"ball of {shape}")]) for shape in DECIDERS]
     transform = prepared(model, scenes).transform or to_pixels()
     place = {image_id: i for i, image_id in enumerate(scenes.image_ids)}

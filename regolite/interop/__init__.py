@@ -34,7 +34,8 @@ from regolite.interop.adapter import adapt
 from regolite.interop.keys import from_theirs, to_theirs
 from regolite.interop.transformers import from_transformers, to_transformers
 from regolite.models.baselines import COCO_CLASSES
-from regolite.models.config import DETECTORS, ModelConfig, class_head_names
+from regolite.models.config import DETECTORS, ModelConfig, class_head_names, config_of
+from regolite.models.detector import Detector
 from regolite.models.presets import build, configure, presets
 from regolite.utils.files import write_atomic
 from regolite.utils.validation import whole
@@ -62,7 +63,7 @@ def load(
     form: str | None = None,
     num_classes: int | None = None,
     **overrides: Any,
-) -> nn.Module:
+) -> Detector:
     """A regolite detector with published weights and the same outputs as the authors' code.
 
     The configuration is inferred from names and shapes of the weights, and from the options that the authors' training
@@ -97,7 +98,7 @@ def load(
     fields |= overrides
     model = build(configure(_preset(family, fields), **fields), wanted)
 
-    own, pairs = model.state_dict(), chosen.pairs(model.model_config)
+    own, pairs = model.state_dict(), chosen.pairs(config_of(model))
     fresh = set(class_head_names(own)) if wanted != classes else set()
     heads = {name for pair in pairs for ours, theirs in pair.names(own) if ours[0] in fresh for name in theirs}
     found = from_theirs(
@@ -190,10 +191,7 @@ def _preset(family: str, fields: Mapping[str, Any]) -> str:
 
 
 def _config(detector: nn.Module) -> ModelConfig:
-    config = getattr(detector, "model_config", None)
-    if config is None:
-        raise UserError("the export needs the model's configuration: make the model with regolite.build")
-    return config
+    return config_of(detector, "the export needs the model's configuration: make the model with regolite.build")
 
 
 def _form(config: ModelConfig) -> Any:

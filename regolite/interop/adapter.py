@@ -41,6 +41,7 @@ from regolite.losses import LossConfig
 from regolite.models.backbone import shrink
 from regolite.models.baselines import COCO_CLASSES
 from regolite.models.config import DetectorConfig, ModelConfig, register
+from regolite.models.detector import Attention, Detector
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
 from regolite.utils.validation import shown, whole
 
@@ -83,19 +84,13 @@ def adapt(model: HuggingFaceModel, num_classes: int | None = None) -> Transforme
     return TransformersDetector(model)
 
 
-class TransformersDetector(nn.Module):
+class TransformersDetector(Detector):
     """A detector of transformers as REGO's base detector.
 
     Args:
         model: the model of transformers.
 
-    Attributes:
-        dim: channels of the hidden states.
-        heads: attention heads of the decoder.
-        scoring: how logits become scores.
-        num_logits: logits per query, K or K + 1.
-        feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
-        projected: whether these maps are projections to ``dim`` channels, or the backbone's own.
+    Its attributes are those of :class:`~regolite.models.detector.Detector`.
 
     Raises:
         UserError: as :func:`adapt`.
@@ -135,10 +130,38 @@ class TransformersDetector(nn.Module):
         options = {"output_hidden_states": True} if self.family.asks_states else {}
         with _recorded_outputs([module for module, _ in self._map_makers()]) as outputs:
             out = self.model.model(pixels, pixel_mask=(~images.mask).long(), return_dict=True, **options)
-        layers, proposals = self.family.read(self.model, out)
+        layers, proposals, references = self.family.read(self.model, out)
         if not self.family.masks_padding:
             layers = [Prediction(p.logits, _unpad(p.boxes, images)) for p in layers]
-        return DetectorOutput(layers, out.last_hidden_state, _feature_maps(outputs, images), proposals)
+            references = None if references is None else _unpad(references, images)
+        maps = _feature_maps(outputs, images)
+        return DetectorOutput(layers, out.last_hidden_state, maps, proposals, references=references)
+
+    def transformer_layers(self) -> list[nn.Module]:
+        """None: transformers checkpoints its layers itself (``model.gradient_checkpointing_enable()``)."""
+        return []
+
+    def named_attentions(self) -> Iterator[tuple[str, Attention]]:
+        """The attentions of transformers' encoder and decoder layers; see :class:`Detector`.
+
+        Raises:
+            UserError: the model's attention implementation does not compute weights that can be intercepted.
+        """
+        how = self.model.config._attn_implementation
+        if how not in (None, "eager", "sdpa"):
+            raise UserError(
+                f"the attention implementation {how!r} cannot be recorded; choose another one with "
+                "model.set_attn_implementation('eager')"
+            )
+        encoder = decoder = 0
+        for layer, among, cross in _attention_layers(self.model):
+            if cross is None:
+                yield f"encoder.{encoder}", (layer, among)
+                encoder += 1
+            else:
+                yield f"decoder.{decoder}.self", (layer, among)
+                yield f"decoder.{decoder}.cross", (layer, cross)
+                decoder += 1
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Untie heads for which the state dict has different values, as transformers does when it loads a model.
@@ -221,7 +244,35 @@ def _check_numbers(value: Any, name: str) -> None:
         _check_numbers(content, part)
 
 
-Read = Callable[[HuggingFaceModel, Any], tuple[list[Prediction], Prediction | None]]
+ATTENTIONS = (
+    ("self_attn", "encoder_attn"),  # most decoder layers
+    ("self_attn", "cross_attn"),  # DAB-DETR's
+    ("self_attn", None),  # encoder layers
+)
+"""Names of the self- and cross-attention modules by which transformers' layers are recognized."""
+
+
+def _attention_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | None]]:
+    """The layers of encoders and decoders with their attention modules; layers of a backbone are excluded."""
+    for name, child in model.named_children():
+        if name == "backbone":
+            continue
+        parts = dict(child.named_children())
+        for among, cross in ATTENTIONS:
+            if among in parts and (cross is None or cross in parts):
+                yield child, _inner(parts, among), None if cross is None else _inner(parts, cross)
+                break
+        else:
+            yield from _attention_layers(child)
+
+
+def _inner(parts: dict[str, nn.Module], name: str) -> nn.Module:
+    """The attention module of this name; DAB-DETR wraps each one in a module of the same name."""
+    return dict(parts[name].named_children()).get(name, parts[name])
+
+
+References = Float[Tensor, "B Q d"] | None
+Read = Callable[[HuggingFaceModel, Any], tuple[list[Prediction], Prediction | None, References]]
 
 
 @dataclass(frozen=True)
@@ -229,7 +280,8 @@ class Family:
     """How the wrapper uses a family of detectors.
 
     Attributes:
-        read: from a model and its base model's output, the predictions of each layer, and proposals or None.
+        read: from a model and its base model's output, the predictions of each layer, the proposals or None, and the
+            queries' initial references or None.
         scoring: how logits become scores.
         pyramid: name of the modules whose outputs are the projected pyramid; None to use the backbone's maps.
         asks_states: whether the hidden states of all decoder layers must be requested.
@@ -245,27 +297,30 @@ class Family:
     normalized: bool = True
 
 
-def _read_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None]:
+def _read_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None, None]:
     states = _decoder_states(model, out)
-    return [Prediction(model.class_labels_classifier(h), model.bbox_predictor(h).sigmoid()) for h in states], None
+    boxes = (model.bbox_predictor(h).sigmoid() for h in states)
+    return [Prediction(model.class_labels_classifier(h), b) for h, b in zip(states, boxes)], None, None
 
 
-def _read_conditional_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None]:
+def _read_conditional_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None, References]:
     """Each layer corrects the same learned reference point."""
-    start = F.pad(inverse_sigmoid(out.reference_points).transpose(0, 1), (0, 2))
+    references = out.reference_points.transpose(0, 1)
+    start = F.pad(inverse_sigmoid(references), (0, 2))
     states = _decoder_states(model, out)
     boxes = ((model.bbox_predictor(h) + start).sigmoid() for h in states)
-    return [Prediction(model.class_labels_classifier(h), b) for h, b in zip(states, boxes)], None
+    return [Prediction(model.class_labels_classifier(h), b) for h, b in zip(states, boxes)], None, references
 
 
-def _read_dab_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None]:
+def _read_dab_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None, References]:
     """Each layer corrects the box of the previous layer."""
     states = out.intermediate_hidden_states  # [layers, B, Q, C]
     boxes = (model.bbox_predictor(states) + inverse_sigmoid(out.reference_points)).sigmoid()
-    return [Prediction(model.class_embed(h), b) for h, b in zip(states, boxes)], None
+    layers = [Prediction(model.class_embed(h), b) for h, b in zip(states, boxes)]
+    return layers, None, out.reference_points[0]  # of the first layer
 
 
-def _read_deformable_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], Prediction | None]:
+def _read_deformable_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], Prediction | None, References]:
     """Each layer corrects a reference: the learned point, or with refinement the previous box or a proposal."""
     layers = []
     references = [out.init_reference_points, *out.intermediate_reference_points.unbind(1)]
@@ -274,11 +329,12 @@ def _read_deformable_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Predi
         boxes = model.bbox_embed[i](h) + F.pad(start, (0, 4 - start.shape[-1]))
         layers.append(Prediction(model.class_embed[i](h), boxes.sigmoid()))
     if not model.config.two_stage:
-        return layers, None
-    return layers, Prediction(out.enc_outputs_class, out.enc_outputs_coord_logits.sigmoid())
+        return layers, None, out.init_reference_points
+    proposals = Prediction(out.enc_outputs_class, out.enc_outputs_coord_logits.sigmoid())
+    return layers, proposals, out.init_reference_points
 
 
-def _read_rt_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None]:
+def _read_rt_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None, References]:
     """The model applies its heads itself.
 
     The first prediction is that of the encoder's selected proposals, with which the decoder starts. It has class logits
@@ -286,7 +342,8 @@ def _read_rt_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], 
     """
     boxes = out.intermediate_reference_points.unbind(1)
     layers = [Prediction(c, b) for c, b in zip(out.intermediate_logits.unbind(1), boxes)]
-    return [Prediction(out.enc_topk_logits, out.enc_topk_bboxes), *layers], None
+    references = out.init_reference_points.sigmoid()  # logits there
+    return [Prediction(out.enc_topk_logits, out.enc_topk_bboxes), *layers], None, references
 
 
 _DETR = Family(_read_detr, "softmax", asks_states=True)

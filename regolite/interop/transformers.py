@@ -31,11 +31,11 @@ from regolite.interop.adapter import HuggingFaceModel
 from regolite.interop.keys import Pair, from_theirs, to_theirs
 from regolite.losses import LossConfig
 from regolite.models.conditional_detr import ConditionalDetrConfig
-from regolite.models.config import ModelConfig
+from regolite.models.config import ModelConfig, config_of
 from regolite.models.deformable_detr import DeformableDetrConfig
+from regolite.models.detector import Detector, as_detector
 from regolite.models.detr import DetrConfig
 from regolite.models.presets import build
-from regolite.models.rego import Rego
 
 # Blocks of each stage, which identify transformers' own ResNets.
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -95,7 +95,7 @@ class Family:
     loss: tuple[tuple[str, str], ...] = LOSS_FIELDS
 
 
-def from_transformers(model: HuggingFaceModel) -> nn.Module:
+def from_transformers(model: HuggingFaceModel) -> Detector:
     """Convert a detector of transformers to one of ours.
 
     Its backbone must be a ResNet-50 or 101 (or timm's ResNeXt-101). Classes have the names in ``id2label`` and their
@@ -160,17 +160,15 @@ def to_transformers(detector: nn.Module, timm: bool = True) -> HuggingFaceModel:
     Raises:
         UserError: the detector has parts that transformers lacks, as REGO, or transformers is not installed.
     """
-    if isinstance(detector, Rego):
+    if as_detector(detector).num_stages:
         raise UserError("transformers has no REGO; convert the base detector alone: to_transformers(detector.detector)")
-    config = getattr(detector, "model_config", None)
-    if config is None:
-        raise UserError("the model's configuration is converted too: make the model with regolite.build or load it")
+    need = "the model's configuration is converted too: make the model with regolite.build or load it"
+    config = config_of(detector, need)
     c = config.detector
-    name = next((name for name, family in FAMILIES.items() if isinstance(c, family.config)), None)
-    if name is None:
+    if not isinstance(c, (DetrConfig, ConditionalDetrConfig, DeformableDetrConfig)):
         kind = type(detector).__name__
         raise UserError(f"to_transformers converts DETR, Conditional DETR and Deformable DETR, and this is a {kind}")
-    family = FAMILIES[name]
+    name, family = next((name, family) for name, family in FAMILIES.items() if isinstance(c, family.config))
     for setting, value in family.ours.items():
         if getattr(c, setting) != value:
             raise UserError(
@@ -198,7 +196,8 @@ def to_transformers(detector: nn.Module, timm: bool = True) -> HuggingFaceModel:
             **settings,
         )
     )
-    if settings.get("with_box_refine") and not c.two_stage:  # a new model there has one class head under every number
+    if settings.get("with_box_refine") and not settings["two_stage"]:
+        # A new model there has one class head under every number.
         model.class_embed = nn.ModuleList(copy.deepcopy(head) for head in model.class_embed)
     model.load_state_dict(to_theirs(detector.state_dict(), _backbone_pairs(c.backbone, timm) + family.pairs(c)))
     return model.eval()

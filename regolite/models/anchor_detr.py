@@ -27,8 +27,9 @@ from regolite.models.attention import MultiHeadAttention
 from regolite.models.backbone import Backbone
 from regolite.models.config import DetectorConfig, register
 from regolite.models.deformable_detr import ImageNorm
+from regolite.models.detector import Detector
 from regolite.models.positions import sine_embedding
-from regolite.models.transformer import MLP, FeedForward, box_head, class_head, in_float32
+from regolite.models.transformer import MLP, FeedForward, box_head, class_head, in_full_precision
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
 
 
@@ -180,8 +181,8 @@ class AnchorDecoderLayer(nn.Module):
 
 
 @register("anchor_detr", AnchorDetrConfig)
-class AnchorDetr(nn.Module):
-    """Anchor DETR; its attributes are those of :class:`~regolite.models.detr.Detr`.
+class AnchorDetr(Detector):
+    """Anchor DETR; its attributes are those of :class:`~regolite.models.detector.Detector`.
 
     Args:
         config: its configuration.
@@ -250,12 +251,12 @@ class AnchorDetr(nn.Module):
         layers = []
         for layer in self.decoder_layers:
             queries = layer(queries, (xy, x, y), grid)
-            boxes = in_float32(self.box_head, queries) + F.pad(inverse_sigmoid(points), (0, 2))
-            layers.append(Prediction(in_float32(self.class_head, queries), boxes.sigmoid()))
+            boxes = in_full_precision(self.box_head, queries) + F.pad(inverse_sigmoid(points), (0, 2))
+            layers.append(Prediction(in_full_precision(self.class_head, queries), boxes.sigmoid()))
 
         if self.dilated:  # REGO reads the last map of a DC5 model at the normal stride (appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
-        return DetectorOutput(layers, queries, maps)
+        return DetectorOutput(layers, queries, maps, references=points.expand(len(images), -1, -1))
 
     def _along(self, mask: Bool[Tensor, "B n"]) -> Float[Tensor, "B n C"]:
         """The encoded positions of columns or rows, in [0, 1] of the unpadded image."""

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torchvision
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import get_model_weights, get_weight, list_models
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -33,6 +33,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from regolite.errors import UserError
 from regolite.models.backbone import download
 from regolite.models.config import DetectorConfig, register
+from regolite.models.detector import Detector
 from regolite.types import Detections, ImageBatch
 from regolite.utils.weight_files import read
 
@@ -73,7 +74,7 @@ class BaselineConfig(DetectorConfig):
 
 
 @register("baseline", BaselineConfig)
-class Baseline(nn.Module):
+class Baseline(Detector):
     """A detector of torchvision.
 
     Args:

@@ -32,6 +32,7 @@ from regolite.boxes import inverse_sigmoid
 from regolite.models.attention import MultiHeadAttention
 from regolite.models.backbone import Backbone
 from regolite.models.config import DetectorConfig, register
+from regolite.models.detector import Detector
 from regolite.models.positions import sine_embedding, sine_positions
 from regolite.models.transformer import (
     MLP,
@@ -41,7 +42,7 @@ from regolite.models.transformer import (
     box_head,
     class_head,
     flatten,
-    in_float32,
+    in_full_precision,
 )
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
 
@@ -66,19 +67,14 @@ class ConditionalDetrConfig(DetectorConfig):
 
 
 @register("conditional_detr", ConditionalDetrConfig)
-class ConditionalDetr(nn.Module):
+class ConditionalDetr(Detector):
     """Conditional DETR.
 
     Args:
         config: its configuration.
         num_classes: number of classes K.
 
-    Attributes:
-        dim: channels of the hidden states.
-        scoring: how logits become scores, always ``"sigmoid"``.
-        num_logits: logits per query, K.
-        feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
-        projected: False: these maps are the backbone's own.
+    Its attributes are those of :class:`~regolite.models.detector.Detector`; it returns the backbone's own maps.
     """
 
     projected = False
@@ -125,7 +121,7 @@ class ConditionalDetr(nn.Module):
         memory = self.encoder(flatten([projected], [sine_positions(last.mask, self.dim)]))
 
         positions = self.query_positions.weight.expand(len(images), -1, -1)
-        points = in_float32(self.reference_head, positions).sigmoid()
+        points = in_full_precision(self.reference_head, positions).sigmoid()
         places = sine_embedding(points.flip(-1) * 2 * math.pi, self.dim // 2).flatten(
             -2
         )  # p_s; y first, as the cells have it
@@ -137,12 +133,12 @@ class ConditionalDetr(nn.Module):
 
         if self.dilated:  # REGO reads the last map of a DC5 model at the normal stride (appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
-        return DetectorOutput(layers, self.decoder_norm(queries), maps)
+        return DetectorOutput(layers, self.decoder_norm(queries), maps, references=points)
 
     def _predict(self, hidden: Float[Tensor, "B Q C"], points: Float[Tensor, "B Q 2"]) -> Prediction:
         """A box around the reference point: sigmoid(FFN(f) + [s, 0, 0]) (section 3.1)."""
-        boxes = in_float32(self.box_head, hidden) + F.pad(inverse_sigmoid(points), (0, 2))
-        return Prediction(in_float32(self.class_head, hidden), boxes.sigmoid())
+        boxes = in_full_precision(self.box_head, hidden) + F.pad(inverse_sigmoid(points), (0, 2))
+        return Prediction(in_full_precision(self.class_head, hidden), boxes.sigmoid())
 
 
 class ConditionalDecoderLayer(nn.Module):

@@ -10,10 +10,11 @@ from torch import nn
 
 from regolite.errors import UserError
 from regolite.losses import LossConfig
+from regolite.models.detector import Detector, as_detector
 from regolite.models.rego import RegoConfig
 from regolite.utils.validation import Checked, check_bounds, from_values, shown
 
-D = TypeVar("D", bound=Callable[..., nn.Module])
+D = TypeVar("D", bound=Callable[..., Detector])
 
 
 class DetectorConfig(Checked):
@@ -37,7 +38,7 @@ class DetectorConfig(Checked):
         return replace(self, weights=None) if "weights" in {f.name for f in fields(self)} else self
 
 
-DETECTORS: dict[str, tuple[type[DetectorConfig], Callable[[Any, int], nn.Module]]] = {}
+DETECTORS: dict[str, tuple[type[DetectorConfig], Callable[[Any, int], Detector]]] = {}
 """By name: the configuration of each base detector, and what builds it from that and a number of classes."""
 
 
@@ -56,7 +57,7 @@ def register(name: str, config: type[DetectorConfig]) -> Callable[[D], D]:
     return add
 
 
-def registered(config: DetectorConfig) -> tuple[str, Callable[[Any, int], nn.Module]]:
+def registered(config: DetectorConfig) -> tuple[str, Callable[[Any, int], Detector]]:
     """The name of the base detector that a configuration describes, and what builds it."""
     return next((name, build) for name, (kind, build) in DETECTORS.items() if type(config) is kind)
 
@@ -107,9 +108,10 @@ class ModelConfig(Checked):
         Raises:
             UserError: a part is missing or unknown, or a value of a wrong type or beyond its bounds.
         """
-        kinds = {"detector": DETECTORS.get(str(stored.get("kind")), (None,))[0], "rego": RegoConfig, "loss": LossConfig}
-        if kinds["detector"] is None:
+        if str(stored.get("kind")) not in DETECTORS:
             raise UserError(f"kind={shown(stored.get('kind'))} is not one of {', '.join(DETECTORS)}")
+        detector, _ = DETECTORS[str(stored["kind"])]
+        kinds: dict[str, type[Checked]] = {"detector": detector, "rego": RegoConfig, "loss": LossConfig}
         stored = {name: value for name, value in stored.items() if name != "kind"}
         for part, kind in kinds.items():
             values = stored.get(part)
@@ -119,6 +121,24 @@ class ModelConfig(Checked):
         if missing := {"preset"} - set(stored):
             raise UserError(f"{', '.join(missing)} is missing")
         return from_values(ModelConfig, stored)
+
+
+def config_of(
+    model: nn.Module, need: str = "a checkpoint carries the model's configuration: make the model with regolite.build"
+) -> ModelConfig:
+    """The configuration of a model made by :func:`regolite.build`.
+
+    Args:
+        model: the model.
+        need: the message if it has none.
+
+    Raises:
+        UserError: the model carries no configuration, as one assembled by hand.
+    """
+    config = as_detector(model).model_config
+    if config is None:
+        raise UserError(need)
+    return config
 
 
 def class_head_names(names: Iterable[str]) -> list[str]:

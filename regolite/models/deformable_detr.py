@@ -21,8 +21,17 @@ from regolite.denoising import NoisedQueries
 from regolite.models.backbone import Backbone, shrink
 from regolite.models.config import DetectorConfig, register
 from regolite.models.deformable_attention import DeformableAttention
+from regolite.models.detector import Detector
 from regolite.models.positions import box_positions, sine_positions
-from regolite.models.transformer import DecoderLayer, Encoder, EncoderLayer, box_head, class_head, flatten, in_float32
+from regolite.models.transformer import (
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    box_head,
+    class_head,
+    flatten,
+    in_full_precision,
+)
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction, Target
 
 
@@ -80,19 +89,14 @@ class DeformableDetrConfig(DetectorConfig):
 
 
 @register("deformable_detr", DeformableDetrConfig)
-class DeformableDetr(nn.Module):
+class DeformableDetr(Detector):
     """Deformable DETR.
 
     Args:
         config: its configuration.
         num_classes: number of classes K.
 
-    Attributes:
-        dim: channels of the hidden states.
-        scoring: how logits become scores, always ``"sigmoid"``.
-        num_logits: logits per query, K.
-        feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
-        projected: True: these maps are the backbone's, projected to C channels.
+    Its attributes are those of :class:`~regolite.models.detector.Detector`; it returns the projected pyramid.
     """
 
     projected = True
@@ -108,7 +112,7 @@ class DeformableDetr(nn.Module):
         if c.levels < len(c.backbone_stages):
             raise ValueError(f"{c.levels} levels cannot hold {len(c.backbone_stages)} stages of the backbone")
         self.dim, self.heads, self.scoring, self.num_logits = c.dim, c.heads, "sigmoid", num_classes
-        self.feature_channels = [c.dim] * c.levels
+        self.feature_channels, self.denoises = [c.dim] * c.levels, c.denoising
 
         self.backbone = Backbone(
             c.backbone, c.backbone_stages, c.weights, c.dilated, c.frozen_stages, mask_padding=c.mask_padding
@@ -142,11 +146,6 @@ class DeformableDetr(nn.Module):
         sizes = [0.0 if c.two_stage or i else -2.0 for i in range(heads)]
         self.box_heads = nn.ModuleList(box_head(c.dim, size) for size in sizes)
 
-    @property
-    def denoises(self) -> bool:
-        """Whether training passes ``targets`` to :meth:`forward`."""
-        return self.config.denoising
-
     def forward(self, images: ImageBatch, targets: Sequence[Target] | None = None) -> DetectorOutput:
         """Detect: encode the pyramid, decode the queries, predict classes and boxes.
 
@@ -169,10 +168,11 @@ class DeformableDetr(nn.Module):
         else:
             query_positions = self.query_positions.weight.expand(len(images), -1, -1)
             queries = self.queries.weight.expand(len(images), -1, -1)
-            reference = in_float32(self.reference_points, query_positions).sigmoid()
+            reference = in_full_precision(self.reference_points, query_positions).sigmoid()
 
         layers, queries = self._decode(queries, query_positions, memory, valid, reference)
-        output = DetectorOutput(layers, queries, maps, proposals, proposals_by_class=self.config.token_queries)
+        by_class = self.config.token_queries
+        output = DetectorOutput(layers, queries, maps, proposals, proposals_by_class=by_class, references=reference)
         if targets is not None and self.denoises:
             content, boxes, mask = self.noised_queries(targets)
             query_positions, from_boxes = self.proposals.embed(boxes)
@@ -203,8 +203,8 @@ class DeformableDetr(nn.Module):
     def _predict(self, layer: int, queries: Float[Tensor, "B Q C"], reference: Float[Tensor, "B Q d"]) -> Prediction:
         head = min(layer, len(self.box_heads) - 1)
         start = inverse_sigmoid(reference)
-        boxes = in_float32(self.box_heads[head], queries) + F.pad(start, (0, 4 - start.shape[-1]))
-        return Prediction(in_float32(self.class_heads[head], queries), boxes.sigmoid())
+        boxes = in_full_precision(self.box_heads[head], queries) + F.pad(start, (0, 4 - start.shape[-1]))
+        return Prediction(in_full_precision(self.class_heads[head], queries), boxes.sigmoid())
 
 
 class Pyramid(nn.Module):
@@ -313,8 +313,8 @@ class Proposals(nn.Module):
         anchors, usable = self._anchors(memory)
         tokens = memory.tokens.masked_fill(~usable, 0.0)
         tokens = self.project_norm(self.project(tokens))
-        logits = in_float32(self.class_head, tokens)
-        boxes = in_float32(self.box_head, tokens) + inverse_sigmoid(anchors)
+        logits = in_full_precision(self.class_head, tokens)
+        boxes = in_full_precision(self.box_head, tokens) + inverse_sigmoid(anchors)
         # Anchors near the edge of the range have no finite logit: their boxes are set to ones, as published.
         boxes = boxes.masked_fill(~usable, float("inf")).sigmoid()
         scores = logits.max(-1).values if self.token_queries else logits[..., 0]

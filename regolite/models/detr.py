@@ -17,6 +17,7 @@ from regolite.boxes import inverse_sigmoid
 from regolite.models.attention import MultiHeadAttention
 from regolite.models.backbone import Backbone
 from regolite.models.config import DetectorConfig, register
+from regolite.models.detector import Detector
 from regolite.models.positions import sine_positions
 from regolite.models.transformer import (
     Decoder,
@@ -26,7 +27,7 @@ from regolite.models.transformer import (
     box_head,
     class_head,
     flatten,
-    in_float32,
+    in_full_precision,
 )
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
 
@@ -70,19 +71,14 @@ class DetrConfig(DetectorConfig):
 
 
 @register("detr", DetrConfig)
-class Detr(nn.Module):
+class Detr(Detector):
     """DETR.
 
     Args:
         config: its configuration.
         num_classes: number of classes K.
 
-    Attributes:
-        dim: channels of the hidden states.
-        scoring: how logits become scores.
-        num_logits: logits per query, K or K + 1.
-        feature_channels: channels of the maps in :attr:`DetectorOutput.features`.
-        projected: False: these maps are the backbone's own.
+    Its attributes are those of :class:`~regolite.models.detector.Detector`; it returns the backbone's own maps.
     """
 
     projected = False
@@ -124,15 +120,18 @@ class Detr(nn.Module):
 
         positions = self.query_positions.weight.expand(len(images), -1, -1)
         hidden = self.decoder(positions.new_zeros(positions.shape), positions, memory)
-        layers = [self._predict(h, positions) for h in hidden]
+        predicted = [self._predict(h, positions) for h in hidden]
 
         if self.dilated:  # REGO reads the last map of a DC5 model at the normal stride (appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
-        return DetectorOutput(layers, hidden[-1], maps)
+        return DetectorOutput([layer for layer, _ in predicted], hidden[-1], maps, references=predicted[-1][1])
 
-    def _predict(self, hidden: Float[Tensor, "B Q C"], positions: Float[Tensor, "B Q C"]) -> Prediction:
-        boxes = in_float32(self.box_head, hidden)
+    def _predict(
+        self, hidden: Float[Tensor, "B Q C"], positions: Float[Tensor, "B Q C"]
+    ) -> tuple[Prediction, Float[Tensor, "B Q 2"] | None]:
+        """The prediction of a layer, and the reference points around which its boxes lie (DETR*)."""
+        boxes, center = in_full_precision(self.box_head, hidden), None
         if self.reference_points is not None:
-            center = in_float32(self.reference_points, positions).sigmoid()
+            center = in_full_precision(self.reference_points, positions).sigmoid()
             boxes = boxes + F.pad(inverse_sigmoid(center), (0, 2))
-        return Prediction(in_float32(self.class_head, hidden), boxes.sigmoid())
+        return Prediction(in_full_precision(self.class_head, hidden), boxes.sigmoid()), center

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from torch import nn
-
 from regolite.errors import UserError, did_you_mean
 from regolite.losses import LossConfig
 from regolite.models.anchor_detr import AnchorDetrConfig
@@ -18,6 +16,7 @@ from regolite.models.baselines import BaselineConfig
 from regolite.models.conditional_detr import ConditionalDetrConfig
 from regolite.models.config import ModelConfig, registered
 from regolite.models.deformable_detr import DeformableDetrConfig
+from regolite.models.detector import Detector
 from regolite.models.detr import DetrConfig
 from regolite.models.rego import Rego, RegoConfig
 from regolite.models.smca import SmcaConfig
@@ -172,7 +171,7 @@ def _flat(overrides: dict[str, Any]) -> Iterator[tuple[str | None, str, Any]]:
             yield None, name, value
 
 
-def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:
+def build(preset: str | ModelConfig, num_classes: int | None = None, **overrides: Any) -> Detector:
     """Build a model.
 
     Args:

@@ -14,9 +14,9 @@ trained with it load and give the same outputs; the places where it parts from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,8 +25,25 @@ from torch import Tensor, nn
 from regolite.boxes import enlarge, inverse_sigmoid, to_pixels
 from regolite.errors import UserError
 from regolite.models.attention import MultiHeadAttention
+from regolite.models.detector import (
+    ATTRIBUTES,
+    Attention,
+    Detector,
+    ParameterGroup,
+    as_detector,
+    named_attentions,
+    transformer_layers,
+)
 from regolite.models.glimpse import FeatureContext, GlimpseHead, cut_glimpses
-from regolite.models.transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, box_head, class_head, in_float32
+from regolite.models.transformer import (
+    Decoder,
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    box_head,
+    class_head,
+    in_full_precision,
+)
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction, Target
 from regolite.utils.validation import Checked, from_values, shown
 
@@ -79,35 +96,11 @@ class RegoConfig(Checked):
         return self.alphas or tuple(float(a) for a in range(self.stages, 0, -1))
 
 
-class Detector(Protocol):
-    """What REGO asks of a base detector.
-
-    Attributes:
-        dim: channels C of the hidden states.
-        heads: attention heads M.
-        num_logits: logits per query.
-        scoring: how logits become scores.
-        feature_channels: channels of each map in :attr:`DetectorOutput.features`.
-        projected: whether these maps are projections to C channels, or the backbone's own.
-    """
-
-    dim: int
-    heads: int
-    num_logits: int
-    scoring: str
-    feature_channels: list[int]
-    projected: bool
-
-    def __call__(self, images: ImageBatch) -> DetectorOutput:
-        """Detect."""
-        ...
-
-
-class Rego(nn.Module):
+class Rego(Detector):
     """A detector with REGO on top.
 
     Args:
-        detector: the base detector, anything that satisfies :class:`Detector`.
+        detector: the base detector: a :class:`~regolite.models.detector.Detector`, or any module with its attributes.
         config: what REGO is made of; fields can be given by name instead, as in ``Rego(detector, stages=3)``.
 
     Raises:
@@ -119,30 +112,62 @@ class Rego(nn.Module):
         if config is not None and not isinstance(config, RegoConfig):
             raise UserError(f"config={shown(config)} is not a RegoConfig: give one, or its fields by name")
         self.config = config = config if config is not None else from_values(RegoConfig, fields)
-        missing = [name for name in Detector.__annotations__ if not hasattr(detector, name)]
+        base = as_detector(detector)
+        missing = [name for name in ATTRIBUTES if not hasattr(base, name)]
         if missing:
             raise UserError(
                 f"REGO can't stand on a {type(detector).__name__}, which has no {', '.join(missing)}; a detector of "
                 "transformers gets them from regolite.interop.adapt"
             )
         self.detector = detector
-        self.dim, self.scoring, self.num_logits = detector.dim, detector.scoring, detector.num_logits
-        self.denoises = getattr(detector, "denoises", False) and not config.frozen
-        if hasattr(detector, "model_config"):  # a detector of regolite.build: together they can be saved and loaded
-            self.model_config = replace(detector.model_config, rego=config)
+        self.dim, self.heads, self.scoring, self.num_logits = base.dim, base.heads, base.scoring, base.num_logits
+        self.feature_channels, self.projected = base.feature_channels, base.projected
+        self.denoises = base.denoises and not config.frozen
+        if base.model_config is not None:  # a detector of regolite.build: together they can be saved and loaded
+            self.model_config = replace(base.model_config, rego=config)
         # Single-scale detectors hand over the raw maps of their backbone: a 1x1 convolution each (appendix A.1).
         self.projections = nn.ModuleList(
-            nn.Identity() if detector.projected else nn.Conv2d(channels, self.dim, 1)
-            for channels in detector.feature_channels
+            nn.Identity() if base.projected else nn.Conv2d(channels, self.dim, 1) for channels in base.feature_channels
         )
         released = config.form == "released"
         self.contexts = nn.ModuleList(FeatureContext(self.dim) for _ in self.projections) if released else None
         self.stages = nn.ModuleList(
-            Stage(config, number, self.dim, detector.heads, self.num_logits, self.scoring)
+            Stage(config, number, self.dim, self.heads, self.num_logits, self.scoring)
             for number in range(1, config.stages + 1)
         )
         if config.frozen:
             detector.requires_grad_(False).eval()
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages S."""
+        return len(self.stages)
+
+    @property
+    def base_detector(self) -> Detector:
+        """The detector without REGO."""
+        return as_detector(self.detector)
+
+    def parameter_group(self, name: str) -> ParameterGroup:
+        """As the base detector has it; REGO's own parameters learn at the full rate."""
+        base = name.removeprefix("detector.")
+        return self.base_detector.parameter_group(base) if base != name else "rest"
+
+    def transformer_layers(self) -> list[nn.Module]:
+        """The layers of the base detector, then those of the stages."""
+        return [*self.base_detector.transformer_layers(), *transformer_layers(self.stages)]
+
+    def named_attentions(self) -> Iterator[tuple[str, Attention]]:
+        """The attentions of the base detector, then those of the stages; see :class:`Detector`.
+
+        A stage's cross-attention relates glimpses to queries: it is called ``stage.1.relations.0``.
+        """
+        yield from self.base_detector.named_attentions()
+        for number, stage in enumerate(self.stages, start=1):
+            for name, attention in named_attentions(stage):
+                if name.endswith(".cross"):
+                    name = f"relations.{name.split('.')[1]}"
+                yield f"stage.{number}.{name}", attention
 
     def train(self, mode: bool = True) -> Rego:
         """Training or evaluation mode; a frozen base detector stays in the latter."""
@@ -225,10 +250,10 @@ class Stage(nn.Module):
             norm=nn.LayerNorm(dim),
         )
         # The heads read [H_dec(i-1), H_g(i)], (i + 1) * C wide, through a linear layer and a LayerNorm (section 4.3).
-        self.fuse = nn.ModuleList(nn.Linear((number + 1) * dim, dim, bias=False) for _ in range(config.decoder_layers))
-        self.fuse_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.fuse)
-        for layer in self.fuse:
+        fuse = [nn.Linear((number + 1) * dim, dim, bias=False) for _ in range(config.decoder_layers)]
+        for layer in fuse:
             nn.init.xavier_normal_(layer.weight)
+        self.fuse, self.fuse_norms = nn.ModuleList(fuse), nn.ModuleList(nn.LayerNorm(dim) for _ in fuse)
         self.class_head = class_head(dim, num_logits, prior=0.01 if scoring == "sigmoid" else None)
         self.box_head = box_head(dim, size=0.0)
 
@@ -264,8 +289,8 @@ class Stage(nn.Module):
         logit = inverse_sigmoid(boxes)
         for h, fuse, norm in zip(translated, self.fuse, self.fuse_norms):
             fused = norm(fuse(torch.cat([hidden.detach(), h], -1)))
-            logit = logit + in_float32(self.box_head, fused)  # equation (4), summed up over the layers too
-            predictions.append(Prediction(in_float32(self.class_head, fused), logit.sigmoid()))
+            logit = logit + in_full_precision(self.box_head, fused)  # equation (4), summed up over the layers too
+            predictions.append(Prediction(in_full_precision(self.class_head, fused), logit.sigmoid()))
         return predictions, torch.cat([hidden, translated[-1]], -1)
 
     def regions(self, boxes: Float[Tensor, "B Q 4"], sizes: Int[Tensor, "B 2"]) -> Float[Tensor, "B Q 4"]:

@@ -31,6 +31,7 @@ from regolite.errors import UserError
 from regolite.models.attention import MultiHeadAttention
 from regolite.models.backbone import Backbone, shrink
 from regolite.models.config import DetectorConfig, register
+from regolite.models.detector import Detector
 from regolite.models.positions import sine_positions
 from regolite.models.transformer import (
     MLP,
@@ -40,7 +41,7 @@ from regolite.models.transformer import (
     box_head,
     class_head,
     flatten,
-    in_float32,
+    in_full_precision,
 )
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
 
@@ -88,14 +89,14 @@ class SmcaConfig(DetectorConfig):
 
 
 @register("smca", SmcaConfig)
-class Smca(nn.Module):
+class Smca(Detector):
     """SMCA.
 
     Args:
         config: its configuration.
         num_classes: number of classes K.
 
-    Its attributes are those of :class:`~regolite.models.detr.Detr`; like DETR it returns the backbone's own maps.
+    Its attributes are those of :class:`~regolite.models.detector.Detector`; it returns the backbone's own maps.
     """
 
     projected = False
@@ -140,7 +141,9 @@ class Smca(nn.Module):
 
         positions = self.query_positions.weight.expand(len(images), -1, -1)
         # Centers are predicted from the input of the first decoder layer: positions alone, as hidden states are zero.
-        centers = in_float32(self.center_head, self.decoder.layers[0].prior_norm(positions))  # type: ignore[operator]
+        first = self.decoder.layers[0]
+        assert isinstance(first, SmcaDecoderLayer)
+        centers = in_full_precision(self.center_head, first.prior_norm(positions))
         pixels = centers.sigmoid() * images.sizes.flip(1)[:, None]  # x and y in the unpadded image
         cells = pixels[:, :, None] / pixels.new_tensor(self.strides)[:, None]  # [B, Q, L, 2]
         queries, hidden = positions.new_zeros(positions.shape), []
@@ -148,9 +151,9 @@ class Smca(nn.Module):
             queries = layer(queries, positions, memory, cells)
             hidden.append(self.decoder.norm(queries))
 
-        boxes = [(in_float32(self.box_head, h) + F.pad(centers, (0, 2))).sigmoid() for h in hidden]
-        layers = [Prediction(in_float32(self.class_head, h), b) for h, b in zip(hidden, boxes)]
-        return DetectorOutput(layers, hidden[-1], maps)
+        boxes = [(in_full_precision(self.box_head, h) + F.pad(centers, (0, 2))).sigmoid() for h in hidden]
+        layers = [Prediction(in_full_precision(self.class_head, h), b) for h, b in zip(hidden, boxes)]
+        return DetectorOutput(layers, hidden[-1], maps, references=centers.sigmoid())
 
     def _memory(self, maps: list[FeatureMap]) -> Memory:
         """The input levels of the transformer as one sequence of tokens."""

@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         return hidden
 
 
-def in_float32(head: nn.Module, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n D"]:
+def in_full_precision(head: nn.Module, x: Float[Tensor, "*n C"]) -> Float[Tensor, "*n D"]:
     """The output of a head, computed in the precision of its weights under autocast too.
 
     Autocast computes linear layers in 16 bits. bfloat16 has 8 bits of precision, which would round all boxes to a grid

@@ -27,7 +27,7 @@ from regolite.evaluation.coco import detect_all, measure
 from regolite.evaluation.error_types import judge
 from regolite.evaluation.relations import BASE, relation_score
 from regolite.loading import load
-from regolite.models.rego import Rego
+from regolite.models.detector import as_detector
 from regolite.paper.experiments import TEST, Arm
 from regolite.training import RunConfig, train
 from regolite.training.folder import read_config
@@ -179,7 +179,7 @@ def relations(model: torch.nn.Module, scenes: Scenes) -> dict[str, Any] | None:
     except UserError:
         return None
     maps = {row["name"]: round(100 * row["score"]["mean"], 2) for row in figures["maps"]}
-    count = len(model.stages) if isinstance(model, Rego) else 0
+    count = as_detector(model).num_stages
     names = (BASE, *(f"stage.{i}.relations.*" for i in range(1, count + 1)))
     references = {name: round(100 * figures[name]["mean"], 2) for name in ("chance", "nearest")}
     return {"cases": figures["cases"], **references, "stages": [maps.get(name) for name in names]}

@@ -204,8 +204,10 @@ def draw_title(ax: Axes, title: str, note: str = "", color: str = INK) -> None:
     left = ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **ABOVE, **as_is())
     right = ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GRAY, ha="right", **ABOVE, **as_is())
     room = ax.get_window_extent().width - left.get_window_extent().width - ax.figure.dpi / 18  # 4 points apart
-    while note and right.get_window_extent().width > room and right.get_fontsize() > 5:
-        right.set_fontsize(right.get_fontsize() - 0.25)  # step by step, since hinted letters do not scale linearly
+    size = 7.0
+    while note and right.get_window_extent().width > room and size > 5:
+        size -= 0.25
+        right.set_fontsize(size)  # step by step, since hinted letters do not scale linearly
 
 
 def draw_objects(

@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -36,13 +36,13 @@ from torch.overrides import TorchFunctionMode
 
 from regolite.errors import UserError, did_you_mean
 from regolite.interop.adapter import TransformersDetector
-from regolite.models.anchor_detr import AnchorDetr, Grid, RowColumnAttention
+from regolite.models.anchor_detr import Grid, RowColumnAttention
 from regolite.models.backbone import shrink
 from regolite.models.deformable_attention import DeformableAttention
-from regolite.models.deformable_detr import Proposals
+from regolite.models.detector import Detector, Scoring, as_detector
 from regolite.models.glimpse import choose_level
-from regolite.models.rego import Rego, Stage
-from regolite.tracing.attention_modules import attentions, copied, dense_weights, in_stage, their_sampling
+from regolite.models.rego import Stage
+from regolite.models.smca import SmcaDecoderLayer
 from regolite.tracing.trace import (
     AttentionMap,
     Boxes,
@@ -54,13 +54,13 @@ from regolite.tracing.trace import (
     Sampling,
     Trace,
 )
+from regolite.tracing.weights import copied, dense_weights, their_sampling
 from regolite.types import DetectorOutput, ImageBatch, Memory, Prediction
 from regolite.utils.validation import of_kind
 
 __all__ = ["Trace", "record"]
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-SEEN = ("eager", "sdpa")  # attention implementations of transformers that a function mode can intercept
 
 _watched: WeakSet[nn.Module] = WeakSet()
 
@@ -126,21 +126,12 @@ class _Recorder(TorchFunctionMode):
             raise UserError("a compiled model cannot be recorded: record model._orig_mod, the model that was compiled")
         self.model, self.patterns, self.trace = model, patterns, Trace()
         self.now: _Pass | None = None  # no pass runs
-        self.detector = model.detector if isinstance(model, Rego) else model
-        self.attentions = dict(attentions(self.detector))
-        if not self.attentions:
+        self.contract = as_detector(model)
+        self.stages = [stage for stage in model.modules() if isinstance(stage, Stage)]
+        self.attentions = dict(self.contract.named_attentions())
+        if all(name.startswith("stage.") for name in self.attentions):
             raise UserError(f"a {type(model).__name__} has no attention to record; record a detection transformer")
-        if isinstance(self.detector, TransformersDetector):
-            how = self.detector.model.config._attn_implementation
-            if how not in (None, *SEEN):
-                raise UserError(
-                    f"the attention implementation {how!r} cannot be recorded; choose another one with "
-                    "model.set_attn_implementation('eager')"
-                )
         self.names = self._possible_names()
-        for number, stage in enumerate(self._stages, start=1):
-            for name, found in attentions(stage):
-                self.attentions[in_stage(name, number)] = found
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in self.names):
                 raise UserError(
@@ -157,16 +148,11 @@ class _Recorder(TorchFunctionMode):
         names = ["proposals", *encoder, "references"]
         for layer in range(self._decoder_layers):
             names += [f"decoder.{layer}.{part}" for part in ("self", "cross", "boxes")]
-        for number, stage in enumerate(self._stages, start=1):
+        for number, stage in enumerate(self.stages, start=1):
             names.append(f"stage.{number}.glimpses")
-            names += [in_stage(name, number) for name, _ in attentions(stage)]
+            names += [name for name in self.attentions if name.startswith(f"stage.{number}.")]
             names += [f"stage.{number}.boxes.{layer}" for layer in range(len(stage.decoder.layers))]
         return names
-
-    @property
-    def _stages(self) -> Sequence[Stage]:
-        stages = self.model.stages if isinstance(self.model, Rego) else ()
-        return [stage for stage in stages if isinstance(stage, Stage)]
 
     @property
     def _decoder_layers(self) -> int:
@@ -200,10 +186,9 @@ class _Recorder(TorchFunctionMode):
                 before(layer, self._see_memory)
                 before(attention, lambda *_, name=name, **__: self._enter(name))
                 hook(attention, lambda *_, name=name: self._leave(name))
-                selection = getattr(layer, "selection", None)
-                if isinstance(selection, nn.Module) and name.endswith(".cross"):
-                    hook(selection, lambda _, output, name=name: self._weigh_levels(name, output))
-        for number, stage in enumerate(self._stages, start=1):
+                if isinstance(layer, SmcaDecoderLayer) and layer.selection is not None and name.endswith(".cross"):
+                    hook(layer.selection, lambda _, output, name=name: self._weigh_levels(name, output))
+        for number, stage in enumerate(self.stages, start=1):
             if self.wanted(f"stage.{number}.glimpses"):
                 before(
                     stage,
@@ -211,8 +196,6 @@ class _Recorder(TorchFunctionMode):
                         number, stage, *given
                     ),
                 )
-        if self.wanted("references"):
-            self._watch_references(hook)
 
         watched = {self.model, *(attention for _, attention in self.attentions.values())}
         _watched.update(watched)
@@ -234,17 +217,6 @@ class _Recorder(TorchFunctionMode):
             given.clear()
 
         hook(attention, finish)
-
-    def _watch_references(self, hook: Callable) -> None:
-        """Initial references of the queries; every family computes them in another module."""
-        detector = self.detector
-        for name in ("reference_points", "reference_head", "center_head"):
-            if isinstance(getattr(detector, name, None), nn.Module):
-                hook(getattr(detector, name), lambda _, output: self._keep_references(output.sigmoid()))
-        if isinstance(getattr(detector, "proposals", None), Proposals):
-            hook(detector.proposals, lambda _, output: self._keep_references(output[1]))
-        if isinstance(detector, TransformersDetector):
-            hook(detector.model.model, lambda _, output: self._keep_their_references(detector, output))
 
     # While the model runs.
 
@@ -302,23 +274,6 @@ class _Recorder(TorchFunctionMode):
                 copied(locations), copied(weights), copied(references), maps, self.now.frame
             )
 
-    def _keep_references(self, references: Tensor) -> None:
-        if self.now is not None:
-            self.now.records["references"] = References(copied(references), self.now.frame)
-
-    def _keep_their_references(self, detector: TransformersDetector, output: Any) -> None:
-        """References in the output of transformers' base model, if any, in [0, 1] of the unpadded image."""
-        if detector.model.config.model_type == "conditional_detr":
-            self._keep_references(output.reference_points.transpose(0, 1))
-        elif detector.model.config.model_type == "dab-detr":
-            self._keep_references(output.reference_points[0])  # of the first layer
-        elif getattr(output, "init_reference_points", None) is not None and self.now is not None:
-            references = output.init_reference_points
-            if not detector.family.masks_padding:  # RT-DETR: logits, and relative to the padded batch
-                padded = references.new_tensor(self.now.frame.padded) / self.now.images.sizes  # [B, 2]
-                references = references.sigmoid() * padded.flip(1).repeat(1, 2)[:, None]
-            self._keep_references(references)
-
     def _see_glimpses(
         self, number: int, stage: Stage, features: list, sizes: Tensor, hidden: Tensor, boxes: Tensor
     ) -> None:
@@ -340,9 +295,8 @@ class _Recorder(TorchFunctionMode):
         records = now.records
         for name in list(now.maps):
             records[name] = self._map(name, now.maps.pop(name), now)
-        if isinstance(self.detector, AnchorDetr) and self.wanted("references"):
-            points = self.detector.points.repeat(self.detector.patterns.num_embeddings, 1)
-            records["references"] = References(copied(points.expand(len(now.images), -1, -1)), now.frame)
+        if output.references is not None and self.wanted("references"):
+            records["references"] = References(copied(output.references), now.frame)
 
         layers, proposals = list(output.layers), output.proposals
         if proposals is not None:  # only the first logit is used: "object"
@@ -355,13 +309,12 @@ class _Recorder(TorchFunctionMode):
             for layer, prediction in enumerate(stage):
                 records[f"stage.{number}.boxes.{layer}"] = self._boxes(prediction, now)
 
-        classes = getattr(getattr(self.model, "model_config", None), "classes", ())
+        config = self.contract.model_config
         kept = {name: records[name] for name in self.names if name in records and self.wanted(name)}
-        self.trace.fill(kept, now.frame, tuple(classes))
+        self.trace.fill(kept, now.frame, () if config is None else config.classes)
 
-    def _boxes(self, prediction: Prediction, now: _Pass, scoring: Literal["softmax", "sigmoid"] | None = None) -> Boxes:
-        if scoring is None:
-            scoring = getattr(self.model, "scoring")  # noqa: B009  # mypy takes attributes of modules for tensors
+    def _boxes(self, prediction: Prediction, now: _Pass, scoring: Scoring | None = None) -> Boxes:
+        scoring = self.contract.scoring if scoring is None else scoring
         return Boxes(copied(prediction.logits), copied(prediction.boxes), scoring, now.frame)
 
     def _map(self, name: str, calls: list[tuple[list[Tensor], Memory | Grid | None]], now: _Pass) -> Record:
@@ -394,12 +347,12 @@ class _Recorder(TorchFunctionMode):
         if name in now.levels:  # SMCA: attention to each level, and weights of the levels
             shares = now.levels[name][:, None, :, None].unbind(-1)
             parts = [torch.cat([part * share for part, share in zip(parts, shares)], -1)]
-        shapes, mask = _cells(parts[0].shape[-1], calls[0][1], now, self.detector)
+        shapes, mask = _cells(parts[0].shape[-1], calls[0][1], now, self.contract.base_detector)
         return AttentionMap(parts[0], shapes, mask, now.frame)
 
 
 def _cells(
-    count: int, memory: Memory | Grid | None, now: _Pass, detector: nn.Module
+    count: int, memory: Memory | Grid | None, now: _Pass, detector: Detector
 ) -> tuple[tuple[tuple[int, int], ...], Tensor | None]:
     """The shapes of the maps that are attended to, and their padding mask."""
     if isinstance(memory, Memory):

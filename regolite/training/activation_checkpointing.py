@@ -12,34 +12,20 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from regolite.models.anchor_detr import AnchorDecoderLayer, GridEncoderLayer
-from regolite.models.conditional_detr import ConditionalDecoderLayer
-from regolite.models.smca import SmcaDecoderLayer
-from regolite.models.transformer import DecoderLayer, EncoderLayer
-
-# The transformer layers of all detectors and of REGO's stages. The backbone's layers keep fewer activations.
-LAYERS = (
-    EncoderLayer,
-    DecoderLayer,
-    GridEncoderLayer,
-    AnchorDecoderLayer,
-    ConditionalDecoderLayer,
-    SmcaDecoderLayer,
-)
+from regolite.models.detector import as_detector
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Checkpoint the activations of the transformer layers.
+    """Checkpoint the activations of the transformer layers; the backbone's layers keep fewer activations.
 
     Do not copy the model before :func:`keep_all_activations`.
     """
-    for layer in model.modules():
-        if isinstance(layer, LAYERS):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for layer in as_detector(model).transformer_layers():
+        # An attribute of the instance, which hides the method of its class.
+        vars(layer)["forward"] = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def keep_all_activations(model: nn.Module) -> None:
     """Stop checkpointing."""
-    for layer in model.modules():
-        if isinstance(layer, LAYERS):
-            vars(layer).pop("forward", None)
+    for layer in as_detector(model).transformer_layers():
+        vars(layer).pop("forward", None)

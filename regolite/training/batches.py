@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from regolite.data import collate
+from regolite.data import DetectionDataset, collate
 from regolite.data.dataset import TRIES, item_or_error
 from regolite.errors import UserError
 from regolite.types import ImageBatch, Target
@@ -32,7 +32,7 @@ class SeededItems(Dataset):
         on_broken: ``"stop"`` lets the error pass that says what cannot be read, ``"skip"`` takes another image.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, on_broken: str = "stop") -> None:
+    def __init__(self, dataset: DetectionDataset, seed: int, on_broken: str = "stop") -> None:
         self.dataset, self.seed, self.on_broken = dataset, seed, on_broken
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Float[Tensor, "3 H W"], Target, list[str]]:
@@ -108,7 +108,7 @@ class EpochBatches(Sampler):
 
 
 def loader(
-    dataset: Dataset, seed: int, workers: int, batches: EpochBatches, pin_memory: bool, on_broken: str = "stop"
+    dataset: DetectionDataset, seed: int, workers: int, batches: EpochBatches, pin_memory: bool, on_broken: str = "stop"
 ) -> DataLoader:
     """The padded batches of one epoch: images, their objects, and what could not be read."""
     return DataLoader(
@@ -166,4 +166,8 @@ def steps(loaded: DataLoader, batches: EpochBatches) -> Iterator[list[Part]]:
     items = iter(loaded)
     for batch in batches.whole():
         numbers = [part * batches.processes + batches.rank for part in range(batches.parts)]
-        yield [Part(*next(items), int(number < len(batch))) for number in numbers]
+        parts = []
+        for number in numbers:
+            images, targets, broken = next(items)
+            parts.append(Part(images, targets, broken, int(number < len(batch))))
+        yield parts

@@ -68,11 +68,11 @@ def launch(config: RunConfig) -> Path:
             ) as running,
         ):
             try:
-                for line in running.stdout:
+                for line in running.stdout or ():
                     print(line, end="", flush=True)
             except BaseException as error:  # Ctrl-C above all, which the terminal sends to this process alone
                 running.terminate()
-                for line in running.stdout:  # they save what they have, and end
+                for line in running.stdout or ():  # they save what they have, and end
                     print(line, end="", flush=True)
                 running.wait()
                 stopped = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}

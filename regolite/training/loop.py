@@ -29,7 +29,8 @@ from regolite.evaluation import evaluate
 from regolite.loading import load_weights
 from regolite.losses import SetLoss
 from regolite.matching import NonFinitePrediction
-from regolite.models.config import ModelConfig, class_head_names
+from regolite.models.config import ModelConfig, class_head_names, config_of
+from regolite.models.detector import Detector
 from regolite.models.presets import build
 from regolite.training.activation_checkpointing import checkpoint_activations, keep_all_activations
 from regolite.training.batches import EpochBatches, Part, loader, steps
@@ -53,7 +54,7 @@ from regolite.utils.validation import of_kind
 
 @stop
 def train(
-    config: RunConfig, watch: Callable[[dict[str, Any]], None] | None = None, model: nn.Module | None = None
+    config: RunConfig, watch: Callable[[dict[str, Any]], None] | None = None, model: Detector | None = None
 ) -> Path:
     """Train a model.
 
@@ -76,6 +77,8 @@ def train(
             :mod:`regolite.utils.interrupts`.
     """
     of_kind("config", config, RunConfig, "a RunConfig: write RunConfig(...), or RunConfig.of({...})")
+    if model is not None:
+        of_kind("model", model, Detector, "a Detector: regolite.build, regolite.load and interop.adapt return one")
     if is_to_launch(config, watch, model):
         return launch(config)
     accelerator = make_accelerator(config)
@@ -173,7 +176,7 @@ class TrainingRun:
 def _train(
     config: RunConfig,
     model_config: ModelConfig,
-    model: nn.Module | None,
+    model: Detector | None,
     folder: RunFolder,
     accelerator: Accelerator,
     train_set: DetectionDataset,
@@ -310,7 +313,7 @@ def _finish(run: TrainingRun) -> Path:
     with stop.at_once(state.where("while evaluating ")):
         _evaluate(state, run.val_set, "val", config, run.broken)
         if config.evaluate_train:
-            recipe = state.model.model_config
+            recipe = config_of(state.model)
             run.train_set.transform = make_transform(recipe.augment, recipe.image_size, train=False)
             _evaluate(state, run.train_set, "train", config, run.broken)
     state.save_the_end()
@@ -339,8 +342,8 @@ def _folder(config: RunConfig, watch: Callable[[dict[str, Any]], None] | None, a
 
 
 def _model(
-    config: RunConfig, model_config: ModelConfig, given: nn.Module | None, device: torch.device, folder: RunFolder
-) -> nn.Module:
+    config: RunConfig, model_config: ModelConfig, given: Detector | None, device: torch.device, folder: RunFolder
+) -> Detector:
     """The model to train, with the weights that it starts from."""
     model = build(model_config) if given is None else given
     model.model_config = model_config
@@ -381,12 +384,11 @@ def _backward(trained: nn.Module, set_loss: SetLoss, parts: list[Part], state: S
     accelerator = state.accelerator
     whole = distributed.total(sum(part.num_objects for part in parts), sum(part.num_images for part in parts))
     sums: Counter[str] = Counter()
-    denoises = getattr(state.model, "denoises", False)
     for part in parts:
         images = part.images.to(accelerator.device, non_blocking=True)
         targets = [target.to(accelerator.device, non_blocking=True) for target in part.targets]
         with nullcontext() if part is parts[-1] else accelerator.no_sync(trained):
-            output = trained(images, targets=targets) if denoises else trained(images)
+            output = trained(images, targets=targets) if state.model.denoises else trained(images)
             loss, numbers = _finite_loss(set_loss, output, targets, whole, state)
             # Processes are given the mean of their gradients, and here the sum is wanted.
             accelerator.backward(loss * (part.counts * accelerator.num_processes))

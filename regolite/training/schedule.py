@@ -6,6 +6,7 @@ import math
 
 from torch import nn
 
+from regolite.models.detector import as_detector
 from regolite.training.config import RunConfig
 
 FIRST = 0.04  # factor of the learning rate at the beginning of a warm-up
@@ -14,20 +15,15 @@ FIRST = 0.04  # factor of the learning rate at the beginning of a warm-up
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
     """The optimizer's groups: the backbone, the sampling of deformable attention, and everything else.
 
-    The factors are those of Deformable DETR, which lets the backbone and the sampling offsets and reference points
-    learn ten times as slowly.
+    :meth:`Detector.parameter_group` assigns them. The default factors are those of Deformable DETR: the backbone, the
+    sampling offsets and the reference points learn ten times as slowly.
     """
     factors = {"backbone": config.backbone_lr_mult, "sampling": config.sampling_lr_mult, "rest": 1.0}
     members: dict[str, list] = {name: [] for name in factors}
+    detector = as_detector(model)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if "backbone." in name:
-            members["backbone"].append(parameter)
-        elif "sampling_offsets." in name or "reference_points." in name:
-            members["sampling"].append(parameter)
-        else:
-            members["rest"].append(parameter)
+        if parameter.requires_grad:
+            members[detector.parameter_group(name)].append(parameter)
     return [
         {"params": parameters, "lr": config.lr * factors[name], "base_lr": config.lr * factors[name], "name": name}
         for name, parameters in members.items()

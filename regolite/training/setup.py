@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
 
 from regolite.data import DetectionDataset, Pasted, cut_outs, make_transform, open_data, repeat_rare
 from regolite.data.coco import category_differences
 from regolite.errors import UserError
 from regolite.models.baselines import BaselineConfig
-from regolite.models.config import ModelConfig
+from regolite.models.config import ModelConfig, config_of
+from regolite.models.detector import Detector
 from regolite.models.presets import configure
 from regolite.training.config import RunConfig
 from regolite.training.environment import from_slurm, launched
@@ -67,16 +67,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def prepare_data(config: RunConfig, given: nn.Module | None) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:
+def prepare_data(config: RunConfig, given: Detector | None) -> tuple[DetectionDataset, DetectionDataset, ModelConfig]:
     """Training and validation images, and the configuration of the model with their classes in it."""
     if given is None:
         model = configure(config.model, **parse_overrides(config.overrides))
-    elif getattr(given, "model_config", None) is None:
-        raise UserError("a model to train must carry its configuration: set its model_config (regolite.configure)")
     elif config.overrides:
         raise UserError(f"overrides ({', '.join(config.overrides)}) change a preset, and a model was given: change it")
     else:
-        model = given.model_config
+        need = "a model to train must carry its configuration: set its model_config (regolite.configure)"
+        model = config_of(given, need)
     if isinstance(model.detector, BaselineConfig):
         raise UserError(f"{model.preset} is a baseline, which is measured and not trained here; train a DETR")
     size, augment = config.image_size or model.image_size, config.augment or model.augment

@@ -12,11 +12,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from regolite.checkpoint import save_model
 from regolite.errors import UserError
+from regolite.models.detector import Detector, as_detector
 from regolite.training.folder import RunFolder
 from regolite.training.metrics import Meter
 from regolite.training.resume import compare_runs
@@ -78,7 +78,7 @@ class State:
     def __init__(
         self,
         folder: RunFolder,
-        model: nn.Module,
+        model: Detector,
         optimizer: torch.optim.Optimizer,
         average: AveragedModel | None,
         accelerator: Accelerator,
@@ -89,9 +89,9 @@ class State:
         self.accelerator, self.progress, self.meter = accelerator, Progress(), Meter()
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated(self) -> Detector:
         """The model that the run is for: the average where there is one."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else as_detector(self.average.module)
 
     def where(self, doing: str = "") -> str:
         """Where a run stands that is saved, for a message."""

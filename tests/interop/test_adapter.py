@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from small_models import batch, shake, unchecked
+from small_models import batch, check_contract, shake, unchecked
+from small_models import detr as native_detr
 from torch import nn
 
 from regolite import Rego, RunConfig, UserError, build, detect, load, train
@@ -114,6 +115,17 @@ def images():
 
 
 # What it says.
+
+
+@each_kind
+def test_it_satisfies_the_contract_of_detectors(kind, images):
+    detector = adapt(make(kind()))
+    output = check_contract(detector, CLASSES, images)
+    assert (output.references is None) == (detector.model.config.model_type in ("detr", "table-transformer"))
+    rego = Rego(detector, stages=2, ffn_dim=48).eval()
+    check_contract(rego, CLASSES, images)
+    assert rego.model_config.detector == detector.model_config.detector and rego.base_detector is detector
+    assert detector.transformer_layers() == [] and len(rego.transformer_layers()) == 4  # of the stages
 
 
 @each_kind
@@ -454,6 +466,8 @@ def test_a_given_model_that_does_not_fit_is_refused(config):
     with pytest.raises(UserError, match=r"overrides \(queries=5\) change a preset, and a model was given"):
         train(config(overrides=("queries=5",)), model=small_rego())
     with pytest.raises(UserError, match="a model to train must carry its configuration"):
+        train(config(), model=native_detr())
+    with pytest.raises(UserError, match=r"model=Linear.* is not a Detector"), unchecked():
         train(config(), model=nn.Linear(2, 2))
 
 

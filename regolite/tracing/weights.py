@@ -1,66 +1,14 @@
-"""The attention modules of a detector, and attention weights that fused kernels do not return."""
+"""Attention weights that fused kernels do not return."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from regolite.interop.adapter import HuggingFaceModel
-
-LAYERS = (
-    ("self_attention", "cross_attention"),  # our decoder layers
-    ("self_attn", "encoder_attn"),  # those of transformers
-    ("self_attn", "cross_attn"),  # DAB-DETR's
-    ("attention", None),  # our encoder layers
-    ("self_attn", None),  # those of transformers
-)
-"""Names of the self- and cross-attention modules by which layers are recognized."""
-
-
-Attention = tuple[nn.Module, nn.Module]
-"""A layer and an attention in it."""
-
-
-def attentions(model: nn.Module) -> Iterator[tuple[str, Attention]]:
-    """The attention modules of all layers by name, in the order of the layers."""
-    encoder = decoder = 0
-    for layer, among, cross in _layers(model):
-        if cross is None:
-            yield f"encoder.{encoder}", (layer, among)
-            encoder += 1
-        else:
-            yield f"decoder.{decoder}.self", (layer, among)
-            yield f"decoder.{decoder}.cross", (layer, cross)
-            decoder += 1
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | None]]:
-    """The layers of encoders and decoders with their attention modules; layers of a backbone are excluded."""
-    for name, child in model.named_children():
-        if name == "backbone":
-            continue
-        parts = dict(child.named_children())
-        for among, cross in LAYERS:
-            if among in parts and (cross is None or cross in parts):
-                # DAB-DETR wraps each attention in a module of the same name.
-                yield (
-                    child,
-                    getattr(parts[among], among, parts[among]),
-                    None if cross is None else getattr(parts[cross], cross, parts[cross]),
-                )
-                break
-        else:
-            yield from _layers(child)
-
-
-def in_stage(name: str, number: int) -> str:
-    """The name of an attention in a stage of REGO; its cross-attention relates glimpses to queries."""
-    if name.endswith(".cross"):
-        return f"stage.{number}.relations.{name.split('.')[1]}"
-    return f"stage.{number}.{name}"
 
 
 def their_sampling(
