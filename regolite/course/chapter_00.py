@@ -26,27 +26,51 @@ def _model() -> nn.Module:
 
 
 def _street() -> Image.Image:
-    """The image of the notebook, with a man and a car."""
+    """A street with a man and a car."""
     return read_image(DATA / "coco_tiny" / "images" / "000000234748.jpg")
 
 
 @exercise(
     "0.1",
-    "Every box in the panel has its score next to its class. Nothing below 0.35 is drawn.",
-    "A score of 0.52 is at least 0.5. Which others of stage 3 are?",
-    "Count in code: len(found[3].above(0.5)).",
+    "Compare detections.scores, a tensor [N], with a threshold: the result has one boolean for each detection.",
+    "At least means >=. The number of True values is their sum.",
+    "One number for each threshold: [int((detections.scores >= threshold).sum()) for threshold in thresholds].",
 )
-def thresholds(at_035: int, at_05: int, at_07: int) -> str:
-    """Number of detections of stage 3 at thresholds 0.35, 0.5 and 0.7."""
-    last = detect_by_stage(_model(), _street(), threshold=0.0)[-1]
-    for threshold, said in ((0.35, at_035), (0.5, at_05), (0.7, at_07)):
-        if isinstance(said, Detections):
-            raise Mistake("the answers are numbers of detections, `len(...)`.")
-        count = len(last.above(threshold))
-        if said != count:
-            direction = "more" if said < count else "fewer"
-            raise Mistake(f"at a threshold of {threshold} {direction} than {said} detections remain.")
+def thresholds(answer: Callable[[Detections, Sequence[float]], Sequence[int]]) -> str:
+    """``answer(detections, thresholds)`` counts the detections that remain at each threshold."""
+    box = TRUE
+    few = _found(
+        *[(score, 2, box) for score in (0.75, 0.5, 0.5)], *[(score, 1, box) for score in (0.5, 0.3, 0.25, 0.2)]
+    )
+    for found, levels in ((few, [0.5]), (few, [0.3, 0.6, 0.9]), (few, [0.6, 0.25, 0.0]), (few[:0], [0.5, 0.1])):
+        wanted, said = [len(found.above(level)) for level in levels], answer(found, levels)
+        if isinstance(said, (int, Detections)) or (isinstance(said, Tensor) and not said.ndim):
+            raise Mistake("the answer should be a list with one number for each threshold.")
+        if said is None or len(said) != len(levels):
+            raise Mistake(f"for {len(levels)} thresholds there should be {len(levels)} numbers.")
+        if any(isinstance(count, Detections) or (isinstance(count, Tensor) and count.numel() != 1) for count in said):
+            raise Mistake("the entries should be numbers of detections, not the detections or booleans themselves.")
+        counts = [int(count) for count in said]
+        if counts != wanted:
+            _explain_counts(found, levels, counts)
     return "A higher threshold keeps fewer detections. At 0.05 there are many more, mostly false positives."
+
+
+def _explain_counts(found: Detections, levels: Sequence[float], counts: list[int]) -> None:
+    """Raise the Mistake for wrong numbers of detections above thresholds."""
+    known = {
+        "every detection is counted, whatever its score.": [len(found)] * len(levels),
+        "a score equal to the threshold counts too: at least, not more than.": [
+            int((found.scores > level).sum()) for level in levels
+        ],
+        "these are the detections below the threshold.": [int((found.scores < level).sum()) for level in levels],
+        "these are numbers of classes; count detections.": [len(set(found.above(t).labels.tolist())) for t in levels],
+    }
+    for message, wrong in known.items():
+        if counts == wrong:
+            raise Mistake(message)
+    scores = [round(float(score), 2) for score in found.scores]
+    raise Mistake(f"for scores {scores} and thresholds {list(levels)} the numbers {counts} are wrong.")
 
 
 @exercise(

@@ -1,4 +1,4 @@
-"""Checkers of notebook 01: attention."""
+"""Checkers of notebook 01: attention, its gradient, heads, masks, and the module."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from regolite.course import Mistake, close, exercise, has_gradient, same_shape
+from regolite.course import Mistake, alike, close, exercise, has_gradient, same_shape
+from regolite.models.attention import MultiHeadAttention
+from regolite.types import Memory
 
 
 def not_known(found: Tensor, mistakes: Mapping[str, Tensor]) -> None:
@@ -62,6 +64,44 @@ def one_query(answer: Callable[..., Any]) -> str:
 
 @exercise(
     "1.2",
+    "Two steps: the gradient of weight i is g . v_i; then multiply by the softmax's derivative, a_i (delta_ij - a_j).",
+    "The second term sums over all keys: sum_i a_i (g . v_i) is the same number for every j. What is sum_i a_i v_i?",
+    "It is a_j times (g . v_j - g . o) with the output o = weights @ values.",
+)
+def gradient_of_scores(answer: Callable[..., Any]) -> str:
+    """The gradient of attention scores without autograd."""
+    for shape in ((5, 3), (8, 2)):
+        scores, values, g = torch.randn(shape[0], requires_grad=True), torch.randn(*shape), torch.randn(shape[1])
+        weights = torch.softmax(scores, 0)
+        [wanted] = torch.autograd.grad(weights @ values @ g, scores, retain_graph=True)
+        weights = weights.detach()
+        found = answer(weights, values, g)
+        same_shape(f"the gradient for {shape[0]} keys", found, wanted.shape)
+        gain = values @ g  # the gradient of the weights
+        mistakes = {
+            "this is the gradient of the weights; it still has to go through the softmax.": gain,
+            "raising one score lowers the other weights, since they sum to 1: subtract the "
+            "weighted mean over the keys.": weights * gain,
+            "only the diagonal of the softmax's derivative is used: a score changes every weight, not only its own.": (
+                weights * (1 - weights) * gain
+            ),
+            "the present output is the mean of the values *with the weights*, not their plain mean.": (
+                weights * (gain - gain.mean())
+            ),
+            "the sign is wrong: this is the direction of a descent step, minus the gradient.": -wanted,
+            "the factor a_j is missing: a key that is not read cannot gain much.": gain - weights @ gain,
+            "one factor a_j too many.": weights * wanted,
+        }
+        not_known(found, mistakes)
+        close("the gradient", found, wanted)
+    return (
+        "A score rises in descent if its value lies on the better side of the present output, and in proportion to its "
+        "weight: with S equal weights every gradient is of order 1 / S. The sum over the keys is 0."
+    )
+
+
+@exercise(
+    "1.3",
     "Split torch.arange(12).view(3, 4) into 2 heads: token 0 is [0, 1, 2, 3]. Which channels belong to head 0?",
     "reshape keeps the memory order, in which the tokens come first, not the heads.",
     "Split the channels only, `x.unflatten(1, (heads, -1))`, and then swap the first two axes.",
@@ -82,36 +122,6 @@ def splitting(answer: Callable[..., Any]) -> str:
     not_known(found, mistakes)
     close("the result", found, x.unflatten(1, (3, 4)).transpose(0, 1))
     return "A head has all tokens, and its own block of channels of each token. The shape alone does not show this."
-
-
-@exercise(
-    "1.3",
-    "Compute the entropy of each row over the last axis, and take the exponential of it.",
-    "0 * log(0) is 0 * -inf, which is NaN. The limit of a ln a for a to 0 is 0: a zero weight should add 0.",
-    "`torch.special.entr(weights)` is -a ln a, with 0 at 0; or clamp before the logarithm.",
-)
-def effective_cells(answer: Callable[..., Any]) -> str:
-    """The exponential of the entropy of attention weights."""
-    weights = torch.softmax(3 * torch.randn(2, 5, 8), -1)
-    found = answer(weights)
-    same_shape("the result for weights of shape (2, 5, 8)", found, (2, 5))
-    entropy = torch.special.entr(weights).sum(-1)
-    mistakes = {
-        "the numbers are all 0: compute the entropy of each row, and its exponential.": torch.zeros_like(entropy),
-        "this is the entropy itself; its exponential is the number of patches.": entropy,
-        "the sign of the entropy is wrong: a ln a is negative, so the numbers are below 1.": (-entropy).exp(),
-        "the logarithm is to base 2 and the exponential to base e: take the natural logarithm.": (
-            (entropy / torch.tensor(2.0).log()).exp()
-        ),
-    }
-    not_known(found, mistakes)
-    close("the number", found, entropy.exp(), tolerance=1e-3)
-    sure = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.5, 0.0, 0.5, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    found = answer(sure)
-    if found.isnan().any():
-        raise Mistake("a weight of exactly 0 gives NaN: 0 times the logarithm of 0. It should add 0.")
-    close("the number for rows with weights of 0", found, torch.tensor([1.0, 2.0, 4.0]), tolerance=1e-3)
-    return "A number of patches is easier to picture than an entropy in nats, and has the same information."
 
 
 @exercise(
@@ -156,44 +166,199 @@ def surviving_softmax(answer: Callable[..., Any]) -> str:
         )
     has_gradient("the scores", scores)
     with torch.no_grad():
+        batch = torch.stack([scores, -scores])[:, None].expand(2, 3, 4, 6)  # [B, M, Q, S]
+        keys = torch.tensor([[False] * 6, [True, False, True, False, False, True]])
+        found = answer(batch, keys[:, None, None])
+        same_shape("the result for scores [B, M, Q, S] and a mask [B, 1, 1, S]", found, batch.shape)
+        close("the weights of a batch", found, batch.masked_fill(keys[:, None, None], float("-inf")).softmax(-1))
         if not answer(1000 * scores, mask).isfinite().all():
             raise Mistake("large scores overflow: use torch.softmax for the exponentials.")
     return "Values and gradients are finite even without visible keys, so one empty image cannot break the training."
 
 
+# What learners get wrong in multi-head attention, and how each mistake is recognized: `_attention` makes it.
+MISTAKES = {
+    "unscaled": "the scores are not scaled: divide them by the square root of C'.",
+    "scaled by C": "the scores are divided by the square root of C; a head's dot product has only C' = C / M terms.",
+    "no root": "the scores are divided by C', not by its square root.",
+    "over queries": "the softmax runs over the queries; the weights of a query over the keys should sum to 1.",
+    "one head": "the channels are not split: this is a single head with all C channels.",
+    "split": "the split into heads is a plain reshape, which splits the tokens (Exercise 1.3): unflatten the channels.",
+    "interleaved": "head i has every M-th channel; heads are blocks of adjacent channels.",
+    "merge": "the heads are merged in the wrong order: [B, M, Q, C'] needs its axes swapped to [B, Q, M, C'] first.",
+    "no out": "the last linear layer, `out`, is not applied.",
+    "key as value": "the values are computed from `key`: map `value` by the layer `value`.",
+    "raw values": "the values are averaged as they are: map them by the layer `value` first.",
+    "keys by query": "the keys are mapped by the layer `query`: use `key`.",
+    "not hidden": "the mask changes nothing.",
+    "inverted": "the mask is inverted: True means hidden. (F.scaled_dot_product_attention has it the other way.)",
+    "late": "the mask comes after the softmax, so hidden keys still take their part of the weight (Exercise 1.4).",
+    "zeroed": "hidden keys get the score 0, which is a score like any other; it must be minus infinity.",
+}
+
+
+def _attention(
+    module: MultiHeadAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, mistake: str = ""
+) -> Tensor:
+    """Multi-head attention with the module's weights, correct or with one of MISTAKES."""
+    batch, heads, dim = query.shape[0], 1 if mistake == "one head" else module.heads, query.shape[-1]
+
+    def split(x: Tensor) -> Tensor:
+        if mistake == "split":
+            return x.reshape(batch, heads, x.shape[1], -1)
+        if mistake == "interleaved":
+            return x.unflatten(2, (-1, heads)).permute(0, 3, 1, 2)
+        return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+    q, k = split(module.query(query)), split((module.query if mistake == "keys by query" else module.key)(key))
+    v = split(value if mistake == "raw values" else module.value(key if mistake == "key as value" else value))
+    scale = {"unscaled": 1.0, "scaled by C": dim**0.5, "no root": dim / heads}.get(mistake, (dim / heads) ** 0.5)
+    scores = q @ k.transpose(-2, -1) / scale
+    hidden = torch.zeros(batch, key.shape[1], dtype=torch.bool) if mask is None or mistake == "not hidden" else mask
+    hidden = (~hidden if mistake == "inverted" and mask is not None else hidden)[:, None, None]
+    if mistake != "late":
+        scores = scores.masked_fill(hidden, 0.0 if mistake == "zeroed" else float("-inf"))
+    weights = torch.softmax(scores, -2 if mistake == "over queries" else -1)
+    if mistake == "late":
+        weights = weights.masked_fill(hidden, 0.0)
+    mixed = weights @ v
+    if mistake == "interleaved":
+        mixed = mixed.permute(0, 2, 3, 1).flatten(2)
+    else:
+        mixed = mixed.reshape(batch, -1, dim) if mistake == "merge" else mixed.transpose(1, 2).flatten(2)
+    return mixed if mistake == "no out" else module.out(mixed)
+
+
+def _name_mistake(module: MultiHeadAttention, found: Tensor, inputs: tuple[Tensor, ...], masked: bool) -> None:
+    """Raise the Mistake whose output is ``found``, if one is known."""
+    for mistake, message in MISTAKES.items():
+        if (mistake in ("not hidden", "inverted", "late", "zeroed")) == masked and alike(
+            found, _attention(module, *inputs, mistake=mistake)
+        ):
+            raise Mistake(message)
+
+
 @exercise(
     "1.5",
-    "Count the cells as the table above does, rounding up.",
-    "Every cell has a weight for every cell: the square of their number. Multiply by heads, images and bytes.",
-    "`cells = -(-height // stride) * -(-width // stride)`; the rest are factors.",
+    "Write a method that splits [B, N, C] into [B, M, N, C'] (your solution of 1.3 with one axis more in front), and "
+    "use it for queries, keys and values.",
+    "scores are q @ k.transpose(-2, -1) / C' ** 0.5, [B, M, Q, S]. A mask [B, S] fits after mask[:, None, None].",
+    "forward: weights of step 3, F.dropout(weights, self.dropout, self.training), times v, then "
+    "transpose(1, 2).flatten(2), then self.out. For rows without a key use masked_softmax of 1.4.",
 )
-def bytes_of_weights(answer: Callable[..., Any]) -> str:
-    """Memory of dense self-attention."""
-    found = answer(800, 1066, 32)
-    if not isinstance(found, (int, float)):
-        raise Mistake(f"the number of bytes should be a number, but is {type(found).__name__}.")
-    tokens, below = 25 * 34, 25 * 33
-    known: dict[float, str] = {
-        tokens: "these are the tokens; every token has a weight for every other.",
-        below: "these are the tokens, and too few: 1066 / 32 is not an integer, and the last column counts too.",
-        tokens**2: "these are the weights of one head; there are 8, of 4 bytes each.",
-        8 * tokens**2: "this is the number of weights; each takes 4 bytes.",
-        4 * tokens**2: "the heads are missing: each has its own weights.",
-        32 * below**2: "1066 / 32 is not an integer; the partly covered column of cells counts too.",
-        32 * tokens: "every token has a weight for every other: S squared, not S.",
-        8 * 2 * tokens**2: "float32 has 4 bytes, float16 has 2.",
-    }
-    if found in known:
-        raise Mistake(known[found])
-    for height, width, stride, heads, batch, bytes_each in (
-        (800, 1066, 32, 8, 1, 4),
-        (407, 640, 16, 8, 2, 4),
-        (640, 427, 8, 4, 3, 2),
-        (33, 32, 32, 1, 1, 4),
-    ):
-        wanted = (-(-height // stride) * -(-width // stride)) ** 2 * heads * batch * bytes_each
-        found = answer(height, width, stride, heads, batch, bytes_each)
-        if found != wanted:
-            case = f"{height} x {width} at stride {stride}, {heads} heads, batch of {batch}, {bytes_each} bytes each"
-            raise Mistake(f"for {case} it should be {wanted:,}, but is {found:,}.")
-    return "Stride 8 at 800 x 1066 takes 5.4 GiB per image and layer, without gradients: too much for dense attention."
+def multi_head_attention(answer: Any) -> str:
+    """The class MultiHeadAttention."""
+    if not isinstance(answer, type):
+        raise Mistake("the answer should be the class itself, not an object of it.")
+    ours, reference = _construct(answer)
+    q, k, v = torch.randn(3, 5, 12), torch.randn(3, 7, 12), torch.randn(3, 7, 12)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    found = ours(q, k, v)
+    same_shape("the output for 5 queries and 7 keys", found, (3, 5, 12))
+    with torch.no_grad():
+        _name_mistake(reference, found, (q, k, v), masked=False)
+        close("the output", found, reference(q, k, v))
+    (found * torch.randn(3, 5, 12)).sum().backward()
+    has_gradient("queries, keys and values", *inputs)
+    for name, layer in ours.named_children():
+        has_gradient(f"the layer `{name}`", layer.weight)
+    with torch.no_grad():
+        _check_weights(ours, reference, q, k)
+    _check_masks(ours, reference, q, k, v)
+    with torch.no_grad():
+        _check_dropout(answer, reference, q, k, v)
+        places = torch.randn(3, 7, 12)
+        memory = Memory(k, places, torch.arange(7) >= torch.tensor([[7], [5], [4]]), [(1, 7)])
+        if not callable(getattr(ours, "look", None)) or not alike(ours.look(q, memory), reference.look(q, memory)):
+            raise Mistake("the method `look`, which was given, is missing or changed: chapter 03 needs it.")
+    return "It equals the package's class in outputs, weights and gradients, with and without hidden keys."
+
+
+def _construct(answer: type) -> tuple[Any, MultiHeadAttention]:
+    """A learner's module with its weights copied from the package's; Mistakes of the constructor."""
+    ours, reference = answer(12, 3), MultiHeadAttention(12, 3)
+    if not isinstance(ours, nn.Module):
+        raise Mistake("the class should be an nn.Module.")
+    layers, wanted = dict(ours.named_children()), ("query", "key", "value", "out")
+    for name in wanted:
+        if not isinstance(layers.get(name), nn.Linear):
+            raise Mistake(f"there should be a layer `self.{name} = nn.Linear(dim, dim)`.")
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.state_dict().items()}
+    for name, tensor in reference.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise Mistake(f"`{name}` should have shape {tuple(tensor.shape)}, but has {shapes.get(name, 'no values')}.")
+    if more := sorted(set(shapes) - set(reference.state_dict())):
+        raise Mistake(f"there are parameters that the specification does not have: {', '.join(more)}.")
+    if getattr(ours, "heads", None) != 3 or getattr(answer(12, 2, 0.25), "dropout", None) != 0.25:
+        raise Mistake("store the arguments as `self.heads` and `self.dropout`; the default of dropout is 0.")
+    wide = answer(64, 4)
+    if any(getattr(wide, name).bias.any() for name in wanted):
+        raise Mistake("initialize the biases with zeros (nn.init.zeros_).")
+    bound = (3 / 64) ** 0.5  # of Xavier's uniform distribution; nn.Linear's own is 1 / 8
+    if any(not 0.95 * bound < getattr(wide, name).weight.abs().max() <= bound for name in wanted):
+        raise Mistake("initialize the weights of all four layers with nn.init.xavier_uniform_.")
+    try:
+        answer(12, 5)
+    except ValueError:
+        pass
+    else:
+        raise Mistake("5 heads do not divide 12 channels: the constructor should raise ValueError.")
+    for layer in reference.children():
+        nn.init.normal_(layer.bias)
+    ours.load_state_dict(reference.state_dict())
+    return ours, reference
+
+
+def _check_weights(ours: Any, reference: MultiHeadAttention, q: Tensor, k: Tensor) -> None:
+    """Raise a Mistake if ``weights`` is wrong."""
+    mask = torch.arange(7) >= torch.tensor([[7], [5], [2]])
+    for hidden in (None, mask):
+        found, wanted = ours.weights(q, k, hidden), reference.weights(q, k, hidden)
+        if isinstance(found, Tensor) and alike(found, wanted.mean(1)):
+            raise Mistake("`weights` returns the mean over the heads; keep the heads: [B, M, Q, S].")
+        same_shape("the result of `weights`", found, wanted.shape)
+        if not alike(found.sum(-1), torch.ones(3, 3, 5)):
+            raise Mistake("the rows of `weights` should sum to 1" + ("." if hidden is None else ", also with a mask."))
+        close("`weights`" + ("" if hidden is None else " with a mask"), found, wanted)
+
+
+def _check_masks(ours: Any, reference: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise a Mistake if hidden keys are not hidden, or an image without visible keys gives NaN."""
+    mask = torch.arange(7) >= torch.tensor([[6], [5], [2]])
+    mask[1, 0] = True
+    with torch.no_grad():
+        found = ours(q, k, v, mask)
+        same_shape("the output with a mask", found, (3, 5, 12))
+        _name_mistake(reference, found, (q, k, v, mask), masked=True)
+        close("the output with a mask", found, reference(q, k, v, mask))
+        if not alike(ours(q, k, v, mask=torch.zeros_like(mask)), reference(q, k, v)):
+            raise Mistake("a mask that hides nothing changes the output.")
+    mask[2] = True
+    ours.zero_grad()
+    found = ours(q, k, v, mask)
+    if not found.isfinite().all():
+        raise Mistake("an image whose keys are all hidden gives NaN: use masked_softmax of Exercise 1.4.")
+    if not alike(found[:2], reference(q, k, v, mask)[:2]):
+        raise Mistake("an image whose keys are all hidden changes the output of the other images.")
+    found.square().sum().backward()
+    if not all(parameter.grad.isfinite().all() for parameter in ours.parameters()):
+        raise Mistake("an image whose keys are all hidden gives finite outputs, but gradients with NaN.")
+
+
+def _check_dropout(answer: type, reference: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise a Mistake if dropout is applied where it should not be, or not where it should."""
+    dropping = answer(12, 3, 0.5)
+    dropping.load_state_dict(reference.state_dict())
+    expected = reference(q, k, v)
+    if not alike(dropping.eval()(q, k, v), expected):
+        raise Mistake("dropout is active in evaluation mode: apply it only if self.training.")
+    dropping.train()
+    if alike(dropping(q, k, v), expected):
+        raise Mistake("dropout does nothing in training mode.")
+    if not alike(dropping.weights(q, k), reference.weights(q, k)):
+        raise Mistake("`weights` drops in training mode; only `forward` should.")
+    if (dropping(q, k, v) == 0).float().mean() > 0.2:
+        raise Mistake("dropout is applied to the output; it belongs on the weights, before they meet the values.")
+    mean = torch.stack([dropping(q, k, v) for _ in range(200)]).mean(0)
+    if (mean - expected).abs().max() > 0.5:
+        raise Mistake("dropout changes the mean of the output: F.dropout divides what remains by 1 - p.")

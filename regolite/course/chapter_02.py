@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regolite.course import Mistake, close, exercise, same_shape
-from regolite.models.positions import sine_embedding
+from regolite.models.positions import sine_embedding, sine_positions
 
 
 def _field(layers: list[tuple[int, int]]) -> int:
@@ -104,43 +104,74 @@ def _compare(found: Tensor, wanted: Tensor, inside: Tensor, mask: Tensor, stride
     )
 
 
+# What learners get wrong in positions, and how each mistake is recognized: `_positions` makes it.
+MISTAKES = {
+    "of the map": "the coordinate is divided by the size of the padded map: the cat's last row is at 0.65 in a "
+    "batch with the giraffes, but at 1 alone.",
+    "from 0": "cells are numbered from 0; DETR numbers them from 1 (an exclusive sum, or arange(h), starts at 0).",
+    "always centers": "one half is subtracted without `center`.",
+    "no turn": "the factor 2 pi is missing: coordinates run from 0 to 1 and not once around the circle.",
+    "half a turn": "the coordinate runs to pi and not to 2 pi.",
+    "x first": "x and y are swapped: the first half of the channels is y, the number of the row, cumsum(1).",
+    "padding counts": "padding is counted instead of the image: use ~mask.",
+    "not divided": "the cells' numbers are not divided by the number of rows or columns of the image.",
+}
+
+
+def _positions(mask: Tensor, dim: int, center: bool = False, mistake: str = "") -> Tensor:
+    """DETR's sine encoding [B, dim, h, w], correct or with one of MISTAKES."""
+    inside = (mask if mistake == "padding counts" else ~mask).float()
+    if mistake == "of the map":
+        inside = torch.ones_like(inside)
+    y, x = inside.cumsum(1), inside.cumsum(2)
+    rows, columns = y[:, -1:] + 1e-6, x[:, :, -1:] + 1e-6
+    if mistake == "not divided":
+        rows, columns = torch.ones_like(rows), torch.ones_like(columns)
+    shift = 1.0 if mistake == "from 0" else 0.5 if center or mistake == "always centers" else 0.0
+    turn = {"no turn": 1.0, "half a turn": math.pi}.get(mistake, 2 * math.pi)
+    down, across = (y - shift) / rows * turn, (x - shift) / columns * turn
+    parts = [sine_embedding(down, dim // 2), sine_embedding(across, dim // 2)]
+    return torch.cat(parts[::-1] if mistake == "x first" else parts, dim=-1).permute(0, 3, 1, 2)
+
+
 @exercise(
     "2.3",
-    "The mask gives the size of each image; the shape of the map does not.",
-    "Count the cells that are not padding along each axis: cumsum(1) over ~mask gives 1, 2, 3, ... down each column.",
-    "`y = (~mask).float().cumsum(1)`, divided by its last row `y[:, -1:]`; x the same way with cumsum(2).",
+    "The mask gives the size of each image; the shape of the map does not. (~mask).float() is 1 on the image's cells.",
+    "cumsum(1) of it counts 1, 2, 3, ... down each column and stops on padding; its last row `y[:, -1:]` is the number "
+    "of rows. x the same way with cumsum(2) and `x[:, :, -1:]`.",
+    "`y = (y - shift) / (y[:, -1:] + 1e-6) * 2 * math.pi` with shift 0.5 or 0; then sine_embedding(y, dim // 2), the "
+    "same for x, torch.cat(..., dim=-1).permute(0, 3, 1, 2).",
 )
-def own_coordinates(answer: Callable[..., Any]) -> str:
-    """Coordinates relative to the unpadded image."""
+def positions_of_a_batch(answer: Callable[..., Any]) -> str:
+    """The two-dimensional sine encoding, relative to the unpadded image."""
     alone, batch = torch.zeros(1, 13, 20, dtype=torch.bool), torch.ones(2, 20, 20, dtype=torch.bool)
     batch[0, :13], batch[1, :, :14] = False, False
-    for mask in (alone, batch):
-        found = answer(mask)
-        if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise Mistake("the answer should be a pair, y and x.")
-        for axis, values in zip("yx", found):
-            same_shape(f"{axis} for a mask of shape {tuple(mask.shape)}", values, mask.shape)
-    (y, x), down, across = answer(batch), torch.arange(1, 21)[:, None], torch.arange(1, 21)[None]
-    if torch.allclose(y[0, :13], (across.T[:13] / 20).expand(13, 20)) and torch.allclose(
-        x[1], (across / 20).expand(20, 20)
-    ):
-        raise Mistake(
-            "the coordinate is divided by the size of the padded map: the cat's last row is at 0.65 in a batch with "
-            "the giraffes, but at 1 alone."
-        )
-    for name, found, wanted in (
-        ("y of the first image", y[0, :13], (down[:13] / 13).expand(13, 20)),
-        ("x of the first image", x[0, :13], (across / 20).expand(13, 20)),
-        ("y of the second image", y[1, :, :14], (down / 20).expand(20, 14)),
-        ("x of the second image", x[1, :, :14], (across[:, :14] / 14).expand(20, 14)),
-    ):
-        if torch.allclose(found, wanted - 0.5 / wanted.shape[0 if name[0] == "y" else 1], atol=1e-4):
-            raise Mistake("these are the cells' centers; here the last cell of an image should be at 1.")
-        close(name, found, wanted, tolerance=1e-4)
-    for values in (y, x):
-        if not values.isfinite().all():
+    for mask, dim, center in ((alone, 16, False), (batch, 24, False), (batch, 24, True), (alone, 16, True)):
+        found = answer(mask, dim, center)
+        case = f"a mask of shape {tuple(mask.shape)}, {dim} channels" + (", center=True" if center else "")
+        if isinstance(found, Tensor) and found.shape == (*mask.shape, dim):
+            raise Mistake("the channels are the last axis; they should be the second: permute(0, 3, 1, 2).")
+        same_shape(f"the result for {case}", found, (mask.shape[0], dim, *mask.shape[1:]))
+        inside = ~mask[:, None].expand_as(found)
+        wanted = sine_positions(mask, dim, center)
+        if not torch.allclose(found[inside], wanted[inside], atol=1e-4):
+            for mistake, message in MISTAKES.items():
+                if torch.allclose(found[inside], _positions(mask, dim, center, mistake)[inside], atol=1e-3):
+                    raise Mistake(message)
+            if center and torch.allclose(found[inside], sine_positions(mask, dim)[inside], atol=1e-4):
+                raise Mistake("center=True changes nothing: subtract one half from the cells' numbers.")
+            number, channel, row, column = (
+                ((found - wanted).abs().nan_to_num(9.0) * inside > 1e-4).nonzero()[0].tolist()
+            )
+            raise Mistake(
+                f"for {case}, channel {channel} of image {number} is wrong at row {row}, column {column}; it encodes "
+                f"{'y' if channel < dim // 2 else 'x'}."
+            )
+        if not found.isfinite().all():
             raise Mistake("padding has NaN or infinite values, which spoil sums even if masked: do not divide by 0.")
-    return "The bug affects objects far from the upper left corner most: the error grows with the coordinate."
+    return (
+        "The bug of the stub affects objects far from the upper left corner most: the error grows with the coordinate."
+    )
 
 
 @exercise(

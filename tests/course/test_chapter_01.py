@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from regolite.course import Mistake, find
+from regolite.course import Mistake, chapter_01, find
+from regolite.models.attention import MultiHeadAttention
 
 
 def said(number, answer):
     """What the checker holds against an answer."""
     torch.manual_seed(0)
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises((Mistake, RuntimeError)) as caught:
         find(number).checker(answer)
     return str(caught.value)
 
@@ -30,8 +33,8 @@ def split(x, heads):
     return x.unflatten(1, (heads, -1)).transpose(0, 1)
 
 
-def cells(weights):
-    return torch.special.entr(weights).sum(-1).exp()
+def gradient(weights, values, g):
+    return weights * ((values - weights @ values) @ g)
 
 
 def masked(scores, mask):
@@ -39,11 +42,128 @@ def masked(scores, mask):
     return torch.softmax(scores.masked_fill(mask, lowest), -1).masked_fill(mask, 0.0)
 
 
-def size(height, width, stride, heads=8, batch=1, bytes_each=4):
-    return (-(-height // stride) * -(-width // stride)) ** 2 * heads * batch * bytes_each
+class Attention(MultiHeadAttention):
+    """The package's class, or one with a learner's mistake."""
+
+    mistake = ""
+
+    def forward(self, query, key, value, mask=None):
+        return chapter_01._attention(self, query, key, value, mask, self.mistake)
 
 
-RIGHT = {"1.1": attend(), "1.2": split, "1.3": cells, "1.4": masked, "1.5": size}
+def wrong(mistake):
+    return type("Wrong", (Attention,), {"mistake": mistake})
+
+
+def changed(**methods):
+    return type("Changed", (MultiHeadAttention,), methods)
+
+
+def plain(self, dim, heads, dropout=0.0):
+    """A constructor without the initialization and the check."""
+    nn.Module.__init__(self)
+    self.heads, self.dropout = heads, dropout
+    self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+
+def zero_biases(self, dim, heads, dropout=0.0):
+    plain(self, dim, heads, dropout)
+    for layer in self.children():
+        nn.init.zeros_(layer.bias)
+
+
+def any_heads(self, dim, heads, dropout=0.0):
+    zero_biases(self, dim, heads, dropout)
+    for layer in self.children():
+        nn.init.xavier_uniform_(layer.weight)
+
+
+def any_heads_checked(self, dim, heads, dropout=0.0):
+    if dim % heads:
+        raise ValueError
+    any_heads(self, dim, heads, dropout)
+
+
+def renamed(self, dim, heads, dropout=0.0):
+    MultiHeadAttention.__init__(self, dim, heads, dropout)
+    self.output = self.out
+    del self.out
+
+
+def narrow(self, dim, heads, dropout=0.0):
+    MultiHeadAttention.__init__(self, dim, heads, dropout)
+    self.value = nn.Linear(dim, dim // heads)
+
+
+def forgetful(self, dim, heads, dropout=0.0):
+    MultiHeadAttention.__init__(self, dim, heads)
+
+
+def no_bias(self, dim, heads, dropout=0.0):
+    MultiHeadAttention.__init__(self, dim, heads, dropout)
+    self.key = nn.Linear(dim, dim, bias=False)
+
+
+def weigh(self, query, key, mask=None, drop=False, average=False, hide=True):
+    scores = self._split(self.query(query)) @ self._split(self.key(key)).transpose(-2, -1) / (12 / 3) ** 0.5
+    if mask is not None and hide:
+        scores = scores.masked_fill(mask[:, None, None], float("-inf"))
+    weights = torch.softmax(scores, -1)
+    weights = F.dropout(weights, self.dropout, self.training) if drop else weights
+    return weights.mean(1) if average else weights
+
+
+def by_hand(self, query, key, value, mask=None):
+    """forward without the fused kernel: NaN for images without keys."""
+    weights = F.dropout(MultiHeadAttention.weights(self, query, key, mask), self.dropout, self.training)
+    return self.out((weights @ self._split(self.value(value))).transpose(1, 2).flatten(2))
+
+
+def survivor(self, query, key, value, mask=None):
+    """forward without the fused kernel, and without NaN."""
+    scores = (
+        self._split(self.query(query)) @ self._split(self.key(key)).transpose(-2, -1) / self.query.out_features**0.5
+    )
+    hidden = torch.zeros(key.shape[:2], dtype=torch.bool) if mask is None else mask
+    weights = masked(scores * self.heads**0.5, hidden[:, None, None].expand_as(scores))
+    weights = F.dropout(weights, self.dropout, self.training)
+    return self.out((weights @ self._split(self.value(value))).transpose(1, 2).flatten(2))
+
+
+def nan_replaced(self, query, key, value, mask=None):
+    scores = self._split(self.query(query)) @ self._split(self.key(key)).transpose(-2, -1) / 2
+    if mask is not None:
+        scores = scores + torch.zeros(mask.shape).masked_fill(mask, float("-inf"))[:, None, None]
+    weights = torch.nan_to_num(torch.softmax(scores, -1))
+    return self.out((weights @ self._split(self.value(value))).transpose(1, 2).flatten(2))
+
+
+def drop_output(self, query, key, value, mask=None):
+    kept, self.dropout = self.dropout, 0.0
+    mixed = MultiHeadAttention.forward(self, query, key, value, mask)
+    self.dropout = kept
+    return F.dropout(mixed, kept, self.training)
+
+
+def drop_always(self, query, key, value, mask=None):
+    allowed = None if mask is None else ~mask[:, None, None]
+    q, k, v = (self._split(layer(x)) for layer, x in ((self.query, query), (self.key, key), (self.value, value)))
+    mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout_p=self.dropout)
+    return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def drop_never(self, query, key, value, mask=None):
+    kept, self.dropout = self.dropout, 0.0
+    mixed = MultiHeadAttention.forward(self, query, key, value, mask)
+    self.dropout = kept
+    return mixed
+
+
+def detached(self, query, key, value, mask=None):
+    return MultiHeadAttention.forward(self, query.detach(), key, value, mask)
+
+
+RIGHT = {"1.1": attend(), "1.2": gradient, "1.3": split, "1.4": masked, "1.5": MultiHeadAttention}
 
 
 @pytest.mark.parametrize("number", RIGHT)
@@ -55,8 +175,9 @@ def test_right_answers_pass(number):
 def test_other_right_answers_pass():
     torch.manual_seed(0)
     find("1.1").checker(lambda q, k, v: torch.softmax((k * q).sum(1) * len(q) ** -0.5, -1) @ v)
-    find("1.2").checker(lambda x, heads: torch.stack(x.chunk(heads, dim=1)))
-    find("1.3").checker(lambda a: (-(a * (a + 1e-12).log()).sum(-1)).exp())
+    find("1.2").checker(lambda a, v, g: (torch.diag(a) - torch.outer(a, a)) @ (v @ g))
+    find("1.3").checker(lambda x, heads: torch.stack(x.chunk(heads, dim=1)))
+    find("1.5").checker(changed(__init__=any_heads_checked, forward=survivor))
     find("1.4").checker(lambda s, m: torch.nan_to_num(s.masked_fill(m, float("-inf")).softmax(-1)))
 
 
@@ -70,15 +191,19 @@ WRONG = {
     "one: no softmax": ("1.1", lambda q, k, v: k @ q / len(q) ** 0.5 @ v, "softmax is missing"),
     "one: detached": ("1.1", lambda q, k, v: attend()(q.detach(), k, v), "no gradient"),
     "one: naive": ("1.1", naive, "overflow"),
-    "split: stub": ("1.2", lambda x, m: x.reshape(m, len(x), -1), "splits the tokens"),
-    "split: not exchanged": ("1.2", lambda x, m: x.unflatten(1, (m, -1)), "swap them"),
-    "split: interleaved": ("1.2", lambda x, m: x.unflatten(1, (-1, m)).permute(2, 0, 1), "every third channel"),
-    "cells: stub": ("1.3", lambda a: torch.zeros(a.shape[:-1]), "all 0"),
-    "cells: entropy": ("1.3", lambda a: torch.special.entr(a).sum(-1), "entropy itself"),
-    "cells: sign": ("1.3", lambda a: (a * a.log()).sum(-1).exp(), "sign"),
-    "cells: base 2": ("1.3", lambda a: (-(a * a.log2()).sum(-1)).exp(), "base 2"),
-    "cells: NaN": ("1.3", lambda a: (-(a * a.log()).sum(-1)).exp(), "gives NaN"),
-    "cells: axis": ("1.3", lambda a: torch.special.entr(a).sum().exp(), "shape (2, 5)"),
+    "gradient: of the weights": ("1.2", lambda a, v, g: v @ g, "of the weights"),
+    "gradient: no competition": ("1.2", lambda a, v, g: a * (v @ g), "weighted mean"),
+    "gradient: diagonal": ("1.2", lambda a, v, g: a * (1 - a) * (v @ g), "only the diagonal"),
+    "gradient: plain mean": ("1.2", lambda a, v, g: a * ((v - v.mean(0)) @ g), "not their plain mean"),
+    "gradient: sign": ("1.2", lambda a, v, g: -gradient(a, v, g), "sign is wrong"),
+    "gradient: no weight": ("1.2", lambda a, v, g: (v - a @ v) @ g, "a_j is missing"),
+    "gradient: squared": ("1.2", lambda a, v, g: a * gradient(a, v, g), "too many"),
+    "gradient: shape": ("1.2", lambda a, v, g: a[:, None] * (v - a @ v) * g, "shape (5,)"),
+    "split: stub": ("1.3", lambda x, m: x.reshape(m, len(x), -1), "splits the tokens"),
+    "split: not exchanged": ("1.3", lambda x, m: x.unflatten(1, (m, -1)), "swap them"),
+    "split: interleaved": ("1.3", lambda x, m: x.unflatten(1, (-1, m)).permute(2, 0, 1), "every third channel"),
+    "split: view of the transpose": ("1.3", lambda x, m: x.T.reshape(m, len(x), -1), "should be"),
+    "split: shape": ("1.3", lambda x, m: x.unflatten(1, (m, -1)).permute(1, 2, 0), "shape (3, 5, 4)"),
     "mask: stub": ("1.4", lambda s, m: s.softmax(-1).masked_fill(m, 0.0), "no longer sum to 1"),
     "mask: unused": ("1.4", lambda s, m: s.softmax(-1), "not used"),
     "mask: inverted": ("1.4", lambda s, m: masked(s, ~m), "inverted"),
@@ -90,13 +215,31 @@ WRONG = {
         "gradient is NaN",
     ),
     "mask: detached": ("1.4", lambda s, m: masked(s.detach(), m) + 0 * s, "no gradient"),
-    "bytes: stub": ("1.5", lambda h, w, s, *rest: (h // s) * (w // s), "too few"),
-    "bytes: tokens": ("1.5", lambda h, w, s, *rest: -(-h // s) * -(-w // s), "every other"),
-    "bytes: one head": ("1.5", lambda h, w, s, *rest: 850**2, "8, of 4 bytes"),
-    "bytes: weights": ("1.5", lambda h, w, s, *rest: size(h, w, s, bytes_each=1), "4 bytes"),
-    "bytes: floor": ("1.5", lambda h, w, s, *rest: 32 * ((h // s) * (w // s)) ** 2, "partly covered"),
-    "bytes: a number": ("1.5", lambda *_: size(800, 1066, 32), "stride 16"),
-    "bytes: no batch": ("1.5", lambda h, w, s, m=8, b=1, n=4: size(h, w, s, m, 1, n), "batch of 2"),
+    "mask: one mask only": ("1.4", lambda s, m: masked(s, m) if s.ndim == 2 else masked(s, m[:, 0, 0]), "must match"),
+    "module: an object": ("1.5", MultiHeadAttention(12, 3), "the class itself"),
+    "module: name": ("1.5", changed(__init__=renamed), "self.out"),
+    "module: narrow": ("1.5", changed(__init__=narrow), "`value.weight` should have shape (12, 12)"),
+    "module: no bias": ("1.5", changed(__init__=no_bias), "`key.bias` should have shape"),
+    "module: dropout not stored": ("1.5", changed(__init__=forgetful), "self.dropout"),
+    "module: biases": ("1.5", changed(__init__=plain), "biases with zeros"),
+    "module: weights": ("1.5", changed(__init__=zero_biases), "xavier"),
+    "module: any heads": ("1.5", changed(__init__=any_heads), "ValueError"),
+    "module: detached": ("1.5", changed(forward=detached), "no gradient"),
+    "module: mean of the heads": ("1.5", changed(weights=lambda *a: weigh(*a, average=True)), "mean over the heads"),
+    "module: weights drop": ("1.5", changed(weights=lambda *a: weigh(*a, drop=True)), "only `forward`"),
+    "module: weights unmasked": ("1.5", changed(weights=lambda *a: weigh(*a, hide=False)), "with a mask"),
+    "module: NaN": ("1.5", changed(forward=by_hand), "all hidden gives NaN"),
+    "module: NaN in gradients": ("1.5", changed(forward=nan_replaced), "gradients with NaN"),
+    "module: drops in evaluation": ("1.5", changed(forward=drop_always), "evaluation mode"),
+    "module: never drops": ("1.5", changed(forward=drop_never), "does nothing in training"),
+    "module: drops the output": ("1.5", changed(forward=drop_output), "belongs on the weights"),
+    "module: look": ("1.5", changed(look=None), "`look`"),
+    "module: look without positions": (
+        "1.5",
+        changed(look=lambda self, q, m, reference_points=None: self(q, m.tokens, m.tokens, m.mask)),
+        "`look`",
+    ),
+    **{f"module: {name}": ("1.5", wrong(name), said[:40]) for name, said in chapter_01.MISTAKES.items()},
 }
 
 

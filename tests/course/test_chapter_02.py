@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regolite.course import Mistake, find
+from regolite.course import Mistake, chapter_02, find
+from regolite.models.positions import sine_embedding, sine_positions
 
 
 def said(number, answer):
@@ -34,15 +35,12 @@ def interpolated(mask, stride):
     return F.interpolate(mask[None].float(), size=[-(-side // stride) for side in mask.shape[1:]])[0].bool()
 
 
-def coordinates(mask, shift=0.0, tiny=1e-6):
-    y, x = (~mask).float().cumsum(1), (~mask).float().cumsum(2)
-    return (y - shift) / (y[:, -1:] + tiny), (x - shift) / (x[:, :, -1:] + tiny)
-
-
-def of_the_map(mask):
-    rows, columns = mask.shape[1:]
-    y, x = torch.arange(1, rows + 1)[:, None] / rows, torch.arange(1, columns + 1)[None] / columns
-    return y.expand(mask.shape), x.expand(mask.shape)
+def positions(mask, dim, center=False, tiny=1e-6):
+    inside = (~mask).float()
+    y, x = inside.cumsum(1) - center / 2, inside.cumsum(2) - center / 2
+    y, x = y / (inside.sum(1, keepdim=True) + tiny), x / (inside.sum(2, keepdim=True) + tiny)
+    both = [sine_embedding(axis * 2 * math.pi, dim // 2) for axis in (y, x)]
+    return torch.cat(both, dim=-1).permute(0, 3, 1, 2)
 
 
 def matrix(delta, dim, temperature=10000):
@@ -79,7 +77,7 @@ def exchanged(token, shapes, strides):
     return top, left, bottom, right
 
 
-RIGHT = {"2.1": field, "2.2": shrink, "2.3": coordinates, "2.4": matrix, "2.5": square}
+RIGHT = {"2.1": field, "2.2": shrink, "2.3": positions, "2.4": matrix, "2.5": square}
 
 
 @pytest.mark.parametrize("number", RIGHT)
@@ -96,7 +94,7 @@ def test_other_right_answers_pass():
 
     torch.manual_seed(0)
     find("2.2").checker(blocks)
-    find("2.3").checker(lambda mask: [c.clamp(min=0.0) for c in coordinates(mask)])
+    find("2.3").checker(sine_positions)
     find("2.5").checker(lambda *given: torch.tensor(square(*given)))
 
 
@@ -113,18 +111,34 @@ WRONG = {
     "shrink: floats": ("2.2", lambda m, s: shrink(m, s).float(), "has dtype bool"),
     "shrink: floor": ("2.2", lambda m, s: F.max_pool2d((~m).float()[:, None], s)[:, 0] == 0, "shape"),
     "shrink: all": ("2.2", lambda m, s: torch.ones_like(shrink(m, s)), "marked as padding"),
-    "coordinates: stub": ("2.3", of_the_map, "padded map"),
-    "coordinates: centers": ("2.3", lambda m: coordinates(m, shift=0.5), "centers"),
-    "coordinates: NaN": ("2.3", lambda m: coordinates(m, tiny=0.0), "NaN"),
-    "coordinates: exchanged": ("2.3", lambda m: coordinates(m)[::-1], "y of the first image"),
-    "coordinates: one": ("2.3", lambda m: coordinates(m)[0], "a pair"),
+    **{
+        f"positions: {mistake}": ("2.3", lambda *given, m=mistake: chapter_02._positions(*given, m), said[:40])
+        for mistake, said in chapter_02.MISTAKES.items()
+    },
+    "positions: no centers": (
+        "2.3",
+        lambda mask, dim, center=False: positions(mask, dim),
+        "center=True changes nothing",
+    ),
+    "positions: NaN": ("2.3", lambda *given: positions(*given, tiny=0.0), "NaN"),
+    "positions: channels last": ("2.3", lambda *given: positions(*given).permute(0, 2, 3, 1), "permute(0, 3, 1, 2)"),
+    "positions: channels each": ("2.3", lambda mask, dim, *rest: positions(mask, 2 * dim, *rest), "should have shape"),
+    "positions: one image": (
+        "2.3",
+        lambda mask, *rest: positions(mask[:1], *rest).repeat(len(mask), 1, 1, 1),
+        "image 1",
+    ),
     "matrix: stub": ("2.4", lambda delta, dim, temperature: torch.eye(dim), "does not change the embedding"),
     "matrix: back": ("2.4", lambda *given: matrix(*given).T, "by -delta"),
     "matrix: alike": ("2.4", lambda delta, dim, temperature: matrix(delta, dim, 1), "same angle"),
     "matrix: halves": ("2.4", halves, "interleaved"),
+    "matrix: half the angle": ("2.4", lambda delta, *rest: matrix(delta / 2, *rest), "should be"),
     "matrix: temperature": ("2.4", lambda delta, dim, temperature: matrix(delta, dim), "temperature 20"),
     "square: stub": ("2.5", first_level, "coarser level"),
     "square: exchanged": ("2.5", exchanged, "x and y"),
+    "square: cells": ("2.5", lambda t, shapes, s: square(t, shapes, [1, 1, 1]), "is the square"),
+    "square: off by one": ("2.5", lambda t, *rest: square(max(t - 1, 0), *rest), "is the square"),
+    "square: one stride": ("2.5", lambda t, shapes, s: square(t, shapes, [8, 8, 8]), "is the square"),
     "square: by height": ("2.5", by_height, "not h"),
 }
 
