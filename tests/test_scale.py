@@ -41,6 +41,7 @@ CONFIG = RunConfig(
     image_size=64,
     batch_size=4,
     epochs=5,
+    seed=2,
     schedule="constant",
     evaluate_every=0,
     log_every=1,
@@ -190,6 +191,7 @@ def test_accumulated_parts_are_the_larger_batch_for_a_softmax_too(config):
         "model": "detr_r50",
         "overrides": ("backbone=tiny", "weights=none", *SMALL[:6], "detector.dropout=0.0"),
         "epochs": 1,
+        "seed": 4,  # queries are nearly equal before training: with some seeds, rounding decides a match
     }
     whole, parts = train(config("whole", **changes)), train(config("parts", accumulate=2, **changes))
     same(parts, whole, steps=4)
