@@ -37,6 +37,7 @@ def layer_norm(answer: Callable[..., Tensor]) -> str:
     variance = deviation.square().mean(-1, keepdim=True)
     unbiased = x.var(-1, keepdim=True)
     known = {
+        "the tokens are unchanged.": x,
         "the mean and the variance are taken over the tokens. A LayerNorm looks at one token: take them over the "
         "channels, the last dimension.": F.layer_norm(x.transpose(1, 2), (7,)).transpose(1, 2) * weight + bias,
         "one mean and one variance for the whole tensor: every token needs its own.": (
@@ -72,7 +73,7 @@ def layer_norm(answer: Callable[..., Tensor]) -> str:
     for said, wrong in known.items():
         if alike(found, wrong) and not alike(wrong, wanted):
             raise Mistake(said)
-    close("layer_norm(x, weight, bias)", found, wanted, tolerance=1e-3)
+    close("the normalized token", found, wanted, tolerance=1e-3)
     close("layer_norm of tokens without a batch, [S, C]", answer(x[0], weight, bias), wanted[0], tolerance=1e-3)
     constant = answer(torch.full((1, 2, C), 3.0), weight, bias)
     if not constant.isfinite().all():

@@ -182,7 +182,7 @@ RIGHT = [
 ]
 
 NORM = [
-    (lambda x, w, b: x, "should be"),
+    (lambda x, w, b: x, "the tokens are unchanged"),
     (lambda x, w, b: norm(x, w, b, dim=-2), "over the tokens"),
     (lambda x, w, b: (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt() * w + b, "whole tensor"),
     (lambda x, w, b: norm(x, w, b, unbiased=True), "C - 1"),
