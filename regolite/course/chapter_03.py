@@ -201,7 +201,7 @@ def encoder_layer(answer: Callable[..., nn.Module]) -> str:
     memory = _memory()
     x, p, mask = memory.tokens, memory.positions, memory.mask
     one, two, ffn = ours.attention_norm, ours.ffn_norm, ours.ffn
-    attention = ours.attention
+    attention: Any = ours.attention
     with torch.no_grad():
         given = x.clone()
         found = theirs(memory)
@@ -533,7 +533,7 @@ def _reaches(layer: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], start
             has_gradient(key, parameter)
 
 
-def _drops(layer: nn.Module, run: Callable[[nn.Module], Tensor], bare: Callable[[nn.Module], Tensor]) -> None:
+def _drops(layer: nn.Module, run: Callable[[Any], Tensor], bare: Callable[[Any], Tensor]) -> None:
     """Check where dropout acts: at probability 1 it erases every branch in training, and nothing in evaluation."""
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, 0.3, 1.2)
