@@ -171,6 +171,9 @@ def stuck(answer: Any) -> str:
     box = answer.detach().cpu().float().requires_grad_()
     if not box.isfinite().all() or not (box[2:] > 0).all():
         raise Mistake("the box needs a width and a height above 0.")
+    corners = to_xyxy(box.detach())
+    if (corners < -1e-6).any() or (corners > 1 + 1e-6).any():
+        raise Mistake("the box extends beyond the image: all four corners should lie between 0 and 1.")
     couch = torch.tensor(COUCH)
     away = float((box[:2] - couch[:2]).detach().norm())
     if away < 0.1:

@@ -45,7 +45,7 @@ RIGHT = [
     ("4.4", giou_loss),
     ("4.4", lambda boxes, wanted: 1 - generalized_box_iou(to_xyxy(boxes), to_xyxy(wanted)).diagonal()),
     ("4.5", torch.tensor([0.3, 0.3, 0.2, 0.1])),
-    ("4.5", torch.tensor([0.6, 0.5, 1.5, 1.5])),  # the couch within the box does as well
+    ("4.5", torch.tensor([0.8, 0.7, 0.2, 0.3])),
 ]
 
 WRONG = [
@@ -62,11 +62,15 @@ WRONG = [
     ("4.2", box_iou, "matrix of all pairs"),
     ("4.2", lambda a, b: iou_of_pairs(a, b).detach().requires_grad_(), "no gradient"),
     ("4.2", lambda a, b: torch.zeros(4), "the IoU of boxes that overlap should be"),
+    ("4.2", lambda a, b: iou_of_pairs(a, b, clamp_sides=False).clamp(min=0), "two negative sides"),
+    ("4.2", lambda a, b: iou_of_pairs(a, b, clamp_sides=False).abs(), "side by side"),
+    ("4.2", lambda a, b: None, "is None"),
     ("4.3", lambda t: 0.0, "can move before"),
     ("4.3", lambda t: 1 - t, "the union grows"),
     ("4.3", lambda t: (1 - t) / 2, "intersection 1 - s, union 1 [+] s"),
     ("4.3", lambda t: 1 / 3, "for t = 0.75 your answer is 0.3333, but with that shift the IoU is 0.50"),
     ("4.3", lambda t: None, "should be a number"),
+    ("4.3", lambda t: (1 - t) / t, "with that shift the IoU is"),
     ("4.4", lambda boxes, wanted: torch.zeros(7), "the loss should be"),
     ("4.4", lambda boxes, wanted: 1 - giou_loss(boxes, wanted), "GIoU itself"),
     (
@@ -86,11 +90,15 @@ WRONG = [
         r"matrix of all pairs, \[7",
     ),
     ("4.4", lambda boxes, wanted: giou_loss(boxes, wanted).detach(), "no gradient flows back"),
-    ("4.5", torch.tensor([0.3, 0.2, 0.7, 0.7]), "center's x still has a gradient"),
-    ("4.5", torch.tensor([0.4, 0.2, 0.2, 0.7]), "center's y still has a gradient"),
+    ("4.5", torch.tensor([0.9, 0.3, 0.2, 0.2]), "center's x still has a gradient"),
+    ("4.5", torch.tensor([0.3, 0.9, 0.2, 0.2]), "center's y still has a gradient"),
     ("4.5", torch.tensor([0.5, 0.5, 0.2, 0.2]), "from the couch's"),
     ("4.5", torch.tensor([0.3, 0.3, 0.0, 0.2]), "width and a height above 0"),
     ("4.5", [0.3, 0.3, 0.2, 0.2], "should be a tensor"),
+    ("4.5", torch.tensor([0.6, 0.5, 1.5, 1.5]), "beyond the image"),  # contains the couch
+    ("4.5", torch.tensor([0.9, 0.5, 5.0, 5.0]), "beyond the image"),
+    ("4.5", torch.tensor([-0.5, -0.5, 0.2, 0.2]), "beyond the image"),
+    ("4.5", torch.tensor([float("nan"), 0.5, 0.2, 0.2]), "width and a height above 0"),
 ]
 
 
