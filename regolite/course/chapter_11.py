@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -448,7 +449,7 @@ def build_rego(answer: Callable[..., Any]) -> str:
         own.eval()
         with torch.no_grad():
             wanted, found = reference(images), _run_rego(own, images)
-            _compare_rego(found, wanted, lambda flaw, rego=reference: _rego_with(rego, images, flaw))
+            _compare_rego(found, wanted, functools.partial(_rego_with, reference, images))
             _check_stages_argument(own, reference, images)
         _check_detached(own, images)
     return "Your REGO stands on DETR and on Deformable DETR and gives the package's outputs."

@@ -298,7 +298,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, lr: float = 1.0) -> None:
         self.model = copy.deepcopy(model).eval()
-        groups = {"backbone": [], "rest": []}  # type: dict[str, list[nn.Parameter]]
+        groups: dict[str, list[nn.Parameter]] = {"backbone": [], "rest": []}
         for name, parameter in self.model.named_parameters():
             groups["backbone" if "backbone." in name else "rest"].append(parameter)
             parameter.grad = torch.full_like(parameter, 0.5)
@@ -322,13 +322,16 @@ def _like(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).norm() < 1e-3 * other.norm())
 
 
-def _name_flaw(moved: Tensor, model: nn.Module, set_loss: SetLoss, lr: float, arguments: tuple[Any, ...]) -> None:
+def _name_flaw(
+    moved: Tensor, model: nn.Module, set_loss: SetLoss, lr: float, arguments: tuple[list[Part], float, float]
+) -> None:
     """Raise the Mistake whose step moves the weights like the answer's."""
     if not moved.any():
         raise Mistake(STEP_FLAWS["no step"])
+    parts, factor, max_norm = arguments
     for flaw, message in STEP_FLAWS.items():
         trial = _Trial(model, lr)
-        _flawed_step(trial.model, set_loss, trial.optimizer, *arguments, flaw)
+        _flawed_step(trial.model, set_loss, trial.optimizer, parts, factor, max_norm, flaw)
         if _like(moved, trial.moved):
             raise Mistake(message)
     raise Mistake(
