@@ -1,7 +1,7 @@
 """The trainings of notebook 12 that go wrong, each by one mistake, and one that does not: their curves.
 
 `python notebooks/results/sick_runs.py` writes `12_sick_runs.json` beside itself, in about 3 minutes of one CPU core.
-Which letter is which mistake stands below: solve exercise 12.4 first.
+Which letter is which mistake stands below: solve exercise 12.5 first.
 """
 
 import contextlib
