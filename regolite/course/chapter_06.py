@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,11 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from regolite.boxes import to_xyxy
 from regolite.course import Mistake, alike, close, exercise, has_gradient, same_shape
+from regolite.losses import LossConfig
+from regolite.losses import SetLoss as Reference
+from regolite.matching import MatchingCosts, PaddedTargets, match
 from regolite.models.detr import Detr, DetrConfig
+from regolite.types import DetectorOutput, FeatureMap, Prediction, Target
 
 OLD = ("person", "cat", "dog")
 NEW = ("zebra", "dog", "cat", "bus")
@@ -89,7 +93,7 @@ def settles(answer: Callable[..., Any]) -> str:
         ):
             if abs(found - mistaken) < 1e-3:
                 raise Mistake(f"{case} is {found:.3f}: {but}")
-        raise Mistake(f"{case} should be {wanted:.3f}, but is {found:.3f}.")
+        raise Mistake(f"{case} is {found:.3f}, and the loss is lower elsewhere: set its derivative by p to zero.")
     return "On COCO that is 0.57 with weight 0.1 and 0.93 with weight 1: almost no query would predict an object."
 
 
@@ -164,14 +168,14 @@ def image_loss(answer: Callable[..., Any]) -> str:
     close("the label term", label, _label(logits, labels, query, 4), but=_label_mistake(logits, labels, query, label))
     pairs = boxes.detach()[query]
     apart = (pairs - wanted).abs()
-    close("the L1 term", l1, apart.sum() / objects, but=_l1_mistake(apart, l1, objects))
+    close("the L1 term", l1.detach(), apart.sum() / objects, but=_l1_mistake(apart, l1, objects))
     overlap = generalized_box_iou_loss(to_xyxy(pairs), to_xyxy(wanted))
     but = ""
     if alike(giou, generalized_box_iou_loss(pairs, wanted).sum() / objects, 1e-5):
         but = "the GIoU term uses cxcywh boxes as corners: convert them first."
     elif alike(giou, overlap.mean(), 1e-5):
         but = "the GIoU term is the mean over the image's pairs; divide the sum by `objects`, those of the batch."
-    close("the GIoU term", giou, overlap.sum() / objects, but=but)
+    close("the GIoU term", giou.detach(), overlap.sum() / objects, but=but)
     (l1 + giou).backward()
     has_gradient("the boxes", boxes)
     return "'No object' has its own column, and every object of the batch has the same weight."
@@ -217,6 +221,249 @@ def _l1_mistake(apart: Float[Tensor, "T 4"], found: Tensor, objects: int) -> str
 
 @exercise(
     "6.5",
+    "Let P = len(named). Stack the logits to [P, B, Q, K]: `at = (pairs.prediction, pairs.image, pairs.query)` then "
+    "indexes the matched queries of all predictions at once.",
+    "Class targets: a tensor filled with K, or zeros of the shape of the logits; write padded.labels[pairs.image, "
+    "pairs.target] into it at `at`.",
+    "torch.zeros(P).index_add(0, pairs.prediction, values) sums one value per pair by prediction.",
+    "Weighted cross-entropy of each prediction: (entropy * weight).sum((1, 2)) / weight.sum((1, 2)), both [P, B, Q].",
+)
+def set_loss(answer: Callable[..., Any]) -> str:
+    """The loss of a whole output: all layers, both kinds of scores."""
+    for scoring in ("softmax", "sigmoid"):
+        config = LossConfig(label=1.5, l1=3.5, giou=3.0, no_object=0.2)
+        _compare_losses(answer, config, scoring, *_output(scoring))
+    output, targets = _output("softmax", stages=0)
+    _compare_losses(answer, LossConfig(label=1.0), "softmax", output, targets)
+    output, targets = _output("sigmoid")
+    _compare_losses(answer, LossConfig(), "sigmoid", output, targets, num_boxes=20.0)
+    for scoring in ("softmax", "sigmoid"):
+        output, targets = _output(scoring)
+        none = [Target(t.labels[:0], t.boxes[:0], t.image_id, t.size) for t in targets]
+        try:
+            total, _ = answer(LossConfig(), scoring)(output, none)
+        except Exception as error:  # the learner's error is explained
+            raise Mistake(f"a batch without objects raises {type(error).__name__}: {error}") from error
+        wanted, _ = Reference(LossConfig(), scoring)(output, none)
+        if not total.isfinite():
+            raise Mistake("the loss of a batch without objects is NaN or infinite: divide by at least 1.")
+        close(f"with scoring={scoring!r}, the loss of a batch without objects", total.detach(), wanted)
+        total.backward()
+        has_gradient("the logits of a batch without objects", output.layers[0].logits)
+    return "Every layer has its terms; they agree with the package's for both kinds of scores, and so do the gradients."
+
+
+def _output(scoring: str, stages: int = 2) -> tuple[DetectorOutput, list[Target]]:
+    """Random predictions of three images with 3, 0 and 2 objects."""
+    columns = 4 if scoring == "sigmoid" else 5
+
+    def boxes(*size: int) -> Tensor:
+        return torch.cat([torch.rand(*size, 2) * 0.5 + 0.25, torch.rand(*size, 2) * 0.3 + 0.1], -1)
+
+    def layer() -> Prediction:
+        return Prediction((2 * torch.randn(3, 6, columns)).requires_grad_(), boxes(3, 6).requires_grad_())
+
+    features = [FeatureMap(torch.zeros(3, 2, 1, 1), torch.zeros(3, 1, 1, dtype=torch.bool), 32)]
+    stage_layers = [[layer(), layer()] for _ in range(stages)]
+    output = DetectorOutput([layer() for _ in range(3)], torch.zeros(3, 6, 2), features, stages=stage_layers)
+    targets = [Target(torch.randint(4, (n,)), boxes(n), image_id, (100, 100)) for image_id, n in enumerate((3, 0, 2))]
+    return output, targets
+
+
+def _compare_losses(
+    answer: Callable[..., Any],
+    config: LossConfig,
+    scoring: str,
+    output: DetectorOutput,
+    targets: list[Target],
+    num_boxes: float | None = None,
+) -> None:
+    """Raise a Mistake if total, terms or gradients differ from the package's."""
+    options = {} if num_boxes is None else {"num_boxes": num_boxes}
+    given = answer(config, scoring)(output, targets, **options)
+    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[1], dict):
+        raise Mistake("return two things: the total, and a dict with the terms by name.")
+    total, terms = given
+    wanted_total, wanted = Reference(config, scoring)(output, targets, num_boxes)
+    _check_names(set(terms), set(wanted))
+    where = f"with scoring={scoring!r} and num_boxes={num_boxes:g} " if num_boxes else f"with scoring={scoring!r} "
+    for part in ("label", "l1", "giou"):
+        names = [name for name in wanted if name.endswith(f"/{part}")]
+        for name in names:
+            same_shape(f"the term {name!r}", terms[name], ())
+        if all(alike(terms[name], wanted[name]) for name in names):
+            continue
+        for said, mistake in _LOSS_MISTAKES[part]:
+            mistaken = _wrong_terms(config, scoring, output, targets, num_boxes, **mistake)
+            if all(alike(terms[name], mistaken[name]) for name in names):
+                raise Mistake(where + said)
+        wrong = next(name for name in names if not alike(terms[name], wanted[name]))
+        close(f"{where}the term {wrong!r}", terms[wrong].detach(), wanted[wrong])
+    same_shape("the total", total, ())
+    if alike(total, wanted_total / len(wanted)):
+        raise Mistake("the total is the mean of the terms; it is their sum.")
+    close("the total, the sum of all terms,", total.detach(), wanted_total, 1e-3)
+    leaves = [leaf for layer in _layers(output) for leaf in (layer.logits, layer.boxes)]
+    if not total.requires_grad:
+        raise Mistake("the total has no gradient: an operation is detached or under torch.no_grad().")
+    found = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
+    if any(one is None for one in found):
+        raise Mistake("no gradient flows back to logits or boxes: an operation is detached or not differentiable.")
+    for one, other in zip(found, torch.autograd.grad(wanted_total, leaves)):
+        close("the gradient", one, other, 1e-3)
+
+
+def _layers(output: DetectorOutput) -> list[Prediction]:
+    return [*output.layers, *(layer for stage in output.stages for layer in stage)]
+
+
+def _check_names(found: set[str], wanted: set[str]) -> None:
+    """Raise a Mistake if terms are missing, or have other names."""
+    if found == wanted:
+        return
+    if not any(name.startswith("stage") for name in found) and any(name.startswith("stage") for name in wanted):
+        raise Mistake("the terms of REGO's stages are missing: name_predictions(output) has them.")
+    if found and found < wanted and not any("." in name for name in found):
+        raise Mistake("only last layers have a loss: the auxiliary losses of the other layers are missing.")
+    missing, unknown = sorted(wanted - found), sorted(found - wanted)
+    said = [f"{missing[0]!r} is missing"] if missing else []
+    said += [f"{unknown[0]!r} is unknown"] if unknown else []
+    raise Mistake(f"the names of the terms are wrong: {' and '.join(said)}. A name is 'layer/part'.")
+
+
+_LOSS_MISTAKES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
+    "label": (
+        ("the label term lacks its weight, config.label.", {"weights": LossConfig(label=1.0)}),
+        ("queries without an object have class 0 as target.", {"label": "zero"}),
+        ("'no object' weighs as much as an object: its weight is config.no_object.", {"label": "unweighted"}),
+        ("the weight of 'no object' is a fixed 0.1; it is config.no_object.", {"no_object": 0.1}),
+        (
+            "the weighted entropies are divided by the number of queries; divide by the sum of the weights.",
+            {"label": "mean"},
+        ),
+        ("the label term is divided by the number of boxes; divide by the sum of the weights.", {"label": "boxes"}),
+        ("the label term leaves out the queries without an object.", {"label": "matched"}),
+        ("the label term is computed for each image and averaged; normalize over the batch.", {"label": "images"}),
+        ("the label term is a mean over all queries and classes; divide the sum by the number of boxes.",
+         {"label": "focal mean"}),
+        ("the label term is not divided by the number of boxes.", {"label": "undivided"}),
+        ("the label term is the plain cross-entropy, not the focal loss.", {"label": "entropy"}),
+        ("the label term has no alpha.", {"label": "alpha"}),
+        *((said, {"all": kind}) for said, kind in (
+            ("all layers have the pairs of the last one; match every layer.", "last"),
+            ("the matching does not have the weights of the config.", "costs"),
+            ("`num_boxes` is ignored.", "ignored"),
+        )),
+    ),
+    "l1": (
+        ("the L1 term lacks its weight, config.l1.", {"weights": LossConfig(l1=1.0)}),
+        ("the L1 term is a mean over the four numbers; sum them.", {"l1": "mean"}),
+        ("the L1 term is not divided by the number of boxes.", {"box": "undivided"}),
+        ("the L1 term is averaged within each image first; every object of the batch counts the same.",
+         {"box": "images"}),
+        ("the L1 term is divided by the number of queries; divide by the number of boxes.", {"box": "queries"}),
+        ("the L1 term is divided by the number of images; divide by the number of boxes.", {"box": "batch"}),
+        ("the L1 term compares corners; L1 is of cxcywh.", {"l1": "corners"}),
+        *((said, {"all": kind}) for said, kind in (
+            ("all layers have the pairs of the last one; match every layer.", "last"),
+            ("the matching does not have the weights of the config.", "costs"),
+            ("`num_boxes` is ignored.", "ignored"),
+        )),
+    ),
+    "giou": (
+        ("the GIoU term lacks its weight, config.giou.", {"weights": LossConfig(giou=1.0)}),
+        ("the GIoU term uses cxcywh boxes as corners: convert them first.", {"giou": "centers"}),
+        ("the GIoU term is GIoU itself; the loss is 1 - GIoU.", {"giou": "itself"}),
+        ("the GIoU term is -GIoU; the loss is 1 - GIoU.", {"giou": "minus"}),
+        ("the GIoU term is not divided by the number of boxes.", {"box": "undivided"}),
+        ("the GIoU term is averaged within each image first; every object of the batch counts the same.",
+         {"box": "images"}),
+        ("the GIoU term is divided by the number of queries; divide by the number of boxes.", {"box": "queries"}),
+    ),
+}  # fmt: skip
+
+
+def _wrong_terms(
+    config: LossConfig,
+    scoring: str,
+    output: DetectorOutput,
+    targets: Sequence[Target],
+    num_boxes: float | None,
+    weights: LossConfig | None = None,
+    no_object: float | None = None,
+    label: str = "",
+    l1: str = "",
+    giou: str = "",
+    box: str = "",
+    **kind: str,
+) -> dict[str, Tensor]:
+    """The terms of a loss with a known mistake."""
+    padded, every = PaddedTargets.of(targets), kind.get("all", "")
+    count = float(len(padded)) if num_boxes is None or every == "ignored" else num_boxes
+    costs = MatchingCosts() if every == "costs" else MatchingCosts(config.label, config.l1, config.giou)
+    named, terms, c = _named(output), {}, weights or config
+    for name, prediction in named.items():
+        pairs = match([named["base"] if every == "last" else prediction], padded, scoring, costs)
+        at, labels = (pairs.image, pairs.query), padded.labels[pairs.image, pairs.target]
+        logits = prediction.logits.detach()
+        if scoring == "softmax":
+            w = config.no_object if no_object is None else no_object
+            terms[f"{name}/label"] = c.label * _wrong_softmax(logits, at, labels, w, count, label)
+        else:
+            terms[f"{name}/label"] = c.label * _wrong_focal(logits, at, labels, count, label)
+        found, wanted = prediction.boxes.detach()[at], padded.boxes[pairs.image, pairs.target]
+        distance = (to_xyxy(found) - to_xyxy(wanted) if l1 == "corners" else found - wanted).abs()
+        distance = distance.mean(-1) if l1 == "mean" else distance.sum(-1)
+        corners = (found, wanted) if giou == "centers" else (to_xyxy(found), to_xyxy(wanted))
+        overlap = generalized_box_iou_loss(*corners)
+        overlap = {"itself": 1 - overlap, "minus": overlap - 1}.get(giou, overlap)
+        for part, values in (("l1", distance), ("giou", overlap)):
+            terms[f"{name}/{part}"] = getattr(c, part) * _normalized(values, pairs.image, count, prediction, box)
+    return terms
+
+
+def _named(output: DetectorOutput) -> dict[str, Prediction]:
+    named: dict[str, Prediction] = {}
+    for decoder, layers in [("base", output.layers), *((f"stage{i}", s) for i, s in enumerate(output.stages, 1))]:
+        named |= {f"{decoder}.{i}": layer for i, layer in enumerate(layers[:-1], 1)} | {decoder: layers[-1]}
+    return named
+
+
+def _normalized(values: Tensor, image: Tensor, count: float, prediction: Prediction, how: str) -> Tensor:
+    batch, queries = prediction.boxes.shape[:2]
+    if how == "images":
+        return torch.stack([values[image == b].mean() for b in image.unique()]).mean()
+    return values.sum() / {"undivided": 1, "queries": batch * queries, "batch": batch}.get(how, count)
+
+
+def _wrong_softmax(
+    logits: Tensor, at: tuple[Tensor, Tensor], labels: Tensor, no_object: float, count: float, how: str
+) -> Tensor:
+    nothing = logits.shape[-1] - 1
+    truth = torch.full(logits.shape[:2], 0 if how == "zero" else nothing)
+    truth[at] = labels
+    idle = torch.ones_like(truth, dtype=torch.bool)
+    idle[at] = False
+    weight = torch.where(idle, 1.0 if how == "unweighted" else 0.0 if how == "matched" else no_object, 1.0)
+    entropy = weight * F.cross_entropy(logits.transpose(1, 2), truth, reduction="none")
+    if how == "images":
+        return (entropy.sum(1) / weight.sum(1)).mean()
+    return entropy.sum() / {"mean": truth.numel(), "boxes": count}.get(how, float(weight.sum()))
+
+
+def _wrong_focal(logits: Tensor, at: tuple[Tensor, Tensor], labels: Tensor, count: float, how: str) -> Tensor:
+    truth = torch.zeros_like(logits)
+    truth[(*at, labels)] = 1.0
+    loss = sigmoid_focal_loss(logits, truth, alpha=-1.0 if how == "alpha" else 0.25, gamma=2)
+    if how == "entropy":
+        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    if how == "matched":
+        loss = loss[at]
+    return loss.sum() / {"focal mean": truth.numel(), "mean": truth[..., 0].numel(), "undivided": 1}.get(how, count)
+
+
+@exercise(
+    "6.6",
     "Begin with the model's own head, `model.class_head.weight.detach().clone()`, and overwrite rows.",
     "`new_classes.index(name)` is a class's row in the model, `old_classes.index(name)` in `state`; -1 is the last.",
     "Put both new tensors into a copy of `state` and load it with `strict=True`, which raises an error itself.",

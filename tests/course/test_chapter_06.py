@@ -7,6 +7,8 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from regolite.boxes import to_xyxy
 from regolite.course import Mistake, find
+from regolite.losses import SetLoss
+from regolite.matching import MatchingCosts, PaddedTargets, match
 
 
 def judge(number, answer):
@@ -61,6 +63,83 @@ def image_loss(nothing=-1, weight=0.1, l1="sum", corners=True, overlap="sum", on
     return answer
 
 
+def name_predictions(output):
+    named = {}
+    for decoder, layers in [("base", output.layers), *((f"stage{i}", s) for i, s in enumerate(output.stages, 1))]:
+        named |= {f"{decoder}.{i}": layer for i, layer in enumerate(layers[:-1], 1)} | {decoder: layers[-1]}
+    return named
+
+
+def softmax_term(logits, at, labels, boxes, config, nothing=-1, no_object=None, norm=None, images=False):
+    truth = torch.full(logits.shape[:2], nothing % logits.shape[-1])
+    truth[at] = labels
+    weight = torch.full(logits.shape[:2], config.no_object if no_object is None else no_object)
+    weight[at] = 1.0
+    entropy = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none") * weight
+    if images:
+        return (entropy.sum(1) / weight.sum(1)).mean()
+    return entropy.sum() / {"queries": truth.numel(), "boxes": boxes}.get(norm, weight.sum())
+
+
+def focal_term(logits, at, labels, boxes, config, norm=None, entropy=False, alpha=0.25, floor=1.0):
+    truth = torch.zeros_like(logits)
+    truth[(*at, labels)] = 1.0
+    loss = sigmoid_focal_loss(logits, truth, alpha=alpha)
+    if entropy:
+        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return loss.mean() if norm == "mean" else loss.sum() / (max(boxes, floor) if norm is None else 1.0)
+
+
+def wrong(term, **options):
+    return lambda *given: term(*given, **options)
+
+
+def learner(
+    names=name_predictions,
+    softmax=softmax_term,
+    focal=focal_term,
+    l1=lambda found, wanted: (found - wanted).abs().sum(-1),
+    giou=lambda found, wanted: generalized_box_iou_loss(to_xyxy(found), to_xyxy(wanted)),
+    norm=lambda values, image, boxes, prediction: values.sum() / max(boxes, 1.0),
+    weights=None,
+    costs=None,
+    share=False,
+    use_num_boxes=True,
+    total=lambda terms: torch.stack(list(terms.values())).sum(),
+    only=None,
+    detach=False,
+):
+    """A learner's SetLoss, layer by layer."""
+
+    class Loss:
+        def __init__(self, config, scoring):
+            self.config, self.scoring = config, scoring
+
+        def __call__(self, output, targets, num_boxes=None):
+            c, padded, terms = self.config, PaddedTargets.of(targets), {}
+            boxes = len(padded) if num_boxes is None or not use_num_boxes else num_boxes
+            named = names(output)
+            for name, prediction in named.items():
+                which = output.layers[-1] if share else prediction
+                pairs = match([which], padded, self.scoring, costs or MatchingCosts(c.label, c.l1, c.giou))
+                at, labels = (pairs.image, pairs.query), padded.labels[pairs.image, pairs.target]
+                term = softmax if self.scoring == "softmax" else focal
+                label = term(prediction.logits, at, labels, boxes, c)
+                found, wanted = prediction.boxes[at], padded.boxes[pairs.image, pairs.target]
+                found = found.detach() if detach else found
+                w = weights or (c.label, c.l1, c.giou)
+                terms[f"{name}/label"] = w[0] * label
+                terms[f"{name}/l1"] = w[1] * norm(l1(found, wanted), pairs.image, boxes, prediction)
+                terms[f"{name}/giou"] = w[2] * norm(giou(found, wanted), pairs.image, boxes, prediction)
+            return (total(terms), terms) if only is None else total(terms)
+
+    return Loss
+
+
+def by_image(values, image, boxes, prediction):
+    return torch.stack([values[image == b].mean() for b in image.unique()]).mean()
+
+
 def adapt(by_name=True, nothing=True, body=True, strict=True, bias=True, drop_new=False):
     def answer(state, old_classes, model, new_classes):
         state, own = dict(state), model.state_dict()
@@ -93,7 +172,9 @@ RIGHT = [
     ("6.2", lambda q, n, w: torch.tensor(settles(q, n, w))),
     ("6.3", focal),
     ("6.4", image_loss()),
-    ("6.5", adapt()),
+    ("6.5", SetLoss),
+    ("6.5", learner()),
+    ("6.6", adapt()),
 ]
 
 
@@ -117,6 +198,7 @@ WRONG = [
     ("6.2", lambda q, n, w: w * (q - n) / q, "the sum of the weights"),
     ("6.2", lambda q, n, w: w * q / (w * q + n), "not all queries are unmatched"),
     ("6.2", lambda q, n, w: 0.385, "for 100 queries, 7 objects"),
+    ("6.2", lambda q, n, w: 0.5, "set its derivative"),
     ("6.3", lambda x, t, alpha=0.25, gamma=2.0: focal(x, t).sum(), "neither summed nor averaged"),
     ("6.3", focal_by(lambda pt, a: -pt.log()), "plain cross-entropy"),
     ("6.3", focal_by(lambda pt, a: -a * pt.log()), "down-weights easy examples"),
@@ -144,13 +226,54 @@ WRONG = [
     ("6.4", image_loss(corners=False), "cxcywh boxes as corners"),
     ("6.4", image_loss(overlap="mean"), "mean over the image's pairs"),
     ("6.4", lambda *given: image_loss()(*given)[0], "three terms"),
-    ("6.5", lambda state, old, model, new: None, "should come from the checkpoint"),
-    ("6.5", adapt(by_name=False), "by its number"),
-    ("6.5", adapt(nothing=False), "both have 'no object'"),
-    ("6.5", adapt(bias=False), "class_head.bias should come"),
-    ("6.5", adapt(drop_new=True), "the class is new"),
-    ("6.5", adapt(body=False), "box_head.0.weight is not the checkpoint's"),
-    ("6.5", adapt(strict=False), "without an error"),
+    ("6.5", learner(only=True), "return two things"),
+    (
+        "6.5",
+        learner(names=lambda o: {"base": o.layers[-1]} | {f"stage{i}": s[-1] for i, s in enumerate(o.stages, 1)}),
+        "auxiliary losses",
+    ),
+    ("6.5", learner(names=lambda o: {f"base.{i}": p for i, p in enumerate(o.layers, 1)}), "REGO's stages are missing"),
+    (
+        "6.5",
+        learner(names=lambda o: {k.replace("base", "decoder"): p for k, p in name_predictions(o).items()}),
+        "names of the terms are wrong",
+    ),
+    ("6.5", learner(softmax=wrong(softmax_term, nothing=0)), "class 0 as target"),
+    ("6.5", learner(softmax=wrong(softmax_term, no_object=1.0)), "weighs as much as an object"),
+    ("6.5", learner(softmax=wrong(softmax_term, no_object=0.1)), "a fixed 0.1"),
+    ("6.5", learner(softmax=wrong(softmax_term, no_object=0.0)), "leaves out the queries"),
+    ("6.5", learner(softmax=wrong(softmax_term, norm="queries")), "divided by the number of queries"),
+    ("6.5", learner(softmax=wrong(softmax_term, norm="boxes")), "divided by the number of boxes; divide by the sum"),
+    ("6.5", learner(softmax=wrong(softmax_term, images=True)), "for each image and averaged"),
+    ("6.5", learner(focal=wrong(focal_term, norm="mean")), "a mean over all queries and classes"),
+    ("6.5", learner(focal=wrong(focal_term, norm="none")), "label term is not divided"),
+    ("6.5", learner(focal=wrong(focal_term, entropy=True)), "not the focal loss"),
+    ("6.5", learner(focal=wrong(focal_term, alpha=-1)), "has no alpha"),
+    ("6.5", learner(focal=wrong(focal_term, floor=0.0)), "without objects"),
+    ("6.5", learner(l1=lambda a, b: (a - b).abs().mean(-1)), "mean over the four numbers"),
+    ("6.5", learner(l1=lambda a, b: (to_xyxy(a) - to_xyxy(b)).abs().sum(-1)), "compares corners"),
+    ("6.5", learner(norm=by_image), "averaged within each image"),
+    ("6.5", learner(norm=lambda v, i, n, p: v.sum()), "L1 term is not divided"),
+    ("6.5", learner(norm=lambda v, i, n, p: v.sum() / p.boxes[..., 0].numel()), "divided by the number of queries"),
+    ("6.5", learner(norm=lambda v, i, n, p: v.sum() / len(p.boxes)), "divided by the number of images"),
+    ("6.5", learner(giou=generalized_box_iou_loss), "cxcywh boxes as corners"),
+    ("6.5", learner(giou=lambda a, b: 1 - generalized_box_iou_loss(to_xyxy(a), to_xyxy(b))), "is GIoU itself"),
+    ("6.5", learner(giou=lambda a, b: generalized_box_iou_loss(to_xyxy(a), to_xyxy(b)) - 1), "is -GIoU"),
+    ("6.5", learner(weights=(1.0, 1.0, 1.0)), "lacks its weight, config.label"),
+    ("6.5", learner(costs=MatchingCosts(0.0, 0.0, -5.0)), "should be"),
+    ("6.5", learner(costs=MatchingCosts()), "weights of the config"),
+    ("6.5", learner(share=True), "pairs of the last one"),
+    ("6.5", learner(use_num_boxes=False), "`num_boxes` is ignored"),
+    ("6.5", learner(total=lambda terms: torch.stack(list(terms.values())).mean()), "the mean of the terms"),
+    ("6.5", learner(total=lambda terms: terms["base/label"] + terms["base/l1"] + terms["base/giou"]), "the total"),
+    ("6.5", learner(detach=True), "no gradient flows back"),
+    ("6.6", lambda state, old, model, new: None, "should come from the checkpoint"),
+    ("6.6", adapt(by_name=False), "by its number"),
+    ("6.6", adapt(nothing=False), "both have 'no object'"),
+    ("6.6", adapt(bias=False), "class_head.bias should come"),
+    ("6.6", adapt(drop_new=True), "the class is new"),
+    ("6.6", adapt(body=False), "box_head.0.weight is not the checkpoint's"),
+    ("6.6", adapt(strict=False), "without an error"),
 ]
 
 
