@@ -231,10 +231,10 @@ def _l1_mistake(apart: Float[Tensor, "T 4"], found: Tensor, objects: int) -> str
 def set_loss(answer: Callable[..., Any]) -> str:
     """The loss of a whole output: all layers, both kinds of scores."""
     for scoring in ("softmax", "sigmoid"):
-        config = LossConfig(label=1.5, l1=3.5, giou=3.0, no_object=0.2)
+        config = LossConfig(label=1.5, l1=3.5, giou=3.0, label_cost=0.5, l1_cost=4.0, giou_cost=3.0, no_object=0.2)
         _compare_losses(answer, config, scoring, *_output(scoring))
     output, targets = _output("softmax", stages=0)
-    _compare_losses(answer, LossConfig(label=1.0), "softmax", output, targets)
+    _compare_losses(answer, LossConfig(label=1.0, label_cost=1.0), "softmax", output, targets)
     output, targets = _output("sigmoid")
     _compare_losses(answer, LossConfig(), "sigmoid", output, targets, num_boxes=20.0)
     for scoring in ("softmax", "sigmoid"):
@@ -400,7 +400,7 @@ def _wrong_terms(
     """The terms of a loss with a known mistake."""
     padded, every = PaddedTargets.of(targets), kind.get("all", "")
     count = float(len(padded)) if num_boxes is None or every == "ignored" else num_boxes
-    costs = MatchingCosts() if every == "costs" else MatchingCosts(config.label, config.l1, config.giou)
+    costs = MatchingCosts() if every == "costs" else MatchingCosts(config.label_cost, config.l1_cost, config.giou_cost)
     named, terms, c = _named(output), {}, weights or config
     for name, prediction in named.items():
         pairs = match([named["base"] if every == "last" else prediction], padded, scoring, costs)

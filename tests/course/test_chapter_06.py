@@ -121,7 +121,9 @@ def learner(
             named = names(output)
             for name, prediction in named.items():
                 which = output.layers[-1] if share else prediction
-                pairs = match([which], padded, self.scoring, costs or MatchingCosts(c.label, c.l1, c.giou))
+                pairs = match(
+                    [which], padded, self.scoring, costs or MatchingCosts(c.label_cost, c.l1_cost, c.giou_cost)
+                )
                 at, labels = (pairs.image, pairs.query), padded.labels[pairs.image, pairs.target]
                 term = softmax if self.scoring == "softmax" else focal
                 label = term(prediction.logits, at, labels, boxes, c)
