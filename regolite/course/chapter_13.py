@@ -71,6 +71,8 @@ def _check_weights(found: Any, attention: MultiHeadAttention, query: Tensor, key
     wanted, plain = attention.weights(query, key, mask), attention.weights(query, key)
     if isinstance(found, Tensor) and found.shape == wanted.mean(1).shape:
         raise Mistake("the heads are averaged: keep one matrix for each head.")
+    if isinstance(found, Tensor) and found.shape == wanted.mT.shape:
+        raise Mistake("queries and keys are swapped: rows are queries, columns are keys.")
     same_shape("the weights of a call", found, wanted.shape)
     q, k = (x.unflatten(2, (attention.heads, -1)).transpose(1, 2) for x in (attention.query(query), attention.key(key)))
     scores = q @ k.mT
@@ -82,7 +84,7 @@ def _check_weights(found: Any, attention: MultiHeadAttention, query: Tensor, key
             "the softmax runs over the queries: each query's weights sum to 1.",
         ),
         (scores / q.shape[-1] ** 0.5, "these are the scores: the softmax is missing."),
-        (attention.weights(query, query) if query.shape == key.shape else scores, "key and query are swapped."),
+        (scores, "the scores are neither scaled nor normalized by a softmax."),
     ):
         if mask is None and alike(found, wrong):
             raise Mistake(said)

@@ -174,7 +174,7 @@ def _check_counts(name: str, found: dict[str, float], model: nn.Module, inputs: 
             continue
         known = said if isinstance(said, dict) else said(model, inputs, wanted)
         if found[kind] in known and found[kind] != wanted[kind]:
-            raise Mistake(f"{name}: {known[found[kind]]}.")
+            raise Mistake(f"{name}: {known[int(found[kind])]}.")
         if found[kind] == 2 * wanted[kind]:
             raise Mistake(f"{name}: each multiply-add counts once, not twice.")
         raise Mistake(f"{name}: {kind} are too {'few' if found[kind] < wanted[kind] else 'many'}.")

@@ -261,6 +261,7 @@ def test_right(number, answer):
         ("13.1", recorder(scored(lambda q, c: c**0.5)), "not of C"),
         ("13.1", recorder(scored(dim=-2)), "runs over the queries"),
         ("13.1", recorder(scored(dim=None)), "softmax is missing"),
+        ("13.1", recorder(lambda m, q, k, mask: m.weights(k, q)), "queries and keys are swapped"),
         ("13.1", recorder(detach=False), "detach them"),
         ("13.1", recorder(remove=False), "a call is still recorded"),
         ("13.1", recorder(finally_=False), "after an exception inside, the hook stays"),
