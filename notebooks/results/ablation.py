@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import regolite
 from regolite.boxes import to_xyxy
-from regolite.data import collate, open_data
+from regolite.data import DetectionDataset, collate, open_data
 from regolite.data.scenes import CLASSES, DECIDERS
 from regolite.evaluation.coco import prepared
 from regolite.evaluation.relations import interval, stand_for
@@ -54,7 +54,7 @@ def changed(module: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def preferences(model: nn.Module, dataset, wanted: Sequence[int]) -> tuple[Tensor, list[int]]:
+def preferences(model: nn.Module, dataset: DetectionDataset, wanted: Sequence[int]) -> tuple[Tensor, list[int]]:
     """The preference for the correct kind, of every ball and stage, [balls, stages]; and the image of each ball."""
     rows, images_of = [], []
     for start in range(0, len(wanted), BATCH):
@@ -88,7 +88,7 @@ def main() -> None:
     model = regolite.load(CHECKPOINT).eval()
     dataset = prepared(model, open_data(SCENES, "val"))
     wanted = [i for i in range(len(dataset)) if len(dataset[i][1]) > 2 and dataset.relations(i)]
-    layers = [[layer for layer in stage.decoder.layers] for stage in model.stages]
+    layers = [list(stage.decoder.layers) for stage in model.stages]
     relations = [layer.cross_attention for stage in layers for layer in stage]
     among = [layer.self_attention for stage in layers for layer in stage]
     base = [layer.self_attention for layer in model.detector.decoder_layers]
@@ -102,13 +102,13 @@ def main() -> None:
         "all attention between queries": relations + among + base,
         "glimpses": [stage.glimpse for stage in model.stages],
     }
-    found = {}
+    found, before = {}, None
     for name, modules in parts.items():
         with ExitStack() as stack:
             for module in modules:
                 stack.enter_context(changed(module))
             values, images = preferences(model, dataset, wanted)
-        before = values if name == "as trained" else before
+        before = values if before is None else before
         found[name] = {"modules": len(modules), **figures(values, before, images)}
         print(name, *(f"{one['mean']:.3f}" for one in found[name]["preference"]), flush=True)
     again, _ = preferences(model, dataset, wanted[:BATCH])
