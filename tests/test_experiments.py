@@ -336,6 +336,24 @@ def test_verdicts(expects: str, differences: list[float], word: str) -> None:
     assert judge(claim(expects), results_of(rego=rego, base=[20.0] * 3)).word == word
 
 
+def test_where_the_paper_finds_no_effect_a_large_one_is_not_reproduced() -> None:
+    """A claim of indifference must fail in both directions, however small the paper's difference is."""
+    indifferent = [c for one in EXPERIMENTS.values() for c in one.claims if c.paper is not None and "hardly" in c.text]
+    assert len(indifferent) == 3 and all(c.expects == "same" and abs(c.paper) < c.margin for c in indifferent)
+    results = statistics.read_results(RESULTS)
+    assert [judge(c, results).word for c in EXPERIMENTS["scale"].claims] == ["not reproduced"] * 2
+
+
+def test_the_interval_is_compared_with_the_papers_difference() -> None:
+    published = Claim("It helps.", "Table 0", Side("rego"), Side("base"), 2.0)
+    for ours, covers in (([1.0, 2.0, 3.0], True), ([5.0, 5.1, 5.2], False), ([2.0], None)):
+        verdict = judge(published, results_of(rego=ours, base=[0.0] * len(ours)))
+        assert verdict.covers_paper is covers
+        assert ("side the interval)" in report.said(verdict)) is (covers is not None)
+    assert judge(claim(), results_of(rego=[1.0, 2.0], base=[0.0, 0.0])).covers_paper is None
+    assert judge(published, {}).covers_paper is None
+
+
 def test_how_many_seeds_an_undecided_claim_would_take() -> None:
     differences = [-1.0, 0.5, 3.0]
     verdict = judge(claim(), results_of(rego=differences, base=[0.0] * 3))

@@ -1,9 +1,10 @@
-"""Checkers of notebook 13, look inside: masked weights, cells and pixels, entropy, relations, interventions."""
+"""Checkers of notebook 13, look inside: a recorder, cells and pixels, relations, interventions, an ablation harness."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from regolite.course import Mistake, alike, close, exercise, same_shape
 from regolite.data.scenes import Scene, Scenes
+from regolite.evaluation.relations import interval
 from regolite.evaluation.removal import without
 from regolite.models.attention import MultiHeadAttention
 from regolite.tracing.trace import AttentionMap, Frame
@@ -19,31 +21,81 @@ from regolite.tracing.trace import AttentionMap, Frame
 
 @exercise(
     "13.1",
-    "Before the softmax, what must the score of a key be for a weight of exactly 0?",
-    "Minus infinity. The scores are [B, M, Q, S] and the mask is [B, S]: it needs two more dimensions in the middle.",
-    'scores.masked_fill(mask[:, None, None], float("-inf")) before the softmax, if there is a mask.',
+    "The hook gets (module, inputs, output); inputs is a tuple, and its fourth element, if any, is the mask. Before "
+    "the softmax, what must the score of a padded key be for a weight of exactly 0?",
+    "Minus infinity. The scores are [B, M, Q, S] and the mask is [B, S]: it needs two more dimensions in the middle. "
+    "Yield the list inside `try`, and remove the handle in `finally`.",
+    'scores.masked_fill(mask[:, None, None], float("-inf")).softmax(-1).detach(), appended to the list; '
+    "handle = attention.register_forward_hook(see); try: yield seen; finally: handle.remove()",
 )
-def masked_weights(answer: Callable[..., Any]) -> str:
-    """``answer(module, query, key, mask)``: the weights of a call, without padding."""
+def recorder(answer: Callable[..., AbstractContextManager]) -> str:
+    """``answer(attention)``: a context whose value is the list of the weights of every call."""
     attention = MultiHeadAttention(32, 4)
     query, key = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
-    close("the weights without a mask", answer(attention, query, key, None), attention.weights(query, key))
     mask = torch.zeros(2, 7, dtype=torch.bool)
     mask[0, 4:], mask[1, 6:] = True, True
+    plain = attention(query, key, key)
+    with answer(attention) as seen:
+        if not isinstance(seen, list):
+            raise Mistake(
+                f"the context should give a list, but gives {'None' if seen is None else type(seen).__name__}."
+            )
+        outputs = attention(query, key, key), attention(query, key, key, mask)
+        attention(query[:, :3], key, key, None)
+    if not torch.equal(outputs[0], plain):
+        raise Mistake("while you record, the module's output is different: a hook that returns a value replaces it.")
+    if len(seen) != 3:
+        raise Mistake(f"after three calls the list should have three elements, but has {len(seen)}.")
+    for found, asked, hidden in ((seen[0], query, None), (seen[1], query, mask), (seen[2], query[:, :3], None)):
+        _check_weights(found, attention, asked, key, hidden)
+    if any(found.requires_grad for found in seen):
+        raise Mistake("the recorded weights hang on the graph and keep all activations alive: detach them.")
+    attention(query, key, key)
+    if len(seen) != 3:
+        raise Mistake("after the context a call is still recorded: remove the hook.")
+    try:
+        with answer(attention) as seen:
+            raise KeyError("planted")
+    except KeyError:
+        pass
+    else:
+        raise Mistake("your context manager suppresses exceptions: use `finally`, not `except`.")
+    attention(query, key, key)
+    if seen:
+        raise Mistake("after an exception inside, the hook stays on the module: remove it in `finally`.")
+    return "Your recorder equals MultiHeadAttention.weights, for padded batches too, and leaves the model as it was."
+
+
+def _check_weights(found: Any, attention: MultiHeadAttention, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+    """Raise a Mistake if these are not the weights of the call."""
     wanted, plain = attention.weights(query, key, mask), attention.weights(query, key)
-    found = answer(attention, query, key, mask)
-    same_shape("the weights", found, (2, 4, 5, 7))
+    if isinstance(found, Tensor) and found.shape == wanted.mean(1).shape:
+        raise Mistake("the heads are averaged: keep one matrix for each head.")
+    if isinstance(found, Tensor) and found.shape == wanted.mT.shape:
+        raise Mistake("queries and keys are swapped: rows are queries, columns are keys.")
+    same_shape("the weights of a call", found, wanted.shape)
+    q, k = (x.unflatten(2, (attention.heads, -1)).transpose(1, 2) for x in (attention.query(query), attention.key(key)))
+    scores = q @ k.mT
+    for wrong, said in (
+        (scores.softmax(-1), "the scores are not divided by the square root of C', the channels of one head."),
+        ((scores / query.shape[-1] ** 0.5).softmax(-1), "divide by the square root of C' = C / M, not of C."),
+        (
+            (scores / q.shape[-1] ** 0.5).softmax(-2),
+            "the softmax runs over the queries: each query's weights sum to 1.",
+        ),
+        (scores / q.shape[-1] ** 0.5, "these are the scores: the softmax is missing."),
+        (scores, "the scores are neither scaled nor normalized by a softmax."),
+    ):
+        if mask is None and alike(found, wrong):
+            raise Mistake(said)
+    if mask is None:
+        close("the weights", found, wanted)
+        return
     zeroed = plain.masked_fill(mask[:, None, None], 0.0)
     for wrong, said in (
         (plain, "the mask has no effect: padded keys still have weight."),
-        (
-            zeroed,
-            "padded keys have weight 0, but the others do not sum to 1: mask them before the softmax, not after.",
-        ),
-        (
-            attention.weights(query, key, ~mask),
-            "the mask is inverted: True marks masked keys.",
-        ),
+        (zeroed, "padded keys have weight 0, but the others do not sum to 1: mask before the softmax, not after."),
+        (attention.weights(query, key, ~mask), "the mask is inverted: True marks masked keys."),
     ):
         if alike(found, wrong):
             raise Mistake(said)
@@ -52,7 +104,6 @@ def masked_weights(answer: Callable[..., Any]) -> str:
             "padded keys have a small weight: give them a score of minus infinity, not a large negative number."
         )
     close("the weights", found, wanted)
-    return "Now your recorder is correct for padded batches too, and equals MultiHeadAttention.weights."
 
 
 SHAPES, STRIDES, SIZES, ORIGINAL = ((24, 32), (12, 16), (6, 8)), (8, 16, 32), (171, 250), (428, 626)
@@ -97,49 +148,15 @@ def cell_number(answer: Callable[..., Any]) -> str:
             ):
                 if found == wrong:
                     raise Mistake(f"{at}: {said}")
-            raise Mistake(f"{at} the cell is {wanted}, not {found}.")
+            raise Mistake(
+                f"{at} that is the wrong cell: undo the resizing, divide by the stride, round down, and count the "
+                "cells before it."
+            )
     return "This maps a click to its token, as the viewers do."
 
 
 @exercise(
     "13.3",
-    "How many cells share the weight equally if the entropy is log 5?",
-    "The exponential of the entropy. 0 * log 0 is NaN in PyTorch but should be 0: use torch.special.entr.",
-    "by_head = torch.special.entr(weights).sum(-1).exp(), and the same of weights.mean(0).",
-)
-def perplexity(answer: Callable[..., Any]) -> str:
-    """``answer(weights)``: the effective number of cells of each head, and of the mean of the heads."""
-    weights = torch.randn(4, 30).softmax(-1)
-    weights[:, 20:] = 0.0
-    weights = weights / weights.sum(-1, keepdim=True)
-    answered = answer(weights)
-    if not isinstance(answered, tuple) or len(answered) != 2:
-        raise Mistake("return a pair: a number for each head, and one for the mean of the heads.")
-    by_head, together = (torch.as_tensor(value) for value in answered)
-    same_shape("the numbers of the heads", by_head, (4,))
-    if by_head.isnan().any() or together.isnan().any():
-        raise Mistake("NaN: a weight of exactly 0 gives 0 * log 0, which should count as 0.")
-    entropy = torch.special.entr(weights).sum(-1)
-    mean = torch.special.entr(weights.mean(0)).sum(-1)
-    for wrong, said in (
-        (entropy, "these are entropies, in nats: the number of cells is the exponential."),
-        (entropy / torch.tensor(2.0).log(), "these are entropies in bits: the number of cells is 2 to their power."),
-        ((entropy / torch.tensor(2.0).log()).exp(), "the entropy is in bits, but the exponential is for nats."),
-    ):
-        if alike(by_head, wrong):
-            raise Mistake(said)
-    close("the numbers of the heads", by_head, entropy.exp())
-    if alike(together, by_head.mean()) or alike(together, entropy.mean().exp()):
-        raise Mistake("the second is a mean over heads; it should be the number of cells of the mean of the weights.")
-    close("the number of the mean of the heads", together, mean.exp())
-    return (
-        "The entropy of the mean map is at least the mean entropy of the heads, since entropy is concave: a mean map "
-        "can be wider than every head."
-    )
-
-
-@exercise(
-    "13.4",
     "Use one element more than there are objects. Where should the weights with owner -1 go?",
     "Index -1 is the last element of a tensor, but index_add_ takes no negative index: replace -1 by `count` first.",
     "torch.zeros(count + 1).index_add_(0, owner.where(owner >= 0, count), weights)",
@@ -162,6 +179,12 @@ def gathered(answer: Callable[..., Any]) -> str:
         same_shape("the shares", found, (count + 1,))
         if alike(found, wanted.roll(1)):
             raise Mistake("the weight without an object comes first here, but should come last.")
+        if alike(found[count], torch.zeros(())) and bool(wanted[-1]):
+            raise Mistake("queries without an object are dropped: their weight comes last.")
+        last = torch.zeros(count + 1)
+        last[index.where(index >= 0, count)] = weights
+        if alike(found, last) and not alike(found, wanted):
+            raise Mistake("an assignment keeps one query per object: several stand for the same, so add them up.")
         means = torch.stack([weights[index == k].mean().nan_to_num() for k in (*range(count), -1)])
         if alike(found, means) and not alike(found, wanted):
             raise Mistake("this is the mean over an object's queries: take the sum.")
@@ -170,7 +193,7 @@ def gathered(answer: Callable[..., Any]) -> str:
 
 
 @exercise(
-    "13.5",
+    "13.4",
     "The ball itself may not be removed: its class would be undefined.",
     "The removal that *lowers* the preference most leaves the *smallest* preference.",
     "With all numbers but the ball's as `others`: min(others, key=lambda k: ask(without(scene, k))).",
@@ -211,7 +234,7 @@ def needed(answer: Callable[..., Any]) -> str:
                 raise Mistake("that is its index among the others, without the ball: return its number in the scene.")
             if found == decider:
                 raise Mistake("that is the decider, but this model may need another object: test all of them.")
-            raise Mistake(f"object {right} is needed most, not {found}.")
+            raise Mistake("that object is not the one whose removal leaves the smallest preference.")
     assert tried, "the scenes have no such case"
     if wrong:
         raise Mistake("for some balls another object is needed most.")
@@ -226,7 +249,7 @@ def _worth(scene: Scene, ball: int, needed: int) -> dict[tuple[float, float], fl
 
 
 @exercise(
-    "13.6",
+    "13.5",
     "A softmax over equal scores is uniform. Scores are products of projected queries and keys.",
     "If every projected query is the zero vector, all scores are 0: set weight and bias of `query` to 0, in no_grad.",
     "Keep a clone of both, fill them with zeros, yield inside `try`, and copy them back in `finally`.",
@@ -290,3 +313,126 @@ def _check_restored(
         raise Mistake("afterwards the module's output differs from before.")
     if {name: id(parameter) for name, parameter in attention.named_parameters()} != parameters:
         raise Mistake("afterwards its parameters are new tensors, unknown to an optimizer: copy the values back.")
+
+
+@exercise(
+    "13.6",
+    "Measure first, then for each part: `with ExitStack() as stack:` enter switch_off(module) for every module of the "
+    "part, and measure inside. Subtract `before` from `after`, not the means of the two.",
+    "The bootstrap: for each image the sum of its changes and their number. Draw image indices [samples, images] with "
+    "torch.randint; the mean of a resample is the sum of its sums divided by the sum of its numbers.",
+    "means = sums[drawn].sum(1) / counts[drawn].sum(1); low, high = means.quantile(torch.tensor([0.025, 0.975])). "
+    "At the end: if not torch.equal(measure(), before): raise RuntimeError(...)",
+)
+def harness(answer: Callable[..., Any]) -> str:
+    """``answer(parts, measure, images, switch_off)``: the effect of each part and its cluster bootstrap interval."""
+    bench = _Bench()
+    found = answer(bench.parts, bench.measure, list(bench.images), bench.switch_off)
+    if not isinstance(found, dict) or set(found) != set(bench.parts):
+        raise Mistake("return a dictionary with an entry for each part, by its name.")
+    if bench.off:
+        raise Mistake("at the end some modules are still switched off.")
+    if bench.seen and not any(len(off) == 2 for off in bench.seen):
+        raise Mistake("the modules of a part are switched off one after another: all of them must be off together.")
+    if any(len({name[0] for name in off}) > 1 for off in bench.seen):
+        raise Mistake("two parts are switched off at the same time: restore one before the next.")
+    for name in bench.parts:
+        _check_effect(name, found[name], bench)
+    bench = _Bench(leaky=True)
+    try:
+        answer(bench.parts, bench.measure, list(bench.images), bench.switch_off)
+    except RuntimeError:
+        pass
+    else:
+        raise Mistake("one part was not restored, and your harness did not notice: measure the intact model again.")
+    bench = _Bench(failing=True)
+    with suppress(KeyError):
+        answer(bench.parts, bench.measure, list(bench.images), bench.switch_off)
+    if bench.off:
+        raise Mistake("if `measure` raises, the modules stay switched off: enter the contexts in a `with` block.")
+    return "Paired by ball, resampled by image: what the intervals of Figure 13.15 are made of."
+
+
+class _Bench:
+    """A model of three parts whose effects are known; balls of one image change alike.
+
+    Args:
+        leaky: leaving the context of one module does not restore it.
+        failing: measuring raises an error while a part is off.
+    """
+
+    def __init__(self, leaky: bool = False, failing: bool = False) -> None:
+        sizes = torch.randint(1, 7, (60,))
+        self.images = torch.arange(60).repeat_interleave(sizes)[torch.randperm(int(sizes.sum()))]
+        n = len(self.images)
+        self.level = 3.0 * torch.randn(n)  # balls differ far more than a part changes them
+        effects = torch.randn(3, 60) + 0.25 * sizes  # with sizes: a mean over images is another one than over balls
+        self.changes = dict(zip("ABC", 0.1 * effects[:, self.images] + 0.02 * torch.randn(3, n)))
+        self.parts = {name: [f"{name}{k}" for k in range(2 - (name == "B"))] for name in "ABC"}
+        self.off: list[str] = []
+        self.seen: list[list[str]] = []
+        self.leaky, self.failing = leaky, failing
+
+    def measure(self) -> Tensor:
+        if self.off:
+            self.seen.append(list(self.off))
+            if self.failing:
+                raise KeyError("planted")
+        values = self.level.clone()
+        for name in self.off:
+            values += self.changes[name[0]] / len(self.parts[name[0]])
+        return values
+
+    def switch_off(self, module: str) -> _Switch:
+        return _Switch(self.off, module, restores=not (self.leaky and module == "C1"))
+
+
+class _Switch:
+    """A context in which a module is off. It is no generator, which would be closed when it is collected."""
+
+    def __init__(self, off: list[str], module: str, restores: bool) -> None:
+        self.off, self.module, self.restores = off, module, restores
+
+    def __enter__(self) -> None:
+        self.off.append(self.module)
+
+    def __exit__(self, *_: object) -> None:
+        if self.restores:
+            self.off.remove(self.module)
+
+
+def _check_effect(name: str, found: Any, bench: _Bench) -> None:
+    """Raise a Mistake if mean or interval of a part are wrong."""
+    if not isinstance(found, (tuple, list)) or len(found) != 3:
+        raise Mistake("the entry of a part should be three numbers: mean, low, high.")
+    mean, low, high = (float(value) for value in found)
+    change, images = bench.changes[name].double(), bench.images
+    if math.isclose(mean, -float(change.mean()), abs_tol=1e-4):
+        raise Mistake("the sign is wrong: the change is after minus before.")
+    if not math.isclose(mean, float(change.mean()), abs_tol=1e-4):
+        by_image = torch.stack([change[images == image].mean() for image in images.unique()])
+        if math.isclose(mean, float(by_image.mean()), abs_tol=1e-4):
+            raise Mistake("that is a mean over images of means over balls: every ball counts alike.")
+        if math.isclose(mean, float(change.mean()) / 2, abs_tol=1e-4):
+            raise Mistake("only one module of the part was off while you measured.")
+        raise Mistake(f"the mean change of part {name} is wrong: measure with the whole part off, and subtract before.")
+    if low > high:
+        raise Mistake("the interval's ends are swapped: low comes first.")
+    if not low < mean < high:
+        raise Mistake("the interval should contain the mean.")
+    of_cluster = interval(change.numpy(), images.numpy())
+    width = (high - low) / (of_cluster["high"] - of_cluster["low"])
+    n = len(change)
+    of_balls = 2 * 1.96 * float(change.std()) / math.sqrt(n)
+    if abs(width - 1) <= 0.13:
+        if abs((low + high) / 2 - (of_cluster["low"] + of_cluster["high"]) / 2) > 0.1 * (high - low):
+            raise Mistake("the interval is shifted: take the quantiles 0.025 and 0.975 of the resampled means.")
+        return
+    if abs((high - low) / of_balls - 1) <= 0.13:
+        raise Mistake("the interval is too narrow: resample whole images with all of their balls, not single balls.")
+    if width > 2.5:
+        raise Mistake("the interval is far too wide: resample the paired differences, not before and after apart.")
+    ninety = 1.645 / 1.96
+    if abs(width - ninety) <= 0.07:
+        raise Mistake("that is about a 90 % interval: the quantiles of 95 % are 0.025 and 0.975.")
+    raise Mistake(f"the interval of part {name} is too {'wide' if width > 1 else 'narrow'}: see steps 3 and 4.")

@@ -1,4 +1,4 @@
-"""Checkers of notebook 14, the paper in miniature: paired intervals, seeds, equivalence, cost, flaws of a study."""
+"""Checkers of notebook 14, the paper in miniature: intervals, power, equivalence, speed-up, flaws of a study."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.stats import nct, norm, t
 
 from regolite.course import Mistake, exercise
 
@@ -92,34 +92,43 @@ def _near(found: tuple[float, float], mean: float, half: float) -> bool:
 
 @exercise(
     "14.1",
-    "Pair by seed, the key of the dictionaries, and use only common seeds. This gives one list of differences; compute "
-    "its interval as in the chapter.",
-    "Unpaired, the two means are independent, so their variances add: s_1^2 / n_1 + s_2^2 / n_2, with all runs.",
-    "half = t.ppf(0.975, n_1 + n_2 - 2) * sqrt(var(ours, ddof=1) / n_1 + var(theirs, ddof=1) / n_2)",
+    "Pair by seed, the key of the dictionaries, and use only common seeds. Unpaired, the two means are independent, so "
+    "their variances add: s_a^2 / n_a + s_b^2 / n_b, with all runs.",
+    "Welch: half = t.ppf(0.975, nu) * sqrt(v_a + v_b) with v = var(ddof=1) / n of each side, and nu = (v_a + v_b)^2 / "
+    "(v_a^2 / (n_a - 1) + v_b^2 / (n_b - 1)). No rounding of nu.",
+    "Bootstrap: means = differences[rng.integers(n, size=(samples, n))].mean(1), then np.quantile(means, (0.025, "
+    "0.975)).",
 )
-def two_intervals(answer: Callable[[Runs, Runs], Any]) -> str:
-    """``answer(ours, theirs)``, AP by seed: the paired interval and the unpaired one."""
+def three_intervals(answer: Callable[[Runs, Runs], Any]) -> str:
+    """``answer(ours, theirs)``, AP by seed: the paired, the Welch and the bootstrap interval."""
     cases: tuple[tuple[Runs, Runs], ...] = (
         ({0: 30.1, 1: 33.6, 2: 31.0}, {0: 28.0, 1: 31.1, 2: 29.2}),
         ({2: 25.3, 0: 21.9, 4: 28.8, 1: 24.0}, {0: 20.4, 1: 23.1, 2: 23.7, 3: 19.0, 4: 26.2}),
+        (
+            {k: v for k, v in enumerate((31.0, 38.5, 27.2, 35.9, 24.8, 33.1, 40.2, 29.5))},
+            {k: v for k, v in zip((7, 3, 1, 0, 2, 6, 5, 4), (20.4, 21.3, 21.1, 20.2, 19.6, 20.9, 20.0, 19.3))},
+        ),
     )
     for ours, theirs in cases:
         answered = answer(dict(ours), dict(theirs))
-        if not isinstance(answered, (tuple, list)) or len(answered) != 2:
-            raise Mistake("return two intervals: the paired one, then the unpaired one.")
-        paired, unpaired = _interval(answered[0], "the paired interval"), _interval(answered[1], "the unpaired one")
-        _check_paired(paired, ours, theirs)
-        _check_unpaired(unpaired, ours, theirs)
+        if not isinstance(answered, dict) or set(answered) != {"paired", "welch", "bootstrap"}:
+            raise Mistake("return a dictionary with the keys paired, welch and bootstrap.")
+        _check_paired(_interval(answered["paired"], "the paired interval"), ours, theirs)
+        _check_welch(_interval(answered["welch"], "Welch's interval"), ours, theirs)
+        _check_bootstrap(_interval(answered["bootstrap"], "the bootstrap interval"), ours, theirs)
     return (
-        "Variation that both runs of a seed share, from image order and initial weights, cancels in the difference; in "
-        "the unpaired interval it counts as noise, twice."
+        "What both runs of a seed share, image order and initial weights, cancels in the paired difference. The "
+        "bootstrap of three seeds is just their range: it needs many values."
     )
 
 
+def _differences(ours: Runs, theirs: Runs) -> list[float]:
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
 def _check_paired(found: tuple[float, float], ours: Runs, theirs: Runs) -> None:
-    common = sorted(ours.keys() & theirs.keys())
-    differences = [ours[seed] - theirs[seed] for seed in common]
-    mean, n = float(np.mean(differences)), len(common)
+    differences = _differences(ours, theirs)
+    mean, n = float(np.mean(differences)), len(differences)
     if _near(found, mean, _half(differences)):
         return
     by_place = [a - b for a, b in zip(ours.values(), theirs.values())]
@@ -148,61 +157,126 @@ def _check_paired(found: tuple[float, float], ours: Runs, theirs: Runs) -> None:
     for middle, half, message in known:
         if _near(found, middle, half):
             raise Mistake(f"the paired interval: {message}")
-    wanted = f"{mean - _half(differences):.2f} to {mean + _half(differences):.2f}"
-    raise Mistake(f"the paired interval of seeds {common} is {wanted}, not {found[0]:.2f} to {found[1]:.2f}.")
+    if not math.isclose(sum(found) / 2, mean, abs_tol=2e-3):
+        raise Mistake("the paired interval should be centered at the mean difference of the common seeds.")
+    raise Mistake("the paired interval has the right center and the wrong width: t.ppf(0.975, n - 1) * s / sqrt(n).")
 
 
-def _check_unpaired(found: tuple[float, float], ours: Runs, theirs: Runs) -> None:
+def _check_welch(found: tuple[float, float], ours: Runs, theirs: Runs) -> None:
     a, b = list(ours.values()), list(theirs.values())
+    n_a, n_b = len(a), len(b)
     mean = float(np.mean(a) - np.mean(b))
-    error = math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))
-    if _near(found, mean, float(t.ppf(0.975, len(a) + len(b) - 2)) * error):
+    v_a, v_b = float(np.var(a, ddof=1)) / n_a, float(np.var(b, ddof=1)) / n_b
+    error, freedom = math.sqrt(v_a + v_b), (v_a + v_b) ** 2 / (v_a**2 / (n_a - 1) + v_b**2 / (n_b - 1))
+    if _near(found, mean, float(t.ppf(0.975, freedom)) * error):
         return
-    if _near(found, mean, _half(a) + _half(b)):
-        raise Mistake(
-            "the unpaired interval: the half widths were added, but variances add: take the root of their sum."
-        )
-    if _near(found, mean, float(t.ppf(0.975, min(len(a), len(b)) - 1)) * error):
-        raise Mistake("the unpaired interval: two lists have n_1 + n_2 - 2 degrees of freedom.")
-    if _near(found, mean, 1.96 * error):
-        raise Mistake("the unpaired interval: 1.96 is for the normal distribution: with few seeds use Student's t.")
+    pooled = math.sqrt((v_a * n_a * (n_a - 1) + v_b * n_b * (n_b - 1)) / (n_a + n_b - 2) * (1 / n_a + 1 / n_b))
+    inner = math.sqrt(float(np.var(a)) / n_a + float(np.var(b)) / n_b)
+    for half, message in (
+        (_half(a) + _half(b), "the half widths were added, but variances add: take the root of their sum."),
+        (
+            float(t.ppf(0.975, n_a + n_b - 2)) * error,
+            "n_a + n_b - 2 degrees of freedom belong to a pooled variance; the sum of two variances has Welch's own.",
+        ),
+        (
+            float(t.ppf(0.975, n_a + n_b - 2)) * pooled,
+            "this is Student's pooled interval, which assumes that both arms vary alike; Welch's does not.",
+        ),
+        (
+            float(t.ppf(0.975, min(n_a, n_b) - 1)) * error,
+            "the smaller n - 1 is a cautious bound on the degrees of freedom: compute Welch's nu.",
+        ),
+        (float(t.ppf(0.975, math.floor(freedom))) * error, "nu need not be whole: do not round it."),
+        (1.96 * error, "1.96 is for the normal distribution: with few seeds use Student's t."),
+        (float(t.ppf(0.975, freedom)) * inner, "divide the squares by n - 1, not by n (ddof=1)."),
+        (float(t.ppf(0.95, freedom)) * error, "that is a 90 % interval: use t.ppf(0.975, nu)."),
+    ):
+        if _near(found, mean, half):
+            raise Mistake(f"Welch's interval: {message}")
     common = ours.keys() & theirs.keys()
-    if len(common) < max(len(a), len(b)):
+    if len(common) < max(n_a, n_b):
         kept = float(np.mean([ours[s] for s in common]) - np.mean([theirs[s] for s in common]))
         if math.isclose(sum(found) / 2, kept, abs_tol=2e-3):
-            raise Mistake("the unpaired interval: without pairs all runs count, also those of seeds without a partner.")
-    half = float(t.ppf(0.975, len(a) + len(b) - 2)) * error
-    wanted = f"{mean - half:.2f} to {mean + half:.2f}"
-    raise Mistake(f"the unpaired interval is {wanted}, not {found[0]:.2f} to {found[1]:.2f}.")
+            raise Mistake("Welch's interval: without pairs all runs count, also those of seeds without a partner.")
+    if not math.isclose(sum(found) / 2, mean, abs_tol=2e-3):
+        raise Mistake("Welch's interval should be centered at the difference of the two means.")
+    raise Mistake("Welch's interval has the right center and the wrong width: check v_a, v_b and nu one by one.")
+
+
+def _check_bootstrap(found: tuple[float, float], ours: Runs, theirs: Runs) -> None:
+    differences = np.array(_differences(ours, theirs))
+    n, rng = len(differences), np.random.default_rng(1)
+    means = differences[rng.integers(n, size=(200_000, n))].mean(1)
+
+    def matches(values: np.ndarray, ends: tuple[float, float] = (0.025, 0.975)) -> bool:
+        low, high = np.quantile(values, ends)
+        return bool(np.allclose(found, (low, high), atol=0.08 * (high - low)))
+
+    if matches(means):
+        return
+    a, b = np.array(list(ours.values())), np.array(list(theirs.values()))
+    apart = rng.choice(a, size=(50_000, len(a))).mean(1) - rng.choice(b, size=(50_000, len(b))).mean(1)
+    for wrong, message in (
+        (matches(means, (0.05, 0.95)), "the quantiles 5 % and 95 % give a 90 % interval."),
+        (matches(differences), "these are quantiles of the differences: resample them and take *means*."),
+        (matches(means - differences.mean()), "the interval is centered at 0: do not subtract the mean."),
+        (matches(apart), "both sides were resampled apart: resample the paired differences."),
+    ):
+        if wrong:
+            raise Mistake(f"the bootstrap interval: {message}")
+    if _near(found, float(differences.mean()), _half(list(differences))):
+        raise Mistake("the bootstrap interval is Student's: resample instead of using t.")
+    raise Mistake(
+        "the bootstrap interval: draw n of the n differences with replacement, 4000 times, average each draw, and take "
+        "the quantiles 0.025 and 0.975."
+    )
 
 
 @exercise(
     "14.2",
-    "The half width of the interval of n seeds is t.ppf(0.975, n - 1) * spread / sqrt(n). One seed has no interval.",
-    "t depends on n, so there is no closed formula: increase n from 2 until the half width is below the effect.",
-    "next(n for n in range(2, 10_000) if t.ppf(0.975, n - 1) * spread / math.sqrt(n) < effect)",
+    "Increase n from 2 until the power suffices. The critical value t.ppf(0.975, n - 1) and delta depend on n.",
+    "Power is the probability of |T| > critical for a noncentral T: nct.sf(critical, n - 1, delta) + "
+    "nct.cdf(-critical, n - 1, delta), with delta = effect / spread * sqrt(n).",
+    "for n in range(2, 10_000): compute both, and return n at the first power that is large enough.",
 )
-def seeds_for(answer: Callable[[float, float], int]) -> str:
-    """``answer(spread, effect)``: minimum number of seeds whose interval around the effect excludes 0."""
-    for spread, effect in ((1.0, 2.0), (1.0, 1.0), (0.8, 0.5), (1.2, 0.3), (0.2, 5.0)):
-        found = answer(spread, effect)
+def seeds_for(answer: Callable[[float, float, float], int]) -> str:
+    """``answer(spread, effect, power)``: minimum number of seeds that detects the effect with this probability."""
+    for spread, effect, power in ((1.0, 0.5, 0.8), (0.8, 0.5, 0.9), (1.2, 0.3, 0.8), (1.0, 2.1, 0.8), (1.0, 3.0, 0.5)):
+        found = answer(spread, effect, power)
         if not isinstance(found, (int, np.integer)):
             raise Mistake(f"the number of seeds should be an int, but is a {type(found).__name__}.")
-        wanted = next(n for n in range(2, 10_000) if t.ppf(0.975, n - 1) * spread / math.sqrt(n) < effect)
-        if found == wanted:
+        ratio = effect / spread
+        if found == _seeds(ratio, power):
             continue
-        case = f"for a spread of {spread:g} and an effect of {effect:g}"
-        normal = max(2, math.floor((norm.ppf(0.975) * spread / effect) ** 2) + 1)
+        case = f"for a spread of {spread:g}, an effect of {effect:g} and a power of {power:g}, {found}"
         if found < 2:
-            raise Mistake(f"{case}: {found} is too few, one seed gives no standard deviation.")
-        if found == normal:
-            raise Mistake(f"{case}: {found} is right for 1.96, the normal distribution; few seeds need Student's t.")
-        if found == next(n for n in range(2, 10_000) if 2 * t.ppf(0.975, n - 1) * spread / math.sqrt(n) < effect):
-            raise Mistake(f"{case}: the distance from the mean to 0 is half the interval, not the whole.")
-        if found == next((n for n in range(2, 10_000) if t.ppf(0.975, n - 1) * spread < effect), None):
-            raise Mistake(f"{case}: the standard error of a mean is the spread of one difference / sqrt(n).")
-        raise Mistake(f"{case} it takes {wanted} seeds, not {found}.")
+            raise Mistake(f"{case} is too few: one seed gives no standard deviation.")
+        normal = math.ceil(((norm.ppf(0.975) + norm.ppf(power)) / ratio) ** 2)
+        for wrong, said in (
+            (
+                next(n for n in range(2, 10_000) if t.ppf(0.975, n - 1) / math.sqrt(n) < ratio),
+                "only makes the interval around the effect exclude 0: half of such studies would fail.",
+            ),
+            (normal, "is right for a known standard deviation (1.96): few seeds need Student's t."),
+            (_seeds(ratio / math.sqrt(2), power), "is for two separate groups: pairs have one list of differences."),
+            (_seeds(ratio, power, level=0.95), "is for a one-sided test: 2.5 % on each side."),
+            (_seeds(ratio, 0.8), "ignores the power that was asked for."),
+            (_seeds(ratio, power) + 1, "is one too many: the first n whose power is large enough."),
+            (_seeds(ratio, power) - 1, "is one too few: its power is not large enough yet."),
+        ):
+            if found == wrong:
+                raise Mistake(f"{case} {said}")
+        raise Mistake(f"{case} seeds are too {'few' if found < _seeds(ratio, power) else 'many'}.")
     return "Half the effect takes about four times the seeds: three seeds can only show large effects."
+
+
+def _seeds(ratio: float, power: float, level: float = 0.975) -> int:
+    """Minimum number of seeds for an effect of ``ratio`` standard deviations."""
+    for n in range(2, 10_000):
+        critical, delta = t.ppf(level, n - 1), ratio * math.sqrt(n)
+        if nct.sf(critical, n - 1, delta) + nct.cdf(-critical, n - 1, delta) >= power:
+            return n
+    raise AssertionError("such an effect takes too many seeds")
 
 
 @exercise(
@@ -246,7 +320,7 @@ def same_or_not(answer: Callable[[Sequence[float], float], str]) -> str:
         if found != wanted:
             half, mean = _half(values), float(np.mean(values))
             case = f"interval {mean - half:.2f} to {mean + half:.2f} and margin {margin:g}"
-            raise Mistake(f"{case}: {wanted}, not {found}. {said[:1].upper()}{said[1:]}".rstrip())
+            raise Mistake(f"{case}: not {found}. {said[:1].upper()}{said[1:]}".rstrip())
     return "Showing equivalence takes seeds too: as many as showing an effect of the size of the margin."
 
 
@@ -318,8 +392,8 @@ def _check_faster(found: list[float], ours: Curve, theirs: Curve, cost: float) -
         if np.allclose(found, wrong, atol=2e-3):
             raise Mistake(said)
     raise Mistake(
-        f"ours reaches {goal:g} after {mine:.2f} epochs, theirs after {other:.2f}, and an epoch of ours takes "
-        f"{cost:g} times as long: ({wanted[0]:.3f}, {wanted[1]:.3f}), not ({found[0]:.3f}, {found[1]:.3f})."
+        f"for a goal of {goal:g}: find the first x at which each curve crosses it, between two points; once in epochs, "
+        "once in epochs times seconds."
     )
 
 
@@ -332,7 +406,8 @@ def _check_faster(found: list[float], ours: Curve, theirs: Curve, cost: float) -
 )
 def flaws(answer: Callable[[dict[str, Any]], Any]) -> str:
     """``answer(study)``: the set of words for its flaws."""
-    for number, study in enumerate(STUDIES, start=1):
+    rng = np.random.default_rng()
+    for study in (*STUDIES, *(_study(rng) for _ in range(40))):
         found = answer({name: dict(part) if isinstance(part, dict) else part for name, part in study.items()})
         if not isinstance(found, (set, frozenset)):
             raise Mistake(f"the answer should be a set of words, but is a {type(found).__name__}.")
@@ -342,10 +417,34 @@ def flaws(answer: Callable[[dict[str, Any]], Any]) -> str:
         wanted = _flaws(study)
         missing, wrong = sorted(wanted - found), sorted(found - wanted)
         if missing:
-            raise Mistake(f"in study {number} you miss {missing[0]!r}: {FLAWS[missing[0]]}.")
+            raise Mistake(f"in {_short(study)} you miss {missing[0]!r}: {FLAWS[missing[0]]}.")
         if wrong:
-            raise Mistake(f"study {number} does not have the flaw {wrong[0]!r}: {_innocent(study, wrong[0])}.")
+            raise Mistake(f"{_short(study)} does not have the flaw {wrong[0]!r}: {_innocent(study, wrong[0])}.")
     return "None of these is visible in a table of results: look for them in the protocol."
+
+
+def _study(rng: np.random.Generator) -> dict[str, Any]:
+    """A random study, so that no list of answers can be collected."""
+
+    def arm() -> dict[str, Any]:
+        seeds = ([0, 1, 2], [2, 0, 1], [0, 1, 2, 3], [0], [1, 1, 1], [5, 6, 7])[
+            rng.choice(6, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1])
+        ]
+        return {
+            "seeds": list(seeds),
+            "epochs": int(rng.choice([36, 50])),
+            "learning_rates_tried": int(rng.choice([1, 3])),
+        }
+
+    tuned, reported = rng.choice(["val", "test", "none"]), rng.choice(["val", "test"])
+    how = rng.choice(["mean", "best"])
+    return {"tuned_on": str(tuned), "reported_on": str(reported), "reported": str(how), "base": arm(), "ours": arm()}
+
+
+def _short(study: Mapping[str, Any]) -> str:
+    """A study in words."""
+    seeds = f"seeds {study['base']['seeds']} and {study['ours']['seeds']}"
+    return f"a study tuned on {study['tuned_on']}, reported on {study['reported_on']}, {seeds}"
 
 
 def _flaws(study: Mapping[str, Any]) -> set[str]:

@@ -45,6 +45,8 @@ def said(verdict: Verdict) -> str:
         return "no runs yet"
     unit = UNITS.get(verdict.claim.ours.metric, "AP")
     paper = "" if verdict.claim.paper is None else f", the paper {verdict.claim.paper:+.1f}"
+    if verdict.covers_paper is not None:
+        paper += " (inside the interval)" if verdict.covers_paper else " (outside the interval)"
     count, needed = len(verdict.seeds), ""
     if count == 1:
         return f"undecided with 1 seed, which has no interval: {verdict.difference} {unit}{paper}"

@@ -5,6 +5,9 @@ therefore compared by the mean of the differences by seed, with its 95 % t inter
 between seeds; the 500 test scenes are the same for all runs. With three seeds its half-width is 2.5 times the standard
 deviation of the differences, but an interval without 0 is still significant.
 
+A verdict is about the direction of an effect, or about a margin. It says nothing about its size:
+:attr:`Verdict.covers_paper` tells whether the interval contains the paper's difference.
+
 With more than twenty claims at 95 %, expect about one interval to miss the true difference by chance.
 """
 
@@ -75,6 +78,13 @@ class Verdict:
     difference: Estimate | None
     word: Literal["reproduced", "not reproduced", "undecided"]
     seeds_needed: int | None = None
+
+    @property
+    def covers_paper(self) -> bool | None:
+        """Whether the interval contains the paper's difference; None without a published one or without an interval."""
+        if self.claim.paper is None or self.difference is None or len(self.seeds) < 2:
+            return None
+        return self.difference.low <= self.claim.paper <= self.difference.high
 
 
 def read_results(folder: str | Path, arms: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, Any]]]:

@@ -1,6 +1,6 @@
 """The checkers of notebook 13 accept right answers and name what is wrong with the others."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -9,12 +9,66 @@ from regolite.course import Mistake, find
 from regolite.evaluation.removal import without
 
 
-def unmasked(module, query, key, mask=None):
-    return module.weights(query, key)
+def recorder(weights=lambda m, q, k, mask: m.weights(q, k, mask), detach=True, finally_=True, remove=True, output=None):
+    """A recorder with chosen faults."""
+
+    @contextmanager
+    def watch(attention):
+        seen = []
+
+        def see(module, inputs, out):
+            found = weights(module, inputs[0], inputs[1], inputs[3] if len(inputs) > 3 else None)
+            seen.append(found.detach() if detach else found)
+            return output
+
+        handle = attention.register_forward_hook(see)
+        try:
+            yield seen
+        except KeyError:
+            if finally_:
+                handle.remove()
+            raise
+        if remove:
+            handle.remove()
+
+    return watch
 
 
-def masked(module, query, key, mask=None):
-    return module.weights(query, key, mask)
+def split(module, *inputs):
+    return [x.unflatten(2, (module.heads, -1)).transpose(1, 2) for x in inputs]
+
+
+def scored(scale=lambda q, c: q.shape[-1] ** 0.5, dim=-1):
+    def weights(module, query, key, mask):
+        q, k = split(module, module.query(query), module.key(key))
+        scores = q @ k.mT / scale(q, query.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(mask[:, None, None], float("-inf"))
+        return scores.softmax(dim) if dim is not None else scores
+
+    return weights
+
+
+@contextmanager
+def forgetful(attention):
+    seen = [None]
+    with recorder()(attention) as all_seen:
+        yield seen
+    seen[:] = all_seen[-1:]
+
+
+@contextmanager
+def hushed(attention):
+    try:
+        with recorder()(attention) as seen:
+            yield seen
+    except KeyError:
+        pass
+
+
+@contextmanager
+def nothing_recorded(attention):
+    yield None
 
 
 def cell(x, y, level, original, sizes, shapes, strides):
@@ -26,14 +80,6 @@ def stretched(x, y, level, original, sizes, shapes, strides):
     rows, columns = shapes[level]
     start = sum(h * w for h, w in shapes[:level])
     return start + int(y / original[0] * rows) * columns + int(x / original[1] * columns)
-
-
-def entropy(weights):
-    return torch.special.entr(weights).sum(-1)
-
-
-def evenly(weights):
-    return entropy(weights).exp(), entropy(weights.mean(0)).exp()
 
 
 def gather(weights, owner, count):
@@ -108,13 +154,84 @@ def nothing(attention):
     yield
 
 
+def study(parts, measure, images, switch_off, samples=2000, seed=0, **faults):
+    """An ablation harness with chosen faults."""
+    before = measure()
+    images = torch.as_tensor(images)
+    found = {}
+    for name, modules in parts.items():
+        with ExitStack() as stack:
+            for module in modules if not faults.get("first_only") else modules[:1]:
+                stack.enter_context(switch_off(module))
+            after = measure()
+        change = (before - after) if faults.get("sign") else after - before
+        if faults.get("unpaired"):
+            draws = torch.randint(len(change), (2, samples, len(change)))
+            means = after[draws[0]].mean(1) - before[draws[1]].mean(1)
+        else:
+            units = torch.arange(len(images)) if faults.get("balls") else images
+            own = [(units == unit).nonzero()[:, 0] for unit in units.unique()]
+            sums, counts = torch.stack([change[k].sum() for k in own]), torch.tensor([float(len(k)) for k in own])
+            drawn = torch.randint(len(own), (samples, len(own)), generator=torch.Generator().manual_seed(seed))
+            means = sums[drawn].sum(1) / counts[drawn].sum(1)
+        mean = change.mean()
+        if faults.get("by_image"):
+            mean = torch.stack([change[images == image].mean() for image in images.unique()]).mean()
+        ends = means.quantile(torch.tensor(faults.get("ends", [0.025, 0.975]))).tolist()
+        found[name] = (float(mean), *ends)
+    if not faults.get("trusting") and not torch.equal(measure(), before):
+        raise RuntimeError("not restored")
+    return found
+
+
+def faulty(**faults):
+    return lambda *arguments: study(*arguments, **faults)
+
+
+def one_by_one(parts, measure, images, switch_off):
+    """Modules of a part are switched off in turn, and their effects added."""
+    found, before = {}, measure()
+    for name, modules in parts.items():
+        change = 0
+        for module in modules:
+            with switch_off(module):
+                change = change + measure() - before
+        found[name] = (float(change.mean()), float(change.mean()) - 0.1, float(change.mean()) + 0.1)
+    if not torch.equal(measure(), before):
+        raise RuntimeError("not restored")
+    return found
+
+
+def without_with(parts, measure, images, switch_off):
+    for modules in parts.values():
+        contexts = [switch_off(module) for module in modules]
+        [context.__enter__() for context in contexts]
+        measure()
+        [context.__exit__(None, None, None) for context in contexts]
+    return study(parts, measure, images, switch_off)
+
+
+def piled_up(parts, measure, images, switch_off):
+    with ExitStack() as stack:
+        for modules in parts.values():
+            [stack.enter_context(switch_off(module)) for module in modules]
+            measure()
+    return study(parts, measure, images, switch_off)
+
+
+def overwrite(weights, owner, count):
+    found = torch.zeros(count + 1)
+    found[owner.where(owner >= 0, count)] = weights
+    return found
+
+
 RIGHT = {
-    "13.1": [masked],
+    "13.1": [recorder(), recorder(scored())],
     "13.2": [cell],
-    "13.3": [evenly],
-    "13.4": [gather],
-    "13.5": [needed],
-    "13.6": [even, even_by_keys, zeroing("query.weight", "query.bias")],
+    "13.3": [gather],
+    "13.4": [needed],
+    "13.5": [even, even_by_keys, zeroing("query.weight", "query.bias")],
+    "13.6": [study],
 }
 
 
@@ -128,40 +245,64 @@ def test_right(number, answer):
 @pytest.mark.parametrize(
     ("number", "answer", "said"),
     [
-        ("13.1", unmasked, "has no effect"),
+        ("13.1", nothing_recorded, "should give a list"),
+        ("13.1", forgetful, "three elements"),
+        ("13.1", recorder(output=torch.zeros(2, 5, 32)), "a hook that returns a value"),
+        ("13.1", recorder(lambda m, q, k, mask: m.weights(q, k)), "has no effect"),
         (
             "13.1",
-            lambda m, q, k, mask: unmasked(m, q, k) if mask is None else unmasked(m, q, k) * ~mask[:, None, None],
+            recorder(lambda m, q, k, mask: m.weights(q, k) * (1 if mask is None else ~mask[:, None, None])),
             "do not sum to 1",
         ),
-        ("13.1", lambda m, q, k, mask: m.weights(q, k, None if mask is None else ~mask), "the mask is inverted"),
-        ("13.1", lambda m, q, k, mask: masked(m, q, k, mask) + 1e-9, "a small weight"),
-        ("13.1", lambda m, q, k, mask: masked(m, q, k, mask).mean(1), "should have shape"),
+        ("13.1", recorder(lambda m, q, k, mask: m.weights(q, k, None if mask is None else ~mask)), "mask is inverted"),
+        ("13.1", recorder(lambda m, q, k, mask: m.weights(q, k, mask) + (0 if mask is None else 1e-9)), "small weight"),
+        ("13.1", recorder(lambda m, q, k, mask: m.weights(q, k, mask).mean(1)), "heads are averaged"),
+        ("13.1", recorder(scored(lambda q, c: 1.0)), "not divided by the square root"),
+        ("13.1", recorder(scored(lambda q, c: c**0.5)), "not of C"),
+        ("13.1", recorder(scored(dim=-2)), "runs over the queries"),
+        ("13.1", recorder(scored(dim=None)), "softmax is missing"),
+        ("13.1", recorder(lambda m, q, k, mask: m.weights(k, q)), "queries and keys are swapped"),
+        ("13.1", recorder(detach=False), "detach them"),
+        ("13.1", recorder(remove=False), "a call is still recorded"),
+        ("13.1", recorder(finally_=False), "after an exception inside, the hook stays"),
+        ("13.1", hushed, "suppresses"),
         ("13.2", stretched, "stretched"),
         ("13.2", lambda *a: cell(*a) - sum(h * w for h, w in a[5][: a[2]]), "relative to its level"),
         ("13.2", lambda *a: float(cell(*a)), "should be an int"),
         ("13.2", lambda x, y, level, original, sizes, *a: cell(x, y, level, original, original, *a), "resizing"),
-        ("13.3", lambda w: (entropy(w), entropy(w.mean(0))), "in nats"),
-        ("13.3", lambda w: (-(w * w.log()).sum(-1).exp(), entropy(w.mean(0)).exp()), "NaN"),
-        ("13.3", lambda w: (entropy(w).exp(), entropy(w).exp().mean()), "a mean over heads"),
-        ("13.3", lambda w: (entropy(w) / torch.tensor(2.0).log(), entropy(w).mean()), "in bits"),
-        ("13.3", lambda w: entropy(w).exp(), "a pair"),
-        ("13.4", lambda w, o, n: torch.zeros(n).index_add_(0, o.clamp(min=0), w), "assigned to object 0"),
-        ("13.4", lambda w, o, n: gather(w, o, n)[:-1], "comes last"),
-        ("13.4", lambda w, o, n: gather(w, o, n).roll(1), "comes first here"),
-        ("13.4", lambda w, o, n: gather(w, o, n) / gather(torch.ones(8), o, n).clamp(min=1), "take the sum"),
-        ("13.5", lambda ask, s, b: b, "the ball itself"),
-        ("13.5", lambda ask, s, b: min(range(len(s.things)), key=lambda k: ask(without(s, k))), "the ball itself"),
-        ("13.5", lambda ask, s, b: max(others_of(s, b), key=lambda k: ask(without(s, k))), "needed least"),
-        ("13.5", lambda ask, s, b: others_of(s, b).index(needed(ask, s, b)), "index among the others|needed most"),
-        ("13.5", lambda ask, s, b: s.things[b].decider, "may need another"),
-        ("13.5", lambda ask, s, b: None, "an int"),
-        ("13.6", nothing, "output is unchanged"),
-        ("13.6", zeroing("query.weight"), "and bias"),
-        ("13.6", zeroing("value.weight", "value.bias"), "values are 0"),
-        ("13.6", zeroing("query.weight", "query.bias", back=False), "not restored"),
-        ("13.6", zeroing("query.weight", "query.bias", finally_=False), "after an exception"),
-        ("13.6", swallowing, "suppresses"),
+        ("13.2", lambda x, y, *a: cell(y, x, *a), "wrong cell|swapped"),
+        ("13.2", lambda *a: cell(*a) + 1, "wrong cell"),
+        ("13.3", lambda w, o, n: torch.zeros(n).index_add_(0, o.clamp(min=0), w), "assigned to object 0"),
+        ("13.3", lambda w, o, n: gather(w, o, n)[:-1], "comes last"),
+        ("13.3", lambda w, o, n: gather(w, o, n).roll(1), "comes first here"),
+        ("13.3", lambda w, o, n: gather(w, o, n) / gather(torch.ones(8), o, n).clamp(min=1), "take the sum"),
+        ("13.3", overwrite, "add them up"),
+        ("13.3", lambda w, o, n: gather(w.where(o >= 0, 0.0), o, n), "are dropped"),
+        ("13.4", lambda ask, s, b: b, "the ball itself"),
+        ("13.4", lambda ask, s, b: min(range(len(s.things)), key=lambda k: ask(without(s, k))), "the ball itself"),
+        ("13.4", lambda ask, s, b: max(others_of(s, b), key=lambda k: ask(without(s, k))), "needed least"),
+        ("13.4", lambda ask, s, b: others_of(s, b).index(needed(ask, s, b)), "index among the others|needed most"),
+        ("13.4", lambda ask, s, b: s.things[b].decider, "may need another"),
+        ("13.4", lambda ask, s, b: None, "an int"),
+        ("13.5", nothing, "output is unchanged"),
+        ("13.5", zeroing("query.weight"), "and bias"),
+        ("13.5", zeroing("value.weight", "value.bias"), "values are 0"),
+        ("13.5", zeroing("query.weight", "query.bias", back=False), "not restored"),
+        ("13.5", zeroing("query.weight", "query.bias", finally_=False), "after an exception"),
+        ("13.5", swallowing, "suppresses"),
+        ("13.6", lambda *a: {}, "entry for each part"),
+        ("13.6", lambda *a: {name: mean for name, (mean, *_) in study(*a).items()}, "three numbers"),
+        ("13.6", faulty(sign=True), "sign is wrong"),
+        ("13.6", faulty(first_only=True), "off together"),
+        ("13.6", one_by_one, "one after another"),
+        ("13.6", piled_up, "at the same time"),
+        ("13.6", faulty(by_image=True), "every ball counts alike"),
+        ("13.6", faulty(balls=True), "resample whole images"),
+        ("13.6", faulty(unpaired=True), "paired differences"),
+        ("13.6", faulty(ends=[0.05, 0.95]), "90 % interval"),
+        ("13.6", faulty(ends=[0.975, 0.025]), "low comes first"),
+        ("13.6", faulty(trusting=True), "did not notice"),
+        ("13.6", without_with, "stay switched off"),
     ],
 )
 def test_wrong(number, answer, said):
