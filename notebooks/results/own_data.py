@@ -51,7 +51,7 @@ def write_export(folder):
         (empty if not present else splits["train" if is_train else "val"]).append(image)
     labeled = {split: len(images) for split, images in splits.items()}
 
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, images in splits.items():
         images += [empty.pop(0) for _ in range(BACKGROUND[split])]
         for image in images:
