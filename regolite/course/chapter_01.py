@@ -231,9 +231,11 @@ def _attention(
 
 def _name_mistake(module: MultiHeadAttention, found: Tensor, inputs: tuple[Tensor, ...], masked: bool) -> None:
     """Raise the Mistake whose output is ``found``, if one is known."""
+    q, k, v = inputs[:3]
+    mask = inputs[3] if masked else None
     for mistake, message in MISTAKES.items():
         if (mistake in ("not hidden", "inverted", "late", "zeroed")) == masked and alike(
-            found, _attention(module, *inputs, mistake=mistake)
+            found, _attention(module, q, k, v, mask, mistake)
         ):
             raise Mistake(message)
 
@@ -303,8 +305,9 @@ def _construct(answer: type) -> tuple[Any, MultiHeadAttention]:
         pass
     else:
         raise Mistake("5 heads do not divide 12 channels: the constructor should raise ValueError.")
-    for layer in reference.children():
-        nn.init.normal_(layer.bias)
+    for name, parameter in reference.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
     ours.load_state_dict(reference.state_dict())
     return ours, reference
 
