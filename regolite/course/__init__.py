@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import re
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
@@ -188,8 +189,15 @@ def check(number: str, *answer: Any) -> None:
         saved = progress.record(number, found.given, answer, found.reference is not None)
         print(textwrap.fill(f"Exercise {number}: solved. {comment} {saved}".rstrip(), WIDTH))
         return
-    print(textwrap.fill(f"Exercise {number}: not yet. {problem[0].upper()}{problem[1:]}", WIDTH))
+    print(textwrap.fill(f"Exercise {number}: not yet. {_capitalized(problem)}", WIDTH))
     print(f'If you are stuck: hint("{number}")')
+
+
+def _capitalized(sentence: str) -> str:
+    """The sentence with a capital, unless it begins with a name from code, such as ``query_mask`` or ``look(x)``."""
+    first = sentence.split(maxsplit=1)[0]
+    is_code = re.search(r"_|[.(\[]\w", first)
+    return sentence if is_code else sentence[0].upper() + sentence[1:]
 
 
 def hint(number: str) -> None:

@@ -102,7 +102,10 @@ def fewer_stages(answer: Callable[[nn.Module, Image.Image, int], Detections]) ->
                 f"with stages={stages} there are {count} detections with a score of 0.3 or more, not {len(found)}."
             )
         raise Mistake(f"with stages={stages} these are not the model's detections.")
-    return "stages=0 is the base detector alone, which was improved by training with the stages (the paper's Table 4)."
+    return (
+        "stages=0 is the base detector alone. The paper reports that training with the stages improves it as well "
+        "(Table 4)."
+    )
 
 
 def _same(one: Detections, other: Detections) -> bool:
@@ -169,4 +172,4 @@ def best_stage(answer: Callable[[list[Detections], Tensor, int], int]) -> str:
             raise Mistake(f"the answer should be the number of a stage, but is {said!r}.")
         if said != wanted:
             raise Mistake(mistakes.get(int(said), f"stage {wanted} overlaps most, not {int(said)}."))
-    return "One object proves little: average precision uses all of them (notebook 07)."
+    return "One object proves little: average precision uses all of them (chapter 07)."

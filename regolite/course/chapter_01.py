@@ -231,9 +231,11 @@ def _attention(
 
 def _name_mistake(module: MultiHeadAttention, found: Tensor, inputs: tuple[Tensor, ...], masked: bool) -> None:
     """Raise the Mistake whose output is ``found``, if one is known."""
+    q, k, v = inputs[:3]
+    mask = inputs[3] if masked else None
     for mistake, message in MISTAKES.items():
         if (mistake in ("not hidden", "inverted", "late", "zeroed")) == masked and alike(
-            found, _attention(module, *inputs, mistake=mistake)
+            found, _attention(module, q, k, v, mask, mistake)
         ):
             raise Mistake(message)
 
@@ -303,8 +305,9 @@ def _construct(answer: type) -> tuple[Any, MultiHeadAttention]:
         pass
     else:
         raise Mistake("5 heads do not divide 12 channels: the constructor should raise ValueError.")
-    for layer in reference.children():
-        nn.init.normal_(layer.bias)
+    for name, parameter in reference.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
     ours.load_state_dict(reference.state_dict())
     return ours, reference
 
@@ -313,7 +316,8 @@ def _check_weights(ours: Any, reference: MultiHeadAttention, q: Tensor, k: Tenso
     """Raise a Mistake if ``weights`` is wrong."""
     mask = torch.arange(7) >= torch.tensor([[7], [5], [2]])
     for hidden in (None, mask):
-        found, wanted = ours.weights(q, k, hidden), reference.weights(q, k, hidden)
+        wanted = reference.weights(q, k, hidden)
+        found = ours.weights(q, k) if hidden is None else _masked(lambda: ours.weights(q, k, mask))
         if isinstance(found, Tensor) and alike(found, wanted.mean(1)):
             raise Mistake("`weights` returns the mean over the heads; keep the heads: [B, M, Q, S].")
         same_shape("the result of `weights`", found, wanted.shape)
@@ -322,12 +326,23 @@ def _check_weights(ours: Any, reference: MultiHeadAttention, q: Tensor, k: Tenso
         close("`weights`" + ("" if hidden is None else " with a mask"), found, wanted)
 
 
+def _masked(run: Callable[[], Any]) -> Any:
+    """The result of a call with a mask; a Mistake if the mask does not broadcast."""
+    try:
+        return run()
+    except RuntimeError as error:
+        raise Mistake(
+            f"with a mask your code raised RuntimeError: {error}. The mask is [B, S] and the scores are [B, M, Q, S]: "
+            "give it axes of length 1 for the heads and the queries."
+        ) from None
+
+
 def _check_masks(ours: Any, reference: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise a Mistake if hidden keys are not hidden, or an image without visible keys gives NaN."""
     mask = torch.arange(7) >= torch.tensor([[6], [5], [2]])
     mask[1, 0] = True
     with torch.no_grad():
-        found = ours(q, k, v, mask)
+        found = _masked(lambda: ours(q, k, v, mask))
         same_shape("the output with a mask", found, (3, 5, 12))
         _name_mistake(reference, found, (q, k, v, mask), masked=True)
         close("the output with a mask", found, reference(q, k, v, mask))
@@ -359,6 +374,12 @@ def _check_dropout(answer: type, reference: MultiHeadAttention, q: Tensor, k: Te
         raise Mistake("`weights` drops in training mode; only `forward` should.")
     if (dropping(q, k, v) == 0).float().mean() > 0.2:
         raise Mistake("dropout is applied to the output; it belongs on the weights, before they meet the values.")
+    same_queries = dropping(q[:, :1].expand(-1, 5, -1), k, v)
+    if alike(same_queries, same_queries[:, :1].expand(-1, 5, -1)):
+        raise Mistake("dropout is applied to the values; it belongs on the weights, where each query has its own.")
+    same_values = v[:, :1].expand(-1, 7, -1)  # whatever the weights are, as long as they sum to 1
+    if alike(dropping(q, k, same_values), reference(q, k, same_values)):
+        raise Mistake("dropout comes too early: apply it to the weights, after the softmax.")
     mean = torch.stack([dropping(q, k, v) for _ in range(200)]).mean(0)
     if (mean - expected).abs().max() > 0.5:
         raise Mistake("dropout changes the mean of the output: F.dropout divides what remains by 1 - p.")

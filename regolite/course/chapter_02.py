@@ -254,4 +254,4 @@ def place_of_token(answer: Callable[..., Any]) -> str:
                 "subtract all tokens of the finer levels first."
             )
         raise Mistake(f"token {token} is the square {wanted}, not {found}.")
-    return "This turns a weight of token 6163 into a position in the photograph; notebook 13 uses it for its maps."
+    return "This turns a weight of token 6163 into a position in the photograph; chapter 13 uses it for its maps."

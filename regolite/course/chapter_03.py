@@ -319,6 +319,8 @@ def decoder_layer(answer: Callable[..., nn.Module]) -> str:
                 run(norms={"s": ours.cross_norm, "x": ours.self_norm, "f": ours.ffn_norm})
             ),
             "one norm is used for all branches; each has its own.": run(norms=dict.fromkeys("sxf", ours.self_norm)),
+            "the cross-attention asks with the layer's input. It asks with what the self-attention's branch has "
+            "returned, plus positions.": run(stale=True),
             "each branch reads the layer's input. It reads what the branch before has returned.": run(parallel=True),
         }
         _name(found, ours(h, e, memory), known, "the layer's output")
@@ -331,6 +333,8 @@ def decoder_layer(answer: Callable[..., nn.Module]) -> str:
             raise Mistake(
                 "with a query_mask the output has NaN: it belongs to the self-attention, and True means hidden."
             )
+        if alike(masked[1:], ours(h, e, memory, query_mask=~hidden)[1:]):
+            raise Mistake("query_mask is inverted: True means hidden.")
         close("the output with a query_mask", masked, wanted)
         scaled = answer(C, HEADS, MultiHeadAttention(C, HEADS), FFN, 0.0, branch_scale=0.5)
         scaled.load_state_dict(ours.state_dict())
@@ -433,6 +437,7 @@ def _decoding(layer: DecoderLayer, h: Tensor, e: Tensor, memory: Memory) -> Call
         self_reads_memory: bool = False,
         pre_norm: bool = False,
         parallel: bool = False,
+        stale: bool = False,
         norms: dict[str, nn.Module] | None = None,
         scale: dict[str, float] | None = None,
     ) -> Tensor:
@@ -445,7 +450,7 @@ def _decoding(layer: DecoderLayer, h: Tensor, e: Tensor, memory: Memory) -> Call
             if part == "f":
                 branch = layer.ffn(y)
             elif part == "x":
-                asks = y + e if cross_positions and not for_good else y
+                asks = h + e if stale else y + e if cross_positions and not for_good else y
                 branch = layer.cross_attention.look(asks, memory)
             elif self_reads_memory:
                 branch = layer.self_attention.look(y + e, memory)
@@ -534,7 +539,7 @@ def _reaches(layer: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], start
             has_gradient(key, parameter)
 
 
-def _drops(layer: nn.Module, run: Callable[[Any], Tensor], bare: Callable[[Any], Tensor]) -> None:
+def _drops(layer: Any, run: Callable[[Any], Tensor], bare: Callable[[Any], Tensor]) -> None:
     """Check where dropout acts: at probability 1 it erases every branch in training, and nothing in evaluation."""
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, 0.3, 1.2)
@@ -545,6 +550,11 @@ def _drops(layer: nn.Module, run: Callable[[Any], Tensor], bare: Callable[[Any],
                 "with dropout=1 in training every branch should be erased and only the sums and norms remain: apply "
                 "dropout to each branch, before it is added."
             )
+        inner = [part.p for part in layer.ffn.modules() if isinstance(part, nn.Dropout)]
+        if inner != [1.0]:
+            raise Mistake("self.ffn is built without the layer's dropout: FeedForward(dim, ffn_dim, dropout).")
+        if getattr(getattr(layer, "self_attention", None), "dropout", 1.0) != 1.0:
+            raise Mistake("self.self_attention is built without the layer's dropout, which acts on its weights.")
         layer.eval()
         if alike(run(layer), bare(layer)):
             raise Mistake("dropout acts in evaluation too: use nn.Dropout, which layer.eval() switches off.")

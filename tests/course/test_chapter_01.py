@@ -145,6 +145,26 @@ def drop_output(self, query, key, value, mask=None):
     return F.dropout(mixed, kept, self.training)
 
 
+def drop_values(self, query, key, value, mask=None):
+    """forward with dropout on the projected values."""
+    weights = MultiHeadAttention.weights(self, query, key, mask).nan_to_num()
+    values = F.dropout(self._split(self.value(value)), self.dropout, self.training)
+    return self.out((weights @ values).transpose(1, 2).flatten(2))
+
+
+def drop_scores(self, query, key, value, mask=None):
+    """forward with dropout before the softmax."""
+    scores = self._split(self.query(query)) @ self._split(self.key(key)).transpose(-2, -1) / 2
+    hidden = torch.zeros(key.shape[:2], dtype=torch.bool) if mask is None else mask
+    weights = masked(F.dropout(scores, self.dropout, self.training), hidden[:, None, None].expand_as(scores))
+    return self.out((weights @ self._split(self.value(value))).transpose(1, 2).flatten(2))
+
+
+def mask_by_query(self, query, key, mask=None):
+    scores = self._split(self.query(query)) @ self._split(self.key(key)).transpose(-2, -1) / 2
+    return torch.softmax(scores if mask is None else scores.masked_fill(mask[:, None, :, None], float("-inf")), -1)
+
+
 def drop_always(self, query, key, value, mask=None):
     allowed = None if mask is None else ~mask[:, None, None]
     q, k, v = (self._split(layer(x)) for layer, x in ((self.query, query), (self.key, key), (self.value, value)))
@@ -233,6 +253,9 @@ WRONG = {
     "module: drops in evaluation": ("1.5", changed(forward=drop_always), "evaluation mode"),
     "module: never drops": ("1.5", changed(forward=drop_never), "does nothing in training"),
     "module: drops the output": ("1.5", changed(forward=drop_output), "belongs on the weights"),
+    "module: drops the values": ("1.5", changed(forward=drop_values), "applied to the values"),
+    "module: drops the scores": ("1.5", changed(forward=drop_scores), "after the softmax"),
+    "module: mask by query": ("1.5", changed(weights=mask_by_query), "axes of length 1"),
     "module: look": ("1.5", changed(look=None), "`look`"),
     "module: look without positions": (
         "1.5",

@@ -130,10 +130,12 @@ class Decoding(nn.Module):
 
     order, residual, positions, cross_positions, scaled = "sxf", "sxf", "qk", True, "sx"
     uses_mask, uses_points, by_look, shared_norm, drops = True, True, True, False, True
+    stale, inverted, attention_drops = False, False, True
 
     def __init__(self, dim, heads, cross_attention, ffn_dim, dropout, branch_scale=1.0):
         super().__init__()
-        self.self_attention, self.self_norm = MultiHeadAttention(dim, heads, dropout), nn.LayerNorm(dim)
+        self.self_attention = MultiHeadAttention(dim, heads, dropout if self.attention_drops else 0.0)
+        self.self_norm = nn.LayerNorm(dim)
         self.cross_attention, self.cross_norm = cross_attention, nn.LayerNorm(dim)
         self.ffn, self.ffn_norm = FeedForward(dim, ffn_dim, dropout), nn.LayerNorm(dim)
         self.dropout, self.branch_scale = nn.Dropout(dropout), branch_scale
@@ -144,9 +146,10 @@ class Decoding(nn.Module):
             norm = {"s": self.self_norm, "x": self.cross_norm, "f": self.ffn_norm}[part]
             if part == "s":
                 q, k, v = (x + positions if role in self.positions else x for role in "qkv")
-                branch = self.self_attention(q, k, v, query_mask if self.uses_mask else None)
+                mask = ~query_mask if self.inverted and query_mask is not None else query_mask
+                branch = self.self_attention(q, k, v, mask if self.uses_mask else None)
             elif part == "x":
-                asks = x + positions if self.cross_positions else x
+                asks = (queries if self.stale else x) + (positions if self.cross_positions else 0.0)
                 branch = (
                     self.cross_attention.look(asks, memory, reference_points if self.uses_points else None)
                     if self.by_look
@@ -239,6 +242,7 @@ ENCODER = [
     (encoder(seen=lambda self, m, r: self.attention.look(m.tokens + m.positions, m)), "reference_points"),
     (encoder(seen=lambda self, m, r: look(self.attention, m.tokens + m.positions, m)), "method `look`"),
     (encoder(no_dropout), "dropout=1"),
+    (encoder(init=lambda self: setattr(self, "ffn", FeedForward(16, 32, 0.0))), "ffn is built without"),
     (encoder(always_dropped), "acts in evaluation"),
     (encoder(detached), "no gradient flows back"),
     (encoder(init=lambda self: setattr(self, "extra", nn.Linear(2, 2))), "does not need"),
@@ -259,6 +263,9 @@ DECODER = [
     (decoder(positions="", cross_positions=False), "are not used"),
     (decoder(shared_norm=True), "one norm is used"),
     (decoder(uses_mask=False), "query_mask has no effect"),
+    (decoder(inverted=True), "query_mask is inverted"),
+    (decoder(stale=True), "asks with the layer's input"),
+    (decoder(attention_drops=False), "self_attention is built without"),
     (decoder(uses_points=False), "reference_points"),
     (decoder(by_look=False), "method `look`"),
     (decoder(scaled=""), "branch_scale has no effect"),

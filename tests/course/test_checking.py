@@ -46,6 +46,24 @@ def test_wrong_answer_is_told_what_is_wrong(answer, said, capsys):
     assert lines[1] == 'If you are stuck: hint("99.1")'
 
 
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        ("query_mask has no effect.", "not yet. query_mask has"),
+        ("self.ffn is missing.", "not yet. self.ffn is"),
+        ("look(a, b) is None.", "not yet. look(a, b)"),
+        ("the mask is inverted.", "not yet. The mask"),
+    ],
+)
+def test_names_from_code_keep_their_small_letters(problem, said, capsys):
+    @exercise("99.2", "None.")
+    def refused(answer):
+        raise Mistake(problem)
+
+    check("99.2", None)
+    assert said in capsys.readouterr().out
+
+
 def test_missing_answer_is_no_error(capsys):
     def later(x):
         raise NotImplementedError
