@@ -72,7 +72,7 @@ def coco_figures(
         each = [coco_figures([f], [o], num_classes) for f, o in zip(found, objects)]
         columns = {name: [one[name] for one in each if not math.isnan(one[name])] for name in each[0]}
         return {name: float(np.mean(column)) if column else math.nan for name, column in columns.items()}
-    figures = {}
+    figures: dict[str, Float[np.ndarray, "*n"]] = {}
     for name, (low, high) in RANGES.items():
         table = np.full((10, num_classes), np.nan)
         for label in range(num_classes):
@@ -404,7 +404,7 @@ def coco_cases() -> dict[str, tuple[list[Detections], list[Objects], int]]:
         (0.6, 0, (2, 0, 100, 100)), (0.5, 0, (0, 300, 75, 100)), (0.4, 0, (0, 300, 100, 96)),
     ]  # fmt: skip
     first = ([(0.6, 0, big), (0.3, 0, (300, 0, 40, 40))], [(0, big), (0, (200, 200, 60, 60))])
-    empty = ([(0.9, 0, (10, 10, 50, 50)), (0.2, 0, (90, 90, 50, 50))], [])
+    empty: tuple[list[Any], list[Any]] = ([(0.9, 0, (10, 10, 50, 50)), (0.2, 0, (90, 90, 50, 50))], [])
     last = ([(0.5, 0, (200, 200, 60, 58)), (0.55, 0, (10, 10, 30, 30))], [(0, (200, 200, 60, 60))])
     classes = [
         ([(0.9, 0, big), (0.8, 1, (3, 0, 100, 100)), (0.7, 2, (200, 0, 90, 90)), (0.3, 1, (300, 300, 60, 60))],
@@ -427,7 +427,7 @@ def coco_cases() -> dict[str, tuple[list[Detections], list[Objects], int]]:
     many = [(0.9 - 0.004 * n, 0, (40.0 * n, 0, 30, 30)) for n in range(130)]
     rows = [(0, (40.0 * n, 0, 30, 30)) for n in (0, 3, 50, 110, 120)]
     drawn = [_drawn(seed) for seed in range(6)]
-    cases = {
+    cases: dict[str, tuple[list[Any], int]] = {
         "one image and one class": ([(one, near)], 1),
         "several images": ([first, empty, last], 1),
         "several classes": (classes, 5),
