@@ -5,7 +5,7 @@ thing (:data:`RUNS`). All of them read the same feature maps, those of the bundl
 and frozen, so that only the transformer and its loss differ. After every epoch the first 64 training scenes are
 evaluated: which query is matched with which object, the entropy of the attention, and how well boxes and classes fit.
 
-It takes about MINUTES minutes of one CPU core. Finished epochs are kept in ``runs/why_detr_is_slow``; started again, the
+It takes about 15 minutes of one CPU core. Finished epochs are kept in ``runs/why_detr_is_slow``; started again, the
 script resumes from there. ``why_detr_is_slow.json`` beside this file is rewritten after every training.
 """
 
