@@ -3,53 +3,101 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from regolite.course import Mistake, alike, close, exercise, same_shape
-from regolite.matching import Matches
+from regolite.matching import Matches, MatchingCosts, PaddedTargets, match
 from regolite.models.attention import MultiHeadAttention
-from regolite.types import Target
+from regolite.types import Prediction, Target
+
+# -------------------------------------------------------------------------------------------------------- references
+
+
+def index_vectors(matches: Matches, images: int, queries: int) -> Int[Tensor, "B Q"]:
+    """For every query the object that it is matched with, -1 for none (DN-DETR, section 3.1).
+
+    Args:
+        matches: pairs of one prediction.
+        images: number of images B.
+        queries: number of queries Q.
+    """
+    vectors = torch.full((images, queries), -1, device=matches.query.device)
+    vectors[matches.image, matches.query] = matches.target
+    return vectors
+
+
+class InstabilityMeter:
+    """Measures during training how often the matching changes from one epoch to the next.
+
+    Args:
+        scoring: ``"softmax"`` or ``"sigmoid"``.
+        costs: the weights of the matching cost.
+        faults: names of rules to break (:data:`FAULTS`); with them the checker recognizes misconceptions.
+    """
+
+    def __init__(self, scoring: str, costs: MatchingCosts, faults: Collection[str] = ()) -> None:
+        self.scoring, self.costs, self.faults = scoring, costs, faults
+        self.before: dict[int, list[int]] | None = None
+        self.now: dict[int, list[int]] = {}
+
+    def update(self, prediction: Prediction, targets: Sequence[Target]) -> None:
+        """Match a batch and remember the index vectors of its images.
+
+        Args:
+            prediction: the last layer's prediction.
+            targets: the objects of each image.
+        """
+        pairs = match([prediction], PaddedTargets.of(targets), self.scoring, self.costs)
+        vectors = index_vectors(pairs, len(targets), prediction.boxes.shape[1])
+        if "zero" in self.faults:
+            vectors = vectors.clamp(min=0)
+        for target, vector in zip(targets, vectors.tolist()):
+            key = len(self.now) if "by_place" in self.faults else target.image_id
+            self.now[key] = vector
+
+    def end_epoch(self) -> dict[str, Any] | None:
+        """Compare the epoch with the one before.
+
+        Returns:
+            ``images``: number of images seen in both epochs; ``score``: DN-DETR's IS, the mean over these images of the
+            number of queries whose entry changed; ``moved``: the share of their objects that changed their query. None
+            if no image was seen in both, as in the first epoch.
+        """
+        before, self.before, self.now = self.before, self.now, {}
+        if "first" in self.faults and before is not None:
+            now, self.before = self.before, before
+        else:
+            now = self.before
+        if "stale" in self.faults and before is not None:
+            self.before = before | now
+        both = [key for key in now if before is not None and key in before]
+        if before is None or not both:
+            return None
+        changes = moved = objects = 0
+        for key in both:
+            changes += sum(old != new for old, new in zip(before[key], now[key]))
+            owners = [{target: query for query, target in enumerate(v) if target >= 0} for v in (before[key], now[key])]
+            if "sets" in self.faults:
+                moved += len(set(owners[0].values()) - set(owners[1].values()))
+            else:
+                moved += sum(query != owners[0].get(target) for target, query in owners[1].items())
+            objects += len(owners[1])
+        count = {"sum": 1, "per_object": max(objects, 1), "all_images": len(now)}
+        divisor = next((count[fault] for fault in count if fault in self.faults), len(both))
+        score = moved / len(both) if "moved_only" in self.faults else changes / divisor
+        return {"images": len(both), "score": score, "moved": moved / max(objects, 1)}
+
+
+# ---------------------------------------------------------------------------------------------------------- checkers
 
 
 @exercise(
     "8.1",
-    "Two entropies: that of the mean map, and the mean over the heads. Heads are dimension 1.",
-    "The mean map is weights.mean(1), with shape [B, Q, S]. Its entropy is never below the mean of the heads'.",
-    "0 * log 0 is NaN in floating point. torch.special.entr(a) is -a * log(a), with 0 at 0.",
-)
-def heads_differ(answer: Callable[[Tensor], Tensor]) -> str:
-    """The part of the mean map's entropy that comes from differences between heads."""
-    weights = torch.rand(2, 3, 5, 7).mul(3).softmax(-1)
-    own = torch.special.entr(weights).sum(-1)
-    of_mean = torch.special.entr(weights.mean(1)).sum(-1)
-    found = answer(weights.clone())
-    if isinstance(found, Tensor) and found.shape == (2, 3):
-        raise Mistake("the mean is over the queries here; heads are dimension 1.")
-    same_shape("heads_differ(weights)", found, (2, 5))
-    known = {
-        "this is the mean of the heads' entropies; what is the entropy of the mean map?": own.mean(1),
-        "this is the entropy of the mean map; subtract the mean of the heads' entropies.": of_mean,
-        "the sign is wrong: the mean map has the higher entropy.": own.mean(1) - of_mean,
-        "this compares with the sum over the heads, not with their mean.": of_mean - own.sum(1),
-        "this compares with the sharpest head, not with the mean over the heads.": of_mean - own.amin(1),
-    }
-    for said, wrong in known.items():
-        if alike(found, wrong, 1e-3):
-            raise Mistake(said)
-    close("heads_differ(weights)", found, of_mean - own.mean(1), tolerance=1e-3)
-    apart = torch.eye(4)[None, :, None]  # four heads, each with all its weight on a different token
-    found = answer(apart)
-    if not found.isfinite().all():
-        raise Mistake("with weights of exactly 0, as for masked tokens, the answer is NaN or infinite.")
-    close("the answer for four heads on four tokens", found, torch.full((1, 1), math.log(4)), tolerance=1e-3)
-    return "It is 0 if all heads are equal, and log M if each of M heads attends to different tokens."
-
-
-@exercise(
-    "8.2",
     "Write the softmax: the n tokens have exp(d) each, the S - n others exp(0) = 1 each. What is the total of the n?",
     "p = n * exp(d) / (n * exp(d) + S - n). Solve for exp(d) first.",
     "exp(d) = p / (1 - p) * (S - n) / n.",
@@ -88,55 +136,162 @@ def gap(answer: Callable[[float, int, int], float]) -> str:
     )
 
 
-def _matches(queries: Tensor, order: Tensor) -> Matches:
-    """Pairs of 3 images with 2, 4 and 1 objects, in a given order."""
-    image = torch.tensor([0, 0, 1, 1, 1, 1, 2])
-    target = torch.tensor([0, 1, 0, 1, 2, 3, 0])
-    return Matches(torch.zeros(7, dtype=torch.long), image[order], queries[order], target[order])
+@exercise(
+    "8.2",
+    "First the inner products g . v_k, one number for each token; then their mean, weighted by the attention.",
+    "wish = gradient @ values.T has shape [Q, S]; subtract (weights * wish).sum(-1, keepdim=True).",
+    "weights * (wish - (weights * wish).sum(-1, keepdim=True))",
+)
+def score_gradient(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
+    """The gradient at the scores of an attention."""
+    scores = (2 * torch.randn(3, 7)).requires_grad_()
+    values, gradient = torch.randn(7, 4), torch.randn(3, 4)
+    weights = scores.softmax(-1)
+    (weights @ values * gradient).sum().backward()
+    assert scores.grad is not None
+    weights = weights.detach()
+    found = answer(weights.clone(), values.clone(), gradient.clone())
+    if isinstance(found, Tensor) and found.shape == (3, 4):
+        raise Mistake("this has one entry per channel; the gradient at the scores has one per token, [Q, S].")
+    same_shape("the gradient at the scores", found, (3, 7))
+    wish = gradient @ values.T
+    mean = (weights * wish).sum(-1, keepdim=True)
+    known = {
+        "this is the gradient at the weights; the scores lie before the softmax.": wish,
+        "subtract the mean: raising one score lowers all other weights, since they sum to 1.": weights * wish,
+        "the factor a_k in front is missing.": wish - mean,
+        "the mean over the tokens is weighted by the attention.": weights * (wish - wish.mean(-1, keepdim=True)),
+        "the sign is wrong.": -weights * (wish - mean),
+        "this keeps only the diagonal of the softmax's Jacobian: every weight depends on every score.": weights
+        * (1 - weights)
+        * wish,
+    }
+    for said, wrong in known.items():
+        if alike(found, wrong, 1e-4):
+            raise Mistake(said)
+    close("the gradient at the scores", found, scores.grad, tolerance=1e-5)
+    return "It sums to 0 over the tokens, and is small both where attention is even and where one token has it all."
+
+
+def _pairs(order: Sequence[int]) -> Matches:
+    """Pairs of 3 images with 2, 0 and 3 objects, in a given order."""
+    image, query = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([3, 1, 0, 4, 3])
+    target, rows = torch.tensor([0, 1, 0, 2, 1]), torch.tensor(order)
+    return Matches(torch.zeros(5, dtype=torch.long), image[rows], query[rows], target[rows])
 
 
 @exercise(
     "8.3",
-    "Bring both into the same order first: by image, and within an image by target.",
-    "matches.image * 1000 + matches.target is one number for each object; argsort of it gives the order.",
-    "(before.query[order_before] != after.query[order_after]).float().mean().item()",
+    "Start from a tensor [B, Q] full of -1, and write into it at the matched places.",
+    "Two index tensors at once: vectors[matches.image, matches.query] = ...",
 )
-def share_changed(answer: Callable[[Matches, Matches], float]) -> str:
-    """The share of objects whose query changed."""
-    first = torch.tensor([3, 7, 3, 7, 1, 0, 5])
-    second = torch.tensor([7, 3, 3, 2, 1, 0, 5])  # image 0: swapped; image 1: target 1 went from 7 to 2
-    straight = torch.arange(7)
-    mixed = torch.tensor([6, 2, 0, 5, 1, 4, 3])
-    for before, after in ((straight, straight), (straight, mixed), (mixed, straight)):
-        found = answer(_matches(first, before), _matches(second, after))
-        if isinstance(found, Tensor) and found.numel() == 1:
-            found = found.item()
-        if isinstance(found, bool) or not isinstance(found, (int, float)):
-            raise Mistake(f"the answer should be a number, but is {'None' if found is None else type(found).__name__}.")
-        if math.isclose(found, 3 / 7, abs_tol=1e-4):
+def check_vectors(answer: Callable[[Matches, int, int], Tensor]) -> str:
+    """The object of every query."""
+    wanted = torch.tensor([[-1, 1, -1, 0, -1], [-1, -1, -1, -1, -1], [0, -1, -1, 1, 2]])
+    for order in ((0, 1, 2, 3, 4), (4, 2, 0, 3, 1)):
+        found = answer(_pairs(order), 3, 5)
+        if isinstance(found, Tensor) and found.shape == (3, 3):
+            raise Mistake("this has one entry per object; an index vector has one per query.")
+        same_shape("the index vectors", found, (3, 5))
+        if found.tolist() == wanted.tolist():
             continue
-        if math.isclose(found, 3.0, abs_tol=1e-4):
-            raise Mistake("this is the number of objects; divide it by the number of all objects.")
-        if math.isclose(found, 4 / 7, abs_tol=1e-4) and torch.equal(before, after):
-            raise Mistake("this is the share of objects that kept their query.")
-        if math.isclose(found, 1 / 7, abs_tol=1e-4):
-            raise Mistake(
-                "two objects of an image that swap their queries have both changed: compare object by object, not the "
-                "sets of matched queries."
-            )
-        if not torch.equal(before, after):
-            raise Mistake(
-                "right if both have the same order, but wrong otherwise: sort the pairs by image and target before you "
-                "compare."
-            )
-        raise Mistake(f"three of seven objects changed their query, 0.43, but the answer is {found:.2f}.")
-    same = answer(_matches(first, straight), _matches(first, mixed))
-    close("the share without changes", float(same), 0.0)
-    return "It counts by object, so that a swap of two queries counts twice."
+        if found.dtype == torch.bool:
+            raise Mistake("which object a query is matched with is needed, not only whether it is.")
+        if found.tolist() == wanted.clamp(min=0).tolist():
+            raise Mistake("unmatched queries get -1: 0 is the index of an object.")
+        if found.tolist() == (wanted + 1).tolist():
+            raise Mistake("object t is written as t, and no object as -1.")
+        if torch.equal(found >= 0, wanted >= 0):
+            raise Mistake("the right queries are marked, but not with the index of their object, matches.target.")
+        if (found >= 0).any(1)[1]:
+            raise Mistake("image 1 has no objects, yet one of its queries is matched: index by matches.image, too.")
+        raise Mistake(f"query by query, image 0 should be {wanted[0].tolist()}, but is {found[0].tolist()}.")
+    return "Two index vectors of an image, one epoch apart, say all about the stability of its matching."
+
+
+def _case(owners: Sequence[Sequence[int]], ids: Sequence[int], scoring: str) -> tuple[Prediction, list[Target]]:
+    """A batch in which object t of image b is matched with query ``owners[b][t]``, of 6."""
+    logits, boxes, targets = torch.full((len(ids), 6, 4), -4.0), torch.rand(len(ids), 6, 4) * 0.05 + 0.01, []
+    if scoring == "softmax":
+        logits[..., -1] = 2.0
+    for b, (queries, image_id) in enumerate(zip(owners, ids)):
+        generator = torch.Generator().manual_seed(image_id)
+        true = torch.rand(len(queries), 4, generator=generator) * 0.3 + 0.3
+        labels = torch.randint(3, (len(queries),), generator=generator)
+        for t, q in enumerate(queries):
+            boxes[b, q], logits[b, q, labels[t]] = true[t], 4.0
+        targets.append(Target(labels, true, image_id, (100, 100)))
+    return Prediction(logits, boxes), targets
+
+
+_EPOCHS: list[tuple[str, list[tuple[list[list[int]], list[int]]]]] = [
+    ("the first epoch", [([[0, 1], [2], []], [11, 12, 13]), ([[5, 4, 3]], [14])]),
+    ("an epoch in which one object got another query", [([[0, 1], [3], []], [11, 12, 13]), ([[5, 4, 3]], [14])]),
+    ("an epoch in which two objects swapped their queries", [([[0, 1], [3], []], [11, 12, 13]), ([[5, 3, 4]], [14])]),
+    ("an epoch with the images in another order", [([[5, 2, 4]], [14]), ([[], [1, 0], [3]], [13, 11, 12])]),
+    ("an epoch that saw two images only", [([[1, 0], [5, 2, 3]], [11, 14])]),
+    ("an epoch after one that saw two images only", [([[2, 0], [4], []], [11, 12, 13]), ([[5, 2, 3]], [14])]),
+    ("an epoch that saw other images only", [([[2, 0]], [15])]),
+]
+
+FAULTS = {
+    "by_place": "images are compared by their place, but training shuffles them: use target.image_id.",
+    "sum": "the score is a mean over the images that were seen in both epochs, not a sum.",
+    "per_object": "the score is the number of changed queries per image, not per object.",
+    "all_images": "divide by the number of images that were seen in both epochs.",
+    "moved_only": "the score counts queries: one that loses its object and one that gets it are two changes.",
+    "zero": "an unmatched query is written as -1: with 0, it cannot be told from a query with object 0.",
+    "first": "each epoch is compared with the one before, not with the first one.",
+    "stale": "an image that the epoch before did not see has nothing to be compared with; forget older epochs.",
+    "sets": "two objects that swap their queries have both moved: compare object by object, not sets of queries.",
+}
+"""Misconceptions about the measurement, and what the checker says."""
 
 
 @exercise(
     "8.4",
+    "Two dicts by image_id, of this epoch and of the one before; end_epoch moves the first to the second.",
+    "In update: pairs = match([prediction], PaddedTargets.of(targets), self.scoring, self.costs), then Exercise 8.3.",
+    "For a single image: (old != new).sum() changed queries. Object t moved if the query with old == t is another one "
+    "than that with new == t.",
+)
+def check_meter(answer: Callable[[str, MatchingCosts], Any]) -> str:
+    """A meter of matching instability."""
+    for scoring in ("softmax", "sigmoid"):
+        costs = MatchingCosts(1.0 if scoring == "softmax" else 2.0)
+        meter, wanted = answer(scoring, costs), InstabilityMeter(scoring, costs)
+        suspects = {fault: InstabilityMeter(scoring, costs, {fault}) for fault in FAULTS}
+        for what, batches in _EPOCHS:
+            for owners, ids in batches:
+                prediction, targets = _case(owners, ids, scoring)
+                for one in (meter, wanted, *suspects.values()):
+                    one.update(prediction, targets)
+            found, right = meter.end_epoch(), wanted.end_epoch()
+            said = {fault: one.end_epoch() for fault, one in suspects.items()}
+            if _same(found, right):
+                suspects = {fault: one for fault, one in suspects.items() if _same(said[fault], right)}
+                continue
+            if right is None:
+                blamed = [f for f in suspects if said[f] is not None and _same(found, said[f])]
+                raise Mistake(FAULTS[blamed[0]] if blamed else f"{what}: nothing to compare, so return None.")
+            if not isinstance(found, dict) or set(found) != {"images", "score", "moved"}:
+                raise Mistake(f"{what}: return a dict of images, score and moved, not {found!r}.")
+            for fault in suspects:
+                if not _same(said[fault], right) and _same(found, said[fault]):
+                    raise Mistake(f"{what}: {FAULTS[fault]}")
+            name = next(n for n in right if not math.isclose(float(found[n]), right[n], abs_tol=1e-5))
+            raise Mistake(f"{what}: {name} should be {right[name]:.4g}, but is {float(found[name]):.4g}.")
+    return "Call update after every step and end_epoch after every epoch, and DN-DETR's figure is yours."
+
+
+def _same(one: Any, other: dict[str, Any] | None) -> bool:
+    if other is None or not isinstance(one, dict):
+        return one is None and other is None
+    return set(one) == set(other) and all(math.isclose(float(one[n]), other[n], abs_tol=1e-5) for n in other)
+
+
+@exercise(
+    "8.5",
     "Four tests, one after another; `(boxes < 0) | (boxes > 1)` is the first.",
     "For corners: center minus half the size must not be below -0.01, and center plus half the size not above 1.01.",
     "Test for corners only if all numbers lie in [0, 1]; .any() of an empty tensor is False, so no image is special.",
@@ -176,7 +331,7 @@ def suspicious(answer: Callable[[Target, int], set[str]]) -> str:
 
 
 @exercise(
-    "8.5",
+    "8.6",
     "copy.deepcopy makes the copy. A score is a product of a query and a key: which of the two should grow?",
     "Multiply the query projection by the factor, its weight and its bias; leave the keys alone.",
     "with torch.no_grad(): copied.query.weight *= factor; copied.query.bias *= factor",
