@@ -1,11 +1,13 @@
-"""Make the book: the executed course, its solutions and the package's pages as a static site.
+"""Make the book: the executed course, its solutions, the package's pages and the slides as a static site.
 
 ``make book`` calls this. Sources are gathered in ``build/book``: notebooks as they are stored, but for what Sphinx has
-to be told (a figure's alternative text, where a module's page is); then Sphinx writes ``build/book/html``.
+to be told (a figure's alternative text, where a module's page is); then Sphinx writes ``build/book/html``, and from
+``book/slides.md`` the slides in its folder ``slides``.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -17,6 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "book"
 SOURCE = BUILD / "source"
+
+FIGURE = re.compile(r"^!\[(.*)\]\(figure:(\d\d):(\d+)\)$", flags=re.MULTILINE)
+"""A figure of a chapter in the slides: ``![alternative text](figure:05:3)`` is Figure 5.3 of chapter 05."""
+
+SLIDE_FIGURE = """```{{image}} {file}
+:alt: {alt}
+```
+
+<p class="source"><a href="../notebooks/{chapter}.html">Figure {number}</a></p>"""
 
 LIST = """# {title}
 
@@ -97,6 +108,55 @@ def gather() -> None:
     write("index.md", index.replace("CHAPTERS", "\n".join(chapters)).replace("GUIDES", "\n".join(guides)))
 
 
+def gather_slides(folder: Path) -> None:
+    """Write the sources of the slides, with their figures taken out of the stored notebooks, to a folder."""
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "book" / "slides_conf.py", folder / "conf.py")
+    shutil.copy(ROOT / "book" / "slides.css", folder)
+
+    def placed(match: re.Match) -> str:
+        alt, chapter, number = match.groups()
+        notebook, kind, data, described = figure(chapter, int(number))
+        file = folder / f"{chapter}_{number}.{kind.removeprefix('image/')}"
+        file.write_bytes(data)
+        label = f"{int(chapter)}.{number}"
+        return SLIDE_FIGURE.format(file=file.name, alt=alt or described, chapter=notebook.stem, number=label)
+
+    def linked(match: re.Match) -> str:
+        page = (ROOT / "book" / match[2]).resolve().relative_to(ROOT).with_suffix(".html").as_posix()
+        return f'<a href="../{"index.html" if page == "book/index.html" else page}">{match[1]}</a>'
+
+    text = (ROOT / "book" / "slides.md").read_text("utf-8")
+    text = re.sub(r"\[([^\]]+)\]\(([\w./-]+\.(?:md|ipynb))\)", linked, text)
+    (folder / "index.md").write_text(FIGURE.sub(placed, text), encoding="utf-8")
+
+
+def figure(chapter: str, number: int) -> tuple[Path, str, bytes, str]:
+    """A figure of a stored notebook, found by its caption.
+
+    Args:
+        chapter: the first two digits of the notebook's name, such as ``"05"``.
+        number: of the figure in the chapter; 3 is Figure 5.3 in chapter 05.
+
+    Returns:
+        The notebook, the media type of the image, the image, and its alternative text.
+
+    Raises:
+        LookupError: no cell of the chapter shows an image above the caption of that number.
+    """
+    caption = f"**Figure {int(chapter)}.{number}.**"
+    for path in sorted((ROOT / "notebooks").glob(f"{chapter}_*.ipynb")):
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        for cell, after in zip(cells, cells[1:]):
+            if not "".join(after["source"]).startswith(caption):
+                continue
+            for output in cell.get("outputs", []):
+                for kind in {"image/png", "image/jpeg"} & output.get("data", {}).keys():
+                    data = base64.b64decode("".join(output["data"][kind]))
+                    return path, kind, data, output["metadata"].get(kind, {}).get("alt", "")
+    raise LookupError(f"figure:{chapter}:{number} of book/slides.md: chapter {chapter} shows no {caption.strip('*')}")
+
+
 def course_table() -> str:
     """The table of the course, from the README."""
     readme = (ROOT / "README.md").read_text("utf-8")
@@ -142,7 +202,8 @@ def launch_links(name: Path) -> str:
 
 
 def linked_pages(text: str) -> str:
-    """Markdown whose links to modules and to the README are links to their pages in the book."""
+    """Markdown whose links to modules, to the README and to headings (as JupyterLab names them) are links in the book."""
+    text = re.sub(r"(\]\((?:[\w./]+\.ipynb)?)(#[\w-]+)\)", lambda link: f"{link[1]}{link[2].lower()})", text)
     text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/([\w/]+)\.py\)", r"](\1package/\2.md)", text)
     text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/(\w+)\)", r"](\1package/\2/__init__.md)", text)
     return re.sub(r"\]\((\.\./(?:\.\./)?)README\.md(#[\w-]+)?\)", r"](\1index.md)", text)
@@ -181,7 +242,15 @@ def write(name: str | Path, text: str) -> None:
 def main() -> int:
     """Gather the sources and run Sphinx on them, its warnings being errors."""
     gather()
-    words = ["-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-d", BUILD / "doctrees", SOURCE, BUILD / "html"]
+    gather_slides(BUILD / "slides")
+    book = sphinx("html", SOURCE, BUILD / "html")
+    return book or sphinx("revealjs", BUILD / "slides", BUILD / "html" / "slides")
+
+
+def sphinx(builder: str, source: Path, output: Path) -> int:
+    """Run Sphinx and give its exit status."""
+    doctrees = BUILD / "doctrees" / builder
+    words = ["-m", "sphinx", "-b", builder, "-q", "-W", "--keep-going", "-d", doctrees, source, output]
     return subprocess.call([sys.executable, *map(str, words)])
 
 

@@ -18,6 +18,7 @@ suppress_warnings = [
     "myst.header",  # solutions have their exercises' headings at the level that these have in the chapters
     "toc.not_included",  # files that a chapter links to are pages without a place in the contents
 ]
+nb_code_prompt_show, nb_code_prompt_hide = "Show code", "Hide code"  # of folded cells
 nb_execution_mode = "off"  # the outputs are the stored ones, which `make test` compares
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3

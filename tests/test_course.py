@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import base64
 import importlib
 import importlib.util
 import inspect
 import math
+import os
 import re
+import shutil
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -264,15 +268,76 @@ def test_readme_lists_every_notebook_with_its_minutes_and_thumbnail():
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory) -> Path:
-    """The book, made anew."""
+def build(tmp_path_factory) -> ModuleType:
+    """``book/build.py``, writing to a temporary folder."""
     spec = importlib.util.spec_from_file_location("build", FOLDER.parent / "book" / "build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     build.BUILD = tmp_path_factory.mktemp("book")
     build.SOURCE = build.BUILD / "source"
+    return build
+
+
+@pytest.fixture(scope="module")
+def book(build: ModuleType) -> Path:
+    """The whole book, built from the stored notebooks."""
     assert build.main() == 0, "Sphinx warned: what it said stands above"
     return build.BUILD / "html"
+
+
+def test_glossary_is_in_alphabetical_order_and_links_chapters():
+    text = (FOLDER.parent / "book" / "docs" / "glossary.md").read_text("utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.{10,}) \| (\[\d\d\]\(.+\)) \|$", text, flags=re.MULTILINE)
+    assert len(rows) == text.count("\n| ") - 2 >= 80, "each row: term, meaning, chapters"
+    terms = [re.sub(r"[^a-z0-9, ]", "", term.lower()) for term, *_ in rows]
+    assert terms == sorted(terms)
+    assert len(terms) == len(set(terms))
+
+
+class TestSlides:
+    def test_a_figure_is_the_stored_one(self, build: ModuleType):
+        path, kind, data, alt = build.figure("05", 4)
+        [(cell, caption)] = [
+            (cell, after)
+            for cell, after in zip(cells(path), cells(path)[1:])
+            if after.source.startswith("**Figure 5.4.**")
+        ]
+        [(stored, output)] = images(cell)
+        assert kind == stored
+        assert data == base64.b64decode(output.data[stored])
+        assert alt == output.metadata[stored]["alt"]
+
+    @pytest.mark.parametrize(("chapter", "number"), [("05", 99), ("99", 1)])
+    def test_a_missing_figure_is_named(self, build: ModuleType, chapter: str, number: int):
+        with pytest.raises(LookupError, match=f"figure:{chapter}:{number} .*Figure {int(chapter)}.{number}"):
+            build.figure(chapter, number)
+
+    def test_an_alternative_text_of_the_slide_comes_first(self, build: ModuleType, tmp_path: Path):
+        text = "# Title\n\n![Seen on the slide](figure:05:4)\n\n![](figure:05:4)\n\n[x](../notebooks/05_a.ipynb)\n"
+        (tmp_path / "book").mkdir()
+        for name in ("slides_conf.py", "slides.css"):
+            shutil.copy(FOLDER.parent / "book" / name, tmp_path / "book")
+        (tmp_path / "book" / "slides.md").write_text(text, "utf-8")
+        (tmp_path / "notebooks").symlink_to(FOLDER)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "ROOT", tmp_path)
+            build.gather_slides(tmp_path / "slides")
+        written = (tmp_path / "slides" / "index.md").read_text("utf-8")
+        assert re.findall(r":alt: (\S+)", written) == ["Seen", "Four"]
+        assert written.count('<a href="../notebooks/05_hungarian_matching.html">Figure 5.4</a>') == 2
+        assert '<a href="../notebooks/05_a.html">x</a>' in written
+
+
+OUTSIDE = """() => {
+  const slide = Reveal.getCurrentSlide(), found = [];
+  for (const element of slide.querySelectorAll(":scope > :not(aside)")) {
+    const box = element.getBoundingClientRect();
+    if (box.left < 0 || box.top < 0 || box.right > 1280 || box.bottom > 720) found.push(element.outerHTML);
+    if (element.tagName === "IMG" && (!element.naturalWidth || box.height < 200)) found.push(element.outerHTML);
+  }
+  return found;
+}"""
+"""What of a slide lies outside of it, or is an image that is broken or too small to be seen."""
 
 
 @pytest.mark.slow
@@ -291,6 +356,49 @@ class TestBookSite:
             )
             assert not loaded, page
         assert (book / "_static" / "tex-svg.js").is_file(), "MathJax"
+        assert (book / "slides" / "_static" / "tex-svg.js").is_file(), "MathJax of the slides"
+
+    @both
+    def test_notebooks_can_be_downloaded(self, book: Path, path: Path):
+        page = book / "notebooks" / path.relative_to(FOLDER).with_suffix(".html")
+        [target] = re.findall(r'<a class="reference download[^>]* href="([^"]+)"', page.read_text("utf-8"))
+        assert (page.parent / target).read_bytes() == path.read_bytes()
+
+    def test_has_slides_with_figures_notes_and_links_that_resolve(self, book: Path):
+        deck = (book / "slides" / "index.html").read_text("utf-8")
+        slides = re.findall(r"<h[12]>.*?</h[12]>.*?</section>", deck, flags=re.DOTALL)
+        assert len(slides) >= 18
+        assert all('<aside class="notes">' in slide for slide in slides)
+        shown = re.findall(r'<img alt="([^"]*)"[^>]* src="([^"]+)"', deck)
+        assert len(shown) == (FOLDER.parent / "book" / "slides.md").read_text("utf-8").count("](figure:") >= 15
+        assert all(len(alt) > 20 and (book / "slides" / file).is_file() for alt, file in shown)
+        linked = [target for target in re.findall(r'<a [^>]*href="([^"]+)"', deck) if not target.startswith("#")]
+        assert linked
+        assert not [target for target in linked if not (book / "slides" / target).is_file()]
+        assert 'href="slides/index.html"' in (book / "index.html").read_text("utf-8")
+
+    def test_every_slide_fits_and_loads_its_own_files_only(self, book: Path):
+        names = ("chromium", "chromium-browser", "google-chrome")
+        chromium = next(filter(None, map(shutil.which, names)), None)
+        if chromium is None:  # in continuous integration a browser test that is not run is a failure
+            (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium here")
+        playwright = pytest.importorskip("playwright.sync_api")
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport={"width": 1280, "height": 720})
+            asked, failed = [], []
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("requestfailed", lambda request: failed.append(request.url))
+            page.on("pageerror", lambda error: failed.append(str(error)))
+            page.goto((book / "slides" / "index.html").as_uri())
+            page.wait_for_function("Reveal.isReady() && document.querySelector('mjx-container')", timeout=60_000)
+            for number in range(page.evaluate("Reveal.getTotalSlides()")):
+                page.evaluate(f"Reveal.slide({number})")
+                outside = page.evaluate(OUTSIDE)
+                assert not outside, f"slide {number + 1}"
+            browser.close()
+        assert not failed
+        assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
 
     def test_can_be_searched_and_shows_the_package(self, book: Path):
         assert "glimps" in (book / "searchindex.js").read_text("utf-8")
