@@ -353,7 +353,8 @@ def _wrong(
     weights: MatchingCosts | None = None,
 ) -> set[tuple[int, ...]]:
     """The pairs of a known mistake."""
-    costs, rows = weights or costs, set()
+    costs = weights or costs
+    rows: set[tuple[int, ...]] = set()
     all_costs = [_wrong_cost(p, targets, scoring, costs, label, l1, giou).numpy() for p in predictions]
     queries = all_costs[0].shape[1]
     if solver == "view":  # [B, P Q, T] split in the wrong order

@@ -464,7 +464,8 @@ def _wrong_softmax(
 
 def _wrong_focal(logits: Tensor, at: tuple[Tensor, Tensor], labels: Tensor, count: float, how: str) -> Tensor:
     truth = torch.zeros_like(logits)
-    truth[(*at, labels)] = 1.0
+    positives = (*at, labels)
+    truth[positives] = 1.0
     loss = sigmoid_focal_loss(logits, truth, alpha=-1.0 if how == "alpha" else 0.25, gamma=2)
     if how == "entropy":
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
