@@ -336,6 +336,7 @@ _KNOWN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("all predictions share the pairs of the last one.", {"solver": "last"}),
     ("padding is removed after the matching, when it has already taken queries.", {"solver": "after"}),
     ("each object gets one query among all predictions. Every prediction needs pairs of its own.", {"solver": "joint"}),
+    ("the joined costs are viewed as [P, B, Q, T]; their first axis is the batch: [B, P, Q, T].", {"solver": "view"}),
     ("a query is numbered along the joined predictions; count from 0 in each.", {"solver": "numbers"}),
 )
 
@@ -352,9 +353,13 @@ def _wrong(
     weights: MatchingCosts | None = None,
 ) -> set[tuple[int, ...]]:
     """The pairs of a known mistake."""
-    costs, rows = weights or costs, set()
+    costs = weights or costs
+    rows: set[tuple[int, ...]] = set()
     all_costs = [_wrong_cost(p, targets, scoring, costs, label, l1, giou).numpy() for p in predictions]
     queries = all_costs[0].shape[1]
+    if solver == "view":  # [B, P Q, T] split in the wrong order
+        joined = np.concatenate(all_costs, 1)
+        all_costs = list(joined.reshape(len(predictions), len(joined), queries, joined.shape[2]))
     for b, count in enumerate(targets.counts):
         if solver == "joint":
             joined = np.concatenate([cost[b, :, :count] for cost in all_costs])

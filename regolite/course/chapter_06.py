@@ -352,6 +352,9 @@ _LOSS_MISTAKES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         *((said, {"all": kind}) for said, kind in (
             ("all layers have the pairs of the last one; match every layer.", "last"),
             ("the matching does not have the weights of the config.", "costs"),
+            ("the matching has the weights of the loss; its own are label_cost, l1_cost, giou_cost.", "loss weights"),
+            ("N counts every object once for each prediction: it is the number of objects, not of pairs.", "pairs"),
+            ("N counts padding: `counts` of the padded targets has the true numbers of objects.", "padding"),
             ("`num_boxes` is ignored.", "ignored"),
         )),
     ),
@@ -367,6 +370,9 @@ _LOSS_MISTAKES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         *((said, {"all": kind}) for said, kind in (
             ("all layers have the pairs of the last one; match every layer.", "last"),
             ("the matching does not have the weights of the config.", "costs"),
+            ("the matching has the weights of the loss; its own are label_cost, l1_cost, giou_cost.", "loss weights"),
+            ("N counts every object once for each prediction: it is the number of objects, not of pairs.", "pairs"),
+            ("N counts padding: `counts` of the padded targets has the true numbers of objects.", "padding"),
             ("`num_boxes` is ignored.", "ignored"),
         )),
     ),
@@ -400,8 +406,13 @@ def _wrong_terms(
     """The terms of a loss with a known mistake."""
     padded, every = PaddedTargets.of(targets), kind.get("all", "")
     count = float(len(padded)) if num_boxes is None or every == "ignored" else num_boxes
-    costs = MatchingCosts() if every == "costs" else MatchingCosts(config.label_cost, config.l1_cost, config.giou_cost)
+    costs = MatchingCosts(config.label_cost, config.l1_cost, config.giou_cost)
+    costs = {"costs": MatchingCosts(), "loss weights": MatchingCosts(config.label, config.l1, config.giou)}.get(
+        every, costs
+    )
     named, terms, c = _named(output), {}, weights or config
+    if every in ("pairs", "padding"):
+        count = float(padded.labels.numel() if every == "padding" else len(padded) * len(named))
     for name, prediction in named.items():
         pairs = match([named["base"] if every == "last" else prediction], padded, scoring, costs)
         at, labels = (pairs.image, pairs.query), padded.labels[pairs.image, pairs.target]
@@ -453,7 +464,8 @@ def _wrong_softmax(
 
 def _wrong_focal(logits: Tensor, at: tuple[Tensor, Tensor], labels: Tensor, count: float, how: str) -> Tensor:
     truth = torch.zeros_like(logits)
-    truth[(*at, labels)] = 1.0
+    positives = (*at, labels)
+    truth[positives] = 1.0
     loss = sigmoid_focal_loss(logits, truth, alpha=-1.0 if how == "alpha" else 0.25, gamma=2)
     if how == "entropy":
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")

@@ -127,8 +127,7 @@ def weigh(answer: Callable[[Tensor], Tensor]) -> str:
 def _compare_weights(found: Tensor, scores: Tensor) -> None:
     """Raise a Mistake unless ``found`` is the softmax of scores [B, Q, M, L, K] over levels and points together."""
     alternatives = {
-        "the weights of each level sum to 1, so those of a head sum to the number of levels: the softmax is over the "
-        "points of a level, not over levels and points together.": scores.softmax(-1),
+        f"the weights of a head sum to {scores.shape[-2]}, not to 1 as in equation (3).": scores.softmax(-1),
         "the softmax is over the levels: it should be over levels and points together.": scores.softmax(-2),
         "the softmax is over the heads: the weights of each head should sum to 1.": scores.softmax(2),
         "the weights of a head sum to 1, but dividing by the number of levels gives every level the same share; with "
@@ -300,6 +299,11 @@ def _check_sampling(
     same_shape("the locations", locations, (*axes, 2))
     same_shape("the weights", weights, axes)
     offsets = theirs.sampling_offsets(queries).detach()
+    if reference.shape[-1] == 2:
+        turned = offsets.unflatten(2, (theirs.levels, theirs.heads, theirs.points, 2)).transpose(2, 3)
+        cells = torch.tensor([(w, h) for h, w in shapes])[:, None]
+        if alike(locations, reference[:, :, None, :, None] + turned / cells):
+            raise Mistake("the offsets are split by level, then head: their order is head, level, point, (x, y).")
     _compare_locations(locations.detach(), reference, offsets.view(*axes, 2), shapes)
     _compare_weights(weights.detach(), theirs.attention_weights(queries).detach().view(axes))
 
@@ -342,6 +346,12 @@ def _check_output(mine: Any, theirs: DeformableAttention, queries: Tensor, memor
         "only the last level reaches the output: sum over the levels.": theirs.out(
             _mix(split, memory.shapes, locations, weights, only=len(memory.shapes) - 1)
         ),
+        "[B, h w, M, c] was reshaped to [B * M, c, h, w] without a permutation: the axes h w, M and c trade places.": (
+            mixed(split, arrange="no permute")
+        ),
+        "height and width of the maps are swapped: memory.shapes has (height, width).": mixed(
+            split, arrange="width first"
+        ),
         "the heads are not side by side: the output [B, Q, C] has the channels of head 0 first.": theirs.out(
             _mix(split, memory.shapes, locations, weights).unflatten(2, (theirs.heads, -1)).transpose(2, 3).flatten(2)
         ),
@@ -362,6 +372,7 @@ def _mix(
     locations: Tensor,
     weights: Tensor,
     only: int | None = None,
+    arrange: str = "",
     **how: Any,
 ) -> Tensor:
     """Sample values [B, S, M, c] and sum them with the weights, by one ``grid_sample`` per level."""
@@ -370,7 +381,10 @@ def _mix(
     for level, (value, shape) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes)):
         if only not in (None, level):
             continue
-        maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, *shape)
+        maps = value.permute(0, 2, 3, 1).reshape(
+            batch * heads, -1, *(shape[::-1] if arrange == "width first" else shape)
+        )
+        maps = value.reshape(maps.shape) if arrange == "no permute" else maps
         grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
         samples = F.grid_sample(maps, grid, **({"align_corners": False} | how))  # [B*M, c, Q, K]
         mixed = mixed + (samples * weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)

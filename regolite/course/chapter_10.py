@@ -229,8 +229,7 @@ def regions_of(answer: Callable[..., Any]) -> str:
         to_pixels(larger, sizes),
         (
             to_pixels(larger, padded),
-            "the regions are still scaled by the padded size of the batch, 128 x 160: in every smaller image they are "
-            "too large, and too far to the right and the bottom.",
+            "a box of the whole image, (0.5, 0.5, 1, 1) with alpha 1, does not give the corners of its own image.",
         ),
         (to_pixels(larger, sizes.flip(1)), "height and width are swapped."),
         (to_pixels(boxes, sizes), "the boxes are in the right frame, but not enlarged by alpha."),
@@ -354,6 +353,18 @@ def _compare_glimpses(found: Tensor, features: list[FeatureMap], boxes: Tensor) 
             "the boxes are in pixels: divide them by the stride of the level.",
         ),
         (
+            _by_matrices(features, boxes, swap=True),
+            "x and y of the boxes are swapped: W_y has rows, from y0 to y1.",
+        ),
+        (
+            _by_matrices(features, boxes, edit=lambda edges, extent: edges.clamp(min=0).minimum(extent)),
+            "the regions are clipped at the edges of the image: a region that reaches beyond it keeps its size.",
+        ),
+        (
+            _by_matrices(features, boxes, edit=lambda edges, extent: edges.round()),
+            "the edges are rounded to whole cells: RoIAlign rounds nothing.",
+        ),
+        (
             _by_matrices(features, boxes, only=0),
             "only boxes on the finest level have glimpses: the others are still zero.",
         ),
@@ -368,6 +379,8 @@ def _by_matrices(
     extent: bool = False,
     pixels: bool = False,
     only: int | None = None,
+    swap: bool = False,
+    edit: Callable[[Tensor, Tensor], Tensor] = lambda edges, extent: edges,
     **how: Any,
 ) -> Tensor:
     """Glimpses as W_y X W_x^T, with the options of usual mistakes."""
@@ -381,7 +394,9 @@ def _by_matrices(
             inside = ~feature.mask[0 if extent or first else image]
             height, width = int(inside[:, 0].sum()), int(inside[0].sum())
             cells = feature.tensor[0 if first else image, :, :height, :width].detach()
-            x0, y0, x1, y1 = (boxes[image, chosen] / (1 if pixels else feature.stride)).unbind(-1)
+            edges = boxes[image, chosen] / (1 if pixels else feature.stride)
+            edges = edit(edges, torch.tensor([width, height, width, height]))
+            x0, y0, x1, y1 = edges[:, [1, 0, 3, 2] if swap else [0, 1, 2, 3]].unbind(-1)
             rows, columns = _matrix(y0, y1, height, **how), _matrix(x0, x1, width, **how)
             if only in (None, level):
                 result[image, chosen] = torch.einsum("nyh,nxw,chw->ncyx", rows, columns, cells)

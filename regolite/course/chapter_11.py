@@ -104,7 +104,7 @@ def run_stages(answer: Callable[..., Any]) -> str:
         if alike(stage.boxes, start):
             raise Mistake(f"{where} the boxes of stage {before.number}, but gets those of the base detector.")
         if alike(stage.boxes, first) and not alike(stage.boxes, final):
-            raise Mistake(f"{where} the boxes of the last layer of stage {before.number}, but gets those of its first.")
+            raise Mistake(f"{where} O_box({before.number}), but gets other boxes of stage {before.number}.")
         close(f"the boxes of stage {stage.number}", stage.boxes, final.detach())
         same_shape(f"the hidden states that stage {stage.number} gets", stage.hidden, (1, 4, 3 * stage.number))
         if not stage.hidden.requires_grad:
@@ -238,6 +238,10 @@ def build_stage(answer: Callable[..., Any]) -> str:
     config, world = RegoConfig(**fields), _World()
     reference = Stage(config, 2, 16, 4, 3, "sigmoid").eval()
     fresh = answer(config, 2, 16, 4, 3, "sigmoid")
+    for number, ratio in enumerate(config.ratios, 1):
+        alpha = getattr(answer(config, number, 16, 4, 3, "sigmoid"), "alpha", None)
+        if alpha == config.ratios[-number] != ratio:
+            raise Mistake("alpha is counted from the last stage: the first stage has the first entry of config.ratios.")
     _copy_weights("Stage", copy.deepcopy(fresh), reference, STAGE_WEIGHTS)
     _check_start(answer, fresh.eval(), config, world)
 
@@ -355,6 +359,14 @@ def _check_gradients(answer: Callable[..., Any], reference: Stage, fields: dict[
         predictions, last = stage.eval()(world.features, world.sizes, hidden, world.boxes)
         if not last.requires_grad:
             raise Mistake("H_dec(i) is detached: the stage detaches hidden only where the heads read it.")
+        kept = last[..., : hidden.shape[-1]].sum()
+        (through,) = torch.autograd.grad(kept, hidden, retain_graph=True, allow_unused=True)
+        if through is None or not through.any():
+            raise Mistake("the half of H_dec(i) that is H_dec(i-1) is detached: return it with its gradient.")
+        earlier = stage.fuse[0].weight
+        (through,) = torch.autograd.grad(predictions[-1].boxes.sum(), earlier, retain_graph=True, allow_unused=True)
+        if through is None or not through.any():
+            raise Mistake("the box logits are detached between the layers of the stage: their corrections add up.")
         (predictions[-1].logits.sum() + predictions[-1].boxes.sum()).backward()
         return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
 
@@ -509,6 +521,9 @@ def _check_detached(own: Any, images: ImageBatch) -> None:
         raise Mistake("the boxes are not detached: the loss of stage 3 changes the box heads before it.")
     if not any(p.grad is not None and p.grad.any() for p in own.stages[1].decoder.parameters()):
         raise Mistake("the hidden states are detached in the loop: the stages decide where gradients stop.")
+    base = [p for name, p in own.detector.named_parameters() if "decoder" in name and "head" not in name]
+    if not any(p.grad is not None and p.grad.any() for p in base):
+        raise Mistake("H_dec(0) is detached: no stage trains the base decoder. The stages decide where gradients stop.")
 
 
 @exercise(

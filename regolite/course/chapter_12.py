@@ -239,6 +239,7 @@ STEP_FLAWS = {
     "last rate": "all groups have the same learning rate: each has a base_lr of its own.",
     "own objects": "every part is divided by its own number of objects: count those of all parts first.",
     "mean of parts": "the mean of the parts' losses gives a part with few objects the same weight as one with many.",
+    "divided": "the loss is divided by the number of parts; each part is already divided by the objects of the batch.",
     "last part": "only the last part has an effect: zero_grad belongs before the loop over the parts.",
     "first part": "only the first part has an effect: loop over all parts before the optimizer's step.",
     "old gradients": "gradients of earlier steps are included: call zero_grad at the beginning.",
@@ -274,7 +275,7 @@ def _flawed_step(
         if flaw == "last part":
             optimizer.zero_grad()
         loss, _ = set_loss(model(images), targets, None if flaw in ("own objects", "mean of parts") else objects)
-        (loss / (len(parts) if flaw == "mean of parts" else 1)).backward()
+        (loss / (len(parts) if flaw in ("mean of parts", "divided") else 1)).backward()
         if flaw == "clipped parts" or flaw == "step per part":
             nn.utils.clip_grad_norm_(parameters, max_norm)
         if flaw == "step per part" and n < len(parts) - 1:
@@ -307,7 +308,7 @@ class _Trial:
             [{"params": p, "lr": rates[n], "base_lr": rates[n], "name": n} for n, p in groups.items()], lr=lr
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.5 * group["base_lr"]  # as an earlier step has left it
+            group["lr"] = 0.6 * group["base_lr"]  # as an earlier step has left it
         self.before = self.weights()
 
     def weights(self) -> Tensor:
@@ -352,7 +353,7 @@ def step(answer: Callable[..., Any]) -> str:
     torch.manual_seed(0)
     model, set_loss, parts = _parts()
     for lr, max_norm in ((1e-3, 1e9), (1.0, 0.03)):  # without and with clipping, which hides the gradient's scale
-        arguments = (parts, 0.5, max_norm)
+        arguments = (parts, 0.6, max_norm)  # 0.6: no factor of the number of parts
         wanted, own = _Trial(model, lr), _Trial(model, lr)
         modes: list[bool] = []
         own.model.register_forward_pre_hook(lambda module, _, modes=modes: modes.append(module.training))
@@ -408,30 +409,33 @@ def _check_default(answer: Callable[..., Any], model: nn.Module, set_loss: SetLo
 
 
 def _check_not_finite(answer: Callable[..., Any], model: nn.Module, set_loss: SetLoss, parts: list[Part]) -> None:
-    """A loss that is not a number must stop the run before it reaches the weights."""
-    calls = 0
+    """A term that is not finite must stop the run before it reaches the weights."""
+    for value in (math.nan, math.inf):
+        calls = 0
 
-    def broken(*given: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        nonlocal calls
-        calls += 1
-        loss, terms = set_loss(*given)
-        if calls % len(parts) == 0:
-            terms = terms | {"stage1/giou": terms["stage1/giou"] * math.nan}
-            loss = loss * math.nan
-        return loss, terms
+        def broken(*given: Any, value: float = value) -> tuple[Tensor, dict[str, Tensor]]:
+            nonlocal calls
+            calls += 1
+            loss, terms = set_loss(*given)
+            if calls % len(parts) == 0:
+                terms = terms | {"stage1/giou": terms["stage1/giou"] * value}
+                loss = loss * value
+            return loss, terms
 
-    trial = _Trial(model)
-    try:
-        answer(trial.model, broken, trial.optimizer, parts)
-    except FloatingPointError as error:
-        if "stage1/giou" not in str(error):
-            raise Mistake("the error should name the terms of the loss that are not finite.") from None
-        if trial.moved.any():
-            raise Mistake("the weights had changed before the error was raised.") from None
-        return
-    if not trial.weights().isfinite().all():
-        raise Mistake("a loss of NaN was trained on, and now all weights are NaN: raise FloatingPointError before.")
-    raise Mistake("a term that is not finite should raise FloatingPointError.")
+        trial = _Trial(model)
+        try:
+            answer(trial.model, broken, trial.optimizer, parts)
+        except FloatingPointError as error:
+            if "stage1/giou" not in str(error):
+                raise Mistake("the error should name the terms of the loss that are not finite.") from None
+            if trial.moved.any():
+                raise Mistake("the weights had changed before the error was raised.") from None
+            continue
+        if value == math.inf:
+            raise Mistake("an infinite term was trained on: the guard should refuse infinite values as well as NaN.")
+        if not trial.weights().isfinite().all():
+            raise Mistake("a loss of NaN was trained on, and now all weights are NaN: raise FloatingPointError before.")
+        raise Mistake("a term that is not finite should raise FloatingPointError.")
 
 
 VERDICTS = ("healthy", "learning rate too high", "learning rate too low", "part not trained", "wrong targets")

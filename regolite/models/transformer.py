@@ -75,7 +75,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Encoder layers one after another."""
 
-    def __init__(self, layers: Sequence[EncoderLayer]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 

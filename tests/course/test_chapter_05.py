@@ -123,6 +123,16 @@ def joint(predictions, targets, scoring, costs):
     return Matches(found.query // queries, found.image, found.query % queries, found.target)
 
 
+@torch.no_grad()
+def viewed(predictions, targets, scoring, costs):
+    """The joined costs [B, P Q, T], viewed as [P, B, Q, T]."""
+    joined = torch.cat([package.matching_cost(p, targets, scoring, costs) for p in predictions], 1)
+    joined = joined.view(len(predictions), len(joined), -1, joined.shape[2])
+    counts = enumerate(targets.counts)
+    rows = [(p, b, *t) for b, n in counts for p in range(len(joined)) for t in pairs(joined[p, b][:, :n])]
+    return Matches(*torch.tensor(rows).reshape(-1, 4).T)
+
+
 RIGHT = [
     ("5.1", softmax_cost),
     ("5.1", lambda logits, labels: -logits.softmax(1).gather(1, labels.expand(len(logits), -1))),
@@ -217,6 +227,7 @@ WRONG = [
     ("5.5", learner(rows=lambda p, b, q, t: (p, b, q + 12 * p, t)), "numbered along the joined predictions"),
     ("5.5", learner(rows=lambda p, b, q, t: (0, b, q, t)), "pair|prediction"),
     ("5.5", joint, "one query among all predictions"),
+    ("5.5", viewed, "first axis is the batch"),
     ("5.5", lambda p, t, s, c: package.match([p[-1]] * len(p), t, s, c), "share the pairs of the last one"),
     ("5.5", lambda p, t, s, c: package.match(p[-1:], t, s, c), "not every prediction has pairs"),
     ("5.5", learner(grad=True), "use `torch.no_grad`"),

@@ -105,6 +105,7 @@ def learner(
     costs=None,
     share=False,
     use_num_boxes=True,
+    count="",
     total=lambda terms: torch.stack(list(terms.values())).sum(),
     only=None,
     detach=False,
@@ -118,12 +119,13 @@ def learner(
         def __call__(self, output, targets, num_boxes=None):
             c, padded, terms = self.config, PaddedTargets.of(targets), {}
             boxes = len(padded) if num_boxes is None or not use_num_boxes else num_boxes
+            boxes = {"pairs": len(padded) * len(names(output)), "padding": padded.labels.numel()}.get(count, boxes)
             named = names(output)
             for name, prediction in named.items():
                 which = output.layers[-1] if share else prediction
-                pairs = match(
-                    [which], padded, self.scoring, costs or MatchingCosts(c.label_cost, c.l1_cost, c.giou_cost)
-                )
+                own = MatchingCosts(c.label_cost, c.l1_cost, c.giou_cost)
+                own = MatchingCosts(c.label, c.l1, c.giou) if costs == "loss" else costs or own
+                pairs = match([which], padded, self.scoring, own)
                 at, labels = (pairs.image, pairs.query), padded.labels[pairs.image, pairs.target]
                 term = softmax if self.scoring == "softmax" else focal
                 label = term(prediction.logits, at, labels, boxes, c)
@@ -264,6 +266,9 @@ WRONG = [
     ("6.5", learner(weights=(1.0, 1.0, 1.0)), "lacks its weight, config.label"),
     ("6.5", learner(costs=MatchingCosts(0.0, 0.0, -5.0)), "should be"),
     ("6.5", learner(costs=MatchingCosts()), "weights of the config"),
+    ("6.5", learner(costs="loss"), "has the weights of the loss"),
+    ("6.5", learner(count="pairs"), "not of pairs"),
+    ("6.5", learner(count="padding"), "N counts padding"),
     ("6.5", learner(share=True), "pairs of the last one"),
     ("6.5", learner(use_num_boxes=False), "`num_boxes` is ignored"),
     ("6.5", learner(total=lambda terms: torch.stack(list(terms.values())).mean()), "the mean of the terms"),

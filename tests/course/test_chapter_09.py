@@ -139,6 +139,14 @@ class ReadsBorder(Own):
     how = {"padding_mode": "border"}  # noqa: RUF012
 
 
+class NotPermuted(Own):
+    how = {"arrange": "no permute"}  # noqa: RUF012
+
+
+class WidthFirst(Own):
+    how = {"arrange": "width first"}  # noqa: RUF012
+
+
 class LastLevel(Own):
     how = {"only": 2}  # noqa: RUF012
 
@@ -226,7 +234,7 @@ WRONG = [
     ("9.2", lambda x, p: slope(x, p).flip(1), "x and y are swapped"),
     ("9.2", lambda x, p: -slope(x, p), "wrong sign"),
     ("9.2", lambda x, p: slope(x, p) + 1, "should be"),
-    ("9.3", lambda s: s.softmax(-1), "is over the points of a level"),
+    ("9.3", lambda s: s.softmax(-1), "sum to 3, not to 1"),
     ("9.3", lambda s: s.softmax(-2), "is over the levels"),
     ("9.3", lambda s: s.softmax(2), "is over the heads"),
     ("9.3", lambda s: s.softmax(-1) / s.shape[-2], "same share"),
@@ -241,10 +249,12 @@ WRONG = [
     ("9.4", lambda r, o, s: places(r, o, s, unit=1.0), "twice too far"),
     ("9.4", lambda r, o, s: places(r, o, s, divide=False), "divide by K"),
     ("9.4", lambda r, o, s: places(r, o, s)[:, :, 0], "should have shape"),
-    ("9.5", PerLevel, "over the points of a level"),
+    ("9.5", PerLevel, "sum to 3, not to 1"),
     ("9.5", NoSoftmax, "softmax is missing"),
     ("9.5", Swapped, "belongs to the width"),
-    ("9.5", Reordered, "the locations around points should be"),
+    ("9.5", Reordered, "split by level, then head"),
+    ("9.5", NotPermuted, "without a permutation"),
+    ("9.5", WidthFirst, "height and width of the maps"),
     ("9.5", Frozen, "no gradient flows back to the reference points|no gradient flows back to sampling"),
     ("9.5", ReadsPadding, "padding is read"),
     ("9.5", KeepsBias, "after the projection"),

@@ -62,7 +62,7 @@ def level(boxes, strides, of=lambda w, h: (w * h).sqrt(), log=torch.log2, turn=t
     return found - first if index else found
 
 
-def cut(features, boxes, make=matrix, detach=True, whole=False, choose=level, aligned=False):
+def cut(features, boxes, make=matrix, detach=True, whole=False, choose=level, aligned=False, edit=None):
     boxes = boxes.detach() if detach else boxes
     levels = choose(boxes.detach(), [f.stride for f in features])
     parts = boxes.new_zeros(*boxes.shape[:2], features[0].tensor.shape[1], 7, 7)
@@ -72,9 +72,14 @@ def cut(features, boxes, make=matrix, detach=True, whole=False, choose=level, al
             inside = ~feature.mask[image]
             height, width = feature.mask.shape[1:] if whole else (int(inside[:, 0].sum()), int(inside[0].sum()))
             cells = feature.tensor[image, :, :height, :width]
-            x0, y0, x1, y1 = (boxes[image, chosen] / feature.stride - 0.5 * aligned).unbind(-1)
+            edges = boxes[image, chosen] / feature.stride - 0.5 * aligned
+            x0, y0, x1, y1 = (edit(edges, width, height) if edit else edges).unbind(-1)
             parts[image, chosen] = torch.einsum("nyh,nxw,chw->ncyx", make(y0, y1, height), make(x0, x1, width), cells)
     return parts.flatten(0, 1)
+
+
+def clip(edges, width, height):
+    return edges.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
 
 
 def by_torchvision(features, boxes):
@@ -139,7 +144,7 @@ def test_right(number, answer):
         ("10.3", lambda b, s: level(torch.cat([0 * b[..., :2], b[..., 2:]], -1), s), "boxes are corners"),
         ("10.3", lambda b, s: level(b, s).float(), "integers"),
         ("10.3", finest, "the level should be"),
-        ("10.4", padded, "padded size"),
+        ("10.4", padded, "corners of its own image"),
         ("10.4", lambda b, a, i: to_pixels(enlarge(b, a), i.sizes.flip(1)), "swapped"),
         ("10.4", lambda b, a, i: to_pixels(b, i.sizes), "not enlarged"),
         ("10.4", lambda b, a, i: to_pixels(enlarge(b, a), i.sizes[:1].expand(3, 2)), "first one"),
@@ -158,6 +163,9 @@ def test_right(number, answer):
         ("10.5", lambda f, b: cut(f, b, make=lambda *a: matrix(*a, smallest=0)), "extended to one cell"),
         ("10.5", lambda f, b: cut(f[:1], b), "from the finest level"),
         ("10.5", by_torchvision, "your own matrices"),
+        ("10.5", lambda f, b: cut(f, b, edit=lambda e, w, h: e.round()), "rounded to whole cells"),
+        ("10.5", lambda f, b: cut(f, b, edit=lambda e, w, h: e[:, [1, 0, 3, 2]]), "x and y of the boxes are swapped"),
+        ("10.5", lambda f, b: cut(f, b, edit=clip), "clipped at the edges"),
         ("10.6", lambda b, d: torch.ones(len(b)), "every alpha is 1"),
         ("10.6", lambda b, d: alphas(b, d) / 2, "half the correct values"),
         ("10.6", lambda b, d: (2 * (d[:, :2] - b[:, :2]).abs() / b[:, 2:]).amin(1), "one axis is not enough"),

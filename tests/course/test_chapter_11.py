@@ -45,6 +45,7 @@ class Stage(nn.Module):
         flaw, depth = self.flaw, 2 if self.flaw == "depth" else config.decoder_layers
         self.config, self.number = config, number
         self.alpha = config.ratios[min(number, config.stages - 1) if flaw == "next alpha" else number - 1]
+        self.alpha = config.ratios[-number] if flaw == "from the end" else self.alpha
         self.glimpse = GlimpseHead(dim, dim)
         self.condense, self.condense_norm = nn.Linear(number * dim, dim, bias=flaw == "bias"), nn.LayerNorm(dim)
         dropout = 0.0 if flaw == "dropout" else config.dropout
@@ -80,7 +81,7 @@ class Stage(nn.Module):
             fused = fuse(torch.cat([h, before] if flaw == "fuse order" else [before, h], -1))
             fused = fused if flaw == "fuse_norm" else norm(fused)
             start = inverse_sigmoid(boxes) if flaw == "not summed" else 0 if flaw == "no correction" else logit
-            logit = start + self.box_head(fused)
+            logit = (start.detach() if flaw == "cut logit" else start) + self.box_head(fused)
             box = boxes + self.box_head(fused) if flaw == "direct" else logit.sigmoid()
             predictions.append(Prediction(self.class_head(fused), box))
         predictions = predictions[-1:] if flaw == "last" else predictions
@@ -90,6 +91,7 @@ class Stage(nn.Module):
             "state order": torch.cat([translated[-1], hidden], -1),
             "first states": torch.cat([hidden, translated[0]], -1),
             "cut states": states.detach(),
+            "cut half": torch.cat([hidden.detach(), translated[-1]], -1),
         }.get(flaw, states)
         return predictions if flaw == "no pair" else (predictions, states)
 
@@ -118,6 +120,7 @@ class Rego(nn.Module):
         flaw, output = self.flaw, self.detector(images)
         features = [FeatureMap(p(f.tensor), f.mask, f.stride) for p, f in zip(self.projections, output.features)]
         hidden, boxes = output.queries, output.layers[0 if flaw == "base layer" else -1].boxes
+        hidden = hidden.detach() if flaw == "cut base" else hidden
         sizes = images.sizes
         if flaw == "padded":
             sizes = sizes.new_tensor(images.pixels.shape[-2:]).expand_as(sizes)
@@ -174,7 +177,7 @@ def test_right(number, answer):
         ("11.1", lambda b, c: inverse_sigmoid(b) + c, "still logits"),
         ("11.1", lambda b, c: correct(b, c.detach()), "no gradient"),
         ("11.1", infinite, "infinity"),
-        ("11.2", loop(layer=0), "gets those of its first"),
+        ("11.2", loop(layer=0), "should get O_box\\(1\\), but gets other boxes"),
         ("11.2", loop(detach=False), "not detached"),
         ("11.2", loop(stuck=True), "those of the base detector"),
         ("11.2", loop(cut=True), "hidden states were detached"),
@@ -211,6 +214,9 @@ def test_right(number, answer):
         ("11.3", flawed(Stage, "ignored"), "detach_hidden is ignored"),
         ("11.3", flawed(Stage, "all detached"), "no gradient reaches"),
         ("11.3", flawed(Stage, "cut states"), "H_dec\\(i\\) is detached"),
+        ("11.3", flawed(Stage, "cut half"), "with its gradient"),
+        ("11.3", flawed(Stage, "cut logit"), "between the layers of the stage"),
+        ("11.3", flawed(Stage, "from the end"), "counted from the last stage"),
         ("11.3", flawed(Stage, "alone"), "is H_g\\(i\\) alone"),
         ("11.3", flawed(Stage, "state order"), "halves of H_dec"),
         ("11.3", flawed(Stage, "first states"), "of the last layer"),
@@ -224,6 +230,7 @@ def test_right(number, answer):
         ("11.4", flawed(Rego, "hidden"), "wrong width"),
         ("11.4", flawed(Rego, "attached"), "boxes are not detached"),
         ("11.4", flawed(Rego, "cut"), "detached in the loop"),
+        ("11.4", flawed(Rego, "cut base"), "no stage trains the base decoder"),
         ("11.4", flawed(Rego, "flat"), "append, do not extend"),
         ("11.4", flawed(Rego, "nothing"), "has no stages"),
         ("11.4", flawed(Rego, "final"), "a DetectorOutput"),

@@ -209,8 +209,9 @@ def step(model, set_loss, optimizer, parts, factor=1.0, max_norm=0.1, flaw=""):
         if flaw == "last part":
             optimizer.zero_grad()
         loss, terms = set_loss(model(images), targets, *([] if flaw in ("own", "mean") else [objects]))
-        loss = loss / len(parts) if flaw == "mean" else loss
-        if bad := [name for name, term in terms.items() if not term.isfinite()]:
+        loss = loss / len(parts) if flaw in ("mean", "divided") else loss
+        refused = (lambda term: term.isnan()) if flaw == "only NaN" else (lambda term: not term.isfinite())
+        if bad := [name for name, term in terms.items() if refused(term)]:
             if flaw == "no name":
                 raise FloatingPointError("the loss is not finite")
             if flaw != "no guard":
@@ -270,6 +271,8 @@ def step(model, set_loss, optimizer, parts, factor=1.0, max_norm=0.1, flaw=""):
         ("first lr", "that of the last group"),
         ("only the loss", "return a dictionary"),
         ("no guard", "all weights are NaN"),
+        ("only NaN", "infinite values as well as NaN"),
+        ("divided", "divided by the number of parts"),
         ("no name", "name the terms"),
     ],
 )
