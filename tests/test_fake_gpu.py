@@ -117,9 +117,7 @@ def make(name, size, **overrides):
         model = build(name, 91, weights=None, **overrides)
         pixels, mask = torch.empty(2, 3, *size), torch.zeros(2, *size, dtype=torch.bool)
         images = ImageBatch(pixels, mask, torch.empty(2, 2, dtype=torch.long))
-        objects = [
-            Target(torch.zeros(n, dtype=torch.long), torch.rand(n, 4), i, size) for i, n in enumerate(OBJECTS)
-        ]
+        objects = [Target(torch.zeros(n, dtype=torch.long), torch.rand(n, 4), i, size) for i, n in enumerate(OBJECTS)]
     return model, images, objects
 
 

@@ -85,7 +85,9 @@ def released_loss(output, targets):
 
 def make_targets(*counts):
     return [
-        Target(torch.randint(CLASSES, (n,)), torch.cat([torch.rand(n, 2), 0.05 + 0.5 * torch.rand(n, 2)], -1), i, (9, 9))
+        Target(
+            torch.randint(CLASSES, (n,)), torch.cat([torch.rand(n, 2), 0.05 + 0.5 * torch.rand(n, 2)], -1), i, (9, 9)
+        )
         for i, n in enumerate(counts)
     ]
 
@@ -122,7 +124,9 @@ def test_pairs_of_the_last_stage_need_stages():
     images, targets = batch((64, 64)), make_targets(3)
     with torch.no_grad():
         output = model(images, stages=0)
-    losses = [SetLoss(LossConfig(base_matches=name), model.scoring)(output, targets)[0] for name in ("own", "last_stage")]
+    losses = [
+        SetLoss(LossConfig(base_matches=name), model.scoring)(output, targets)[0] for name in ("own", "last_stage")
+    ]
     assert torch.equal(*losses)
 
 

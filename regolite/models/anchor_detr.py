@@ -98,7 +98,9 @@ class RowColumnAttention(nn.Module):
         self.heads, self.dropout, self.mask_padding = heads, dropout, mask_padding
         self.query_x, self.query_y, self.key_x, self.key_y = (nn.Linear(dim, dim) for _ in range(4))
         self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        packed_xavier_(self.query_x, self.query_y, self.key_x, self.key_y, self.value)  # the authors' one matrix [5C, C]
+        packed_xavier_(
+            self.query_x, self.query_y, self.key_x, self.key_y, self.value
+        )  # the authors' one matrix [5C, C]
         nn.init.zeros_(self.out.bias)
 
     def forward(
