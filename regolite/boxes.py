@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-__all__ = ["box_iou", "enlarge", "generalized_box_iou", "inverse_sigmoid", "to_pixels", "to_xyxy"]
+__all__ = ["box_iou", "enlarge", "generalized_box_iou", "inverse_sigmoid", "paired_giou", "to_pixels", "to_xyxy"]
 
 
 def to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
@@ -22,6 +22,20 @@ def to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
 def enlarge(boxes: Float[Tensor, "*n 4"], alpha: float) -> Float[Tensor, "*n 4"]:
     """Multiply width and height of ``cxcywh`` boxes by alpha: R of equation (7)."""
     return torch.cat([boxes[..., :2], boxes[..., 2:] * alpha], dim=-1)
+
+
+def paired_giou(boxes: Float[Tensor, "N 4"], others: Float[Tensor, "N 4"]) -> Float[Tensor, "N"]:
+    """GIoU of each pair of ``xyxy`` boxes (Rezatofighi et al., 2019), -1 to 1.
+
+    torchvision's ``generalized_box_iou`` computes all N x N pairs. Its loss of pairs selects by a mask, for which the
+    CPU waits for the GPU, and adds 1e-7 to areas, which is not small beside those of small boxes.
+    """
+    begin, end = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
+    both = (end - begin).clamp(min=0).prod(-1)
+    union = sum((b[:, 2:] - b[:, :2]).prod(-1) for b in (boxes, others)) - both
+    hull = (torch.maximum(boxes[:, 2:], others[:, 2:]) - torch.minimum(boxes[:, :2], others[:, :2])).prod(-1)
+    tiny = torch.finfo(boxes.dtype).tiny  # of two boxes without area
+    return both / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
 def to_pixels(boxes: Float[Tensor, "B Q 4"], sizes: Int[Tensor, "B 2"]) -> Float[Tensor, "B Q 4"]:

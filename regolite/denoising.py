@@ -20,6 +20,7 @@ from torchvision.ops import box_convert
 from regolite.boxes import to_xyxy
 from regolite.matching import Matches, PaddedTargets
 from regolite.types import Target
+from regolite.utils.devices import constant
 
 SMALLEST = 0.001  # of the image: keeps areas positive and inverse sigmoids finite
 
@@ -50,7 +51,7 @@ class NoisedQueries(nn.Module):
         """
         padded = PaddedTargets.of(targets, least=1)
         most, device = padded.boxes.shape[1], padded.boxes.device
-        counts = torch.tensor(padded.counts, device=device)
+        counts = constant(padded.counts, device)
         mask = (torch.arange(most, device=device) >= counts[:, None]).repeat(1, 2)
         mask[:, 0] &= ~mask.all(1)  # attention needs at least one key, also in an image without objects
 
@@ -61,7 +62,7 @@ class NoisedQueries(nn.Module):
         true_boxes = padded.boxes.to(self.labels.weight.dtype)
         corners = to_xyxy(true_boxes).repeat(1, 2, 1)
         half = true_boxes[..., 2:].repeat(1, 2, 2) / 2
-        least = torch.tensor([0.0, 1.0], device=device).repeat_interleave(most)[:, None]  # positives, negatives
+        least = constant([0.0, 1.0], device).repeat_interleave(most)[:, None]  # positives, negatives
         sign = torch.randint_like(corners, 2) * 2 - 1
         corners = corners + sign * (least + torch.rand_like(corners)) * self.box_noise * half
         boxes = box_convert(corners.clamp(0, 1), "xyxy", "cxcywh").clamp(SMALLEST, 1 - SMALLEST)
@@ -75,9 +76,7 @@ def known_matches(targets: PaddedTargets, predictions: int) -> Matches:
         targets: the objects.
         predictions: number of predictions (layers and stages).
     """
-    device = targets.boxes.device
-    counts = torch.tensor(targets.counts, device=device)
-    image, object_ = (torch.arange(targets.boxes.shape[1], device=device) < counts[:, None]).nonzero(as_tuple=True)
-    prediction = torch.arange(predictions, device=device).repeat_interleave(len(image))
-    image, object_ = image.repeat(predictions), object_.repeat(predictions)
+    pairs = [(b, t) for b, count in enumerate(targets.counts) for t in range(count)]
+    rows = [[p, *pair] for p in range(predictions) for pair in pairs]
+    prediction, image, object_ = constant(rows, targets.boxes.device, torch.long).view(-1, 3).T
     return Matches(prediction, image, object_, object_)

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
-from regolite.boxes import to_xyxy
+from regolite.boxes import paired_giou, to_xyxy
 from regolite.denoising import known_matches
+from regolite.errors import UserError
 from regolite.matching import Matches, MatchingCosts, PaddedTargets, match
 from regolite.types import DetectorOutput, Prediction, Target
 from regolite.utils.validation import Checked
@@ -47,6 +48,9 @@ class LossConfig(Checked):
             With ``"base"`` all stages use the matching of the base detector's last layer, so that H_dec(0) determines
             which of several queries on an object scores high. In short training runs on few images, independently
             matched stages gave high scores to several of them.
+        base_matches: ``"own"``: the base detector's last layer is matched with the ground truth independently. With
+            ``"last_stage"`` it is trained on the pairs of the last stage, as in the released REGO, whose criterion
+            overwrites a variable; without stages it has its own pairs. Earlier layers always have their own.
     """
 
     label: float = 2.0
@@ -62,6 +66,16 @@ class LossConfig(Checked):
     stage_auxiliary: bool = True
     proposals_per_object: int = 1
     stage_matching: Literal["own", "base"] = "own"
+    base_matches: Literal["own", "last_stage"] = "own"
+
+    def __post_init__(self) -> None:
+        """Check that the fields fit each other."""
+        super().__post_init__()
+        if (self.stage_matching, self.base_matches) == ("base", "last_stage"):
+            raise UserError(
+                "stage_matching='base' and base_matches='last_stage' take their pairs from each other: change one of "
+                "them to 'own'"
+            )
 
 
 class SetLoss:
@@ -158,7 +172,7 @@ class SetLoss:
         matched = boxes[matches.prediction, matches.image, matches.query]
         wanted = targets.boxes[matches.image, matches.target].to(precision)
         l1 = F.l1_loss(matched, wanted, reduction="none").sum(-1)
-        giou = generalized_box_iou_loss(to_xyxy(matched), to_xyxy(wanted), reduction="none")
+        giou = 1 - paired_giou(to_xyxy(matched), to_xyxy(wanted))
         sums = torch.stack([l1, giou]).new_zeros(2, len(predictions))
         l1, giou = sums.index_add(1, matches.prediction, torch.stack([l1, giou])) / max(num_boxes, 1.0)
 
@@ -172,10 +186,15 @@ class SetLoss:
 
     def _match(self, named: dict[str, Prediction], targets: PaddedTargets, scoring: str) -> Matches:
         """The matched pairs of all predictions."""
-        inherit = [name for name in named if self.config.stage_matching == "base" and name.startswith("stage")]
-        own = [name for name in named if name not in inherit]
-        matches = match([named[name] for name in own], targets, scoring, self.costs, own)
-        return matches.repeat(own.index("base"), len(inherit)) if inherit else matches
+        names = list(named)
+        sources = {name: name for name in names}  # the prediction whose pairs each one has
+        if self.config.stage_matching == "base":
+            sources |= {name: "base" for name in names if name.startswith("stage")}
+        if self.config.base_matches == "last_stage" and names[-1].startswith("stage"):
+            sources["base"] = names[-1]
+        own = [name for name in names if sources[name] == name]
+        matched = [own.index(sources[name]) for name in names]
+        return match([named[name] for name in own], targets, scoring, self.costs, own, matched)
 
     def _label_loss(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor
 from regolite.boxes import generalized_box_iou, to_xyxy
 from regolite.errors import UserError
 from regolite.types import Prediction, Target
+from regolite.utils.devices import constant
 
 
 class NonFinitePrediction(UserError):
@@ -56,7 +57,7 @@ class PaddedTargets:
         counts = [len(target) for target in targets]
         most, device = max(least, *counts), targets[0].boxes.device
         labels = torch.zeros(len(targets), most, dtype=torch.long, device=device)
-        boxes = torch.tensor([0.5, 0.5, 1.0, 1.0], device=device).repeat(len(targets), most, 1)
+        boxes = constant([0.5, 0.5, 1.0, 1.0], device).repeat(len(targets), most, 1)
         for b, target in enumerate(targets):
             labels[b, : counts[b]] = target.labels
             boxes[b, : counts[b]] = target.boxes
@@ -81,21 +82,6 @@ class Matches:
     image: Int[Tensor, "M"]
     query: Int[Tensor, "M"]
     target: Int[Tensor, "M"]
-
-    def repeat(self, which: int, times: int) -> Matches:
-        """Append copies of the pairs of one prediction, as pairs of further predictions.
-
-        Args:
-            which: index of the prediction.
-            times: number of copies.
-        """
-        of = self.prediction == which
-        first = int(self.prediction.max()) + 1 if len(self.prediction) else 0
-        more = [torch.full_like(self.prediction[of], first + n) for n in range(times)]
-        return Matches(
-            torch.cat([self.prediction, *more]),
-            *(torch.cat([rows, rows[of].repeat(times)]) for rows in (self.image, self.query, self.target)),
-        )
 
 
 def matching_cost(
@@ -132,6 +118,7 @@ def match(
     scoring: str,
     costs: MatchingCosts,
     names: Sequence[str] | None = None,
+    sources: Sequence[int] | None = None,
 ) -> Matches:
     """Match the queries of every prediction with the objects.
 
@@ -141,26 +128,27 @@ def match(
         scoring: ``"softmax"`` or ``"sigmoid"``.
         costs: the weights of the cost.
         names: names of the predictions in error messages; by default their indices.
+        sources: indices of predictions: the result has the pairs of each of them, numbered from 0. An index may occur
+            several times, for predictions that share their pairs. By default each prediction once.
 
     Raises:
         NonFinitePrediction: a cost is infinite or NaN.
     """
     batch, queries = predictions[0].boxes.shape[:2]
     joined = Prediction(torch.cat([p.logits for p in predictions], 1), torch.cat([p.boxes for p in predictions], 1))
-    cost = matching_cost(joined, targets, scoring, costs).cpu().numpy()  # the only transfer
+    cost = matching_cost(joined, targets, scoring, costs).cpu().numpy()  # the only wait for the device
     if not np.isfinite(cost).all():
         raise NonFinitePrediction(_not_finite(predictions, targets, names or range(len(predictions))))
     cost = cost.reshape(batch, len(predictions), queries, cost.shape[-1])
-    found = [
-        linear_sum_assignment(cost[b, p, :, :count])
+    assigned = [
+        [linear_sum_assignment(cost[b, p, :, :count]) for b, count in enumerate(targets.counts)]
         for p in range(len(predictions))
-        for b, count in enumerate(targets.counts)
     ]
+    found = [pairs for p in (range(len(predictions)) if sources is None else sources) for pairs in assigned[p]]
     query, target = np.concatenate(found, axis=1)
     pairs = np.array([len(q) for q, _ in found])  # of each image and prediction
     prediction, image = np.divmod(np.repeat(np.arange(len(found)), pairs), batch)
-    rows = torch.from_numpy(np.stack([prediction, image, query, target])).to(targets.boxes.device)
-    return Matches(*rows)
+    return Matches(*constant(np.stack([prediction, image, query, target]), targets.boxes.device))
 
 
 def _not_finite(predictions: Sequence[Prediction], targets: PaddedTargets, names: Sequence[str | int]) -> str:

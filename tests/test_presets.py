@@ -213,7 +213,10 @@ def test_overrides_in_any_order():
 def test_the_released_form_brings_what_belongs_to_it():
     config = configure("rego_deformable_detr_r50", form="released")
     assert (config.rego.form, config.rego.ffn_dim) == ("released", 1024)
-    assert (config.loss.stage_auxiliary, config.loss.base_label) == (False, 0.8)
+    loss = config.loss
+    assert (loss.stage_auxiliary, loss.base_label, loss.base_matches) == (False, 0.8, "last_stage")
+    inheriting = configure("rego_deformable_detr_r50", form="released", stage_matching="base").loss
+    assert (inheriting.stage_matching, inheriting.base_matches) == ("base", "own"), "pairs of each other"
     assert not config.detector.mask_padding and configure("rego_deformable_detr_r50").detector.mask_padding
     assert configure("rego_deformable_detr_tiny", form="released").rego.ffn_dim == 512
     kept = configure("rego_deformable_detr_r50", form="released", rego={"ffn_dim": 2048}, base_label=1.0)

@@ -23,18 +23,20 @@ from regolite.cli import main
 from regolite.data import make_transform, open_data
 from regolite.errors import UserError
 from regolite.evaluation.complexity import TABLE_1
+from regolite.losses import LossConfig
 from regolite.models.config import ModelConfig
 from regolite.models.presets import configure, presets
 from regolite.paper.estimates import IMAGES, LARGEST_IMAGE, MEAN_IMAGE, TFLOPS, V100_HOURS, estimate, kept_bytes
 from regolite.paper.recipes import RECIPES, as_text, assumptions, recipe, rows
 from regolite.training import RunConfig
 from regolite.training.schedule import lr_factor, parameter_groups
+from regolite.training.setup import parse_overrides
 from regolite.types import ImageBatch
 
 ROOT = Path(__file__).resolve().parent.parent
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
-# Table 1 of the paper and, for X101 in 36 epochs, section 5.2; None where the paper prints nothing.
+# Table 1 of the paper and, for X101 in 36 epochs, section 5.2, without and with REGO; None where the paper prints nothing.
 PRINTED = {
     "detr_star_r50_50ep": (39.3, 42.3),
     "detr_star_dc5_r50_50ep": (41.3, 44.0),
@@ -43,10 +45,30 @@ PRINTED = {
     "deformable_detr_r50_36ep_drop15": (None, None),
     "deformable_detr_r50_36ep_drop20": (None, None),
     "deformable_detr_r50_50ep": (43.8, 45.9),
+    "deformable_detr_r50_50ep_batch32": (None, None),
+    "deformable_detr_r50_50ep_faithful": (None, None),
     "deformable_detr_two_stage_r50_50ep": (46.4, 47.6),
+    "deformable_detr_two_stage_r50_50ep_batch32": (None, None),
+    "deformable_detr_two_stage_r50_50ep_faithful": (None, None),
     "deformable_detr_two_stage_r101_50ep": (47.2, 48.5),
     "deformable_detr_two_stage_x101_36ep": (None, 48.1),
     "deformable_detr_two_stage_x101_50ep": (47.7, 49.1),
+}
+# Table 1 without REGO; the README of the released code; Table 2, section 5.3, Table 3.
+ALONE = {
+    "detr_r50_500ep": 42.0,
+    "detr_dc5_r50_500ep": 43.3,
+    "anchor_detr_dc5_r50_50ep": 44.2,
+    "smca_r50_50ep": 43.7,
+    "smca_r101_50ep": 44.4,
+    "rego_deformable_detr_r50_50ep_released": 46.3,
+    "rego_deformable_detr_two_stage_r50_50ep_released": 47.9,
+    "rego_deformable_detr_r50_50ep_1_stage": 45.1,
+    "rego_deformable_detr_r50_50ep_2_stages": 45.6,
+    "rego_deformable_detr_r50_50ep_4_stages": 45.9,
+    "rego_deformable_detr_r50_50ep_alpha_1": 45.3,
+    "rego_deformable_detr_r50_50ep_glimpses_1.5": 45.8,
+    "rego_deformable_detr_r50_50ep_glimpses_2": 45.7,
 }
 
 
@@ -67,12 +89,40 @@ def outline(preset: str, **overrides: object) -> torch.nn.Module:
 
 class TestRecipes:
     def test_are_the_papers_with_its_ap(self):
-        assert {name: RECIPES[name].published_ap for name in RECIPES} == {
+        assert {name: RECIPES[name].published_ap for name in RECIPES} == ALONE | {
             f"{rego}{name}": ap for name, both in PRINTED.items() for rego, ap in zip(("", "rego_"), both)
         }
 
-    def test_hold_every_row_of_table_1_with_rego(self):
-        assert {name for name in TABLE_1 if name.startswith("rego_")} <= {r.model for r in RECIPES.values()}
+    def test_hold_every_detr_of_table_1(self):
+        detrs = {name for name in TABLE_1 if "detr" in name or "smca" in name}
+        assert len(detrs) >= 18 and detrs <= {r.model for r in RECIPES.values() if not r.overrides}
+
+    @pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].overrides])
+    def test_overrides_change_the_model_and_nothing_else(self, name: str):
+        """Every override names a field, and the settings beside them are those of the row that they vary."""
+        one = recipe(name)
+        plain = recipe(f"{one.model}_{one.epochs}ep")
+        beside = {k: v for k, v in plain.settings().items() if k != "overrides"}
+        assert one.settings() == beside | {"overrides": one.overrides}
+        changed, own = (configure(one.model, **parse_overrides(r.overrides)) for r in (one, plain))
+        assert changed != own and replace(changed, detector=own.detector, rego=own.rego, loss=own.loss) == own
+
+    def test_forms_are_what_their_names_say(self):
+        def model(name: str) -> ModelConfig:
+            return configure(recipe(name).model, **parse_overrides(recipe(name).overrides))
+
+        for name in ("rego_deformable_detr_r50_50ep", "rego_deformable_detr_two_stage_r50_50ep"):
+            released, faithful, own = (model(name + suffix) for suffix in ("_released", "_faithful", ""))
+            assert released.rego.form == "released" and faithful.rego == own.rego and own.rego.form == "paper"
+            assert released.loss.base_matches == "last_stage" and faithful.loss == own.loss == LossConfig()
+            assert (released.detector.mask_padding, faithful.detector.mask_padding) == (False, False)
+            assert own.detector.mask_padding
+        ratios = {
+            name[len("rego_deformable_detr_r50_50ep_") :]: model(name).rego.ratios for name in ALONE if "50ep_" in name
+        }
+        assert ratios["1_stage"] == (1,) and ratios["2_stages"] == (2, 1) and ratios["4_stages"] == (4, 3, 2, 1)
+        assert ratios["alpha_1"] == (1, 1, 1) and ratios["glimpses_2"] == (6, 4, 2)
+        assert ratios["glimpses_1.5"] == (4.5, 3, 1.5)
 
     @every_recipe
     def test_make_a_run_and_its_model(self, name: str):
@@ -81,7 +131,8 @@ class TestRecipes:
         assert (config.data, config.output, config.model) == ("COCO", "runs/r", one.model)
         assert {k: getattr(config, k) for k in one.settings()} == one.settings()
         assert one.model in presets() and name.startswith(f"{one.model}_{one.epochs}ep")
-        assert sum(p.numel() for p in outline(config.model).parameters()) > 30e6
+        overrides = parse_overrides(config.overrides)
+        assert sum(p.numel() for p in outline(config.model, **overrides).parameters()) > 30e6
 
     def test_decide_all_that_changes_the_result(self):
         machine = {
@@ -118,7 +169,7 @@ class TestRecipes:
         assert rego.settings() | {"model": base.model} == base.settings()
         one, other = configure(base.model), configure(rego.model)
         assert one.rego is None and other.rego is not None
-        assert replace(other, preset=one.preset, rego=None) == one
+        assert replace(other, preset=one.preset, rego=None) == one and rego.overrides == base.overrides
 
     def test_rates_are_those_of_the_original_codes(self):
         def rates(name: str) -> dict[str, float]:
@@ -127,8 +178,9 @@ class TestRecipes:
 
         for name in ("deformable_detr_r50_50ep", "rego_deformable_detr_two_stage_r50_50ep"):
             assert rates(name) == {"backbone": 1e-5, "sampling": 1e-5, "rest": 1e-4}
+            assert rates(f"{name}_batch32") == {"backbone": 2e-5, "sampling": 2e-5, "rest": 2e-4}
         # DETR's and Conditional DETR's codes slow nothing but the backbone: reference points learn like the rest.
-        for name in ("detr_star_r50_50ep", "rego_detr_star_dc5_r50_50ep", "conditional_detr_r50_50ep"):
+        for name in ("detr_star_r50_50ep", "rego_detr_star_dc5_r50_50ep", "conditional_detr_r50_50ep", "smca_r50_50ep"):
             assert rates(name).pop("sampling", 1e-4) == 1e-4 and rates(name)["backbone"] == 1e-5
 
     @every_recipe

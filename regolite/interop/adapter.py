@@ -43,6 +43,7 @@ from regolite.models.baselines import COCO_CLASSES
 from regolite.models.config import DetectorConfig, ModelConfig, register
 from regolite.models.detector import Attention, Detector
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
+from regolite.utils.devices import constant
 from regolite.utils.validation import shown, whole
 
 HuggingFaceModel = Any
@@ -125,7 +126,9 @@ class TransformersDetector(Detector):
         """
         pixels = images.pixels
         if not self.family.normalized:
-            mean, deviation = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+            mean, deviation = (
+                constant(v, pixels.device, pixels.dtype)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
+            )
             pixels = (pixels * deviation + mean).masked_fill(images.mask[:, None], 0.0)
         options = {"output_hidden_states": True} if self.family.asks_states else {}
         with _recorded_outputs([module for module, _ in self._map_makers()]) as outputs:
@@ -415,7 +418,7 @@ def _category_ids(classes: Sequence[str]) -> tuple[int, ...]:
 
 def _unpad(boxes: Float[Tensor, "B Q 4"], images: ImageBatch) -> Float[Tensor, "B Q 4"]:
     """Convert boxes relative to the padded batch to boxes relative to the image."""
-    padded = images.sizes.new_tensor(images.mask.shape[1:])
+    padded = constant(images.mask.shape[1:], images.sizes.device)
     factors = (padded / images.sizes).flip(1)  # [B, 2]: width and height of the batch divided by those of the image
     return boxes * factors.repeat(1, 2)[:, None]
 

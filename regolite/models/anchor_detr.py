@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from regolite.boxes import inverse_sigmoid
 from regolite.errors import UserError
-from regolite.models.attention import MultiHeadAttention
+from regolite.models.attention import MultiHeadAttention, packed_xavier_
 from regolite.models.backbone import Backbone
 from regolite.models.config import DetectorConfig, register
 from regolite.models.deformable_detr import ImageNorm
@@ -98,9 +98,10 @@ class RowColumnAttention(nn.Module):
         self.heads, self.dropout, self.mask_padding = heads, dropout, mask_padding
         self.query_x, self.query_y, self.key_x, self.key_y = (nn.Linear(dim, dim) for _ in range(4))
         self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        for layer in (self.query_x, self.query_y, self.key_x, self.key_y, self.value, self.out):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        packed_xavier_(
+            self.query_x, self.query_y, self.key_x, self.key_y, self.value
+        )  # the authors' one matrix [5C, C]
+        nn.init.zeros_(self.out.bias)
 
     def forward(
         self, query_x: Float[Tensor, "B Q C"], query_y: Float[Tensor, "B Q C"], grid: Grid
@@ -184,6 +185,8 @@ class AnchorDecoderLayer(nn.Module):
 class AnchorDetr(Detector):
     """Anchor DETR; its attributes are those of :class:`~regolite.models.detector.Detector`.
 
+    As in the authors' code, feed-forward networks and output projections of attention keep PyTorch's initialization.
+
     Args:
         config: its configuration.
         num_classes: number of classes K.
@@ -225,6 +228,11 @@ class AnchorDetr(Detector):
         self.decoder_layers = nn.ModuleList(
             AnchorDecoderLayer(c.dim, c.heads, attention(), c.ffn_dim, c.dropout) for _ in range(c.decoder_layers)
         )
+        for name, layer in (*self.encoder_layers.named_modules(), *self.decoder_layers.named_modules()):
+            if isinstance(layer, nn.Linear) and (".ffn." in name or name.endswith("self_attention.out")):
+                layer.reset_parameters()
+                if name.endswith("out"):
+                    nn.init.zeros_(layer.bias)
         self.patterns = nn.Embedding(c.patterns, c.dim)
         if c.anchors == "learned":
             self.points = nn.Parameter(torch.rand(points, 2))

@@ -15,8 +15,22 @@ from torch import Tensor, nn
 from regolite.types import Memory
 
 
+def packed_xavier_(*layers: nn.Linear) -> None:
+    """Initialize linear layers as one matrix of their rows, and their biases with zeros.
+
+    ``nn.MultiheadAttention`` holds the weights of queries, keys and values in one matrix [3C, C], whose Xavier bound is
+    sqrt(6 / 4C), 0.0765 for C = 256; that of three matrices [C, C] would be sqrt(6 / 2C), 0.108. DETR, Deformable DETR,
+    SMCA and REGO use this module.
+    """
+    fan_out = sum(layer.out_features for layer in layers)
+    for layer in layers:
+        bound = (6 / (layer.in_features + fan_out)) ** 0.5
+        nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(layer.bias)
+
+
 class MultiHeadAttention(nn.Module):
-    """A(X_q, X_kv) of equation (1).
+    """A(X_q, X_kv) of equation (1), initialized as in DETR (:func:`packed_xavier_`).
 
     Args:
         dim: channels C of queries and output.
@@ -31,9 +45,8 @@ class MultiHeadAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
-        for layer in (self.query, self.key, self.value, self.out):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        packed_xavier_(self.query, self.key, self.value)
+        packed_xavier_(self.out)
 
     def forward(
         self,

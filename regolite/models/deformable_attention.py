@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from regolite.types import Memory
+from regolite.utils.devices import constant
 
 
 def sample_and_mix(
@@ -188,7 +189,7 @@ class DeformableAttention(nn.Module):
         weights = weights.softmax(-1).unflatten(3, (self.levels, self.points))
         reference = reference_points[:, :, None, :, None]  # [B, Q, 1, L, 1, d]
         if reference.shape[-1] == 2:
-            cells = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype, device=offsets.device)
+            cells = constant([(w, h) for h, w in shapes], offsets.device, offsets.dtype)
             offsets = offsets / cells[:, None]
         else:
             offsets = offsets / self.points * reference[..., 2:] * 0.5

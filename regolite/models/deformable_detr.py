@@ -303,6 +303,8 @@ class Proposals(nn.Module):
         self.dim, self.count, self.mask_padding, self.token_queries = dim, queries, mask_padding, token_queries
         self.project, self.project_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.to_query, self.to_query_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
+        for layer in (self.project, self.to_query):  # as in the authors' code; biases keep PyTorch's initialization
+            nn.init.xavier_uniform_(layer.weight)
         self.class_head = class_head(dim, num_classes, prior=0.01)
         self.box_head = box_head(dim, size=0.0)
 

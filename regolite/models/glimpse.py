@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from regolite.ops import weighted_sums
 from regolite.types import FeatureMap
+from regolite.utils.devices import constant
 
 BINS = 7
 POINTS = 2  # per bin and axis
@@ -56,10 +57,10 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
     level = choose_level(boxes, [f.stride for f in features])
 
     # By level: stride, cells of each image, cells and width of the padded map.
-    strides = torch.tensor([f.stride for f in features], device=device)
+    strides = constant([f.stride for f in features], device)
     extents = torch.stack([torch.stack([(~f.mask[:, 0]).sum(1), (~f.mask[:, :, 0]).sum(1)], -1) for f in features], 1)
-    cells = torch.tensor([f.mask[0].numel() for f in features], device=device)
-    widths = torch.tensor([f.mask.shape[2] for f in features], device=device)
+    cells = constant([f.mask[0].numel() for f in features], device)
+    widths = constant([f.mask.shape[2] for f in features], device)
     starts = batch * (cells.cumsum(0) - cells)  # first row of each level
     image = torch.arange(batch, device=device)[:, None]
     extent = extents[image, level]  # [B, Q, 2]: width and height in cells

@@ -126,7 +126,8 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
             them has is given by its name (``queries=50``). Otherwise name the part: ``rego={"ffn_dim": 1024}``, or
             ``rego.ffn_dim=1024`` as text on the command line. ``form="released"`` also sets what the released code
             does beside the module: feed-forward networks 1024 wide, padding not masked in the backbone, no auxiliary
-            losses in the stages, the base detector's classification loss times 0.8.
+            losses in the stages, the base detector's classification loss times 0.8, the base detector's last layer
+            trained on the pairs of the last stage.
 
     Raises:
         UserError: for a preset or a field that does not exist (the message names the nearest one), or a field that
@@ -155,7 +156,9 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
     if config.rego is not None and changes["rego"].get("form") == "released":
         changes["rego"] = {"ffn_dim": min(1024, config.rego.ffn_dim)} | changes["rego"]
         changes["detector"] = {"mask_padding": False} | changes["detector"]
-        changes["loss"] = {"stage_auxiliary": False, "base_label": 0.8} | changes["loss"]
+        inherits = changes["loss"].get("stage_matching", config.loss.stage_matching) == "base"
+        loss: dict[str, Any] = {"base_matches": "own" if inherits else "last_stage"}
+        changes["loss"] = loss | {"stage_auxiliary": False, "base_label": 0.8} | changes["loss"]
     config = checked(config, changes.pop(""))
     return replace(config, **{name: checked(parts[name], values) for name, values in changes.items()})
 

@@ -45,6 +45,7 @@ from regolite.models.transformer import (
     in_full_precision,
 )
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction, Target
+from regolite.utils.devices import constant
 from regolite.utils.validation import Checked, from_values, shown
 
 
@@ -204,7 +205,7 @@ class Rego(Detector):
             features = [FeatureMap(c(f.tensor), f.mask, f.stride) for c, f in zip(self.contexts, features)]
             # Released: RoIs are scaled by the padded size of the batch, and padding counts as image.
             features = [FeatureMap(f.tensor, torch.zeros_like(f.mask), f.stride) for f in features]
-            sizes = sizes.new_tensor(images.mask.shape[1:]).expand_as(sizes)
+            sizes = constant(images.mask.shape[1:], sizes.device).expand_as(sizes)
 
         for part in filter(None, (output, output.denoising)):
             hidden, boxes = part.queries, part.layers[-1].boxes

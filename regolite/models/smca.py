@@ -44,6 +44,7 @@ from regolite.models.transformer import (
     in_full_precision,
 )
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
+from regolite.utils.devices import constant
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Smca(Detector):
         assert isinstance(first, SmcaDecoderLayer)
         centers = in_full_precision(self.center_head, first.prior_norm(positions))
         pixels = centers.sigmoid() * images.sizes.flip(1)[:, None]  # x and y in the unpadded image
-        cells = pixels[:, :, None] / pixels.new_tensor(self.strides)[:, None]  # [B, Q, L, 2]
+        cells = pixels[:, :, None] / constant(self.strides, pixels.device, pixels.dtype)[:, None]  # [B, Q, L, 2]
         queries, hidden = positions.new_zeros(positions.shape), []
         for layer in self.decoder.layers:
             queries = layer(queries, positions, memory, cells)

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from regolite.evaluation.complexity import count
 from regolite.models.presets import build, configure
 from regolite.training.batches import STRIDE
+from regolite.training.setup import parse_overrides
 from regolite.types import ImageBatch
 
 IMAGES = 118_287
@@ -62,7 +63,9 @@ class Estimate:
     image_tflop: float
 
 
-def estimate(preset: str, epochs: int, images_per_gpu: int, tflops: float = TFLOPS) -> Estimate:
+def estimate(
+    preset: str, epochs: int, images_per_gpu: int, tflops: float = TFLOPS, overrides: tuple[str, ...] = ()
+) -> Estimate:
     """Estimate a run on COCO in float32 with DETR's image recipe.
 
     Args:
@@ -70,8 +73,9 @@ def estimate(preset: str, epochs: int, images_per_gpu: int, tflops: float = TFLO
         epochs: number of epochs.
         images_per_gpu: batch size of one GPU.
         tflops: sustained throughput of a GPU, see :data:`TFLOPS`.
+        overrides: changes of the preset, as in :attr:`RunConfig.overrides`.
     """
-    flops, weights, kept = _costs(preset)
+    flops, weights, kept = _costs(preset, overrides)
     return Estimate(
         gpu_hours=epochs * IMAGES * flops / (tflops * 1e12) / 3600,
         gigabytes=(weights + images_per_gpu * kept) / 1e9,
@@ -80,10 +84,10 @@ def estimate(preset: str, epochs: int, images_per_gpu: int, tflops: float = TFLO
 
 
 @cache
-def _costs(preset: str) -> tuple[int, int, int]:
+def _costs(preset: str, overrides: tuple[str, ...] = ()) -> tuple[int, int, int]:
     """Operations of the mean image, forward and backward; bytes of weights and optimizer; bytes saved per image."""
     with torch.device("meta"):  # in training mode: dropout, frozen first stages of the backbone
-        model = build(configure(preset).without_pretrained()).train()
+        model = build(configure(preset, **parse_overrides(overrides)).without_pretrained()).train()
     weights = sum(
         (16 if p.requires_grad else 4) * p.numel() for p in model.parameters()
     )  # weight, gradient, two moments of AdamW

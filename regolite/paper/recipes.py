@@ -38,11 +38,45 @@ _RESIZES = (
 )
 _STAR = (
     "No code of DETR* was released. The settings are those of DETR's code, where only the backbone has a lower "
-    "learning rate, with the drop at 40 of the 50-epoch recipes that the paper cites for it."
+    "learning rate, with the drop at 40 of the 50-epoch recipes that the paper cites for it. The model is our reading: "
+    "DETR with 300 queries, a reference point for each and the focal loss, 41.6 M parameters, where the paper prints "
+    "44 M, the figure of Conditional DETR."
 )
 _DC5 = (
     "Expect more hours: this estimate gives 6.3 GPU hours per epoch for DETR-DC5, Deformable DETR's README 14.0. Dense "
     "attention over many tokens is slower than its multiply-adds suggest."
+)
+_DETR = (
+    "The long schedule of DETR's paper: 64 images per step (16 GPUs with 4 each), 500 epochs, drop at 400. It gives no "
+    "batch size of its own for DC5."
+)
+_ANCHOR = (
+    "The settings of Anchor DETR's released code: 8 GPUs with 1 image each. The paper does not combine it with REGO."
+)
+_SMCA = (
+    "SMCA's released code trains a single-scale model, with 8 GPUs and 2 images each; the multi-scale model of Table 1 "
+    "is built from the text of its paper and trained with the same settings. The paper does not combine it with REGO."
+)
+_RELEASED = (
+    "REGO as in the authors' code (`form=released`, book/docs/paper-and-released-code.md). AP: 46.3, and 47.9 with two "
+    "stages, are the figures of their README after retraining, the only ones that are known to be reproduced; the paper "
+    "has 45.9 and 47.6. Their code runs 1 image per GPU unless told otherwise and does not say on how many GPUs."
+)
+_FAITHFUL = (
+    "As the authors' codes, the backbone and the normalization of the maps read padding (`mask_padding=False`); the "
+    "recipe without a suffix hides it, so that the boxes of an image do not depend on its batch."
+)
+_BATCH_32 = (
+    "32 images per step at a learning rate of 2e-4, as Deformable DETR's authors ran it. Reproductions of its 44.5 "
+    "reported to them, at 2e-4 (fundamentalvision/Deformable-DETR#8 and #14): 43.5 with 8 x 2 images, 44.1 with 16 x 2, "
+    "44.3 with 32 x 1, 43.5 with 16 x 4."
+)
+_TABLE_2 = (
+    "Table 2 and section 5.3: number of stages, and alpha 1, 1, 1. The paper does not say how long: 50 epochs here."
+)
+_TABLE_3 = (
+    "Table 3: glimpses 1.5 and 2 times as large. The text gives 6, 3, 2 as twice 3, 2, 1; taken here as 6, 4, 2. The "
+    "paper does not say how long: 50 epochs here."
 )
 _CONDITIONAL = "The settings of Conditional DETR's released code. The paper does not combine it with REGO."
 _X101_36 = (
@@ -56,14 +90,16 @@ class Recipe:
     """One training of the paper. Its fields from ``model`` on are fields of :class:`RunConfig`.
 
     Attributes:
-        name: preset and epochs, and the drop if there are several.
-        published_ap: AP on val2017 in the paper, in percent; None if not given.
+        name: preset and epochs, and what differs if there are several.
+        published_ap: AP on val2017 in the paper, in percent; None if not given. For ``_released``, that of the authors'
+            README.
         remarks: what the paper leaves open, and where other sources differ.
         model: name of the preset.
         epochs: number of epochs in the paper.
         drop_epochs: epochs at which the learning rate is divided by ten.
         batch_size: images per step, which the paper does not give. The released code uses 1 per GPU and half the
             learning rate of Deformable DETR, which uses 32: hence 16, as Conditional DETR (2 on each of 8 GPUs).
+        overrides: changes of the preset.
         lr: learning rate, default of the released code.
         backbone_lr_mult: learning rate multiplier of the backbone.
         sampling_lr_mult: learning rate multiplier of sampling offsets and reference points; 1 if the original code has
@@ -84,6 +120,7 @@ class Recipe:
     epochs: int
     drop_epochs: tuple[int, ...]
     batch_size: int = 16
+    overrides: tuple[str, ...] = ()
     lr: float = 1e-4
     backbone_lr_mult: float = 0.1
     sampling_lr_mult: float = 0.1
@@ -99,7 +136,7 @@ class Recipe:
         """The fields of :class:`RunConfig` that it sets, including no limit of images or time."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ABOUT}
         unlimited = {"limit_images": None, "max_minutes": None, "max_cpu_minutes": None}
-        off = {"overrides": (), "checkpoint": None, "copy_paste": 0.0, "repeat_rare": 0.0, "patience": 0}
+        off = {"checkpoint": None, "copy_paste": 0.0, "repeat_rare": 0.0, "patience": 0}
         return own | off | unlimited
 
     def config(self, data: str, output: str, **own: Any) -> RunConfig:
@@ -134,31 +171,58 @@ class Recipe:
             processes: number of GPUs that share a batch.
             tflops: sustained throughput of one GPU.
         """
-        return estimate(self.model, self.epochs, -(-self.batch_size // processes), tflops)
+        return estimate(self.model, self.epochs, -(-self.batch_size // processes), tflops, self.overrides)
 
 
 _ABOUT = ("name", "published_ap", "remarks")
 
 
 def _recipes() -> dict[str, Recipe]:
-    found = {}
+    found: dict[str, Recipe] = {}
 
-    def pair(base: str, epochs: int, drop: int, *remarks: str, suffix: str = "", **changes: Any) -> None:
+    def add(model: str, epochs: int, drop: int, *remarks: str, suffix: str = "", **changes: Any) -> None:
+        """One training; its AP is the paper's unless it has a suffix, or one is given."""
+        published = () if suffix else PUBLISHED.get(model, ())
+        ap = next((row.figures["AP"] for row in published if row.epochs == epochs), None)
+        fields = {"published_ap": ap, "drop_epochs": (drop,), **changes}
+        name = f"{model}_{epochs}ep{suffix}"
+        found[name] = Recipe(name=name, remarks=remarks, model=model, epochs=epochs, **fields)
+
+    def pair(base: str, epochs: int, drop: int, *remarks: str, **changes: Any) -> None:
         """A base detector and REGO on it, with the same settings."""
         for model in (base, f"rego_{base}"):
-            name = f"{model}_{epochs}ep{suffix}"
-            published = () if suffix else PUBLISHED.get(model, ())  # Figure 3 has no numbers
-            ap = next((row.figures["AP"] for row in published if row.epochs == epochs), None)
-            found[name] = Recipe(name, ap, remarks, model, epochs, (drop,), **changes)
+            add(model, epochs, drop, *remarks, **changes)
 
+    for name in ("detr_r50", "detr_dc5_r50"):
+        dc5 = (_DC5,) * (name == "detr_dc5_r50")
+        add(name, 500, 400, _DETR, *dc5, batch_size=64, sampling_lr_mult=1.0)
     pair("detr_star_r50", 50, 40, _STAR, sampling_lr_mult=1.0)
     pair("detr_star_dc5_r50", 50, 40, _STAR, _DC5, sampling_lr_mult=1.0)
     pair("conditional_detr_r50", 50, 40, _CONDITIONAL, sampling_lr_mult=1.0)
+    add("anchor_detr_dc5_r50", 50, 40, _ANCHOR, batch_size=8, sampling_lr_mult=1.0)
+    for name in ("smca_r50", "smca_r101"):
+        add(name, 50, 40, _SMCA, sampling_lr_mult=1.0)
     pair("deformable_detr_r50", 36, 30, _DROP_36, _RESIZES)
     for drop in (15, 20):
         pair("deformable_detr_r50", 36, drop, _FIGURE_3, _RESIZES, suffix=f"_drop{drop}")
-    pair("deformable_detr_r50", 50, 40, _RETRAINED, _RESIZES)
-    pair("deformable_detr_two_stage_r50", 50, 40, _RETRAINED, _RESIZES)
+    plain, two_stage = "deformable_detr_r50", "deformable_detr_two_stage_r50"
+    for name in (plain, two_stage):
+        pair(name, 50, 40, _RETRAINED, _RESIZES)
+        pair(name, 50, 40, _BATCH_32, _RESIZES, suffix="_batch32", batch_size=32, lr=2e-4)
+        pair(name, 50, 40, _FAITHFUL, _RESIZES, suffix="_faithful", overrides=("mask_padding=false",))
+    for name, ap in ((plain, 46.3), (two_stage, 47.9)):
+        released: dict[str, Any] = {"suffix": "_released", "published_ap": ap, "overrides": ("form=released",)}
+        add(f"rego_{name}", 50, 40, _RELEASED, _RESIZES, **released)
+    for suffix, ap, override, remark in (
+        ("_1_stage", 45.1, "stages=1", _TABLE_2),
+        ("_2_stages", 45.6, "stages=2", _TABLE_2),
+        ("_4_stages", 45.9, "stages=4", _TABLE_2),
+        ("_alpha_1", 45.3, "alphas=1.0,1.0,1.0", _TABLE_2),
+        ("_glimpses_1.5", 45.8, "alphas=4.5,3.0,1.5", _TABLE_3),
+        ("_glimpses_2", 45.7, "alphas=6.0,4.0,2.0", _TABLE_3),
+    ):
+        changed: dict[str, Any] = {"suffix": suffix, "published_ap": ap, "overrides": (override,)}
+        add(f"rego_{plain}", 50, 40, remark, _RESIZES, **changed)
     pair("deformable_detr_two_stage_r101", 50, 40, _RESIZES)
     pair("deformable_detr_two_stage_x101", 36, 30, _X101_36, _DROP_36, _RESIZES)
     pair("deformable_detr_two_stage_x101", 50, 40, _RESIZES)
@@ -166,7 +230,7 @@ def _recipes() -> dict[str, Recipe]:
 
 
 RECIPES = _recipes()
-"""All recipes by name, in the order of Table 1."""
+"""All recipes by name, in the order of Table 1; Tables 2 and 3 and other settings follow the row that they vary."""
 
 
 def recipe(name: str) -> Recipe:
@@ -249,9 +313,9 @@ def assumptions(processes: int = 8, tflops: float = TFLOPS) -> list[str]:
         "800 x 1344 pixels, in float32, with fused attention. Workspaces and fragmentation add to this. "
         "--accumulate, --activation-checkpointing and --precision bf16 reduce it.",
         "All: AdamW, learning rate 1e-4, 1e-5 for the backbone, and for sampling offsets and reference points of "
-        "Deformable DETR; weight decay 1e-4, gradients clipped at 0.1: defaults of the released codes. 16 images per "
-        "step are inferred: the paper gives no number, and the released code has 1 per GPU and half the learning rate "
-        "of Deformable DETR, which uses 32.",
+        "Deformable DETR (twice as much for _batch32); weight decay 1e-4, gradients clipped at 0.1: defaults of the "
+        "released codes. Unless a remark gives a number, 16 images per step are inferred: the paper gives none, and the "
+        "released code has 1 per GPU and half the learning rate of Deformable DETR, which uses 32.",
     ]
 
 

@@ -1,8 +1,11 @@
-"""Device selection."""
+"""Device selection, and small tensors on a device."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from regolite.errors import UserError
 
@@ -24,3 +27,12 @@ def choose_device(name: str | torch.device) -> torch.device:
     if not available.get(device.type, True) or is_out_of_range:
         raise UserError(f"device {name}: PyTorch sees no such device; give auto")
     return device
+
+
+def constant(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A small tensor of given numbers on a device.
+
+    ``torch.tensor(values, device="cuda")`` returns only when the GPU has done all that it was asked before, so that it
+    runs out of work. This copy does not wait.
+    """
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=device.type == "cuda")
