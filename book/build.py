@@ -202,7 +202,7 @@ def launch_links(name: Path) -> str:
 
 
 def linked_pages(text: str) -> str:
-    """Markdown whose links to modules, to the README and to headings (as JupyterLab names them) are links in the book."""
+    """Markdown whose links to modules, the README and headings (as JupyterLab names them) are links in the book."""
     text = re.sub(r"(\]\((?:[\w./]+\.ipynb)?)(#[\w-]+)\)", lambda link: f"{link[1]}{link[2].lower()})", text)
     text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/([\w/]+)\.py\)", r"](\1package/\2.md)", text)
     text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/(\w+)\)", r"](\1package/\2/__init__.md)", text)
