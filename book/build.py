@@ -123,7 +123,7 @@ def gather_slides(folder: Path) -> None:
         return SLIDE_FIGURE.format(file=file.name, alt=alt or described, chapter=notebook.stem, number=label)
 
     def linked(match: re.Match) -> str:
-        page = (ROOT / "book" / match[2]).resolve().relative_to(ROOT).with_suffix(".html").as_posix()
+        page = Path(os.path.normpath(f"book/{match[2]}")).with_suffix(".html").as_posix()
         return f'<a href="../{"index.html" if page == "book/index.html" else page}">{match[1]}</a>'
 
     text = (ROOT / "book" / "slides.md").read_text("utf-8")
@@ -202,7 +202,7 @@ def launch_links(name: Path) -> str:
 
 
 def linked_pages(text: str) -> str:
-    """Markdown whose links to modules, the README and headings (as JupyterLab names them) are links in the book."""
+    """Markdown whose links to modules, to the README and to headings (named as in JupyterLab) are those of the book."""
     text = re.sub(r"(\]\((?:[\w./]+\.ipynb)?)(#[\w-]+)\)", lambda link: f"{link[1]}{link[2].lower()})", text)
     text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/([\w/]+)\.py\)", r"](\1package/\2.md)", text)
     text = re.sub(r"\]\((\.\./(?:\.\./)?)regolite/(\w+)\)", r"](\1package/\2/__init__.md)", text)

@@ -27,6 +27,7 @@ revealjs_script_conf = {
     "margin": 0,
     "center": False,
     "display": "flex",  # slides.css lets a figure take the height that the text leaves
+    "pdfMaxPagesPerSlide": 1,
     "hash": True,  # the address names the slide: #/3
     "slideNumber": "c/t",
     "transition": "none",
