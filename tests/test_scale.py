@@ -89,7 +89,7 @@ def same(folder, other, steps=20):
 
 
 def little_rego():
-    sizes = {"dim": 32, "heads": 4, "ffn_dim": 32, "queries": 8, "weights": None}
+    sizes = {"dim": 32, "heads": 4, "detector.ffn_dim": 32, "queries": 8, "weights": None}
     return build("rego_deformable_detr_scenes", len(open_data("scenes:1").classes), **sizes)
 
 

@@ -240,7 +240,8 @@ def recipe(name: str) -> Recipe:
         UserError: for an unknown name; the message suggests the closest one.
     """
     if name not in RECIPES:
-        raise UserError(f"unknown recipe {name!r}; {did_you_mean(name, RECIPES)}")
+        hint = f"{did_you_mean(name, RECIPES)} `python -m regolite recipes` lists them"
+        raise UserError(f"unknown recipe {name!r}; {hint}")
     return RECIPES[name]
 
 
