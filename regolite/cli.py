@@ -140,6 +140,11 @@ def train(arguments: argparse.Namespace) -> int:
             print(f"AP on {figures['images']} images of {split}, in percent\n\n{table_by_stage(figures)}\n")
         names = ("model.safetensors", "best.safetensors", "metrics.jsonl", "train.log", "figures")
         print(f"The run is in {folder}: {', '.join(name for name in names if (folder / name).exists())}")
+        if (folder / "best.safetensors").exists():
+            print(
+                "These figures are those of the last weights, model.safetensors; compare them with published ones. "
+                "best.safetensors was chosen by its AP on val."
+            )
     return 0
 
 
@@ -430,9 +435,14 @@ def complexity(arguments: argparse.Namespace) -> int:
 
 def recipes(arguments: argparse.Namespace) -> int:
     """List the paper's trainings: AP, estimates of GPU hours and memory, and the commands."""
-    from regolite.paper.recipes import RECIPES, as_text, assumptions, recipe, rows
+    from regolite.paper.recipes import RECIPES, as_text, assumptions, memory, memory_as_text, recipe, rows
 
     chosen = [recipe(arguments.name)] if arguments.name is not None else list(RECIPES.values())
+    if arguments.memory:
+        models = chosen if arguments.name is not None else [one for one in chosen if not one.overrides]
+        sizes = memory(models, progress=sys.stderr.isatty())
+        print(json.dumps(sizes, indent=2) if arguments.json else memory_as_text(sizes))
+        return 0
     if arguments.json and arguments.name is not None:
         print(json.dumps(chosen[0].settings(), indent=2))
         return 0
@@ -743,6 +753,8 @@ def _recipes_options(parser: Parser) -> None:
     parser.add_argument("--tflops", type=number, default=TFLOPS, metavar="X", help=about)
     about = "print JSON: the whole table, or with NAME the parameters of notebook 20, for papermill's -f FILE"
     parser.add_argument("--json", action="store_true", help=about)
+    about = "print the estimated memory of a training step with 1, 2 and 4 images a GPU instead, by model of Table 1"
+    parser.add_argument("--memory", action="store_true", help=about)
 
 
 def _compare_options(parser: Parser) -> None:

@@ -13,7 +13,7 @@ from regolite import interop
 from regolite.data import Scenes, batch_images, collate
 from regolite.errors import UserError
 from regolite.losses import LossConfig, SetLoss
-from regolite.models.anchor_detr import Grid, RowColumnAttention
+from regolite.models.anchor_detr import AnchorDetr, AnchorDetrConfig, Grid, RowColumnAttention
 from regolite.models.presets import build, configure
 from regolite.models.rego import Rego
 
@@ -379,3 +379,14 @@ def test_presets_are_the_published_models():
     for tag, dilated in (("r50", False), ("dc5_r50", True)):
         d = configure(f"rego_anchor_detr_{tag}").detector
         assert (d.queries, d.patterns, d.anchors, d.dilated, d.ffn_dim) == (900, 3, "learned", dilated, 1024)
+
+
+def test_initial_weights_are_the_authors():
+    """One matrix [5C, C] for the projections of decoupled attention; PyTorch's own for outputs and feed-forward."""
+    layer = AnchorDetr(AnchorDetrConfig(weights=None, backbone="tiny", decoder_layers=1), CLASSES).decoder_layers[0]
+    cross = layer.cross_attention
+    for weight in (cross.query_x, cross.query_y, cross.key_x, cross.key_y, cross.value):
+        assert 0.999 / 16 < weight.weight.abs().max() <= 1 / 16  # sqrt(6 / 6C)
+    for linear in (cross.out, layer.self_attention.out, layer.ffn[0]):
+        assert 0.999 / 16 < linear.weight.abs().max() <= 1 / 16  # nn.Linear's 1 / sqrt(C)
+    assert not layer.self_attention.out.bias.any() and not cross.out.bias.any()

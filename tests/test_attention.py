@@ -180,3 +180,16 @@ def test_box_positions_encode_the_four_numbers_one_after_another():
         torch.testing.assert_close(
             code[..., 8 * number : 8 * (number + 1)], sine_embedding(boxes[..., number] * 2 * math.pi, 8)
         )
+
+
+def test_initial_weights_are_those_of_pytorchs_module():
+    """Queries, keys and values share one matrix [3C, C] there, whose bound is smaller than that of three."""
+    ours, theirs = MultiHeadAttention(256, 8), torch.nn.MultiheadAttention(256, 8)
+    bound = (6 / (4 * 256)) ** 0.5
+    assert round(bound, 4) == 0.0765
+    packed = torch.cat([ours.query.weight, ours.key.weight, ours.value.weight])
+    for weight in (packed, *packed.chunk(3), theirs.in_proj_weight):
+        assert 0.999 * bound < weight.abs().max() <= bound
+        torch.testing.assert_close(weight.std(), torch.tensor(bound / 3**0.5), rtol=0.01, atol=0)
+    assert 0.999 * (6 / 512) ** 0.5 < ours.out.weight.abs().max() <= (6 / 512) ** 0.5, "DETR re-initializes the output"
+    assert not any(layer.bias.any() for layer in (ours.query, ours.key, ours.value, ours.out))

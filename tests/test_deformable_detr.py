@@ -425,3 +425,9 @@ def test_two_stage_needs_refinement():
 def test_there_are_at_least_as_many_levels_as_stages():
     with pytest.raises(ValueError, match=r"2 levels .* 3 stages"):
         fresh(levels=2)
+
+
+def test_initial_weights_of_the_proposals_are_xaviers():
+    proposals = Proposals(256, CLASSES, 9, mask_padding=True)
+    for layer, bound in ((proposals.project, (6 / 512) ** 0.5), (proposals.to_query, (6 / 1024) ** 0.5)):
+        assert 0.999 * bound < layer.weight.abs().max() <= bound

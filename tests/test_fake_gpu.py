@@ -1,8 +1,8 @@
 """Training on a GPU that is not here: a step on tensors that say they are on ``cuda`` and hold nothing.
 
-``FakeTensorMode`` computes shapes, types and devices alone. It refuses operators whose tensors are on different devices,
-and all that needs a value on the CPU (``item``, ``nonzero``, a mask as an index), for which a GPU would be waited for.
-Copies are counted. PyTorch's autograd engine refuses fake tensors of a device that does not exist, so that the backward
+``FakeTensorMode`` computes shapes, types and devices alone. It refuses operators whose tensors are on different devices
+and all that needs a value on the CPU (``item``, ``nonzero``, a mask as an index) and would wait for a GPU. Copies are
+counted. PyTorch's autograd engine refuses fake tensors of a device that does not exist, so that the backward
 pass walks the graph itself.
 """
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
+from regolite.boxes import paired_giou
 from regolite.losses import LossConfig, SetLoss
 from regolite.types import DetectorOutput, FeatureMap, Prediction, Target
 
@@ -237,3 +238,11 @@ def test_predictions_that_are_not_finite_are_named():
     output.stages[1][0].boxes.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite: stage2.1/boxes"):
         SetLoss(LossConfig(), "sigmoid")(output, targets)
+
+
+def test_giou_of_pairs_is_the_diagonal_of_torchvisions_matrix():
+    corners = torch.rand(2, 50, 2, 2).sort(2).values.flatten(2)  # [2, 50, 4], xyxy
+    torch.testing.assert_close(paired_giou(*corners), generalized_box_iou(*corners).diag())
+    flat = torch.tensor([[0.5, 0.5, 0.5, 0.5]], requires_grad=True)  # two boxes without area
+    paired_giou(flat, flat.detach()).sum().backward()
+    assert flat.grad.isfinite().all()

@@ -26,7 +26,18 @@ from regolite.evaluation.complexity import TABLE_1
 from regolite.losses import LossConfig
 from regolite.models.config import ModelConfig
 from regolite.models.presets import configure, presets
-from regolite.paper.estimates import IMAGES, LARGEST_IMAGE, MEAN_IMAGE, TFLOPS, V100_HOURS, estimate, kept_bytes
+from regolite.paper.estimates import (
+    IMAGES,
+    LARGEST_IMAGE,
+    MEAN_IMAGE,
+    TFLOPS,
+    V100_HOURS,
+    estimate,
+    kept_bytes,
+    step_bytes,
+)
+from regolite.paper.estimates import _FusedAttention as FusedAttention
+from regolite.paper.estimates import _Peak as Peak
 from regolite.paper.recipes import RECIPES, as_text, assumptions, recipe, rows
 from regolite.training import RunConfig
 from regolite.training.schedule import lr_factor, parameter_groups
@@ -36,7 +47,7 @@ from regolite.types import ImageBatch
 ROOT = Path(__file__).resolve().parent.parent
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
-# Table 1 of the paper and, for X101 in 36 epochs, section 5.2, without and with REGO; None where the paper prints nothing.
+# Table 1 of the paper and, for X101 in 36 epochs, section 5.2, without and with REGO; None where it prints nothing.
 PRINTED = {
     "detr_star_r50_50ep": (39.3, 42.3),
     "detr_star_dc5_r50_50ep": (41.3, 44.0),
@@ -395,6 +406,47 @@ class TestEstimates:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(image)
         assert counted == pytest.approx(sum(storage.nbytes() for storage in held.values()), rel=0.05)
+
+    @pytest.mark.parametrize("name", ["rego_deformable_detr_tiny", "rego_smca_tiny", "rego_deformable_detr_everyday"])
+    def test_a_step_needs_a_little_more_than_what_it_keeps(self, name: str):
+        """At the peak it also holds the loss, and what the first gradients are made with."""
+        model = outline(name).train()
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        one, two, three = (step_bytes(model, images, 256, 320) for images in (1, 2, 3))
+        assert three - two == pytest.approx(two - one, rel=0.02), "grows by the image"
+        assert one > 16 * trained + kept_bytes(model, 256, 320)
+        assert two - one < 1.5 * kept_bytes(model, 256, 320)
+        assert all(p.grad is None for p in model.parameters())
+
+    @pytest.mark.parametrize("name", ["detr_tiny", "rego_deformable_detr_tiny"])
+    def test_the_peak_of_a_step_is_what_tensors_with_numbers_need(self, name: str):
+        """The same counter on a CPU, where a step computes: the backward pass makes and releases the same tensors."""
+        height, width = 128, 160
+        peaks = []
+        for device in ("meta", "cpu"):
+            with torch.device(device):
+                model = regolite.build(name, weights=None).train()
+                pixels = torch.zeros(1, 3, height, width)
+                image = ImageBatch(pixels, pixels[:, 0].bool(), torch.full((1, 2), 100))
+            weights = list(model.parameters())
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight)
+            with Peak([*weights, *(w.grad for w in weights), *model.buffers()]) as peak, FusedAttention():
+                output = model(image)
+                sum(p.logits.sum() + p.boxes.sum() for p in (*output.layers, *output.by_stage)).backward()
+            peaks.append(peak.most)
+        assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
+
+    def test_memory_is_a_table(self, capsys: pytest.CaptureFixture[str]):
+        assert main(["recipes", "detr_r50_500ep", "--memory"]) == 0
+        title, row, *note = capsys.readouterr().out.splitlines()
+        assert title.endswith("images a GPU")
+        name, one, two, four = row.split()
+        assert name == "detr_r50" and float(four) - float(two) == pytest.approx(2 * (float(two) - float(one)), abs=0.2)
+        assert "Estimated, not measured" in " ".join(note)
+        assert main(["recipes", "detr_r50_500ep", "--memory", "--json"]) == 0
+        [found] = json.loads(capsys.readouterr().out)
+        assert found["estimated_gigabytes_a_gpu"] == {"1": float(one), "2": float(two), "4": float(four)}
 
     def test_fused_attention_keeps_no_map(self):
         """Four times the tokens: four times the memory, and not sixteen times."""

@@ -11,7 +11,7 @@ from regolite import RunConfig, train
 from regolite.models.presets import configure
 from regolite.paper.recipes import RECIPES, recipe
 
-TINY = ("backbone=tiny", "weights=none", "frozen_stages=0", "dim=32", "heads=4", "queries=9")
+TINY = ("backbone=tiny", "weights=none", "frozen_stages=0", "dim=64", "heads=4", "queries=9")
 LAYERS = ("detector.encoder_layers=1", "detector.decoder_layers=1", "detector.ffn_dim=32")
 SMALL = {
     "data": "scenes:4:val=1:size=64", "image_size": 64, "batch_size": 2, "epochs": 1, "drop_epochs": (1,),
@@ -54,7 +54,7 @@ def test_two_steps(name: str, tmp_path: Path):
 
 @pytest.mark.slow
 def test_two_steps_of_two_processes(tmp_path: Path):
-    """Without the losses of the stages' first layers; every parameter gets a gradient all the same, which DDP checks."""
+    """The released form: DDP checks that every parameter gets a gradient, also without losses of the first layers."""
     name = "rego_deformable_detr_two_stage_r50_50ep_released"
     folder = train(laptop(name, tmp_path / "run", processes=2))
     check(folder, name)

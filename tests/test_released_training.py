@@ -1,6 +1,6 @@
 """The released form of REGO trains as the authors' code does: its loss and gradients, by a second implementation.
 
-The criterion below is written from the facts about that code: which losses it weights, by how much, and whose pairs each
+The criterion below is written from facts about that code: which losses it weights, by how much, and whose pairs each
 prediction is trained on. It goes prediction by prediction and image by image, and shares no code with the package.
 """
 

@@ -206,6 +206,7 @@ class TestTables:
     def test_rows(self, runs: list[Run]):
         one, two = rows(runs)
         assert one["best"] == {"value": 40, "step": 12, "epochs": 3, "hours": 3, "images": 96}
+        assert one["last"]["value"] <= 40 and one["last"]["step"] > 12, "the best weights need not be the last"
         assert two["best"]["value"] == 45 and two["by_stage"] == [35, 45] and one["by_stage"] == [40]
         # REGO is at 41 after 2 epochs, which took 3 hours; the base detector was at its 40 after 3 epochs and 3 hours.
         assert two["reaches"]["epochs_ratio"] == pytest.approx(2 / 3)
@@ -216,7 +217,8 @@ class TestTables:
     def test_text(self, runs: list[Run]):
         lines = as_text(rows(runs)).splitlines()
         model = ["rego", "rego_deformable_detr_scenes", f"{rows(runs)[1]['parameters'] / 1e6:.2f}"]
-        assert lines[2].split() == [*model, "3", "8", "2e-04", "4.5", "35.0", "45.0"]
+        assert lines[2].split() == [*model, "3", "8", "2e-04", "4.5", "45.0", "35.0", "45.0"]
+        assert lines[3].startswith("last: AP of the last weights, as papers publish it; best: chosen by AP")
         assert lines[-1].split() == ["rego", "2", "67%", "3.0", "100%", "64", "67%"]
         assert "not reached, best 40.0" in as_text(rows(runs[::-1]))
         assert max(map(len, lines)) <= 120

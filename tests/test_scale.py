@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import CLASSES, DETECTORS, batch, unchecked
+from torch.utils._pytree import tree_leaves
 
 from regolite import Rego, RunConfig, UserError, build, evaluate, train
 from regolite.data import DetectionDataset, open_data
@@ -251,8 +252,8 @@ def test_the_scaler_of_float16_goes_on_where_it_was(config, monkeypatch):
     """A CPU has no use for it, but can multiply and divide all the same."""
     make = loop.make_accelerator
 
-    def with_scaler(plan):
-        accelerator = make(plan)
+    def with_scaler(plan, *more):
+        accelerator = make(plan, *more)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
         return accelerator
 
@@ -312,6 +313,22 @@ def test_recomputed_gradients_are_the_same(name):
     keep_all_activations(model)
     again, same_memory = gradients(model, images)
     assert torch.equal(again[0], wanted[0]) and same_memory > less
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_recomputing_is_told_the_device(name, monkeypatch):
+    """PyTorch restores the random state of the devices of tensors among the arguments, and sees none in a dataclass."""
+    seen = []
+
+    def run(function, *args, use_reentrant, **kwargs):
+        seen.append(any(isinstance(value, torch.Tensor) for value in tree_leaves(args)))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr("regolite.training.activation_checkpointing.checkpoint", run)
+    model = Rego(DETECTORS[name](), stages=1, ffn_dim=32, encoder_layers=1)
+    checkpoint_activations(model)
+    model(batch((64, 96)))
+    assert len(seen) >= 7 and all(seen)
 
 
 def test_recomputing_changes_no_bit_of_a_run(config):
@@ -449,6 +466,36 @@ def test_two_tasks_of_slurm_in_parts_train_as_one(config, tmp_path):
         process.wait(timeout=300)  # by its result and not by its code: gloo may abort when Python ends
     same(folder, whole, steps=4)
     assert lines(folder, "evaluation") == lines(whole, "evaluation")
+
+
+SPARE = """
+import json, sys
+import torch, regolite
+from regolite.data import open_data
+
+plan = regolite.RunConfig.of(json.load(open(sys.argv[1])))
+sizes = {"dim": 32, "heads": 4, "ffn_dim": 32, "queries": 8, "weights": None, "encoder_layers": 1, "decoder_layers": 1}
+model = regolite.build("deformable_detr_scenes", len(open_data("scenes:1").classes), **sizes)
+model.spare = torch.nn.Parameter(torch.zeros(1))  # as RT-DETR has, whose own training alone needs it
+model.has_unused_parameters = True
+try:
+    regolite.train(plan, model=model)
+finally:
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_model_with_parameters_without_gradients(config, tmp_path):
+    plan = config(overrides=(), epochs=1)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
+    (tmp_path / "spare.py").write_text(SPARE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "spare.py"), str(tmp_path / "plan.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert len(lines(tmp_path / "run", "train")) == 4, done.stderr
+    assert float(load_file(tmp_path / "run" / "model.safetensors")["spare"]) == 0.0
 
 
 @pytest.mark.slow

@@ -269,7 +269,9 @@ class Comparison(Checked):
 def rows(runs: Sequence[Run], metric: str = "AP", stage: int | None = None, split: str = "val") -> list[dict[str, Any]]:
     """The runs as JSON content, one dictionary per run.
 
-    ``best`` is the highest value of the chosen stage, and ``by_stage`` the values of all stages at that evaluation.
+    ``best`` is the highest value of the chosen stage, chosen on the very images on which it is measured, and
+    ``by_stage`` the values of all stages at that evaluation. ``last`` is the value of the last weights, which is what
+    papers publish.
     ``reaches`` is the first evaluation at which a run reaches the first run's best value, with the ratios of training
     cost: an ``epochs_ratio`` of 0.72 means 28% fewer epochs, the "acceleration" of the paper's section 5.2. It is None
     if the value is not reached.
@@ -297,6 +299,7 @@ def rows(runs: Sequence[Run], metric: str = "AP", stage: int | None = None, spli
                 "lr": run.config["lr"],
                 "hours": run.hours,
                 "best": _json(best),
+                "last": _json(run.points(metric, stage, split)[-1]),
                 "by_stage": [_number(points[at].value) for points in by_stage],
                 "reaches": None if there is None else _json(there) | _ratios(there, goal),
                 "notes": list(run.notes),
@@ -311,16 +314,18 @@ def as_text(table: Sequence[Mapping[str, Any]], metric: str = "AP") -> str:
     wide = max(len(row["label"]) for row in table)
     model = max(len(row["preset"]) for row in table)
     head = f"{'run':{wide}}  {'model':{model}}  {'M param.':>8} {'epochs':>7} {'batch':>6} {'lr':>8} {unit:>8}"
-    lines = [f"{head}  best {metric}, by stage"]
+    lines = [f"{head}   last  best {metric}, by stage"]
     for row in table:
         parameters = "-" if row["parameters"] is None else f"{row['parameters'] / 1e6:.2f}"
         stages = " ".join("-" if value is None else f"{value:.1f}" for value in row["by_stage"])
         lines.append(
             f"{row['label']:{wide}}  {row['preset']:{model}}  {parameters:>8} {row['epochs']:>7.4g} "
-            f"{row['batch_size']:>6} {row['lr']:>8.0e} {row['hours'] * per_hour:>8.1f}  {stages}"
+            f"{row['batch_size']:>6} {row['lr']:>8.0e} {row['hours'] * per_hour:>8.1f}  "
+            f"{_text(row['last']['value']):>5}  {stages}"
         )
     goal = table[0]["best"]
     lines += [
+        f"last: {metric} of the last weights, as papers publish it; best: chosen by {metric} on the evaluated images",
         "",
         f"to reach {metric} {_text(goal['value'])}, the best of {table[0]['label']} (share: of what that took)",
     ]

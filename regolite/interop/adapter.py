@@ -107,6 +107,8 @@ class TransformersDetector(Detector):
         self.dim, self.heads, self.scoring = config.hidden_size, config.decoder_attention_heads, family.scoring
         self.num_logits = config.num_labels + (family.scoring == "softmax")
         self.projected = family.pyramid is not None
+        # RT-DETR's own training adds noised queries; ours does not.
+        self.has_unused_parameters = any("denoising" in name for name, _ in model.named_parameters())
         self.feature_channels = [channels for _, channels in self._map_makers()]
         classes = tuple(str(config.id2label.get(label, label)) for label in range(config.num_labels))
         self.model_config = ModelConfig(

@@ -48,6 +48,8 @@ class Detector(nn.Module):
         feature_channels: channels of each map in :attr:`DetectorOutput.features`, finest map first.
         projected: whether these maps are projections to C channels, or the backbone's own, which REGO projects.
         denoises: whether training passes ``targets`` to ``forward``.
+        has_unused_parameters: whether some trainable parameters get no gradient in training. Several processes then
+            search for them after every forward pass; otherwise they would wait for these gradients.
         model_config: the complete configuration, which :func:`regolite.build` sets; None if assembled by hand. Image
             preparation, training and checkpoints need it (:func:`regolite.models.config.config_of`).
     """
@@ -59,6 +61,7 @@ class Detector(nn.Module):
     feature_channels: list[int]
     projected: bool
     denoises: bool = False
+    has_unused_parameters: bool = False
     model_config: ModelConfig | None = None
 
     @property
@@ -116,7 +119,7 @@ class _View(Detector):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        for name in (*ATTRIBUTES, "denoises", "model_config"):
+        for name in (*ATTRIBUTES, "denoises", "has_unused_parameters", "model_config"):
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
         self.model = model

@@ -124,6 +124,7 @@ class Rego(Detector):
         self.dim, self.heads, self.scoring, self.num_logits = base.dim, base.heads, base.scoring, base.num_logits
         self.feature_channels, self.projected = base.feature_channels, base.projected
         self.denoises = base.denoises and not config.frozen
+        self.has_unused_parameters = base.has_unused_parameters and not config.frozen
         if base.model_config is not None:  # a detector of regolite.build: together they can be saved and loaded
             self.model_config = replace(base.model_config, rego=config)
         # Single-scale detectors hand over the raw maps of their backbone: a 1x1 convolution each (appendix A.1).

@@ -8,10 +8,14 @@ Nothing is measured on a GPU. Both numbers are computed on the device ``meta``, 
   weights, one for that of the inputs.
 - **Memory** is that of weights, gradients and optimizer, and of all tensors saved for the backward pass (notebook 15,
   *It does not fit into my GPU*) of the largest image, which decides whether a run ends with "out of memory".
+- **Peak memory of a step** (:func:`step_gigabytes`) is found by a whole step, backward pass included, in which every
+  tensor is counted from its creation to its release.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,12 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from regolite.evaluation.complexity import count
+from regolite.losses import SetLoss
+from regolite.matching import Matches, PaddedTargets
+from regolite.models.config import config_of
+from regolite.models.detector import as_detector
 from regolite.models.presets import build, configure
 from regolite.training.batches import STRIDE
 from regolite.training.setup import parse_overrides
-from regolite.types import ImageBatch
+from regolite.types import ImageBatch, Prediction, Target
 
 IMAGES = 118_287
 """Number of images in COCO train2017."""
@@ -118,6 +128,97 @@ def kept_bytes(model: nn.Module, height: int, width: int) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
+def step_gigabytes(preset: str, images: tuple[int, ...] = (1, 2, 4), overrides: tuple[str, ...] = ()) -> list[float]:
+    """The peak memory of a training step on one GPU, in float32, in 10^9 bytes.
+
+    The step is computed for one and for two images of :data:`LARGEST_IMAGE`; memory grows by the same amount with every
+    further image. Not included: the workspaces of the kernels, fragmentation and the CUDA context.
+
+    Args:
+        preset: name of the model.
+        images: batch sizes of the GPU.
+        overrides: changes of the preset, as in :attr:`RunConfig.overrides`.
+    """
+    with torch.device("meta"):
+        model = build(configure(preset, **parse_overrides(overrides)).without_pretrained()).train()
+    one, two = (step_bytes(model, count, *LARGEST_IMAGE) for count in (1, 2))
+    return [(one + (count - 1) * (two - one)) / 1e9 for count in images]
+
+
+OBJECTS = 20
+"""Objects of an image in :func:`step_bytes`; COCO has 7 in the mean. Their number hardly matters."""
+
+
+def step_bytes(model: nn.Module, images: int, height: int, width: int) -> int:
+    """Bytes in use at the peak of a training step: weights, gradients, AdamW's moments, and all other tensors.
+
+    Args:
+        model: a detector on the device ``meta``.
+        images: number of images.
+        height: their height in pixels.
+        width: their width.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)  # as DDP keeps them from step to step
+    held = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+    held += sum(3 * p.numel() * p.element_size() for p in parameters)
+    with torch.device("meta"):
+        pixels = torch.zeros(images, 3, height, width)
+        batch = ImageBatch(pixels, torch.zeros_like(pixels[:, 0]).bool(), torch.zeros(images, 2, dtype=torch.long))
+        labels = torch.zeros(OBJECTS, dtype=torch.long)
+        targets = [Target(labels, torch.zeros(OBJECTS, 4), i, (height, width)) for i in range(images)]
+    own = (*parameters, *(p.grad for p in parameters), *model.parameters(), *model.buffers())
+    set_loss = _LossOfAnyPairs(config_of(model).loss, as_detector(model).scoring)
+    with _Peak([tensor for tensor in own if tensor is not None]) as peak, _FusedAttention():
+        output = model(batch, targets=targets) if as_detector(model).denoises else model(batch)
+        loss, _ = set_loss(output, targets, 1.0, 1.0)
+        del output
+        loss.backward()
+    for parameter in parameters:
+        parameter.grad = None
+    return held + pixels.nbytes + peak.most
+
+
+class _LossOfAnyPairs(SetLoss):
+    """The set loss with pairs that are not matched: ``meta`` has no costs to match by."""
+
+    def _match(self, named: dict[str, Prediction], targets: PaddedTargets, scoring: str) -> Matches:
+        return Matches(*torch.empty(4, len(named) * len(targets), dtype=torch.long, device="meta"))
+
+
+class _Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made in the block, from creation to release.
+
+    Args:
+        own: tensors that are there already and not counted.
+
+    Attributes:
+        now: bytes in use.
+        most: the largest number so far.
+    """
+
+    def __init__(self, own: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in own}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and count the tensors that it makes."""
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+        return result
+
+    def _release(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self.now -= size
+
+
 class _FusedAttention(TorchFunctionMode):
     """Replaces attention, which saves all attention maps on ``meta``, by the memory behavior of fused GPU kernels."""
 
@@ -138,5 +239,5 @@ class _Fused(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> None:
-        raise NotImplementedError("for shapes only: there is no backward pass")
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])

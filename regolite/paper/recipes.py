@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from regolite.errors import UserError, did_you_mean
-from regolite.paper.estimates import TFLOPS, V100_HOURS, Estimate, estimate
+from regolite.paper.estimates import LARGEST_IMAGE, TFLOPS, V100_HOURS, Estimate, estimate, step_gigabytes
 from regolite.paper.table1 import PUBLISHED
 from regolite.training.config import RunConfig
 from regolite.utils.progress import track
@@ -59,17 +59,17 @@ _SMCA = (
 )
 _RELEASED = (
     "REGO as in the authors' code (`form=released`, book/docs/paper-and-released-code.md). AP: 46.3, and 47.9 with two "
-    "stages, are the figures of their README after retraining, the only ones that are known to be reproduced; the paper "
-    "has 45.9 and 47.6. Their code runs 1 image per GPU unless told otherwise and does not say on how many GPUs."
+    "stages, are the figures of their README after retraining, and this is the only form that is known to have given "
+    "them; the paper has 45.9 and 47.6. The default of their code is 1 image per GPU; the number of GPUs is not given."
 )
 _FAITHFUL = (
     "As the authors' codes, the backbone and the normalization of the maps read padding (`mask_padding=False`); the "
     "recipe without a suffix hides it, so that the boxes of an image do not depend on its batch."
 )
 _BATCH_32 = (
-    "32 images per step at a learning rate of 2e-4, as Deformable DETR's authors ran it. Reproductions of its 44.5 "
-    "reported to them, at 2e-4 (fundamentalvision/Deformable-DETR#8 and #14): 43.5 with 8 x 2 images, 44.1 with 16 x 2, "
-    "44.3 with 32 x 1, 43.5 with 16 x 4."
+    "32 images per step at a learning rate of 2e-4, as Deformable DETR's authors ran it. Others report these attempts "
+    "to reproduce its 44.5 (fundamentalvision/Deformable-DETR#8 and #14, learning rate unchanged): 43.5 with 8 x 2 "
+    "images, 44.1 with 16 x 2, 44.3 with 32 x 1, 43.5 with 16 x 4."
 )
 _TABLE_2 = (
     "Table 2 and section 5.3: number of stages, and alpha 1, 1, 1. The paper does not say how long: 50 epochs here."
@@ -240,8 +240,9 @@ def recipe(name: str) -> Recipe:
         UserError: for an unknown name; the message suggests the closest one.
     """
     if name not in RECIPES:
-        hint = f"{did_you_mean(name, RECIPES)} `python -m regolite recipes` lists them"
-        raise UserError(f"unknown recipe {name!r}; {hint}")
+        raise UserError(
+            f"unknown recipe {name!r}; {did_you_mean(name, RECIPES)} `python -m regolite recipes` lists them"
+        )
     return RECIPES[name]
 
 
@@ -289,6 +290,46 @@ def rows(
     return found
 
 
+IMAGES_PER_GPU = (1, 2, 4)
+"""The batch sizes of one GPU in :func:`memory`."""
+
+
+def memory(chosen: Sequence[Recipe], progress: bool = False) -> list[dict[str, Any]]:
+    """The estimated peak memory of a training step of each model, in GB (10^9 bytes) by images per GPU.
+
+    Args:
+        chosen: recipes; those of one model make one row.
+        progress: show a progress bar.
+    """
+    models = list(dict.fromkeys((one.model, one.overrides) for one in chosen))
+    return [
+        {
+            "model": " ".join([model, *overrides]),
+            "estimated_gigabytes_a_gpu": {
+                images: round(size, 1)
+                for images, size in zip(IMAGES_PER_GPU, step_gigabytes(model, IMAGES_PER_GPU, overrides))
+            },
+        }
+        for model, overrides in track(models, "counting", progress)
+    ]
+
+
+def memory_as_text(found: Sequence[dict[str, Any]]) -> str:
+    """The result of :func:`memory` as a text table."""
+    wide = max(len(row["model"]) for row in found)
+    lines = [f"{'GB a GPU, estimated':{wide}}" + "".join(f"{count:>7}" for count in IMAGES_PER_GPU) + "  images a GPU"]
+    for row in found:
+        sizes = row["estimated_gigabytes_a_gpu"]
+        lines.append(f"{row['model']:{wide}}" + "".join(f"{sizes[count]:>7.1f}" for count in IMAGES_PER_GPU))
+    height, width = LARGEST_IMAGE
+    note = (
+        f"Estimated, not measured: the peak of a training step in float32, with images of {height} x {width} pixels, "
+        "the recipe's largest: weights, gradients, AdamW's moments, and every other tensor from its creation to its "
+        "release, with fused attention. Workspaces of kernels, fragmentation and the CUDA context add to this."
+    )
+    return "\n".join([*lines, "", textwrap.fill(note, 112, subsequent_indent="    ")])
+
+
 def _rounded(number: float) -> float:
     """A number with two significant digits."""
     return float(f"{number:.2g}")
@@ -315,8 +356,8 @@ def assumptions(processes: int = 8, tflops: float = TFLOPS) -> list[str]:
         "--accumulate, --activation-checkpointing and --precision bf16 reduce it.",
         "All: AdamW, learning rate 1e-4, 1e-5 for the backbone, and for sampling offsets and reference points of "
         "Deformable DETR (twice as much for _batch32); weight decay 1e-4, gradients clipped at 0.1: defaults of the "
-        "released codes. Unless a remark gives a number, 16 images per step are inferred: the paper gives none, and the "
-        "released code has 1 per GPU and half the learning rate of Deformable DETR, which uses 32.",
+        "released codes. Unless a remark gives a number, 16 images per step are inferred: the paper gives none, and "
+        "the released code has 1 per GPU and half the learning rate of Deformable DETR, which uses 32.",
     ]
 
 

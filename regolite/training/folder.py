@@ -2,8 +2,9 @@
 
 ``config.json`` the configuration; ``metrics.jsonl`` a line for every logged step and every evaluation; ``train.log``
 the same for people; ``model.safetensors`` the last weights; ``best.safetensors`` those with the best AP on the
-validation images; ``checkpoints/`` what a run needs to go on: the last few, and ``best.pt``; ``figures/`` curves and
-images; ``lock.json`` which process writes here (:mod:`regolite.utils.lock`).
+validation images, by which they were chosen (published figures are those of the last weights); ``checkpoints/`` what a
+run needs to go on: the last few, and ``best.pt``; ``figures/`` curves and images; ``lock.json`` which process writes
+here (:mod:`regolite.utils.lock`).
 
 A disk that is full ends no run. Lines of metrics wait in memory until they can be written, a checkpoint waits for the
 next one's time, and those that are there are kept. Only what is written at the end has to succeed.

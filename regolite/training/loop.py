@@ -81,7 +81,7 @@ def train(
         of_kind("model", model, Detector, "a Detector: regolite.build, regolite.load and interop.adapt return one")
     if is_to_launch(config, watch, model):
         return launch(config)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, model is not None and model.has_unused_parameters)
     train_set, val_set, model_config = prepare_data(config, model)
     shown_set = resampled(config, train_set)
     config = replace(config, model=model_config.preset)

@@ -42,8 +42,12 @@ def is_to_launch(config: RunConfig, watch: object, model: object) -> bool:
     return config.processes > 1 and not launched()
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
+def make_accelerator(config: RunConfig, has_unused_parameters: bool = False) -> Accelerator:
     """The processes, the device and the precision of a run.
+
+    Args:
+        config: the run.
+        has_unused_parameters: see :class:`~regolite.models.detector.Detector`.
 
     Raises:
         UserError: when there is no such device, or it knows no such precision.
@@ -58,7 +62,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     # Accelerate connects processes on a CPU only where it is asked for one: otherwise each would train by itself.
     is_cpu = config.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     try:
-        together = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of the gradient
+        together = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True,  # no second copy of the gradient
+            find_unused_parameters=has_unused_parameters,  # a search of the graph in every step
+        )
         accelerator = Accelerator(cpu=is_cpu, mixed_precision=config.precision, kwargs_handlers=[together])
     except ValueError as error:
         raise UserError(f"precision={config.precision!r} cannot be had here: {error}") from error

@@ -367,6 +367,17 @@ def test_frozen_survives_saving(tmp_path):
     assert not any(p.requires_grad for p in loaded.detector.parameters())
 
 
+@each_kind
+def test_parameters_without_gradients_are_announced(kind, images):
+    """Several processes would wait for them: RT-DETR's embedding of noised queries, which our training does not use."""
+    detector = Rego(adapt(make(kind())), stages=1, ffn_dim=48).train()
+    loss, _ = SetLoss(detector.base_detector.model_config.loss, detector.scoring)(detector(images), targets())
+    loss.backward()
+    unused = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+    assert bool(unused) == detector.has_unused_parameters == (kind in RAW_PIXELS), unused
+    assert all("denoising" in name for name in unused)
+
+
 # Other classes.
 
 
