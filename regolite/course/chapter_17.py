@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
-from torch import nn
 
 import regolite
 from regolite.course import Mistake, exercise
 from regolite.course.progress import folder
 from regolite.data.scenes import CLASSES
 from regolite.errors import UserError
+from regolite.models.detector import Detector
 from regolite.paper import runner
 from regolite.paper.experiments import Arm, Claim
 from regolite.paper.statistics import Estimate, Results, Verdict, judge
@@ -62,7 +62,7 @@ def trial(
     arm: Arm,
     seed: int,
     runs: str | Path,
-    change: Callable[[nn.Module], nn.Module] | None = None,
+    change: Callable[[Detector], Detector] | None = None,
     test: int = TEST,
 ) -> dict[str, Any]:
     """Train and evaluate an arm with one seed, or read its result.
