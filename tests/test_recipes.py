@@ -414,7 +414,7 @@ class TestEstimates:
         model = outline(name).train()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         one, two, three = (step_bytes(model, images, 256, 320) for images in (1, 2, 3))
-        assert three - two == pytest.approx(two - one, rel=0.02), "grows by the image"
+        assert three - two == pytest.approx(two - one, rel=0.05), "grows by the image, nearly evenly"
         assert one > 16 * trained + kept_bytes(model, 256, 320)
         assert two - one < 1.5 * kept_bytes(model, 256, 320)
         assert all(p.grad is None for p in model.parameters())
