@@ -35,6 +35,7 @@ from regolite.paper.estimates import (
     estimate,
     kept_bytes,
     step_bytes,
+    step_gigabytes,
 )
 from regolite.paper.estimates import _FusedAttention as FusedAttention
 from regolite.paper.estimates import _Peak as Peak
@@ -413,7 +414,7 @@ class TestEstimates:
         model = outline(name).train()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         one, two, three = (step_bytes(model, images, 256, 320) for images in (1, 2, 3))
-        assert three - two == pytest.approx(two - one, rel=0.02), "grows by the image"
+        assert three - two == pytest.approx(two - one, rel=0.05), "grows by the image, nearly evenly"
         assert one > 16 * trained + kept_bytes(model, 256, 320)
         assert two - one < 1.5 * kept_bytes(model, 256, 320)
         assert all(p.grad is None for p in model.parameters())
@@ -447,6 +448,13 @@ class TestEstimates:
         assert main(["recipes", "detr_r50_500ep", "--memory", "--json"]) == 0
         [found] = json.loads(capsys.readouterr().out)
         assert found["estimated_gigabytes_a_gpu"] == {"1": float(one), "2": float(two), "4": float(four)}
+
+    @pytest.mark.parametrize("name", ["detr_r50", "rego_detr_star_r50"])
+    def test_the_book_has_the_memory_of_every_model(self, name: str):
+        text = (ROOT / "book" / "docs" / "full-coco.md").read_text("utf-8")
+        rows = {row[0]: row[1:] for row in re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)}
+        assert set(rows) == {one.model for one in RECIPES.values()}
+        assert [float(size) for size in rows[name]] == [round(size, 1) for size in step_gigabytes(name)]
 
     def test_fused_attention_keeps_no_map(self):
         """Four times the tokens: four times the memory, and not sixteen times."""

@@ -299,7 +299,7 @@ def _construct(answer: type) -> tuple[Any, MultiHeadAttention]:
     # The bound of Xavier's uniform distribution for a matrix [C, C]; for one matrix [3C, C] of queries, keys and
     # values, as in the package, it is sqrt(1 / 2) times as large. nn.Linear's own is 1 / 8.
     bounds = {name: [(3 / 64) ** 0.5] + [(3 / 128) ** 0.5] * (name != "out") for name in wanted}
-    largest = {name: float(getattr(wide, name).weight.abs().max()) for name in wanted}
+    largest = {name: float(getattr(wide, name).weight.detach().abs().max()) for name in wanted}
     if any(not any(0.95 * bound < largest[name] <= bound for bound in bounds[name]) for name in wanted):
         raise Mistake("initialize the weights of all four layers with nn.init.xavier_uniform_.")
     try:

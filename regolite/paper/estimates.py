@@ -131,8 +131,9 @@ def kept_bytes(model: nn.Module, height: int, width: int) -> int:
 def step_gigabytes(preset: str, images: tuple[int, ...] = (1, 2, 4), overrides: tuple[str, ...] = ()) -> list[float]:
     """The peak memory of a training step on one GPU, in float32, in 10^9 bytes.
 
-    The step is computed for one and for two images of :data:`LARGEST_IMAGE`; memory grows by the same amount with every
-    further image. Not included: the workspaces of the kernels, fragmentation and the CUDA context.
+    The step is computed for one and for two images of :data:`LARGEST_IMAGE`; memory grows by nearly the same amount
+    with every further image (computed for four, it is 1 % less than extrapolated). Not included: the workspaces of
+    the kernels, fragmentation and the CUDA context.
 
     Args:
         preset: name of the model.
