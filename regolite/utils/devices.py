@@ -35,4 +35,6 @@ def constant(values: Any, device: torch.device, dtype: torch.dtype | None = None
     ``torch.tensor(values, device="cuda")`` returns only when the GPU has done all that it was asked before, so that it
     runs out of work. This copy does not wait.
     """
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=device.type == "cuda")
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -29,7 +29,7 @@ from regolite.viewers.explorer import Explorer
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "13_look_inside.ipynb"  # in which `Explorer(regolite.load(), ALBUM)` stands
 *ALBUM, OWN, NAMED = (
-    ROOT / f"data/coco_tiny/images/{number:012}.jpg" for number in (475546, 529, 234748, 555705, 599, 418281)
+    ROOT / f"data/coco_tiny/images/{number:012}.jpg" for number in (475546, 471, 529, 234748, 599, 418281)
 )
 
 FLAGS = [
