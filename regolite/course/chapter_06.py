@@ -331,6 +331,16 @@ def _check_names(found: set[str], wanted: set[str]) -> None:
     raise Mistake(f"the names of the terms are wrong: {' and '.join(said)}. A name is 'layer/part'.")
 
 
+_EVERY_TERM: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("all layers have the pairs of the last one; match every layer.", {"all": "last"}),
+    ("the matching does not have the weights of the config.", {"all": "costs"}),
+    ("the matching has the weights of the loss; its own are label_cost, l1_cost, giou_cost.", {"all": "loss weights"}),
+    ("N counts every object once for each prediction: it is the number of objects, not of pairs.", {"all": "pairs"}),
+    ("N counts padding: `counts` of the padded targets has the true numbers of objects.", {"all": "padding"}),
+    ("`num_boxes` is ignored.", {"all": "ignored"}),
+)
+"""Mistakes that show in each of the three terms."""
+
 _LOSS_MISTAKES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "label": (
         ("the label term lacks its weight, config.label.", {"weights": LossConfig(label=1.0)}),
@@ -349,14 +359,7 @@ _LOSS_MISTAKES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("the label term is not divided by the number of boxes.", {"label": "undivided"}),
         ("the label term is the plain cross-entropy, not the focal loss.", {"label": "entropy"}),
         ("the label term has no alpha.", {"label": "alpha"}),
-        *((said, {"all": kind}) for said, kind in (
-            ("all layers have the pairs of the last one; match every layer.", "last"),
-            ("the matching does not have the weights of the config.", "costs"),
-            ("the matching has the weights of the loss; its own are label_cost, l1_cost, giou_cost.", "loss weights"),
-            ("N counts every object once for each prediction: it is the number of objects, not of pairs.", "pairs"),
-            ("N counts padding: `counts` of the padded targets has the true numbers of objects.", "padding"),
-            ("`num_boxes` is ignored.", "ignored"),
-        )),
+        *_EVERY_TERM,
     ),
     "l1": (
         ("the L1 term lacks its weight, config.l1.", {"weights": LossConfig(l1=1.0)}),
@@ -367,14 +370,7 @@ _LOSS_MISTAKES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("the L1 term is divided by the number of queries; divide by the number of boxes.", {"box": "queries"}),
         ("the L1 term is divided by the number of images; divide by the number of boxes.", {"box": "batch"}),
         ("the L1 term compares corners; L1 is of cxcywh.", {"l1": "corners"}),
-        *((said, {"all": kind}) for said, kind in (
-            ("all layers have the pairs of the last one; match every layer.", "last"),
-            ("the matching does not have the weights of the config.", "costs"),
-            ("the matching has the weights of the loss; its own are label_cost, l1_cost, giou_cost.", "loss weights"),
-            ("N counts every object once for each prediction: it is the number of objects, not of pairs.", "pairs"),
-            ("N counts padding: `counts` of the padded targets has the true numbers of objects.", "padding"),
-            ("`num_boxes` is ignored.", "ignored"),
-        )),
+        *_EVERY_TERM,
     ),
     "giou": (
         ("the GIoU term lacks its weight, config.giou.", {"weights": LossConfig(giou=1.0)}),
