@@ -142,17 +142,7 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
     parts = {"": config} | {name: part for name in PARTS if (part := getattr(config, name)) is not None}
     changes: dict[str, dict[str, Any]] = {name: {} for name in parts}
     for part, name, value in _flat(overrides):
-        has = {n for n, p in parts.items() if name in _names(p) and (n or name not in PARTS)}
-        if part is None and len(has) > 1:
-            choices = " or ".join(f"{n}.{name}" for n in parts if n in has)
-            raise UserError(f"several parts of {preset} have a field {name!r}: write {choices}")
-        if not has or part is not None and part not in has:
-            if part is not None and (part not in parts or part not in PARTS):
-                raise UserError(f"{preset} has no part {part!r}; {did_you_mean(part, filter(None, parts))}")
-            searched = [part] if part is not None else parts
-            known = {f for n in searched for f in _names(parts[n]) if n or f not in PARTS}
-            raise UserError(f"{preset} has no field {name!r}; {did_you_mean(name, sorted(known))}")
-        changes[has.pop() if part is None else part][name] = tuple(value) if isinstance(value, list) else value
+        changes[_owner(preset, parts, part, name)][name] = tuple(value) if isinstance(value, list) else value
     if config.rego is not None and changes["rego"].get("form") == "released":
         changes["rego"] = {"ffn_dim": min(1024, config.rego.ffn_dim)} | changes["rego"]
         changes["detector"] = {"mask_padding": False} | changes["detector"]
@@ -161,6 +151,21 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
         changes["loss"] = loss | {"stage_auxiliary": False, "base_label": 0.8} | changes["loss"]
     config = checked(config, changes.pop(""))
     return replace(config, **{name: checked(parts[name], values) for name, values in changes.items()})
+
+
+def _owner(preset: str, parts: Mapping[str, Any], part: str | None, field: str) -> str:
+    """The part that an override changes: the one that it names, or the only one that has the field."""
+    if part is not None and (not part or part not in parts):
+        raise UserError(f"{preset} has no part {part!r}; {did_you_mean(part, filter(None, parts))}")
+    searched = parts if part is None else [part]
+    known = {name: set(_names(parts[name])) - ({*PARTS} if not name else set()) for name in searched}
+    owners = [name for name, own in known.items() if field in own]
+    if len(owners) > 1:
+        choices = " or ".join(f"{name}.{field}" for name in owners)
+        raise UserError(f"several parts of {preset} have a field {field!r}: write {choices}")
+    if not owners:
+        raise UserError(f"{preset} has no field {field!r}; {did_you_mean(field, sorted(set().union(*known.values())))}")
+    return owners[0]
 
 
 def _flat(overrides: dict[str, Any]) -> Iterator[tuple[str | None, str, Any]]:
