@@ -167,6 +167,6 @@ def check_contract(detector, num_classes, images):
     assert all(modules.issuperset(found) for found in attentions.values())
     decoder = [name for name in attentions if name.startswith("decoder.") and name.endswith(".self")]
     assert decoder == [f"decoder.{layer}.self" for layer in range(len(decoder))]
-    assert len(output.layers) - len(decoder) in (0, 1)  # RT-DETR's first prediction is its encoder's
+    assert len(output.layers) - len(decoder) in (0, 1, 2)  # RT-DETR's and D-FINE's predict before their decoder layers
     assert {detector.parameter_group(name) for name, _ in detector.named_parameters()} >= {"backbone", "rest"}
     return output

@@ -14,8 +14,13 @@ Families differ in three respects, listed in :data:`FAMILIES`:
   the model itself uses only the last; of a multi-scale model they are the projected pyramid. Forward hooks, registered
   for one forward pass, collect the outputs of the modules that compute these maps.
 - **padding.** Most families mask padding in attention but not in convolutions, as the published models do, so that an
-  image's boxes depend slightly on its batch. RT-DETR has no mask: it sees padding as black pixels, and its boxes are
-  relative to the padded batch. The wrapper makes them relative to the image; boxes on padding lie beyond 1.
+  image's boxes depend slightly on its batch. RT-DETR and its successors have no mask: they see padding as black pixels,
+  and their boxes are relative to the padded batch. The wrapper makes them relative to the image; boxes on padding lie
+  beyond 1. Vision transformers whose attention is split into windows (LW-DETR, RF-DETR) divide the whole batch among
+  their windows, so that the wrapper pads it further.
+
+What transformers does in training only is left out: RT-DETR's noised queries, and the groups of queries of LW-DETR and
+RF-DETR, of which the first one is used, as at inference. So are the reading order and the masks of PP-DocLayout.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -41,7 +46,7 @@ from regolite.losses import LossConfig
 from regolite.models.backbone import shrink
 from regolite.models.baselines import COCO_CLASSES
 from regolite.models.config import DetectorConfig, ModelConfig, register
-from regolite.models.detector import Attention, Detector
+from regolite.models.detector import Attention, Detector, ParameterGroup
 from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
 from regolite.utils.devices import constant
 from regolite.utils.validation import shown, whole
@@ -104,18 +109,19 @@ class TransformersDetector(Detector):
         super().__init__()
         self.family = family = _family(model)
         self.model, config = model, model.config
-        self.dim, self.heads, self.scoring = config.hidden_size, config.decoder_attention_heads, family.scoring
+        self.dim = getattr(config, "d_model", None) or config.hidden_size
+        self.heads = getattr(config, "decoder_attention_heads", None) or config.decoder_self_attention_heads
+        self.scoring = family.scoring
         self.num_logits = config.num_labels + (family.scoring == "softmax")
         self.projected = family.pyramid is not None
-        # RT-DETR's own training adds noised queries; ours does not.
-        self.has_unused_parameters = any("denoising" in name for name, _ in model.named_parameters())
+        self.has_unused_parameters = any(re.search(family.unused, name) for name, _ in model.named_parameters())
         self.feature_channels = [channels for _, channels in self._map_makers()]
         classes = tuple(str(config.id2label.get(label, label)) for label in range(config.num_labels))
         self.model_config = ModelConfig(
             f"transformers:{config.model_type}",
             TransformersConfig(config.model_type, json.dumps(config.to_dict(), sort_keys=True)),
             loss=LossConfig(label=1.0, label_cost=1.0) if family.scoring == "softmax" else LossConfig(),
-            image_size=800 if family.masks_padding else 640,
+            image_size=family.image_size,
             classes=classes,
             category_ids=_category_ids(classes),
         )
@@ -126,21 +132,38 @@ class TransformersDetector(Detector):
         Raises:
             UserError: the strides of the feature maps do not double from map to map.
         """
+        family, images = self.family, self.padded(images)
         pixels = images.pixels
-        if not self.family.normalized:
+        if not family.normalized(self.model.config):
             mean, deviation = (
                 constant(v, pixels.device, pixels.dtype)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
             )
             pixels = (pixels * deviation + mean).masked_fill(images.mask[:, None], 0.0)
-        options = {"output_hidden_states": True} if self.family.asks_states else {}
-        with _recorded_outputs([module for module, _ in self._map_makers()]) as outputs:
+        options = {"output_hidden_states": True} if family.asks_states else {}
+        with (
+            _recorded_outputs([module for module, _ in self._map_makers()]) as outputs,
+            _training_flags(family.training_flags(self.model.model)),
+        ):
             out = self.model.model(pixels, pixel_mask=(~images.mask).long(), return_dict=True, **options)
-        layers, proposals, references = self.family.read(self.model, out)
-        if not self.family.masks_padding:
+        layers, proposals, references = family.read(self.model, out)
+        if not family.masks_padding:
             layers = [Prediction(p.logits, _unpad(p.boxes, images)) for p in layers]
             references = None if references is None else _unpad(references, images)
-        maps = _feature_maps(outputs, images)
+        maps = _feature_maps(outputs, images, family.patch(self.model.config))
         return DetectorOutput(layers, out.last_hidden_state, maps, proposals, references=references)
+
+    def padded(self, images: ImageBatch) -> ImageBatch:
+        """The batch, padded further at the right and at the bottom where the model's windows need it."""
+        height, width = images.mask.shape[1:]
+        wanted = self.family.canvas(self.model.config, height, width)
+        if wanted == (height, width):
+            return images
+        more = (0, wanted[1] - width, 0, wanted[0] - height)
+        return replace(images, pixels=F.pad(images.pixels, more), mask=F.pad(images.mask, more, value=True))
+
+    def parameter_group(self, name: str) -> ParameterGroup:
+        """The group of a parameter; DEIMv2 calls a convolutional backbone by another name."""
+        return "backbone" if "conv_encoder.model." in name else super().parameter_group(name)
 
     def transformer_layers(self) -> list[nn.Module]:
         """None: transformers checkpoints its layers itself (``model.gradient_checkpointing_enable()``)."""
@@ -185,7 +208,8 @@ class TransformersDetector(Detector):
         """The modules whose outputs are the feature maps, finest first, and the channels of the maps."""
         base = self.model.model
         if self.family.pyramid is not None:
-            return [(module, self.dim) for module in getattr(base, self.family.pyramid)]
+            makers = base.get_submodule(self.family.pyramid)
+            return [(module, self.dim) for module in (makers if isinstance(makers, nn.ModuleList) else [makers])]
         encoder = getattr(base.backbone, "conv_encoder", base.backbone)
         network = getattr(encoder.model, "_backbone", encoder.model)
         if hasattr(network, "feature_info"):  # timm's; its first map has stride 2, which REGO does not use
@@ -251,7 +275,7 @@ def _check_numbers(value: Any, name: str) -> None:
 
 ATTENTIONS = (
     ("self_attn", "encoder_attn"),  # most decoder layers
-    ("self_attn", "cross_attn"),  # DAB-DETR's
+    ("self_attn", "cross_attn"),  # those of DAB-DETR, LW-DETR and RF-DETR
     ("self_attn", None),  # encoder layers
 )
 """Names of the self- and cross-attention modules by which transformers' layers are recognized."""
@@ -291,7 +315,14 @@ class Family:
         pyramid: name of the modules whose outputs are the projected pyramid; None to use the backbone's maps.
         asks_states: whether the hidden states of all decoder layers must be requested.
         masks_padding: whether the model masks padding and predicts boxes relative to the image.
-        normalized: whether it takes pixels normalized by ImageNet's mean and deviation, or in [0, 1].
+        normalized: from a configuration, whether the model takes pixels normalized by ImageNet's mean and deviation, or
+            in [0, 1].
+        image_size: shorter side of the images that it takes.
+        canvas: from a configuration and the height and width of a batch, those to which it must be padded.
+        patch: from a configuration, the side of the patches if a vision transformer's strides are no powers of two.
+        unused: pattern of the names of parameters that get no gradient, because ours trains without what they do.
+        training_flags: of a base model, modules whose flag ``training`` is set during its forward pass, in training and
+            at inference alike.
     """
 
     read: Read
@@ -299,7 +330,12 @@ class Family:
     pyramid: str | None = None
     asks_states: bool = False
     masks_padding: bool = True
-    normalized: bool = True
+    normalized: Callable[[Any], bool] = lambda config: True
+    image_size: int = 800
+    canvas: Callable[[Any, int, int], tuple[int, int]] = lambda config, height, width: (height, width)
+    patch: Callable[[Any], int | None] = lambda config: None
+    unused: str = "denoising"
+    training_flags: Callable[[HuggingFaceModel], dict[nn.Module, bool]] = lambda base: {}
 
 
 def _read_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None, None]:
@@ -343,7 +379,8 @@ def _read_rt_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], 
     """The model applies its heads itself.
 
     The first prediction is that of the encoder's selected proposals, with which the decoder starts. It has class logits
-    like the decoder layers, and RT-DETR trains it like one of them.
+    like the decoder layers, and RT-DETR trains it like one of them. D-FINE and DEIMv2 add a second one, of the first
+    decoder layer before its distributions of edges.
     """
     boxes = out.intermediate_reference_points.unbind(1)
     layers = [Prediction(c, b) for c, b in zip(out.intermediate_logits.unbind(1), boxes)]
@@ -351,8 +388,62 @@ def _read_rt_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], 
     return [Prediction(out.enc_topk_logits, out.enc_topk_bboxes), *layers], None, references
 
 
+def _read_lw_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None, References]:
+    """Each layer corrects the same box, which is an encoder's proposal corrected by a learned offset.
+
+    The first prediction is that of the proposals, as in RT-DETR.
+    """
+    references = out.init_reference_points
+    centers, sizes = references.split(2, dim=-1)
+    proposals = Prediction(model.model.enc_out_class_embed[0](out.enc_outputs_class), out.enc_outputs_coord_logits)
+    layers = [proposals]
+    for h in out.intermediate_hidden_states:
+        shift, growth = model.bbox_embed(h).split(2, dim=-1)
+        boxes = torch.cat((shift * sizes + centers, growth.exp() * sizes), dim=-1)
+        layers.append(Prediction(model.class_embed(h), boxes))
+    return layers, None, references
+
+
+def _first_group(base: HuggingFaceModel) -> dict[nn.Module, bool]:
+    """LW-DETR's model and self-attention split queries into groups where they train."""
+    return {base: False, **{layer.self_attn: False for layer in base.decoder.layers}}
+
+
+def _windows(config: Any, height: int, width: int) -> tuple[int, int]:
+    """LW-DETR splits the height and width of its grid of patches into the same number of windows."""
+    vit = config.backbone_config
+    return _ceil(height, vit.patch_size * vit.num_windows_side), _ceil(width, vit.patch_size * vit.num_windows_side)
+
+
+def _square_windows(config: Any, height: int, width: int) -> tuple[int, int]:
+    """RF-DETR takes square images; in transformers' code its windows are right for these only."""
+    side = _ceil(max(height, width), config.backbone_config.patch_size * config.backbone_config.num_windows)
+    return side, side
+
+
+def _ceil(size: int, divisor: int) -> int:
+    return math.ceil(size / divisor) * divisor
+
+
 _DETR = Family(_read_detr, "softmax", asks_states=True)
-_RT_DETR = Family(_read_rt_detr, pyramid="decoder_input_proj", masks_padding=False, normalized=False)
+_RT_DETR = Family(
+    _read_rt_detr,
+    pyramid="decoder_input_proj",
+    masks_padding=False,
+    normalized=lambda config: False,
+    image_size=640,
+    canvas=lambda config, height, width: (_ceil(height, 32), _ceil(width, 32)),
+)
+# Their decoders predict after each layer if they train, otherwise after the last one only.
+_D_FINE = replace(_RT_DETR, training_flags=lambda base: {base.decoder: True})
+_LW_DETR = Family(
+    _read_lw_detr,
+    pyramid="backbone.projector.scale_layers",
+    image_size=640,
+    canvas=_windows,
+    unused=r"\.enc_out\w*\.[1-9]|\.mask_token",
+    training_flags=_first_group,
+)
 
 FAMILIES = {
     "detr": _DETR,
@@ -362,8 +453,26 @@ FAMILIES = {
     "deformable_detr": Family(_read_deformable_detr, pyramid="input_proj"),
     "rt_detr": _RT_DETR,
     "rt_detr_v2": _RT_DETR,
+    "d_fine": _D_FINE,
+    "deimv2": replace(_D_FINE, normalized=lambda config: config.backbone_config.model_type == "dinov3_vit"),
+    "pp_doclayout_v2": replace(_RT_DETR, unused="denoising|reading_order"),
+    "pp_doclayout_v3": replace(_RT_DETR, unused="denoising|order|mask|pointer"),
+    "lw_detr": _LW_DETR,
+    "rf_detr": replace(
+        _LW_DETR,
+        pyramid="backbone.projector",
+        image_size=560,
+        canvas=_square_windows,
+        patch=lambda config: config.backbone_config.patch_size,
+    ),
 }
 """The families of detectors that :func:`adapt` supports, by transformers' ``model_type``."""
+
+UNSUPPORTED = {
+    "yolos": "it has no decoder",
+    "pp_doclayout_v4": "it predicts classes after its last layer only",
+} | dict.fromkeys(("grounding-dino", "mm-grounding-dino", "omdet-turbo"), "its classes are words of a prompt")
+"""Other detectors of transformers, and why they are not supported."""
 
 
 def _decoder_states(model: HuggingFaceModel, out: Any) -> list[Float[Tensor, "B Q C"]]:
@@ -394,14 +503,30 @@ def _recorded_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
             hook.remove()
 
 
-def _feature_maps(outputs: Sequence[Any], images: ImageBatch) -> list[FeatureMap]:
-    """Feature maps whose strides are powers of two, each double the previous one, as glimpses need them."""
+@contextmanager
+def _training_flags(flags: dict[nn.Module, bool]) -> Iterator[None]:
+    """Set the flags ``training`` of these modules, but not of their children, until the context ends."""
+    before = {module: module.training for module in flags}
+    try:
+        for module, flag in flags.items():
+            module.training = flag
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def _feature_maps(outputs: Sequence[Any], images: ImageBatch, patch: int | None = None) -> list[FeatureMap]:
+    """Feature maps whose strides double from map to map, as glimpses need them.
+
+    They are powers of two, except that of the only map of a vision transformer with another ``patch`` size.
+    """
     height, width = images.mask.shape[1:]
     if len(outputs) == 1 and isinstance(outputs[0], (list, tuple)):  # a backbone: its maps, each with a mask
         outputs = [tensor for tensor, _ in outputs[0]]
     maps: list[FeatureMap] = []
     for x in outputs:
-        stride = 2 ** math.ceil(math.log2(max(height / x.shape[-2], width / x.shape[-1])))
+        stride = patch or 2 ** math.ceil(math.log2(max(height / x.shape[-2], width / x.shape[-1])))
         # The last stage of DC5 has the stride of the previous one: subsample it to the normal stride (appendix A.1).
         while maps and stride < 2 * maps[-1].stride:
             x, stride = x[:, :, ::2, ::2], 2 * stride
@@ -436,7 +561,8 @@ def _family(model: HuggingFaceModel) -> Family:
         raise UserError(f"adapt takes a detector of transformers, not a {type(model).__name__}")
     kind = model.config.model_type
     if kind not in FAMILIES:
-        raise UserError(f"transformers' {kind!r} is not supported; choose one of {', '.join(FAMILIES)}")
+        reason = f", since {UNSUPPORTED[kind]}" if kind in UNSUPPORTED else ""
+        raise UserError(f"transformers' {kind!r} is not supported{reason}; choose one of {', '.join(FAMILIES)}")
     wanted = transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING[type(model.config)]
     if not isinstance(model, wanted):
         raise UserError(f"a {type(model).__name__} has no heads for detection: give a {wanted.__name__}")

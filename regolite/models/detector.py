@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from regolite.types import ImageBatch
+
 if TYPE_CHECKING:  # a ModelConfig contains the configuration of REGO, which stands on a Detector
     from regolite.models.config import ModelConfig
 
@@ -86,6 +88,10 @@ class Detector(nn.Module):
         if "backbone." in name:
             return "backbone"
         return "sampling" if "sampling_offsets." in name or "reference_points." in name else "rest"
+
+    def padded(self, images: ImageBatch) -> ImageBatch:
+        """The batch as the detector pads it further, to which the coordinates of its attention refer; here unchanged."""
+        return images
 
     def transformer_layers(self) -> list[nn.Module]:
         """The layers whose activations training can checkpoint, those of REGO's stages included."""

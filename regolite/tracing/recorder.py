@@ -238,6 +238,7 @@ class _Recorder(TorchFunctionMode):
                 "a record holds one forward pass, and the model runs a second time: use one record for each pass"
             )
         original = images.sizes if images.original_sizes is None else images.original_sizes
+        images = self.contract.base_detector.padded(images)
         height, width = images.mask.shape[1:]
         frame = Frame((height, width), copied(images.sizes), copied(original))
         self.now = _Pass(images, frame)
@@ -301,8 +302,9 @@ class _Recorder(TorchFunctionMode):
         layers, proposals = list(output.layers), output.proposals
         if proposals is not None:  # only the first logit is used: "object"
             records["proposals"] = self._boxes(Prediction(proposals.logits[..., :1], proposals.boxes), now, "sigmoid")
-        elif len(layers) == self._decoder_layers + 1:  # RT-DETR: the first is the encoder's selection
-            records["proposals"] = self._boxes(layers.pop(0), now)
+        elif len(layers) > self._decoder_layers:  # RT-DETR and its successors: the first is the encoder's selection
+            records["proposals"] = self._boxes(layers[0], now)
+            layers = layers[-self._decoder_layers :]
         for layer, prediction in enumerate(layers):
             records[f"decoder.{layer}.boxes"] = self._boxes(prediction, now)
         for number, stage in enumerate(output.stages, start=1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,15 +28,19 @@ def their_sampling(
         references: its reference points.
         shapes: height and width of each level.
     """
-    heads, split = attention.n_heads, (attention.n_levels, attention.n_points)
-    weights = weights.unflatten(2, (heads, -1)).softmax(-1).unflatten(3, split)
-    offsets = offsets.unflatten(2, (heads, *split, 2))
+    heads = attention.n_heads
+    points = getattr(attention, "num_points_list", [attention.n_points] * len(shapes))  # by level in D-FINE
+    weights = weights.unflatten(2, (heads, -1)).softmax(-1)
+    offsets = offsets.unflatten(2, (heads, -1, 2))
+    # Levels with fewer points get further points of weight 0 at the reference.
+    weights = torch.stack([F.pad(w, (0, max(points) - w.shape[-1])) for w in weights.split(points, 3)], 3)
+    offsets = torch.stack([F.pad(o, (0, 0, 0, max(points) - o.shape[-2])) for o in offsets.split(points, 3)], 3)
     center = references[:, :, None, :, None]
     if references.shape[-1] == 2:
         offsets = offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
     else:
         scale = getattr(attention, "offset_scale", 0.5)  # configurable in RT-DETRv2
-        offsets = offsets / attention.n_points * center[..., 2:] * scale
+        offsets = offsets / offsets.new_tensor(points)[:, None, None] * center[..., 2:] * scale
     return center[..., :2] + offsets, weights
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import sys
 from dataclasses import replace
 
@@ -75,9 +76,69 @@ def rt_detr_v2(**changes):
     return rt_detr(transformers.RTDetrV2Config, **changes)
 
 
-MULTI_SCALE = (deformable_detr, refined, two_stage, rt_detr, rt_detr_v2)
+def d_fine(config=transformers.DFineConfig, **changes):
+    """With another number of points on each level, as published."""
+    network = {
+        "embedding_size": 8, "stem_channels": [3, 8, 8], "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4,
+        "stage_in_channels": [8, 8, 16, 24], "stage_mid_channels": [8] * 4, "stage_out_channels": [8, 16, 24, 32],
+        "stage_num_blocks": [1] * 4, "stage_numb_of_layers": [1] * 4,
+    }  # fmt: skip
+    backbone = transformers.HGNetV2Config(**network, out_features=THREE)
+    return rt_detr(config, **({"backbone_config": backbone, "decoder_n_points": [3, 6, 3]} | changes))
+
+
+def deimv2(**changes):
+    return d_fine(transformers.Deimv2Config, **changes)
+
+
+def pp_doclayout_v2(**changes):
+    """With thresholds that leave its queries in their order, and the smallest model of a reading order."""
+    order = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "coordinate_size": 4, "shape_size": 2, "relative_attention_num_heads": 2,
+    }  # fmt: skip
+    layout = {"class_thresholds": [0.0] * CLASSES, "class_order": list(range(CLASSES)), "reading_order_config": order}
+    return d_fine(transformers.PPDocLayoutV2Config, **({"decoder_n_points": 4} | layout | changes))
+
+
+def pp_doclayout_v3(**changes):
+    backbone = d_fine().backbone_config
+    backbone.out_features = ["stage1", *THREE]
+    more = {"decoder_n_points": 4, "backbone_config": backbone, "mask_feature_channels": [8, 8], "x4_feat_dim": 8}
+    return d_fine(transformers.PPDocLayoutV3Config, **(more | changes))
+
+
+GROUPED = {
+    "d_model": DIM, "decoder_layers": LAYERS, "decoder_ffn_dim": 48, "decoder_self_attention_heads": 4,
+    "decoder_cross_attention_heads": 4, "num_queries": QUERIES, "num_labels": CLASSES, "group_detr": 3,
+}  # fmt: skip
+VIT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "out_indices": [1, 2]}
+
+
+def lw_detr(**changes):
+    vit = transformers.LwDetrViTConfig(
+        **VIT, image_size=256, pretrain_image_size=64, num_windows=4, window_block_indices=[0]
+    )
+    return transformers.LwDetrConfig(
+        **(GROUPED | {"backbone_config": vit, "projector_scale_factors": [2.0, 1.0]} | changes)
+    )
+
+
+def rf_detr(**changes):
+    vit = transformers.RfDetrDinov2Config(**VIT, image_size=56, patch_size=14, num_windows=2)
+    return transformers.RfDetrConfig(**(GROUPED | {"backbone_config": vit, "dropout": 0.0} | changes))
+
+
+WITH_GROUPS = (lw_detr, rf_detr)
+FURTHER = r"\.enc_out[a-z_]*\.[12]\.|mask|order|pointer"
+"""Parameters of further groups of queries, of the pre-training of RF-DETR's backbone, of masks and reading orders."""
+DISTRIBUTIONS = (d_fine, deimv2)
+LAYOUT = (pp_doclayout_v2, pp_doclayout_v3)
+RAW_PIXELS = (rt_detr, rt_detr_v2, *DISTRIBUTIONS, *LAYOUT)
+MULTI_SCALE = (deformable_detr, refined, two_stage, *RAW_PIXELS, *WITH_GROUPS)
 KINDS = (detr, conditional_detr, dab_detr, table_transformer, *MULTI_SCALE)
-RAW_PIXELS = (rt_detr, rt_detr_v2)
+MORE_LAYERS = dict.fromkeys((*RAW_PIXELS, *WITH_GROUPS), 1) | dict.fromkeys(DISTRIBUTIONS, 2)
+"""Predictions that are trained like those of the decoder layers and come before them."""
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
@@ -89,7 +150,7 @@ def make(config):
 def ask(model, images, **more):
     """What transformers answers to a padded batch, prepared as its own image processors do."""
     pixels = images.pixels
-    if model.config.model_type.startswith("rt_detr"):
+    if model.config.model_type in [kind.__name__ for kind in RAW_PIXELS]:
         mean, deviation = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         pixels = (pixels * deviation + mean).masked_fill(images.mask[:, None], 0.0)
     return model(pixel_values=pixels, pixel_mask=(~images.mask).long(), **more)
@@ -97,7 +158,7 @@ def ask(model, images, **more):
 
 def in_image(boxes, model, images):
     """Boxes of transformers, in the frame of the unpadded image."""
-    if not model.config.model_type.startswith("rt_detr"):
+    if model.config.model_type not in [kind.__name__ for kind in RAW_PIXELS]:
         return boxes
     height, width = images.mask.shape[1:]
     frames = [torch.tensor([width / w, height / h, width / w, height / h]) for h, w in images.sizes.tolist()]
@@ -132,14 +193,19 @@ def test_it_satisfies_the_contract_of_detectors(kind, images):
 def test_last_layer_is_their_answer_bit_for_bit(kind, images):
     model = make(kind())
     with torch.no_grad():
-        theirs, ours = ask(model, images), adapt(model)(images)
+        detector = adapt(model)
+        theirs, ours = ask(model, detector.padded(images)), detector(images)
     assert torch.equal(ours.layers[-1].logits, theirs.logits)
     assert torch.equal(ours.layers[-1].boxes, in_image(theirs.pred_boxes, model, images))
     assert torch.equal(ours.queries, theirs.last_hidden_state)
-    assert len(ours.layers) == LAYERS + (kind in RAW_PIXELS)
+    assert len(ours.layers) == LAYERS + MORE_LAYERS.get(kind, 0)
 
 
-@each_kind
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KINDS if kind not in (*DISTRIBUTIONS, *WITH_GROUPS, *LAYOUT)],
+    ids=lambda kind: kind.__name__,
+)
 def test_layers_are_their_auxiliary_outputs(kind, images):
     model = make(kind(auxiliary_loss=True))
     labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets()]
@@ -153,18 +219,65 @@ def test_layers_are_their_auxiliary_outputs(kind, images):
         torch.testing.assert_close(our.boxes, in_image(their["pred_boxes"], model, images))
 
 
-@pytest.mark.parametrize("kind", [detr, conditional_detr, table_transformer])
+@pytest.mark.parametrize("kind", [detr, conditional_detr, table_transformer, *DISTRIBUTIONS, *WITH_GROUPS])
 def test_a_layer_is_what_a_shorter_decoder_answers(kind, images):
     """Without ``auxiliary_loss``, as models are published: transformers itself has no inner layers to show then."""
     model = make(kind())
     with torch.no_grad():
-        layers = adapt(model)(images).layers
+        detector = adapt(model)
+        layers = detector(images).layers[-LAYERS:]
         for count in (1, 2):
             shorter = copy.deepcopy(model)
             shorter.model.decoder.layers = shorter.model.decoder.layers[:count]
-            theirs = ask(shorter, images)
+            shorter.model.decoder.eval_idx = count - 1  # of D-FINE and DEIMv2
+            theirs = ask(shorter, detector.padded(images))
             torch.testing.assert_close(layers[count - 1].logits, theirs.logits)
-            torch.testing.assert_close(layers[count - 1].boxes, theirs.pred_boxes)
+            torch.testing.assert_close(layers[count - 1].boxes, in_image(theirs.pred_boxes, model, images))
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_training_predicts_as_transformers_does_in_training(kind, images):
+    """The first box before its edges' distributions, then those of all layers."""
+    model = make(kind()).train()
+    labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets()]
+    trained = make(kind(num_denoising=0)).train()
+    trained.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        theirs = ask(trained, images, labels=labels)
+        layers = adapt(model)(images).layers[1:]
+    assert len(layers) == theirs.intermediate_logits.shape[1] == LAYERS + 1
+    for i, layer in enumerate(layers):
+        torch.testing.assert_close(layer.logits, theirs.intermediate_logits[:, i])
+        torch.testing.assert_close(layer.boxes, in_image(theirs.intermediate_reference_points[:, i], model, images))
+
+
+@pytest.mark.parametrize("kind", WITH_GROUPS)
+def test_training_uses_the_first_group_of_queries(kind, images):
+    """The other groups are training's alone, and would be matched with the same objects as one large group."""
+    model = make(kind())
+    detector = adapt(model)
+    with torch.no_grad():
+        wanted = detector(images).layers
+        detector.train()
+        for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.eval()  # statistics of the batch would differ
+        layers = detector(images).layers
+    assert model.model.training and all(layer.self_attn.training for layer in model.model.decoder.layers)
+    for ours, inferred in zip(layers, wanted, strict=True):
+        torch.testing.assert_close(ours.logits, inferred.logits)
+        torch.testing.assert_close(ours.boxes, inferred.boxes)
+
+
+@pytest.mark.parametrize(("kind", "sides"), [(lw_detr, (96, 64)), (rf_detr, (112, 112)), (rt_detr, (96, 64))])
+def test_a_batch_is_padded_to_the_windows_and_boxes_stay(kind, sides):
+    """The same image in a batch that already has the size: no other boxes."""
+    detector = adapt(make(kind()))
+    image = batch((70, 60))
+    padded = detector.padded(image)
+    assert tuple(padded.mask.shape[1:]) == sides and padded.mask[0, 70:].all() and not padded.mask[0, :70, :60].any()
+    with torch.no_grad():
+        for ours, already in zip(detector(image).layers, detector(padded).layers):
+            assert torch.equal(ours.boxes, already.boxes)
 
 
 def test_proposals_are_the_encoders(images):
@@ -194,13 +307,13 @@ def test_maps_double_their_strides_and_carry_the_mask(kind, images):
     detector = adapt(make(kind()))
     with torch.no_grad():
         maps = detector(images).features
-    first = 8 if kind in MULTI_SCALE else 4
+    first = 14 if kind is rf_detr else 8 if kind in MULTI_SCALE else 4
     assert [f.stride for f in maps] == [first * 2**i for i in range(len(maps))]
     assert [f.tensor.shape[1] for f in maps] == detector.feature_channels
     assert detector.projected is (kind in MULTI_SCALE)
-    assert len(maps) == (3 if kind in RAW_PIXELS else 4)
+    assert len(maps) == {rf_detr: 1, lw_detr: 2}.get(kind, 3 if kind in RAW_PIXELS else 4)
     for f in maps:
-        assert torch.equal(f.mask, shrink(images.mask, tuple(f.tensor.shape[-2:])))
+        assert torch.equal(f.mask, shrink(detector.padded(images).mask, tuple(f.tensor.shape[-2:])))
     assert maps[0].mask[1].any() and not maps[0].mask[1].all()
 
 
@@ -275,6 +388,7 @@ def test_rego_on_top_trains_stages_and_base(kind, images):
         if name.startswith("projections.")
         or ".decoder.layers.0.self_attn" in name
         or ".denoising_class_embed." in name
+        or re.search(FURTHER, name)
         or (kind is dab_detr and ".encoder." in name)  # attention that is all on one cell
     }
     assert silent == expected and "projections.0.weight" not in silent
@@ -369,13 +483,13 @@ def test_frozen_survives_saving(tmp_path):
 
 @each_kind
 def test_parameters_without_gradients_are_announced(kind, images):
-    """Several processes would wait for them: RT-DETR's embedding of noised queries, which our training does not use."""
+    """Several processes would wait for them: embeddings of noised queries and groups that our training does not use."""
     detector = Rego(adapt(make(kind())), stages=1, ffn_dim=48).train()
     loss, _ = SetLoss(detector.base_detector.model_config.loss, detector.scoring)(detector(images), targets())
     loss.backward()
     unused = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
-    assert bool(unused) == detector.has_unused_parameters == (kind in RAW_PIXELS), unused
-    assert all("denoising" in name for name in unused)
+    assert bool(unused) == detector.has_unused_parameters == (kind in (*RAW_PIXELS, *WITH_GROUPS)), unused
+    assert all("denoising" in name or re.search(FURTHER, name) for name in unused)
 
 
 # Other classes.
@@ -534,7 +648,8 @@ def test_what_is_no_supported_detector_is_named():
     yolos = transformers.YolosConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=[32, 32]
     )
-    with pytest.raises(UserError, match=f"'yolos' is not supported; choose one of {', '.join(FAMILIES)}"):
+    wanted = f"'yolos' is not supported, since it has no decoder; choose one of {', '.join(FAMILIES)}"
+    with pytest.raises(UserError, match=wanted):
         adapt(transformers.YolosForObjectDetection(yolos))
     with pytest.raises(UserError, match="a DetrModel has no heads for detection: give a DetrForObjectDetection"):
         adapt(transformers.DetrModel(detr()))

@@ -5,15 +5,18 @@ import torch
 from small_models import batch, shake, small_resnet
 from test_adapter import (
     CLASSES,
+    DISTRIBUTIONS,
     KINDS,
     LAYERS,
+    MORE_LAYERS,
     MULTI_SCALE,
     RAW_PIXELS,
+    WITH_GROUPS,
     ask,
     dab_detr,
     detr,
     make,
-    rt_detr,
+    pp_doclayout_v3,
     rt_detr_v2,
     table_transformer,
 )
@@ -59,7 +62,7 @@ def test_recording_changes_nothing(kind, attention, images):
     assert model.config._attn_implementation == how
     assert torch.equal(output.final.boxes, wanted.final.boxes) and torch.equal(output.queries, wanted.queries)
     assert hooks_of(rego) == hooks
-    assert len(names_of(trace)) == 1 + 2 * LAYERS + 4
+    assert len(names_of(trace)) == (kind not in WITH_GROUPS) + 2 * LAYERS + 4
     for name in names_of(trace):
         weights = trace[name].weights
         sums = weights.sum((-2, -1)) if hasattr(trace[name], "locations") else weights.sum(-1)
@@ -104,6 +107,16 @@ def test_sampling_points_are_those_that_they_read(kind, images, monkeypatch):
             return original(value, shapes, locations, weights, *rest)
 
         monkeypatch.setattr(module, "multi_scale_deformable_attention_v2", spy)
+    elif kind in DISTRIBUTIONS:
+        for part in model.modules():
+            if hasattr(part, "ms_deformable_attn_core"):
+                original = part.ms_deformable_attn_core
+
+                def spy(value, shapes, locations, weights, points, *rest, original=original):
+                    read.append((locations.split(points, 3), weights.split(points, 3)))
+                    return original(value, shapes, locations, weights, points, *rest)
+
+                part.ms_deformable_attn_core = spy
     else:
         for part in model.modules():
             if type(part).__name__ == "MultiScaleDeformableAttention":
@@ -112,14 +125,24 @@ def test_sampling_points_are_those_that_they_read(kind, images, monkeypatch):
     with record(detector) as trace, torch.no_grad():
         output = detector(images)
     names = [name for name in names_of(trace) if hasattr(trace[name], "locations")]
-    assert len(names) == len(read) == LAYERS + (kind not in (rt_detr, rt_detr_v2))
+    assert len(names) == len(read) == LAYERS + (kind not in MORE_LAYERS)
     for name, (locations, weights) in zip(names, read):
+        if kind in DISTRIBUTIONS:  # 3, 6 and 3 points: the missing ones have weight 0
+            for level, (points, shares) in enumerate(zip(locations, weights)):
+                seen, count = trace[name].locations[..., level, :, :], points.shape[3]
+                torch.testing.assert_close(seen[..., :count, :], points, rtol=0, atol=1e-6)
+                torch.testing.assert_close(trace[name].weights[..., level, :count], shares, rtol=0, atol=1e-6)
+                assert not trace[name].weights[..., level, count:].any()
+            continue
         torch.testing.assert_close(trace[name].locations, locations, rtol=0, atol=1e-6)
         torch.testing.assert_close(trace[name].weights, weights, rtol=0, atol=1e-6)
     references = trace["references"].references
-    if kind in RAW_PIXELS:  # the encoder's choice, in the frame of the image
+    if kind is pp_doclayout_v3:  # starts with the boxes of the masks that the encoder predicts
+        assert references.min() >= 0
+    elif kind in RAW_PIXELS:  # the encoder's choice, in the frame of the image
         torch.testing.assert_close(references, output.layers[0].boxes)
-    scale = torch.tensor([96.0, 96.0]) / images.sizes.flip(1)  # of the padded batch by the image
+    height, width = detector.padded(images).mask.shape[1:]
+    scale = torch.tensor([width, height]) / images.sizes.flip(1)  # of the padded batch by the image
     on_map = trace["decoder.0.cross"].references[:, :, 0, :2]
     if kind in RAW_PIXELS:
         torch.testing.assert_close(on_map * scale[:, None], references[..., :2])
