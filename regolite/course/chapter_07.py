@@ -289,9 +289,9 @@ def check_precision(answer: Callable[[Verdicts, int], Tensor]) -> str:
         ):
             if torch.allclose(found.double(), value, atol=1e-9) and not torch.allclose(value, wanted, atol=1e-9):
                 raise Mistake(f"{known}.")
-        close("the precisions", found.double(), wanted, 1e-6)
+        close("the precision", found.double(), wanted, 1e-6)
     nothing = answer(torch.zeros(3).bool(), 4)
-    close("the precisions of a ranking without a true positive", nothing.double(), torch.zeros(101).double())
+    close("the precision of a ranking without a true positive", nothing.double(), torch.zeros(101).double())
     return "Their mean is AP of one class at one IoU threshold."
 
 
