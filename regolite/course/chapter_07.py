@@ -116,7 +116,8 @@ def _judge(
     area = boxes[:, 2:].prod(1)
     beyond = (area < low) | (area > high) if "keep_unmatched" not in faults else np.zeros(len(area), dtype=bool)
     verdicts = np.array([_verdicts(overlap, t, ignored, objects.crowd, beyond, faults) for t in THRESHOLDS])
-    return scores, verdicts, int((~ignored).sum())
+    counted = ~objects.crowd if "count_outside" in faults else ~ignored
+    return scores, verdicts, int(counted.sum())
 
 
 def _overlap(boxes: Float[np.ndarray, "D 4"], objects: Objects, plain: bool) -> Float[np.ndarray, "D G"]:
@@ -153,7 +154,7 @@ def _verdicts(
         if allowed.any():
             g = int(np.where(allowed, row, -1.0).argmax())
             taken[g] = True
-            verdicts[d] = 0 if ignored[g] else 1
+            verdicts[d] = (-1 if "claim_ignored" in faults else 0) if ignored[g] else 1
     return verdicts
 
 
@@ -289,9 +290,9 @@ def check_precision(answer: Callable[[Verdicts, int], Tensor]) -> str:
         ):
             if torch.allclose(found.double(), value, atol=1e-9) and not torch.allclose(value, wanted, atol=1e-9):
                 raise Mistake(f"{known}.")
-        close("the precisions", found.double(), wanted, 1e-6)
+        close("the precision", found.double(), wanted, 1e-6)
     nothing = answer(torch.zeros(3).bool(), 4)
-    close("the precisions of a ranking without a true positive", nothing.double(), torch.zeros(101).double())
+    close("the precision of a ranking without a true positive", nothing.double(), torch.zeros(101).double())
     return "Their mean is AP of one class at one IoU threshold."
 
 
@@ -365,6 +366,8 @@ FAULTS = {
     "drop_outside": "objects of other sizes are dropped, so that detections of them are false positives: ignore both.",
     "keep_unmatched": "a detection that claims nothing and has itself another size is ignored, not a false positive.",
     "best_overlap": "a detection takes an ignored object only if no object that counts is left for it.",
+    "count_outside": "objects of other sizes do not count among the N objects of a size.",
+    "claim_ignored": "a detection that claims an ignored object leaves the ranking; here it is a false positive.",
     "crowd_counts": "a crowd does not count among the N objects, and detections in it are not true positives.",
     "drop_crowd": "crowds are dropped, so that detections in them are false positives: ignore these detections.",
     "crowd_iou": "the overlap with a crowd is the fraction of the detection's own area that lies inside.",

@@ -56,9 +56,9 @@ class InstabilityMeter:
         vectors = index_vectors(pairs, len(targets), prediction.boxes.shape[1])
         if "zero" in self.faults:
             vectors = vectors.clamp(min=0)
-        for target, vector in zip(targets, vectors.tolist()):
+        for place, (target, vector) in enumerate(zip(targets, vectors.tolist())):
             key = len(self.now) if "by_place" in self.faults else target.image_id
-            self.now[key] = vector
+            self.now[place if "by_row" in self.faults else key] = vector
 
     def end_epoch(self) -> dict[str, Any] | None:
         """Compare the epoch with the one before.
@@ -79,18 +79,23 @@ class InstabilityMeter:
         if before is None or not both:
             return None
         changes = moved = objects = 0
+        shares = []
         for key in both:
-            changes += sum(old != new for old, new in zip(before[key], now[key]))
+            changed = sum(old != new for old, new in zip(before[key], now[key]))
             owners = [{target: query for query, target in enumerate(v) if target >= 0} for v in (before[key], now[key])]
             if "sets" in self.faults:
-                moved += len(set(owners[0].values()) - set(owners[1].values()))
+                gone = len(set(owners[0].values()) - set(owners[1].values()))
+            elif "twice" in self.faults:
+                gone = changed
             else:
-                moved += sum(query != owners[0].get(target) for target, query in owners[1].items())
-            objects += len(owners[1])
+                gone = sum(query != owners[0].get(target) for target, query in owners[1].items())
+            changes, moved, objects = changes + changed, moved + gone, objects + len(owners[1])
+            shares.append(gone / max(len(owners[1]), 1))
         count = {"sum": 1, "per_object": max(objects, 1), "all_images": len(now)}
         divisor = next((count[fault] for fault in count if fault in self.faults), len(both))
         score = moved / len(both) if "moved_only" in self.faults else changes / divisor
-        return {"images": len(both), "score": score, "moved": moved / max(objects, 1)}
+        share = sum(shares) / len(shares) if "mean_share" in self.faults else moved / max(objects, 1)
+        return {"images": len(both), "score": score, "moved": share}
 
 
 # ---------------------------------------------------------------------------------------------------------- checkers
@@ -236,6 +241,7 @@ _EPOCHS: list[tuple[str, list[tuple[list[list[int]], list[int]]]]] = [
 
 FAULTS = {
     "by_place": "images are compared by their place, but training shuffles them: use target.image_id.",
+    "by_row": "images are compared by their row in the batch, and later batches overwrite them: use target.image_id.",
     "sum": "the score is a mean over the images that were seen in both epochs, not a sum.",
     "per_object": "the score is the number of changed queries per image, not per object.",
     "all_images": "divide by the number of images that were seen in both epochs.",
@@ -243,6 +249,8 @@ FAULTS = {
     "zero": "an unmatched query is written as -1: with 0, it cannot be told from a query with object 0.",
     "first": "each epoch is compared with the one before, not with the first one.",
     "stale": "an image that the epoch before did not see has nothing to be compared with; forget older epochs.",
+    "twice": "an object that moves changes two entries: moved counts objects, not entries.",
+    "mean_share": "moved is the share of all objects of these images together, not a mean over images.",
     "sets": "two objects that swap their queries have both moved: compare object by object, not sets of queries.",
 }
 """Misconceptions about the measurement, and what the checker says."""

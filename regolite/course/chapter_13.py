@@ -350,7 +350,7 @@ def harness(answer: Callable[..., Any]) -> str:
         answer(bench.parts, bench.measure, list(bench.images), bench.switch_off)
     if bench.off:
         raise Mistake("if `measure` raises, the modules stay switched off: enter the contexts in a `with` block.")
-    return "Paired by ball, resampled by image: what the intervals of Figure 13.15 are made of."
+    return "Paired by ball, resampled by image: what the intervals of Figure 13.14 are made of."
 
 
 class _Bench:
@@ -407,10 +407,10 @@ def _check_effect(name: str, found: Any, bench: _Bench) -> None:
         raise Mistake("the entry of a part should be three numbers: mean, low, high.")
     mean, low, high = (float(value) for value in found)
     change, images = bench.changes[name].double(), bench.images
+    by_image = torch.stack([change[images == image].mean() for image in images.unique()])
     if math.isclose(mean, -float(change.mean()), abs_tol=1e-4):
         raise Mistake("the sign is wrong: the change is after minus before.")
     if not math.isclose(mean, float(change.mean()), abs_tol=1e-4):
-        by_image = torch.stack([change[images == image].mean() for image in images.unique()])
         if math.isclose(mean, float(by_image.mean()), abs_tol=1e-4):
             raise Mistake("that is a mean over images of means over balls: every ball counts alike.")
         if math.isclose(mean, float(change.mean()) / 2, abs_tol=1e-4):
@@ -418,16 +418,19 @@ def _check_effect(name: str, found: Any, bench: _Bench) -> None:
         raise Mistake(f"the mean change of part {name} is wrong: measure with the whole part off, and subtract before.")
     if low > high:
         raise Mistake("the interval's ends are swapped: low comes first.")
-    if not low < mean < high:
-        raise Mistake("the interval should contain the mean.")
     of_cluster = interval(change.numpy(), images.numpy())
     width = (high - low) / (of_cluster["high"] - of_cluster["low"])
-    n = len(change)
-    of_balls = 2 * 1.96 * float(change.std()) / math.sqrt(n)
-    if abs(width - 1) <= 0.13:
-        if abs((low + high) / 2 - (of_cluster["low"] + of_cluster["high"]) / 2) > 0.1 * (high - low):
-            raise Mistake("the interval is shifted: take the quantiles 0.025 and 0.975 of the resampled means.")
+    shift = abs(low + high - of_cluster["low"] - of_cluster["high"]) / 2
+    if abs(width - 1) <= 0.13 and shift <= 0.1 * (high - low):
         return
+    of_images = interval(by_image.numpy(), images.unique().numpy())
+    if max(abs(low - of_images["low"]), abs(high - of_images["high"])) <= 0.1 * (high - low):
+        raise Mistake("the resampled means are taken over images: divide the sum over all balls drawn by their number.")
+    if not low < mean < high:
+        raise Mistake("the interval should contain the mean.")
+    if abs(width - 1) <= 0.13:
+        raise Mistake("the interval is shifted: take the quantiles 0.025 and 0.975 of the resampled means.")
+    of_balls = 2 * 1.96 * float(change.std()) / math.sqrt(len(change))
     if abs((high - low) / of_balls - 1) <= 0.13:
         raise Mistake("the interval is too narrow: resample whole images with all of their balls, not single balls.")
     if width > 2.5:

@@ -65,7 +65,7 @@ FLAWS = {
     "best": "the best seed is reported",
     "budget": "the two arms were trained for different numbers of epochs",
     "tuning": "more learning rates were tried for one arm than for the other",
-    "seeds": "an arm has one seed only, or the arms have different seeds",
+    "seeds": "an arm has fewer than two different seeds, or the arms have different ones",
 }
 """Possible flaws of a study."""
 

@@ -174,6 +174,8 @@ def study(parts, measure, images, switch_off, samples=2000, seed=0, **faults):
             sums, counts = torch.stack([change[k].sum() for k in own]), torch.tensor([float(len(k)) for k in own])
             drawn = torch.randint(len(own), (samples, len(own)), generator=torch.Generator().manual_seed(seed))
             means = sums[drawn].sum(1) / counts[drawn].sum(1)
+            if faults.get("image_means"):
+                means = (sums / counts)[drawn].mean(1)
         mean = change.mean()
         if faults.get("by_image"):
             mean = torch.stack([change[images == image].mean() for image in images.unique()]).mean()
@@ -297,6 +299,7 @@ def test_right(number, answer):
         ("13.6", one_by_one, "one after another"),
         ("13.6", piled_up, "at the same time"),
         ("13.6", faulty(by_image=True), "every ball counts alike"),
+        ("13.6", faulty(image_means=True), "resampled means are taken over images"),
         ("13.6", faulty(balls=True), "resample whole images"),
         ("13.6", faulty(unpaired=True), "paired differences"),
         ("13.6", faulty(ends=[0.05, 0.95]), "90 % interval"),
