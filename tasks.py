@@ -29,7 +29,7 @@ VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 # The extras of pyproject.toml. A task needs all of them unless NEEDS lists fewer.
-EXTRAS = ("book", "convert", "course", "fast-eval", "tensorboard", "test", "transformers", "video")
+EXTRAS = ("book", "convert", "course", "export", "fast-eval", "tensorboard", "test", "transformers", "video")
 NEEDS = {
     "demo": ("course",),
     "lab": ("convert", "course", "transformers"),  # what the chapters import

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from regolite import interop
     from regolite.errors import UserError
     from regolite.evaluation.coco import evaluate
+    from regolite.exporting import export
     from regolite.inference import detect
     from regolite.loading import load
     from regolite.models.presets import build, configure, presets
@@ -51,6 +52,7 @@ _MODULES = {
     "configure": "models.presets",
     "detect": "inference",
     "evaluate": "evaluation.coco",
+    "export": "exporting",
     "interop": "interop",
     "load": "loading",
     "presets": "models.presets",
@@ -68,6 +70,7 @@ __all__ = [
     "configure",
     "detect",
     "evaluate",
+    "export",
     "interop",
     "load",
     "presets",

@@ -305,6 +305,26 @@ class JsonList:
         self._file.close()
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """Write a detector as a file that runs without this package: ONNX or an exported PyTorch program."""
+    from regolite.exporting import export
+
+    _prepare(arguments.output, "--output")
+    model = _load(arguments)
+    file = export(
+        model,
+        arguments.output,
+        arguments.format,
+        arguments.size,
+        arguments.stages,
+        arguments.with_traces,
+        arguments.precision,
+        arguments.images or None,
+    )
+    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; its outputs are those of the model")
+    return 0
+
+
 def relations(arguments: argparse.Namespace) -> int:
     """Measure how often attention points at the object that decides the class, and what follows when it is removed."""
     from regolite.data import Scenes
@@ -608,6 +628,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (evaluate, _evaluate_options),
         (relations, _relations_options),
         (detect, _detect_options),
+        (export, _export_options),
         (convert, _convert_options),
         (complexity, _complexity_options),
         (data, _data_options),
@@ -727,6 +748,24 @@ def _detect_options(parser: Parser) -> None:
     about = "folder for the results (default: found)"
     parser.add_argument("--output", type=Path, default=Path("found"), metavar="DIR", help=about)
     parser.add_argument("--threshold", type=number, default=0.3, metavar="X", help="least score (default: 0.3)")
+
+
+def _export_options(parser: Parser) -> None:
+    from regolite.checkpoint import EVERYDAY
+
+    _model_options(parser, EVERYDAY)
+    about = "the file to write, .onnx or .pt2 (torch-export)"
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=about)
+    about = "onnx, or torch-export for torch.export.load (default: onnx)"
+    parser.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help=about)
+    about = "side of the square that images are padded to, a multiple of 32; the model's own image size by default"
+    parser.add_argument("--size", type=positive, metavar="N", help=about)
+    about = "add attention, sampling points, glimpses and boxes of all layers as outputs"
+    parser.add_argument("--with-traces", action="store_true", help=about)
+    about = "of the weights: fp16 halves the file, int8 quantizes matrix products (default: fp32)"
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help=about)
+    about = "photographs to check the file with (default: random colors)"
+    parser.add_argument("--images", nargs="*", metavar="IMAGE", help=about)
 
 
 def _convert_options(parser: Parser) -> None:

@@ -25,7 +25,7 @@ LAYERS = (
     {"loading"},
     {"inference"},
     {"tracing"},
-    {"evaluation"},
+    {"evaluation", "exporting"},
     {"plots"},
     {"viewers", "training"},
     {"paper"},

@@ -253,7 +253,7 @@ class AnchorDetr(Detector):
             grid = layer(grid)
 
         points = self.points.repeat(self.patterns.num_embeddings, 1)  # [Q, 2], all points with the first pattern first
-        queries = self.patterns.weight.repeat_interleave(len(self.points), 0).expand(len(images), -1, -1)
+        queries = self.patterns.weight.repeat_interleave(len(self.points), 0).expand(images.pixels.shape[0], -1, -1)
         xy = self.encode_both(sine_embedding(points.flip(-1) * 2 * math.pi, self.dim // 2).flatten(-2))
         x, y = self.encode_one(sine_embedding(points.T * 2 * math.pi, self.dim))
         layers = []
@@ -264,7 +264,7 @@ class AnchorDetr(Detector):
 
         if self.dilated:  # REGO reads the last map of a DC5 model at the normal stride (appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
-        return DetectorOutput(layers, queries, maps, references=points.expand(len(images), -1, -1))
+        return DetectorOutput(layers, queries, maps, references=points.expand(images.pixels.shape[0], -1, -1))
 
     def _along(self, mask: Bool[Tensor, "B n"]) -> Float[Tensor, "B n C"]:
         """The encoded positions of columns or rows, in [0, 1] of the unpadded image."""

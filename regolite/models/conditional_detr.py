@@ -120,7 +120,7 @@ class ConditionalDetr(Detector):
         projected = FeatureMap(self.input_projection(last.tensor), last.mask, last.stride)
         memory = self.encoder(flatten([projected], [sine_positions(last.mask, self.dim)]))
 
-        positions = self.query_positions.weight.expand(len(images), -1, -1)
+        positions = self.query_positions.weight.expand(images.pixels.shape[0], -1, -1)
         points = in_full_precision(self.reference_head, positions).sigmoid()
         places = sine_embedding(points.flip(-1) * 2 * math.pi, self.dim // 2).flatten(
             -2

@@ -62,6 +62,9 @@ def read_and_mix(
         places: sampling locations, x and y in [0, 1].
         weight: the weight of each sample.
     """
+    if torch.compiler.is_compiling():  # torch.compile and torch.export plan memory themselves
+        samples = _read(maps.to(places.dtype), 2 * places - 1)
+        return (samples * weight.to(places.dtype)[:, None]).sum(2).to(maps.dtype)
     return _ReadAndMix.apply(maps.to(places.dtype), places, weight.to(places.dtype)).to(maps.dtype)
 
 

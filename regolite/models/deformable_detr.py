@@ -166,8 +166,8 @@ class DeformableDetr(Detector):
         if self.config.two_stage:
             proposals, reference, query_positions, queries = self.proposals(memory)
         else:
-            query_positions = self.query_positions.weight.expand(len(images), -1, -1)
-            queries = self.queries.weight.expand(len(images), -1, -1)
+            query_positions = self.query_positions.weight.expand(images.pixels.shape[0], -1, -1)
+            queries = self.queries.weight.expand(images.pixels.shape[0], -1, -1)
             reference = in_full_precision(self.reference_points, query_positions).sigmoid()
 
         layers, queries = self._decode(queries, query_positions, memory, valid, reference)

@@ -90,7 +90,7 @@ class Detector(nn.Module):
         return "sampling" if "sampling_offsets." in name or "reference_points." in name else "rest"
 
     def padded(self, images: ImageBatch) -> ImageBatch:
-        """The batch as the detector pads it further, to which the coordinates of its attention refer; here unchanged."""
+        """The batch as a detector pads it further; its attention has the coordinates of this batch. Unchanged here."""
         return images
 
     def transformer_layers(self) -> list[nn.Module]:

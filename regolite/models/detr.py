@@ -118,7 +118,7 @@ class Detr(Detector):
         projected = FeatureMap(self.input_projection(last.tensor), last.mask, last.stride)
         memory = self.encoder(flatten([projected], [sine_positions(last.mask, self.dim)]))
 
-        positions = self.query_positions.weight.expand(len(images), -1, -1)
+        positions = self.query_positions.weight.expand(images.pixels.shape[0], -1, -1)
         hidden = self.decoder(positions.new_zeros(positions.shape), positions, memory)
         predicted = [self._predict(h, positions) for h in hidden]
 

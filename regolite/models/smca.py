@@ -140,7 +140,7 @@ class Smca(Detector):
         maps = self.backbone(images)
         memory = self.encoder(self._memory(maps))
 
-        positions = self.query_positions.weight.expand(len(images), -1, -1)
+        positions = self.query_positions.weight.expand(images.pixels.shape[0], -1, -1)
         # Centers are predicted from the input of the first decoder layer: positions alone, as hidden states are zero.
         first = self.decoder.layers[0]
         assert isinstance(first, SmcaDecoderLayer)

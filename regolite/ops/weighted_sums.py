@@ -30,6 +30,8 @@ def weighted_sums(
         index: the rows of each sum.
         weight: their weights, of the table's data type.
     """
+    if torch.compiler.is_compiling():  # torch.compile and torch.export: scipy and embedding_bag have no fast ONNX form
+        return torch.bmm(weight[:, None], rows[index])[:, 0]
     if rows.device.type != "cpu":
         return F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum")
     return _WeightedSums.apply(rows, index, weight)

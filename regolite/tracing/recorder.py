@@ -332,7 +332,7 @@ class _Recorder(TorchFunctionMode):
             return RowColumnMap(columns, rows, ((height, width),), copied(grid.mask.flatten(1)), now.frame)
 
         parts = [seen[0] for seen, _ in calls]
-        parts = [p if p.dim() == 4 else p.unflatten(0, (len(now.images), -1)) for p in parts]
+        parts = [p if p.dim() == 4 else p.unflatten(0, (now.images.pixels.shape[0], -1)) for p in parts]
         if name.startswith("stage.") or name.endswith(".self"):  # attention among queries
             return AttentionMap(parts[0], (), None, now.frame)
         if name.startswith("encoder.") and len(parts) > 1:  # SMCA: self-attention within each level
