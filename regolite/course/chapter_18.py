@@ -247,8 +247,8 @@ def _hidden(found: Tensor, noised: int, queries: int) -> None:
         raise Mistake("the attention mask is inverted: it is True where a query (row) must not see another (column).")
     if not found[noised:, :noised].all():
         raise Mistake(
-            "a query of the detector sees noised ground truth: in training it would copy the answer, and in use there "
-            "is none to copy."
+            "a query of the detector sees noised ground truth: in training it would copy the answer, and at "
+            "inference there is none to copy."
         )
     if found[noised:, noised:].any():
         raise Mistake("the detector's queries must see each other: that is how they avoid duplicates.")
@@ -302,7 +302,7 @@ def group_match(answer: Callable[[Tensor, int], Tensor]) -> str:
             raise Mistake(
                 "the assignment of some group is not the cheapest one; are the columns in the objects' order?"
             )
-    return "In use, Group DETR keeps one group and drops the others: no duplicates, and no cost."
+    return "At inference, Group DETR keeps one group and drops the others: no duplicates, and no cost."
 
 
 @exercise(
