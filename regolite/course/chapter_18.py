@@ -28,7 +28,7 @@ def reference_scores(
     """Width- and height-modulated scores of a box: the answer to 18.1.
 
     Args:
-        box: the query's box, `cxcywh` in [0, 1].
+        box: the query's box, ``cxcywh`` in [0, 1].
         size: the reference size, width and height in [0, 1].
         rows: number of rows of cells.
         columns: number of columns.
