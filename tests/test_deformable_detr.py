@@ -19,6 +19,7 @@ from regolite.models.deformable_detr import (
     valid_ratio,
 )
 from regolite.models.positions import sine_positions
+from regolite.models.transformer import flatten
 from regolite.types import FeatureMap, Memory
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -284,6 +285,23 @@ def test_each_refined_layer_corrects_the_detached_boxes_of_the_one_before():
         grads = [p.grad for p in head.parameters()]
         assert all(g is not None and g.any() for g in grads) if number == 2 else all(g is None for g in grads)
     assert model.decoder_layers[0].ffn[0].weight.grad.any()  # the hidden states are not detached
+
+
+@pytest.mark.parametrize("start", [2, 4])
+def test_decodes_queries_of_any_origin(start):
+    """Contents, points or boxes of the caller's; queries that are padding do not reach the others."""
+    model, images = refined(), batch((64, 96), (64, 64))
+    with torch.no_grad():
+        maps = model.pyramid(model.backbone(images), images.mask)
+        memory = flatten(maps, [sine_positions(f.mask, model.dim) for f in maps])
+        valid = torch.stack([valid_ratio(f.mask) for f in maps], 1)
+        contents, positions = torch.randn(2, 2, 5, model.dim)
+        reference, padding = torch.rand(2, 5, start), torch.arange(5).expand(2, -1) >= 3
+        layers, hidden = model.decode(contents, positions, memory, valid, reference, padding)
+        few = model.decode(contents[:, :3], positions[:, :3], memory, valid, reference[:, :3])
+    assert len(layers) == len(model.decoder_layers) and hidden.shape == (2, 5, model.dim)
+    torch.testing.assert_close(hidden[:, :3], few[1], **CLOSE)
+    torch.testing.assert_close(layers[-1].boxes[:, :3], few[0][-1].boxes, **CLOSE)
 
 
 def test_plain_layers_keep_the_reference_point_and_share_their_heads():

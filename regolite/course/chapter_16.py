@@ -29,12 +29,14 @@ def read_line(answer: Callable[[str, int, int], tuple[int, Tensor]]) -> str:
     """A line of a YOLO file as class and corners in pixels."""
     for line, width, height, label, box in (
         ("3 0.5 0.25 0.2 0.1", 200, 400, 3, [80.0, 80.0, 120.0, 120.0]),
-        ("0 0.1 0.9 0.2 0.2", 640, 480, 0, [0.0, 384.0, 128.0, 480.0]),
+        ("0 0.11 0.9 0.2 0.15", 640, 480, 0, [6.4, 396.0, 134.4, 468.0]),
     ):
         found = answer(line, width, height)
         if not isinstance(found, tuple) or len(found) != 2:
             raise Mistake("return a pair: the class, and the four corners as a tensor.")
-        if int(found[0]) != label:
+        if not isinstance(found[0], int):
+            raise Mistake(f"the class should be an int, but is {type(found[0]).__name__}.")
+        if found[0] != label:
             raise Mistake(f"the class of {line!r} is {label}, its first number, not {found[0]}.")
         wanted = torch.tensor(box)
         same_shape("the box", found[1], (4,))
@@ -44,10 +46,15 @@ def read_line(answer: Callable[[str, int, int], tuple[int, Tensor]]) -> str:
             (torch.tensor([x0 / width, y0 / height, x1 / width, y1 / height]), "is still relative to the image"),
             (torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]), "is still center and size"),
             (torch.tensor([x0, y0, x1 - x0, y1 - y0]), "is COCO's corner and size"),
+            (torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, 1.5 * x1 - 0.5 * x0, 1.5 * y1 - 0.5 * y0]),
+             "begins at the center"),
+            (torch.tensor([1.5 * x0 - 0.5 * x1, 1.5 * y0 - 0.5 * y1, 1.5 * x1 - 0.5 * x0, 1.5 * y1 - 0.5 * y0]),
+             "is twice too large, with the whole size on either side of the center"),
+            (wanted.round(), "is rounded to whole pixels"),
             (torch.tensor([x0 / width * height, y0 / height * width, x1 / width * height, y1 / height * width]),
              "has width and height of the image swapped"),
         ):  # fmt: skip
-            if torch.allclose(found[1].float(), wrong, atol=1e-2):
+            if torch.allclose(found[1].float(), wrong, atol=1e-2) and not torch.allclose(wrong, wanted, atol=1e-2):
                 raise Mistake(f"the box {problem}; it should be two corners in pixels.")
         close("the box", found[1].float(), wanted, 1e-2)
     return "This is all there is to the YOLO format."
@@ -120,6 +127,8 @@ def split_groups(answer: Callable[[Sequence[str], float, int], tuple[list[str], 
         if len(held) < 0.25 * len(names):
             raise Mistake(f"only {len(held)} of {len(names)} images are held out; it should be at least a quarter.")
         if len(held) - max(places.values()) >= 0.25 * len(names):
+            if len(train) - max(Counter(n.split("_")[0] for n in train).values()) < 0.25 * len(names) <= len(train):
+                raise Mistake("the two lists are exchanged: first the training images, then those held out.")
             raise Mistake(
                 f"{len(held)} of {len(names)} images are held out for a share of a quarter, and a whole group fewer "
                 f"would do: stop as soon as the share is reached. Images held out are lost for training."

@@ -228,13 +228,15 @@ def confounds(answer: Callable[[Arm, Arm], Any]) -> str:
         ("the same arm twice, with other descriptions", plain, replace(plain, about="the same"),
          "descriptions are no settings"),
         ("learning rate", small_arm("a", lr=5e-4), plain, "recipes can differ, not only overrides"),
-        ("model", plain, small_arm("b", model="rego_deformable_detr_tiny"), "the preset is a setting"),
+        ("model", plain, small_arm("b", model="rego_deformable_detr_refined_tiny"), "the preset is a setting"),
         ("overrides in another order", small_arm("a", "stages=2", "levels=3"), small_arm("b", "levels=3", "stages=2"),
          "the order of overrides doesn't matter"),
         ("an override of an override", small_arm("a", "queries=30"), plain,
          "the last override of a name counts; compare names, not places"),
         ("an override repeated", small_arm("a", "queries=20"), plain,
          "an override that repeats the value before it changes nothing"),
+        ("an override taken back by a later one", small_arm("a", "queries=30", "queries=20"), plain,
+         "the last override of a name counts"),
         ("two things at once", small_arm("a", "alphas=1.0,1.0,1.0", epochs=9), plain, "report all differences"),
     )  # fmt: skip
     for what, a, b, why in cases:
@@ -296,6 +298,8 @@ def interval_score(answer: Callable[..., float]) -> str:
         if all(abs(ours - theirs) < 1e-9 for ours, theirs in zip(found, wrong)):
             raise Mistake(problem)
     wanted = scores(lambda low, high, r, a, out: high - low + 2 / a * out)
+    if abs(found[0] - wanted[0]) > 1e-6:
+        raise Mistake("a result inside the interval costs the width alone.")
     if any(abs(ours - theirs) > 1e-6 for ours, theirs in zip(found, wanted)):
         raise Mistake("the score is the width, plus 2 / alpha times the distance of a result outside.")
     return "Nobody can improve this score by hiding what they believe: it is a proper scoring rule."
@@ -318,6 +322,8 @@ def study(answer: Callable[[], Mapping[str, Any]]) -> str:
     if not isinstance(found, Mapping) or any(part not in found for part in PARTS):
         raise Mistake(f"return a dictionary with {', '.join(PARTS)}{_lacks(found)}.")
     claim, arms, prediction, results = (found[part] for part in PARTS[:4])
+    if not isinstance(arms, Mapping) or not isinstance(results, Mapping):
+        raise Mistake("arms and results are dictionaries, by the names of the arms.")
     if not isinstance(claim, Claim):
         raise Mistake("the claim is a Claim of regolite.paper.experiments, so that the rule can judge it.")
     sides = [claim.ours.arm, claim.theirs.arm]
@@ -367,19 +373,19 @@ def _runs(results: Results, arms: Mapping[str, Arm], sides: list[str]) -> None:
         raise Mistake(f"{len(seeds[0])} seeds give an interval that decides next to nothing: run three or more.")
     for name in sides:
         for run in results[name].values():
-            if (
-                list(run["config"]["overrides"]) != list(arms[name].settings()["overrides"])
-                and "change" not in run["config"]
-            ):
-                raise Mistake(f"a run of {name!r} was trained with other overrides than the arm has.")
+            settings = json.loads(json.dumps(arms[name].settings()))  # tuples are lists in the stored results
+            if other := sorted(s for s, value in settings.items() if run["config"].get(s, value) != value):
+                raise Mistake(
+                    f"a run of {name!r} was trained with other settings than the arm has: {', '.join(other)}."
+                )
     tests = {(run["config"]["data"], run["config"]["test"]) for name in sides for run in results[name].values()}
     if len(tests) > 1 and len({arms[name].settings()["data"] for name in sides}) == 1:
         raise Mistake("the runs were measured on different test scenes: their AP cannot be compared.")
 
 
-def _prediction(prediction: Mapping[str, Any], claim: Claim, finished: list[str]) -> None:
+def _prediction(prediction: Any, claim: Claim, finished: list[str]) -> None:
     """Check that there was a prediction, and that it came first."""
-    if not {"low", "high", "reason", "day", "claim"} <= prediction.keys():
+    if not isinstance(prediction, Mapping) or not {"low", "high", "reason", "day", "claim"} <= prediction.keys():
         raise Mistake("the prediction has claim, low, high, reason and day: take what predict returned.")
     if not prediction["low"] < prediction["high"]:
         raise Mistake("the predicted interval is empty.")

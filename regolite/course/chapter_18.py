@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from regolite.boxes import to_xyxy
 from regolite.course import Mistake, alike, close, exercise, same_shape
@@ -19,6 +20,22 @@ from regolite.types import Target
 
 TEMPERATURE = 20.0
 """DAB-DETR's temperature of sine embeddings; DETR's is 10000."""
+
+
+def reference_scores(
+    box: Float[Tensor, "4"], size: Float[Tensor, "2"], rows: int, columns: int, dim: int
+) -> Float[Tensor, "rows columns"]:
+    """Width- and height-modulated scores of a box: the answer to 18.1.
+
+    Args:
+        box: the query's box, ``cxcywh`` in [0, 1].
+        size: the reference size, width and height in [0, 1].
+        rows: number of rows of cells.
+        columns: number of columns.
+        dim: channels of the encoding along each axis.
+    """
+    x, y = _similarity(box[0], columns, dim), _similarity(box[1], rows, dim)
+    return ((x * size[0] / box[2])[None] + (y * size[1] / box[3])[:, None]) / (2 * dim) ** 0.5
 
 
 def _similarity(coordinate: Tensor, cells: int, dim: int) -> Float[Tensor, "cells"]:
@@ -49,7 +66,7 @@ def modulated(answer: Callable[[Tensor, Tensor, int, int, int], Tensor]) -> str:
             return (x * fx)[None] + (y * fy)[:, None]
 
         scale = (2 * dim) ** 0.5
-        wanted = scores(w_ref / w, h_ref / h) / scale
+        wanted = reference_scores(box, size, rows, columns, dim)
         found = answer(box, size, rows, columns, dim)
         if isinstance(found, Tensor) and found.shape == (columns, rows):
             raise Mistake("rows and columns are exchanged: the scores are [rows, columns], and y belongs to the rows.")
@@ -133,7 +150,7 @@ def denoising(answer: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]) -> s
             "amount": torch.rand_like(corners),
         }
         found = answer(padded.labels.clone(), padded.boxes.clone(), list(padded.counts), dict(draws), queries)
-        if not isinstance(found, tuple) or len(found) != 4:
+        if not isinstance(found, (tuple, list)) or len(found) != 4:
             raise Mistake("return four tensors: labels, boxes, padding, hidden.")
         _labels(found[0], padded, draws, one_hot.argmax(-1))
         _boxes(found[1], padded, draws, boxes.detach(), padding)
@@ -188,6 +205,8 @@ def _boxes(
         (noised(sides / 2, sign=False), "every corner moves right and down: multiply by the sign."),
         (noised(sides / 2, clip=False),
          "boxes stick out of the image: clamp the corners to [0, 1] before going back to cxcywh."),
+        ((padded.boxes.repeat(1, 2, 1) + draws["sign"] * (least + draws["amount"]) * 0.2 * sides).clamp(0.001, 0.999),
+         "the noise moves the four corner coordinates, not center and size."),
         (to_xyxy(wanted), "these are corners: return cxcywh."),
         (padded.boxes.repeat(1, 2, 1), "the boxes have no noise."),
     ):  # fmt: skip
@@ -228,8 +247,8 @@ def _hidden(found: Tensor, noised: int, queries: int) -> None:
         raise Mistake("the attention mask is inverted: it is True where a query (row) must not see another (column).")
     if not found[noised:, :noised].all():
         raise Mistake(
-            "a query of the detector sees noised ground truth: in training it would copy the answer, and in use there "
-            "is none to copy."
+            "a query of the detector sees noised ground truth: in training it would copy the answer, and at "
+            "inference there is none to copy."
         )
     if found[noised:, noised:].any():
         raise Mistake("the detector's queries must see each other: that is how they avoid duplicates.")
@@ -271,6 +290,8 @@ def group_match(answer: Callable[[Tensor, int], Tensor]) -> str:
         if torch.equal(found, cost.view(groups, size, objects).argmin(1) + first) and not torch.equal(found, wanted):
             raise Mistake("each object takes its best query, even one that is taken: within a group it is one-to-one.")
         if bool(((found < first) | (found >= first + size)).any()):
+            if bool((found % groups == torch.arange(groups)[:, None]).all()):
+                raise Mistake("the queries come group by group: the first Q rows are group 0, the next Q group 1.")
             raise Mistake(
                 "some group matches an object with a query of another group: with one matching for all, the objects' "
                 "copies crowd into the best group."
@@ -281,7 +302,7 @@ def group_match(answer: Callable[[Tensor, int], Tensor]) -> str:
             raise Mistake(
                 "the assignment of some group is not the cheapest one; are the columns in the objects' order?"
             )
-    return "In use, Group DETR keeps one group and drops the others: no duplicates, and no cost."
+    return "At inference, Group DETR keeps one group and drops the others: no duplicates, and no cost."
 
 
 @exercise(
@@ -323,6 +344,8 @@ def edges(answer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> str:
             (moved(offset, sides[:, [1, 0, 3, 2]]),
              "left and right go with the width, top and bottom with the height."),
             (moved(-offset), "a positive offset moves an edge outward."),
+            (moved(offset / 2), "an offset of 1 is the whole width or height, not half of it."),
+            (box_convert(moved(offset), "xyxy", "cxcywh"), "these are center and size: return corners."),
         ):  # fmt: skip
             if alike(found, wrong):
                 raise Mistake(problem)

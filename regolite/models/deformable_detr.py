@@ -170,18 +170,18 @@ class DeformableDetr(Detector):
             queries = self.queries.weight.expand(images.pixels.shape[0], -1, -1)
             reference = in_full_precision(self.reference_points, query_positions).sigmoid()
 
-        layers, queries = self._decode(queries, query_positions, memory, valid, reference)
+        layers, queries = self.decode(queries, query_positions, memory, valid, reference)
         by_class = self.config.token_queries
         output = DetectorOutput(layers, queries, maps, proposals, proposals_by_class=by_class, references=reference)
         if targets is not None and self.denoises:
             content, boxes, mask = self.noised_queries(targets)
             query_positions, from_boxes = self.proposals.embed(boxes)
             content = content if self.config.token_queries else content + from_boxes
-            layers, queries = self._decode(content, query_positions, memory, valid, boxes, mask)
+            layers, queries = self.decode(content, query_positions, memory, valid, boxes, mask)
             output.denoising = DetectorOutput(layers, queries, maps, query_mask=mask)
         return output
 
-    def _decode(
+    def decode(
         self,
         queries: Float[Tensor, "B Q C"],
         query_positions: Float[Tensor, "B Q C"],
@@ -190,7 +190,19 @@ class DeformableDetr(Detector):
         reference: Float[Tensor, "B Q d"],
         query_mask: Bool[Tensor, "B Q"] | None = None,
     ) -> tuple[list[Prediction], Float[Tensor, "B Q C"]]:
-        """Predictions of each decoder layer, and the hidden states of the last."""
+        """Run all decoder layers, for queries of any origin.
+
+        Args:
+            queries: contents of the queries.
+            query_positions: their position encodings.
+            memory: the encoded tokens.
+            valid: share of each level's width and height that is not padding.
+            reference: where the queries start, in [0, 1]: points ``xy``, or boxes ``cxcywh``.
+            query_mask: True on queries that are padding.
+
+        Returns:
+            The predictions of each layer, and the hidden states of the last.
+        """
         layers = []
         for number, layer in enumerate(self.decoder_layers):
             scale = valid.repeat(1, 1, reference.shape[-1] // 2)  # xy, or xy and wh

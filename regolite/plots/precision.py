@@ -194,7 +194,7 @@ def draw_missed(
     for row in missed[first][:count].tolist():
         near = np.flatnonzero((judged.objects == row) & np.isin(judged.kinds, ("correct", "class", "box")))
         note = f"{judged.kinds[near[0]]} with {judged.scores[near[0]]:.2f}" if len(near) else "no detection"
-        title = f"missed: {names[int(truth.categories[row])]}"
+        title = names[int(truth.categories[row])]
         entries.append((int(truth.image_ids[row]), title, note, [(truth.boxes[row], TRUTH_COLOR, False)]))
     return _draw_details(dataset, entries, columns)
 

@@ -34,6 +34,10 @@ def line(line, width, height, order=lambda x, y, w, h: [x - w / 2, y - h / 2, x 
         (lambda text, w, h: line(text, 1, 1), "relative to the image"),
         (lambda text, w, h: line(text, h, w), "swapped"),
         (lambda *a: (line(*a)[0], line(*a)[1] + 3), "should be 80.0000"),
+        (lambda *a: (a[0].split()[0], line(*a)[1]), "an int, but is str"),
+        (lambda *a: (line(*a)[0], line(*a)[1].round()), "rounded"),
+        (lambda *a: line(*a, order=lambda x, y, w, h: [x, y, x + w, y + h]), "begins at the center"),
+        (lambda *a: line(*a, order=lambda x, y, w, h: [x - w, y - h, x + w, y + h]), "twice too large"),
     ],
 )
 def test_lines_of_yolo(answer, said):
@@ -144,7 +148,9 @@ def unseeded(names, share, seed):
         (lambda names, share, seed: (names, names[:5]), "exactly one"),
         (lambda names, share, seed: by_groups(names, share, 0), "every seed holds out the same"),
         (lambda names, share, seed: by_groups(names, 0.01, seed), "at least a quarter"),
-        (all_but_one, "a whole group fewer would do"),
+        (lambda names, share, seed: by_groups(names, 0.8, seed), "a whole group fewer would do"),
+        (all_but_one, "exchanged"),
+        (lambda *a: by_groups(*a)[::-1], "exchanged"),
         (unshuffled, "every seed holds out the same"),
         (rotated, "does not shuffle"),
         (in_order_of_names, "order of the names"),

@@ -118,6 +118,13 @@ def overrides(arm):
     return dict(text.split("=", 1) for text in arm.settings()["overrides"])
 
 
+def by_text(a, b):
+    """Overrides compared as texts, so that one that is taken back counts."""
+    texts = set(a.settings()["overrides"]) ^ set(b.settings()["overrides"])
+    recipe = {n for n in a.settings() if n != "overrides" and a.settings()[n] != b.settings()[n]}
+    return recipe | {text.split("=")[0] for text in texts}
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -130,6 +137,8 @@ def overrides(arm):
         (lambda a, b: set(a.settings()["overrides"]) ^ set(b.settings()["overrides"]), "without their values"),
         (lambda a, b: differing(a, b) | ({"about"} if a.about != b.about else set()), "alphas only"),
         (lambda a, b: sorted(differing(a, b))[:1], "all differences"),
+        (lambda a, b: differing(a, b) - {"model"}, "preset is a setting"),
+        (by_text, "taken back by a later one"),
     ],
 )  # fmt: skip
 def test_confounds(answer, said):
@@ -155,7 +164,11 @@ def score(width=1.0, below=1.0, above=1.0, factor=lambda alpha: 2 / alpha, sign=
         (score(above=0.0), "above the interval"),
         (score(factor=lambda alpha: 40.0), "depends on alpha"),
         (lambda low, high, result, alpha: high - low + 2 / alpha * abs(result - (low + high) / 2), "not to the center"),
-        (lambda low, high, result, alpha: 7.0, "the score is the width"),
+        (lambda low, high, result, alpha: 7.0, "costs the width alone"),
+        (
+            lambda low, high, result, alpha: score()(low, high, result, alpha) + 5 * (result > high),
+            "is the width, plus",
+        ),
     ],
 )
 def test_interval_score(answer, said):
@@ -195,7 +208,10 @@ UNSURE = results(ours=(9.0, 7.5, 10.1))
         ({"results": results((9.0, 9.5), (8.0, 8.1))}, "2 seeds"),
         ({"results": results((9.0, 9.5, 9.6, 9.9))}, "the same seeds"),
         ({"results": results() | {"paper": runs("paper", (8.0, 8.1, 8.7), test=50)}}, "different test scenes"),
-        ({"results": results(overrides=["queries=9"])}, "other overrides"),
+        ({"results": results(overrides=["queries=9"])}, "other settings than the arm has: overrides"),
+        ({"results": results(epochs=50)}, "other settings than the arm has: epochs"),
+        ({"arms": list(ARMS.values())}, "are dictionaries"),
+        ({"prediction": (0.0, 3.0)}, "take what predict returned"),
         ({"results": results(finished="2029-12-31")}, "younger than the first result"),
         ({"prediction": {"low": 0}}, "take what predict returned"),
         ({"claim": replace(CLAIM, margin=2.0)}, "another claim"),

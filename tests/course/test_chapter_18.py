@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from torchvision.ops import box_convert
 
 from regolite.boxes import to_xyxy
 from regolite.course import Mistake, chapter_18, find
@@ -56,6 +57,7 @@ def modulated(fx=lambda w, h, rw, rh: rw / w, fy=lambda w, h, rw, rh: rh / h, ro
 )
 def test_modulated_attention(answer, said):
     assert judge("18.1", modulated())
+    assert judge("18.1", chapter_18.reference_scores)
     refused("18.1", answer, said)
 
 
@@ -84,6 +86,13 @@ def noised(low=(0.0, 1.0), unit=0.5, order=(0, 1, 0, 1), clip=True, signed=True)
         return 1, torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], -1).clamp(0.001, 0.999)
 
     return change
+
+
+def centers_and_sizes(labels, boxes, counts, draws, num_queries, outputs):
+    """Noise on center and size, not on the corners."""
+    least = torch.tensor([0.0, 1.0]).repeat_interleave(labels.shape[1])[:, None]
+    shift = draws["sign"] * (least + draws["amount"]) * 0.2 * boxes[..., 2:].repeat(1, 2, 2)
+    return 1, (boxes.repeat(1, 2, 1) + shift).clamp(0.001, 0.999)
 
 
 def flipped(noise):
@@ -117,6 +126,7 @@ def hidden(noised_sees=True, detector_sees=True, itself=False, inverted=False):
         (denoising(noised(order=(1, 0, 1, 0))), "share of the height"),
         (denoising(noised(signed=False)), "multiply by the sign"),
         (denoising(noised(clip=False)), "stick out of the image"),
+        (denoising(centers_and_sizes), "not center and size"),
         (denoising(lambda la, b, c, d, q, o: (1, to_xyxy(o[1]))), "these are corners"),
         (denoising(lambda la, b, c, d, q, o: (1, b.repeat(1, 2, 1))), "no noise"),
         (denoising(lambda la, b, c, d, q, o: (2, ~o[2])), "inverted"),
@@ -130,7 +140,7 @@ def hidden(noised_sees=True, detector_sees=True, itself=False, inverted=False):
     ],
 )  # fmt: skip
 def test_denoising_queries(answer, said):
-    assert judge("18.2", denoising())
+    assert judge("18.2", denoising()) and judge("18.2", lambda *a: list(denoising()(*a)))
     refused("18.2", answer, said)
 
 
@@ -150,6 +160,12 @@ def copies(cost, groups):
     return torch.as_tensor(rows).view(groups, cost.shape[1])
 
 
+def interleaved(cost, groups):
+    """Groups of every G-th query."""
+    rows = [torch.as_tensor(linear_sum_assignment(cost[g::groups].numpy().T)[1]) * groups + g for g in range(groups)]
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -157,6 +173,7 @@ def copies(cost, groups):
         (lambda c, g: by_group(c, g, greedy=True), "its best query, even one that is taken"),
         (lambda c, g: by_group(c, g).T, "transposed"),
         (copies, "crowd into the best group"),
+        (interleaved, "group by group"),
         (lambda c, g: by_group(-c, g), "not the cheapest"),
         (lambda c, g: by_group(c, g)[:1], "should have shape"),
         (lambda c, g: by_group(c, g).flip(1) if c.shape[1] > 1 else by_group(c, g), "not the cheapest"),
@@ -202,6 +219,8 @@ def absolute(boxes, logits, values):
         (edges(order=(1, 0, 1, 0)), "go with the width"),
         (lambda b, lo, v: edges()(b, lo, -v), "outward"),
         (lambda b, lo, v: edges()(b, lo.detach(), v), "no gradient"),
+        (lambda b, lo, v: edges()(b, lo, v / 2), "the whole width"),
+        (lambda b, lo, v: box_convert(edges()(b, lo, v), "xyxy", "cxcywh"), "return corners"),
     ],
 )
 def test_edges_from_distributions(answer, said):
