@@ -20,8 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "book"
 SOURCE = BUILD / "source"
 
-FIGURE = re.compile(r"^!\[(.*)\]\(figure:(\d\d):(\d+)\)$", flags=re.MULTILINE)
-"""A figure of a chapter in the slides: ``![alternative text](figure:05:3)`` is Figure 5.3 of chapter 05."""
+FIGURE = re.compile(r'^!\[(.*)\]\(figure:(\d\d):(\d+) "(.+)"\)$', flags=re.MULTILINE)
+"""A figure of a chapter in the slides: ``![alternative text](figure:05:3 "words of its caption")`` is Figure 5.3."""
+
+TERM = re.compile(r"^\| (?=.+ \| \[\d\d\]\()([^|]+) \|", flags=re.MULTILINE)
+"""The first cell of a row of the glossary."""
+
+BOLD = re.compile(r"(?<!\[)\*\*(?=\S)(.+?)(?<=\S)\*\*", flags=re.DOTALL)
 
 SLIDE_FIGURE = """```{{image}} {file}
 :alt: {alt}
@@ -70,12 +75,15 @@ def gather() -> None:
     shutil.copytree(ROOT / "notebooks" / "thumbnails", SOURCE / "notebooks" / "thumbnails")
     write("course.md", course_table())
     linked: set[Path] = set()
+    glossary = (ROOT / "book" / "docs" / "glossary.md").read_text("utf-8")
     chapters, solutions = [], []
     for path in sorted((ROOT / "notebooks").rglob("[0-9]*.ipynb")):
         if ".ipynb_checkpoints" in path.parts:
             continue
         name = path.relative_to(ROOT)
         notebook = prepared(json.loads(path.read_text("utf-8")), name)
+        if path.parent.name != "solutions":
+            link_terms(notebook, glossary)
         write(name, json.dumps(notebook))
         write("downloads" / name, path.read_text("utf-8"))
         linked |= links(notebook, name.parent)
@@ -83,8 +91,9 @@ def gather() -> None:
     guides = []
     for path in sorted((ROOT / "book" / "docs").glob("*.md")):
         name = path.relative_to(ROOT)
-        write(name, linked_pages(path.read_text("utf-8")))
-        linked |= targets(path.read_text("utf-8"), name.parent)
+        text = path.read_text("utf-8")
+        write(name, linked_pages(TERM.sub(anchored, text) if text == glossary else text))
+        linked |= targets(text, name.parent)
         guides.append("/" + name.with_suffix("").as_posix())
     for name in linked:
         if (ROOT / name).is_file() and not (SOURCE / name).exists():
@@ -115,8 +124,8 @@ def gather_slides(folder: Path) -> None:
     shutil.copy(ROOT / "book" / "slides.css", folder)
 
     def placed(match: re.Match) -> str:
-        alt, chapter, number = match.groups()
-        notebook, kind, data, described = figure(chapter, int(number))
+        alt, chapter, number, words = match.groups()
+        notebook, kind, data, described = figure(chapter, int(number), words)
         file = folder / f"{chapter}_{number}.{kind.removeprefix('image/')}"
         file.write_bytes(data)
         label = f"{int(chapter)}.{number}"
@@ -131,30 +140,35 @@ def gather_slides(folder: Path) -> None:
     (folder / "index.md").write_text(FIGURE.sub(placed, text), encoding="utf-8")
 
 
-def figure(chapter: str, number: int) -> tuple[Path, str, bytes, str]:
+def figure(chapter: str, number: int, words: str) -> tuple[Path, str, bytes, str]:
     """A figure of a stored notebook, found by its caption.
 
     Args:
         chapter: the first two digits of the notebook's name, such as ``"05"``.
         number: of the figure in the chapter; 3 is Figure 5.3 in chapter 05.
+        words: of the caption: figures that are renumbered are noticed.
 
     Returns:
         The notebook, the media type of the image, the image, and its alternative text.
 
     Raises:
-        LookupError: no cell of the chapter shows an image above the caption of that number.
+        LookupError: no cell of the chapter shows an image above the caption of that number, or the caption is another.
     """
     caption = f"**Figure {int(chapter)}.{number}.**"
+    place = f"figure:{chapter}:{number} of book/slides.md: chapter {chapter}"
     for path in sorted((ROOT / "notebooks").glob(f"{chapter}_*.ipynb")):
         cells = json.loads(path.read_text("utf-8"))["cells"]
         for cell, after in zip(cells, cells[1:]):
-            if not "".join(after["source"]).startswith(caption):
+            said = " ".join("".join(after["source"]).split())
+            if not said.startswith(caption):
                 continue
+            if words not in said:
+                raise LookupError(f"{place} has no {words!r} in its caption of {caption.strip('*')}")
             for output in cell.get("outputs", []):
                 for kind in {"image/png", "image/jpeg"} & output.get("data", {}).keys():
                     data = base64.b64decode("".join(output["data"][kind]))
                     return path, kind, data, output["metadata"].get(kind, {}).get("alt", "")
-    raise LookupError(f"figure:{chapter}:{number} of book/slides.md: chapter {chapter} shows no {caption.strip('*')}")
+    raise LookupError(f"{place} shows no {caption.strip('*')}")
 
 
 def course_table() -> str:
@@ -186,6 +200,41 @@ def prepared(notebook: dict, name: Path) -> dict:
         if described:
             cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(described)}}
     return notebook
+
+
+def names(term: str) -> list[str]:
+    """The names in a row of the glossary or in bold words: two in "region of interest (RoI)" and in "key, query"."""
+    plain = re.sub(r'[`"]', "", " ".join(term.split())).lower()
+    found = (re.fullmatch(r"(.+?)(?: \((.+)\))?", part) for part in plain.split(", "))
+    return [name for match in found if match for name in match.groups() if name]
+
+
+def anchor(term: str) -> str:
+    """The id of a row of the glossary: ``term-region-of-interest-roi``."""
+    return "term-" + re.sub(r"[^a-z0-9]+", "-", term.lower()).strip("-")
+
+
+def anchored(row: re.Match) -> str:
+    """The first cell of a row of the glossary, with an id to link to."""
+    return f'| <span id="{anchor(row[1])}"></span>{row[1]} |'
+
+
+def link_terms(notebook: dict, glossary: str) -> None:
+    """Link each term of the glossary, where a chapter first has it in bold, to its entry."""
+    rows = {name: term for term in TERM.findall(glossary) for name in names(term)}
+    linked = set()
+
+    def link(bold: re.Match) -> str:
+        forms = (name.removesuffix(end) for name in names(bold[1]) for end in ("", "s", "es"))
+        term = next((rows[form] for form in forms if form in rows), None)
+        if term is None or term in linked:
+            return bold[0]
+        linked.add(term)
+        return f'<a href="../book/docs/glossary.html#{anchor(term)}">{bold[0]}</a>'
+
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = BOLD.sub(link, cell["source"])
 
 
 def launch_links(name: Path) -> str:

@@ -15,6 +15,7 @@ from regolite.models.conditional_detr import ConditionalDetr, ConditionalDetrCon
 from regolite.models.deformable_detr import DeformableDetr, DeformableDetrConfig
 from regolite.models.detector import Detector, as_detector
 from regolite.models.detr import Detr, DetrConfig
+from regolite.models.presets import build
 from regolite.models.smca import Smca, SmcaConfig
 from regolite.types import FeatureMap
 
@@ -61,6 +62,17 @@ def two_stage(**changes):
 DETECTORS = {
     f.__name__: f for f in (detr, detr_star, conditional_detr, anchor_detr, smca, deformable, refined, two_stage)
 }
+
+
+def small(name="rego_deformable_detr_refined_scenes", num_classes=3, **changes):
+    """A preset at a small size; with REGO, two stages of it."""
+    sizes = {
+        "queries": 6, "dim": 32, "heads": 4, "detector.ffn_dim": 32,
+        "detector.encoder_layers": 1, "detector.decoder_layers": 2,
+        "backbone": "tiny", "weights": None, "frozen_stages": 0,
+    }  # fmt: skip
+    rego = {"stages": 2, "rego.ffn_dim": 32} if name.startswith("rego_") else {}
+    return build(name, num_classes, **(sizes | rego | changes)).eval()
 
 
 def shake(model):

@@ -10,26 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import batch, deformable, unchecked
+from small_models import batch, deformable, small, unchecked
 
 from regolite.checkpoint import KEY, read_config, save_model
 from regolite.errors import UserError
 from regolite.loading import load, load_weights
 from regolite.models.backbone import BUNDLED
-from regolite.models.presets import build
 from regolite.models.rego import Rego
 from regolite.utils.files import write_atomic
-
-SMALL = {
-    "queries": 5, "dim": 32, "heads": 4, "detector.ffn_dim": 32,
-    "detector.encoder_layers": 1, "detector.decoder_layers": 2,
-    "backbone": "tiny", "weights": None, "frozen_stages": 0,
-}  # fmt: skip
-
-
-def small(name="rego_deformable_detr_refined_scenes", num_classes=3, **changes):
-    rego = {"stages": 2, "rego.ffn_dim": 32} if name.startswith("rego_") else {}
-    return build(name, num_classes, **(SMALL | rego | changes)).eval()
 
 
 @pytest.fixture

@@ -294,9 +294,24 @@ def test_glossary_is_in_alphabetical_order_and_links_chapters():
     assert len(terms) == len(set(terms))
 
 
+def test_bold_terms_are_linked_once_to_the_glossary(build: ModuleType):
+    glossary = (
+        "| term | meaning | chapter |\n| region of interest (RoI) | a box | [10](a) |\n| key, query | x | [01](a) |\n"
+    )
+    text = "A **key**, **keys** and the **query**;\n**RoIs**, **region of\ninterest**, **other**, [**query**](b), roi"
+    notebook = {"cells": [{"cell_type": "markdown", "source": text}, {"cell_type": "code", "source": "**key**"}]}
+    build.link_terms(notebook, glossary)
+    key, region = (
+        f'<a href="../book/docs/glossary.html#term-{name}">' for name in ("key-query", "region-of-interest-roi")
+    )
+    linked = text.replace("**key**", f"{key}**key**</a>").replace("**RoIs**", f"{region}**RoIs**</a>")
+    assert [cell["source"] for cell in notebook["cells"]] == [linked, "**key**"]
+    assert build.TERM.sub(build.anchored, glossary).count('<span id="term-') == 2
+
+
 class TestSlides:
     def test_a_figure_is_the_stored_one(self, build: ModuleType):
-        path, kind, data, alt = build.figure("05", 4)
+        path, kind, data, alt = build.figure("05", 4, "cost matrix")
         [(cell, caption)] = [
             (cell, after)
             for cell, after in zip(cells(path), cells(path)[1:])
@@ -310,10 +325,15 @@ class TestSlides:
     @pytest.mark.parametrize(("chapter", "number"), [("05", 99), ("99", 1)])
     def test_a_missing_figure_is_named(self, build: ModuleType, chapter: str, number: int):
         with pytest.raises(LookupError, match=f"figure:{chapter}:{number} .*Figure {int(chapter)}.{number}"):
-            build.figure(chapter, number)
+            build.figure(chapter, number, "")
+
+    def test_another_figure_of_that_number_is_named(self, build: ModuleType):
+        with pytest.raises(LookupError, match="figure:05:4 .*no 'giraffes' in its caption of Figure 5.4"):
+            build.figure("05", 4, "giraffes")
 
     def test_an_alternative_text_of_the_slide_comes_first(self, build: ModuleType, tmp_path: Path):
-        text = "# Title\n\n![Seen on the slide](figure:05:4)\n\n![](figure:05:4)\n\n[x](../notebooks/05_a.ipynb)\n"
+        text = "# Title\n\n![Seen on the slide](FIGURE)\n\n![](FIGURE)\n\n[x](../notebooks/05_a.ipynb)\n"
+        text = text.replace("FIGURE", 'figure:05:4 "three parts"')
         (tmp_path / "book").mkdir()
         for name in ("slides_conf.py", "slides.css"):
             shutil.copy(FOLDER.parent / "book" / name, tmp_path / "book")
@@ -349,6 +369,18 @@ class TestBookSite:
         described = re.findall(r'<img alt="([^"]*)" [^>]*src="(?:\.\./)+_images/', page)
         assert len(described) == sum(len(images(cell)) for cell in cells(path, "code"))
         assert all(len(alt) > 20 for alt in described)
+
+    def test_terms_link_to_the_glossary(self, book: Path):
+        glossary = (book / "book" / "docs" / "glossary.html").read_text("utf-8")
+        entries = re.findall(r'<span id="(term-[^"]+)"', glossary)
+        assert len(entries) == len(set(entries)) >= 80
+        linked = []
+        for path in CHAPTERS:
+            page = (book / "notebooks" / path.with_suffix(".html").name).read_text("utf-8")
+            found = re.findall(r'<a href="\.\./book/docs/glossary\.html#([^"]+)"><strong>', page)
+            assert len(found) == len(set(found)), path
+            linked += found
+        assert len(linked) > 100 and set(linked) <= set(entries)
 
     def test_needs_no_network(self, book: Path):
         for page in book.rglob("*.html"):

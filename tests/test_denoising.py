@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import batch
+from small_models import batch, small
 
 import regolite
 from regolite.boxes import to_xyxy
@@ -12,11 +12,6 @@ from regolite.losses import SetLoss
 from regolite.matching import PaddedTargets
 from regolite.types import Target
 
-SMALL = {
-    "queries": 6, "dim": 32, "heads": 4, "detector.ffn_dim": 32,
-    "detector.encoder_layers": 1, "detector.decoder_layers": 2,
-    "backbone": "tiny", "weights": None, "frozen_stages": 0,
-}  # fmt: skip
 COUNTS = (3, 0, 1)
 
 
@@ -25,9 +20,8 @@ def targets(counts=COUNTS, classes=4):
     return [Target(torch.randint(classes, (len(b),)), b, i, (64, 64)) for i, b in enumerate(boxes)]
 
 
-def small(name="rego_deformable_detr_two_stage_scenes", **changes):
-    rego = {"stages": 2, "rego.ffn_dim": 32} if name.startswith("rego_") else {}
-    return regolite.build(name, 4, **(SMALL | rego | {"denoising": True} | changes))
+def denoiser(name="rego_deformable_detr_two_stage_scenes", **changes):
+    return small(name, 4, **({"denoising": True} | changes))
 
 
 def test_noise_of_positives_is_bounded_and_negatives_have_more():
@@ -73,7 +67,7 @@ def test_known_matches_pair_each_positive_with_its_object():
 
 @pytest.mark.parametrize("token_queries", [False, True])
 def test_the_detectors_own_queries_do_not_change(token_queries):
-    model = small(token_queries=token_queries).eval()
+    model = denoiser(token_queries=token_queries).eval()
     images = batch((64, 64), (48, 64), (64, 32))
     with torch.no_grad():
         alone, beside = model(images), model(images, targets=targets())
@@ -83,7 +77,7 @@ def test_the_detectors_own_queries_do_not_change(token_queries):
 
 
 def test_padding_changes_nothing_of_an_images_own_noised_queries():
-    model, images, given = small().eval(), batch((64, 64), (64, 64)), targets((1, 4))
+    model, images, given = denoiser().eval(), batch((64, 64), (64, 64)), targets((1, 4))
     with torch.no_grad():
         torch.manual_seed(0)
         output = model(images, targets=given).denoising
@@ -97,7 +91,7 @@ def test_padding_changes_nothing_of_an_images_own_noised_queries():
 
 
 def test_loss_names_the_terms_and_every_weight_learns():
-    model = small().train()
+    model = denoiser().train()
     given, images = targets(), batch((64, 64), (48, 64), (64, 32))
     loss, terms = SetLoss(model.model_config.loss, model.scoring)(model(images, targets=given), given)
     assert {"denoising.base.1/l1", "denoising.base/label", "denoising.stage2/giou"} <= set(terms)
@@ -107,7 +101,7 @@ def test_loss_names_the_terms_and_every_weight_learns():
 
 
 def test_padding_pays_no_loss():
-    model = small("deformable_detr_two_stage_scenes").train()
+    model = denoiser("deformable_detr_two_stage_scenes").train()
     given, images = targets((3, 1)), batch((64, 64), (64, 64))
     output = model(images, targets=given)
     loss = SetLoss(model.model_config.loss, model.scoring)
@@ -120,7 +114,7 @@ def test_padding_pays_no_loss():
 
 
 def test_images_without_objects():
-    model = small().train()
+    model = denoiser().train()
     given, images = targets((0, 0)), batch((64, 64), (64, 64))
     loss, _ = SetLoss(model.model_config.loss, model.scoring)(model(images, targets=given), given)
     assert loss.isfinite()
@@ -128,8 +122,8 @@ def test_images_without_objects():
 
 
 def test_a_frozen_base_detector_does_not_denoise():
-    assert small().denoises and not small(frozen=True).denoises
-    assert not small(denoising=False).denoises
+    assert denoiser().denoises and not denoiser(frozen=True).denoises
+    assert not denoiser(denoising=False).denoises
 
 
 @pytest.mark.parametrize("option", ["denoising", "token_queries"])
@@ -140,7 +134,7 @@ def test_options_need_two_stages(option):
 
 @pytest.mark.parametrize("token_queries", [False, True])
 def test_proposals_learn_classes_only_with_token_queries(token_queries):
-    model = small("deformable_detr_two_stage_scenes", token_queries=token_queries, denoising=False).train()
+    model = denoiser("deformable_detr_two_stage_scenes", token_queries=token_queries, denoising=False).train()
     images, given = batch((64, 64)), targets((2,))
     given[0].labels[:] = 3
     output = model(images)
@@ -155,7 +149,7 @@ def test_one_to_many_matches_each_object_with_several_proposals():
     pushed_up = {}
     for k in (1, 3):
         torch.manual_seed(0)
-        model = small("deformable_detr_two_stage_scenes", proposals_per_object=k, denoising=False).train()
+        model = denoiser("deformable_detr_two_stage_scenes", proposals_per_object=k, denoising=False).train()
         output = model(images)
         output.proposals.logits.retain_grad()
         SetLoss(model.model_config.loss, model.scoring)(output, given)[0].backward()

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import SMALL
 
 from regolite import RunConfig, UserError, train
 from regolite.data import Scenes, open_data
 from regolite.training import loop
 from regolite.training.resume import MAY_CHANGE, OF_MODEL, fingerprint
 
-SMALL = (
-    "dim=32", "heads=4", "detector.ffn_dim=32", "detector.encoder_layers=1", "detector.decoder_layers=1", "queries=8",
-    "rego.ffn_dim=32", "stages=2", "detector.dropout=0.1", "rego.dropout=0.1",
-)  # fmt: skip
 CONFIG = RunConfig(
     model="rego_deformable_detr_scenes",
     overrides=SMALL,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import unchecked
+from small_runs import SMALL
 
 from regolite import RunConfig, UserError, build, evaluate, load, train
 from regolite.data import Scenes, collate, cut_outs, make_transform
@@ -19,10 +20,6 @@ from regolite.training.metrics import MEASURED
 from regolite.training.schedule import lr_factor, parameter_groups
 from regolite.training.state import State
 
-SMALL = (
-    "dim=32", "heads=4", "detector.ffn_dim=32", "detector.encoder_layers=1", "detector.decoder_layers=1", "queries=8",
-    "rego.ffn_dim=32", "stages=2", "detector.dropout=0.1", "rego.dropout=0.1",
-)  # fmt: skip
 # Five images in batches of two: three steps an epoch, the last of one image. Dropout and augmentation draw lots.
 CONFIG = RunConfig(
     data="scenes:5:val=2:size=64",

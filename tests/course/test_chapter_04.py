@@ -1,5 +1,7 @@
 """The checkers of notebook 04 accept what is right and name what is wrong."""
 
+import re
+
 import pytest
 import torch
 from torchvision.ops import box_iou, generalized_box_iou, generalized_box_iou_loss
@@ -116,3 +118,13 @@ def test_right_answers_pass(number, answer):
 def test_mistakes_are_named(number, answer, said):
     with pytest.raises(Mistake, match=said):
         find(number).checker(answer)
+
+
+@pytest.mark.parametrize("answer", [answer for number, answer, _ in WRONG if number == "4.5"])
+def test_no_right_answer_is_given_away(answer):
+    """A wrong answer is not told the numbers of one that passes."""
+    with pytest.raises(Mistake) as caught:
+        find("4.5").checker(answer)
+    told = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(caught.value))}
+    for right in (torch.as_tensor(right) for number, right in RIGHT if number == "4.5"):
+        assert not {round(number, 4) for number in right.flatten().tolist()} <= told

@@ -1,5 +1,7 @@
 """The checkers of notebook 05 accept what is right and name what is wrong."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -253,3 +255,13 @@ def test_right_answers_pass(number, answer):
 def test_mistakes_are_named(number, answer, said):
     with pytest.raises(Mistake, match=said):
         find(number).run(answer)
+
+
+@pytest.mark.parametrize("answer", [answer for number, answer, _ in WRONG if number == "5.3"])
+def test_no_right_answer_is_given_away(answer):
+    """A wrong answer is not told the numbers of one that passes."""
+    with pytest.raises(Mistake) as caught:
+        find("5.3").run(answer)
+    told = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(caught.value))}
+    for right in (torch.as_tensor(right) for number, right in RIGHT if number == "5.3"):
+        assert not {round(number, 4) for number in right.flatten().tolist()} <= told
