@@ -251,7 +251,7 @@ def minutes(path: Path) -> int:
 
 def test_readme_lists_every_notebook_with_its_minutes_and_thumbnail():
     readme = (FOLDER.parent / "README.md").read_text("utf-8")
-    row = r"^\| !\[.{10,}?\]\((\S+)\) \| \[(\d\d · [^\]]+)\]\((\S+)\) \| .{20,} \| (\d+|-) \| (\d+) \|$"
+    row = r"^\| !\[.{10,}?\]\((\S+)\) \| \[(\d\d · [^\]]+)\]\((\S+)\) \| .{20,} \| (\d+) \| (\d+) \|$"
     rows = re.findall(row, readme, flags=re.MULTILINE)
     titles = [cells(path)[0].source.split("\n")[0].removeprefix("# ") for path in ORDER]
     assert rows == [
@@ -259,7 +259,7 @@ def test_readme_lists_every_notebook_with_its_minutes_and_thumbnail():
             f"notebooks/thumbnails/{path.stem[:2]}.jpg",
             title,
             f"notebooks/{path.name}",
-            str(study_minutes(path)) if path in CHAPTERS else "-",
+            str(study_minutes(path)),
             str(minutes(path)),
         )
         for path, title in zip(ORDER, titles)
