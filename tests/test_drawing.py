@@ -152,3 +152,10 @@ def test_a_note_leaves_room_for_its_title(note, size):
     figure.canvas.draw()
     assert title.get_window_extent().x1 < written.get_window_extent().x0
     assert 5 <= written.get_fontsize() <= size
+
+
+def test_the_diagram_of_the_course_has_every_notebook_in_order():
+    texts = [text.get_text() for text in diagrams.diagram_course().axes[0].texts]
+    numbers = [text[:2] for text in texts if text[:2].isdigit()]
+    folder = Path(__file__).parents[1] / "notebooks"
+    assert numbers == sorted(path.name[:2] for path in folder.glob("[0-9]*.ipynb"))

@@ -129,17 +129,19 @@ class Canvas:
 
 def diagram_course() -> Figure:
     """The chapters and the order in which they build on each other."""
-    canvas = Canvas(10.0, 4.5)
     rows = [
         ("The parts", SKY, ["00 start here", "01 attention", "02 images to tokens", "03 encoder, decoder"]),
         ("What is right?", GREEN, ["04 boxes, overlap", "05 matching", "06 DETR, whole", "07 measuring"]),
         ("Faster learning", BLUE, ["08 why DETR is slow", "09 deformable", "10 glimpses", "11 recurrent decoder"]),
         ("REGO at work", VERMILLION, ["12 train REGO", "13 look inside", "14 in miniature", "15 what it costs"]),
-        ("Yours", PURPLE, ["16 your own data", "20 train on COCO", "21 evaluate", "22 compare runs"]),
+        ("Yours", PURPLE, ["16 your own data", "17 your own question", "18 DETR to today"]),
+        ("At full size", ORANGE, ["20 train on COCO", "21 evaluate", "22 compare runs"]),
     ]
     height, gap, wide, left = 0.66, 0.24, 1.75, 1.75
+    top = len(rows) * (height + gap)
+    canvas = Canvas(10.0, top)
     for n, (name, color, chapters) in enumerate(rows):
-        y = 4.5 - 0.1 - (n + 1) * height - n * gap
+        y = top - 0.1 - (n + 1) * height - n * gap
         canvas.text(0.1, y + height / 2, name, color=INK, size=11.0, ha="left", fontweight="bold")
         blocks = [
             canvas.block(left + k * (wide + 0.32), y, wide, height, text, color, bold=False)
