@@ -172,7 +172,13 @@ def export(
 
 
 def run_onnx(file: str | Path, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
-    """The outputs of an exported ONNX file, computed by onnxruntime with as many threads as PyTorch uses.
+    """The outputs of an exported ONNX file, see :class:`Exportable` for inputs and outputs."""
+    inputs = {"pixels": pixels.numpy(), "sizes": sizes.numpy()}
+    return [torch.from_numpy(x) for x in session_of(file).run(None, inputs)]
+
+
+def session_of(file: str | Path) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU, with as many threads as PyTorch uses.
 
     Raises:
         UserError: onnxruntime is not installed.
@@ -180,8 +186,7 @@ def run_onnx(file: str | Path, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
     runtime = _library("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(x) for x in session.run(None, {"pixels": pixels.numpy(), "sizes": sizes.numpy()})]
+    return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def square(image: ImageSource, size: int) -> tuple[Float[Tensor, "3 S S"], Int[Tensor, "2"]]:
