@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def test_loss_falls_and_the_run_leaves_what_it_should(config):
     assert {line["kind"] for line in steps} == {"train"}
     assert steps[4]["step"] == 5 and steps[4]["gradient_norm"] > 0
     assert [line["images_seen"] for line in steps[:3]] == [3, 6, 9]
+    assert val["images_seen"] == last["images_seen"] == 75
     assert steps[4]["loss"] == pytest.approx(sum(steps[4]["terms"].values()), rel=1e-4)
     assert {"base/label", "stage1.1/l1", "stage2/giou"} < set(steps[4]["terms"])
     assert (val["kind"], val["split"], last["split"]) == ("evaluation", "val", "train")
@@ -212,7 +214,9 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, monkeypatch, who
     assert lines(folder) == lines(whole)
     for name in ("model.safetensors", "best.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    assert f"going on after step {saved} with rego_deformable_detr_scenes" in (folder / "train.log").read_text()
+    log = (folder / "train.log").read_text()
+    assert re.search(rf"going on after step {saved} \(\d images seen\) with rego_deformable_detr_scenes", log)
+    assert "step 9 images 15 AP on val" in log
 
 
 def test_interrupted_before_the_first_checkpoint(config, whole):
