@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import runpy
@@ -477,6 +478,25 @@ class TestDetect:
         assert [(frame.image.size, round(frame.seconds, 3)) for frame in drawn] == [
             ((96, 64), 0.0), ((96, 64), 0.25), ((96, 64), 1.0),
         ]  # fmt: skip
+
+    def test_folders_and_patterns_of_videos(self, checkpoint, images, tmp_path):
+        with Image.open(images[0]) as image, video.VideoWriter(tmp_path / "in.mp4") as writer:
+            writer.add(video.Frame(image.convert("RGB"), 0.0))
+        (tmp_path / "clips").mkdir()
+        (tmp_path / "in.mp4").rename(tmp_path / "clips" / "b.mp4")
+        for n, words in enumerate(([], [shutil.copy(images[0], tmp_path / "clips" / "a.png")])):
+            for pattern in ("clips", "clips/*"):
+                output = tmp_path / f"found{n}{len(pattern)}"
+                assert main(["detect", *checkpoint, str(tmp_path / pattern), "--output", str(output)]) == 0
+                drawn = sorted(path.name for path in output.iterdir() if path.suffix != ".json")
+                assert drawn == ["a.png", "b.mp4"][1 - len(words) :]
+
+    def test_names_that_the_terminal_cannot_show(self, checkpoint, images, tmp_path, monkeypatch):
+        path = shutil.copy(images[0], tmp_path / "図.png")
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["detect", *checkpoint, str(path), "--output", str(tmp_path / "found")]) == 0
+        assert b"\\u56f3.png: " in out.buffer.getvalue()
 
     def test_a_broken_video(self, checkpoint, images, tmp_path, error):
         (tmp_path / "clip.mp4").write_bytes(b"no video")

@@ -621,9 +621,9 @@ class TestCopyPaste:
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"seed": 2**32}, "less than 2"),
         ({"schedule": "cosine"}, "schedule='cosine' is not one of 'step', 'one_cycle', 'constant'"),
-        ({"drop_epochs": [1, "2"]}, "is not a list of a whole number"),
+        ({"drop_epochs": [1, "2"]}, "is not a list of whole numbers"),
         ({"resume": "yes"}, "resume='yes' is not true or false"),
-        ({"overrides": "queries=3"}, "overrides='queries=3' is not a list of a text"),
+        ({"overrides": "queries=3"}, "overrides='queries=3' is not a list of texts"),
     ],
 )
 def test_wrong_values(values, message):
