@@ -142,6 +142,8 @@ def test_evaluate(model, options, said):
         (lambda model, folder: regolite.load(device="gpu"), "device gpu: PyTorch has no such device"),
         (lambda model, folder: regolite.load(None), "path=None is not the path of a file"),
         (lambda model, folder: regolite.train({"data": "x"}), "config={'data': 'x'} is not a RunConfig"),
+        (lambda model, folder: regolite.train(regolite.RunConfig(), 5), "watch=5 is not a function"),
+        (lambda model, folder: open_data(Path(__file__)), "test_api.py is a file: give a folder"),
         (lambda model, folder: regolite.build(5, 3), "preset=5 is not the name of a preset or a ModelConfig"),
         (lambda model, folder: regolite.detect(None, IMAGE), "model=None is not a detector"),
         (lambda model, folder: evaluate(model, "data/coco_tiny"), "dataset='data/coco_tiny' is not a dataset"),

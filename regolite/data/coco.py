@@ -239,6 +239,8 @@ def find_annotations(root: Path, split: str) -> Path:
     Raises:
         UserError: there is none.
     """
+    if os.path.isfile(root):
+        raise UserError(f"data {root} is a file: give a folder with images and annotations in COCO format")
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist: give a folder with images and annotations in COCO format")
     names = (f"instances_{split}.json", f"instances_{split}2017.json")

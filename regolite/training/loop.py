@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from regolite.checkpoint import save_model
 from regolite.data import DetectionDataset, make_transform
+from regolite.errors import UserError
 from regolite.evaluation import evaluate
 from regolite.loading import load_weights
 from regolite.losses import SetLoss
@@ -49,7 +50,7 @@ from regolite.utils.interrupts import stop
 from regolite.utils.modes import modes_kept
 from regolite.utils.progress import Status
 from regolite.utils.seeds import STEP, derive_seed
-from regolite.utils.validation import of_kind
+from regolite.utils.validation import of_kind, shown
 
 
 @stop
@@ -77,6 +78,8 @@ def train(
             :mod:`regolite.utils.interrupts`.
     """
     of_kind("config", config, RunConfig, "a RunConfig: write RunConfig(...), or RunConfig.of({...})")
+    if watch is not None and not callable(watch):
+        raise UserError(f"watch={shown(watch)} is not a function: give one that takes a line of metrics")
     if model is not None:
         of_kind("model", model, Detector, "a Detector: regolite.build, regolite.load and interop.adapt return one")
     if is_to_launch(config, watch, model):
