@@ -173,7 +173,7 @@ def test_evaluate(model, options, said):
         (lambda model, folder: open_data("scenes:2", 1), "split=1 is not the name of a split"),
         (lambda model, folder: open_data("scenes:2", transform="detr"), "transform='detr' is not a function"),
         (lambda model, folder: convert(None, folder / "new"), "source=None is not the path of a folder"),
-        (lambda model, folder: convert(folder / "source", Path(__file__)), "exists already: give a new folder"),
+        (lambda model, folder: convert(folder / "source", Path(__file__)), "is a file: give a new folder"),
         (
             lambda model, folder: replace(model.model_config, category_ids=[1] * 14),
             "category_ids=(1, 1, 1, 1, 1, 1, ...) must be unique and below 2**63",

@@ -484,12 +484,13 @@ class TestDetect:
             writer.add(video.Frame(image.convert("RGB"), 0.0))
         (tmp_path / "clips").mkdir()
         (tmp_path / "in.mp4").rename(tmp_path / "clips" / "b.mp4")
-        for n, words in enumerate(([], [shutil.copy(images[0], tmp_path / "clips" / "a.png")])):
-            for pattern in ("clips", "clips/*"):
-                output = tmp_path / f"found{n}{len(pattern)}"
-                assert main(["detect", *checkpoint, str(tmp_path / pattern), "--output", str(output)]) == 0
-                drawn = sorted(path.name for path in output.iterdir() if path.suffix != ".json")
-                assert drawn == ["a.png", "b.mp4"][1 - len(words) :]
+        for files in (["b.mp4"], ["a.png", "b.mp4"]):
+            if "a.png" in files:
+                shutil.copy(images[0], tmp_path / "clips" / "a.png")
+            for number, words in enumerate(("clips", "clips/*")):
+                output = tmp_path / f"found{len(files)}{number}"
+                assert main(["detect", *checkpoint, str(tmp_path / words), "--output", str(output)]) == 0
+                assert sorted(path.name for path in output.iterdir()) == sorted([*files, "detections.json"])
 
     def test_names_that_the_terminal_cannot_show(self, checkpoint, images, tmp_path, monkeypatch):
         path = shutil.copy(images[0], tmp_path / "図.png")
@@ -591,7 +592,7 @@ class TestErrors:
             ("convert {t}/none --output o", "none is not a folder"),
             ("convert {t}/empty --output o", "empty holds no images"),
             ("convert data/coco_tiny --output {t}/full", "full exists already"),
-            ("convert data/coco_tiny --output {t}/file", "file: Not a directory"),
+            ("convert data/coco_tiny --output {t}/file", "file is a file: give a new folder"),
             ("convert data/coco_tiny --output o --val 1.5", r"val=1\.5 must lie between 0 and 1"),
             ("convert data/coco_tiny --output o --val half", "--val: 'half' is not a number"),
             ("convert data/coco_tiny --output o --seed x", "--seed: 'x' is not a whole number"),

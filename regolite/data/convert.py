@@ -97,7 +97,9 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
     source, output = Path(source), Path(output)
     if not source.is_dir():
         raise UserError(f"{source} is not a folder: give the folder that your labeling tool has exported")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if os.path.isfile(output):
+        raise UserError(f"{output} is a file: give a new folder")
+    if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists already: give a new folder")
     seed, val = whole("seed", seed), plain(val)
     if not fits(val, float) or not 0 < val < 1:

@@ -251,8 +251,9 @@ def _check(state: dict[str, Any], folder: Path) -> None:
     """
     for name, kind in _KINDS.items():
         value = state.get(name, kind())
-        counts = list(value.values()) if name == "evaluated" and isinstance(value, dict) else [value]
-        is_valid = all(fits(one, int if name == "evaluated" else kind) for one in counts)
+        is_valid = fits(value, kind)
+        if is_valid and name == "evaluated":
+            is_valid = all(fits(step, int) for step in value.values())
         if not is_valid or (kind is not dict and name != "best" and value < 0):
             raise UserError(
                 f"a checkpoint in {folder} has {name}={shown(value)}, which no run has written: delete it, or give "
