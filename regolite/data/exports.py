@@ -160,9 +160,9 @@ def _read_coco(source: Path, files: list[Path], images: list[Path], jsons: list[
     for image in export.images:
         times = len(lists[image.path])
         if times > 1 and not image.problem:
-            where = sorted(set(lists[image.path]))
-            verb = "list" if len(where) > 1 else "lists"
-            image.problem = f"{' and '.join(where)} {verb} it {times} times: list each file once"
+            sources = sorted(set(lists[image.path]))
+            verb = "list" if len(sources) > 1 else "lists"
+            image.problem = f"{' and '.join(sources)} {verb} it {times} times: list each file once"
     unlisted = [path for path in images if path not in lists]
     if unlisted:
         export.problems.append(f"{_some(unlisted, source)}: left out, no annotation file lists them")
