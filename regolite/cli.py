@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import glob
+import io
 import json
 import math
 import os
@@ -67,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # for names that the terminal's encoding lacks
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace()
     try:
@@ -223,20 +227,31 @@ def detect(arguments: argparse.Namespace) -> int:
 
 def _sources(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The images and videos that files, folders and patterns stand for; and what is wrong with the others."""
-    from regolite.data.images import VIDEO_SUFFIXES, is_url, list_images
+    from regolite.data.images import list_images
 
     found: dict[Path, None] = {}
     wrong = []
     for word in words:
+        videos, images = _videos(word), []
         try:
-            if Path(word).suffix.lower() in VIDEO_SUFFIXES and not is_url(word):
-                files = [Path(file) for file in sorted(glob.glob(word))]
-                found |= dict.fromkeys([Path(word)] if Path(word).exists() or not files else files)
-            else:
-                found |= {path: None for path in list_images(word) if isinstance(path, Path)}
+            images = [] if Path(word) in videos else [path for path in list_images(word) if isinstance(path, Path)]
         except UserError as error:
-            wrong.append(_one_line(error))
+            if not videos:
+                wrong.append(_one_line(error))
+        found |= dict.fromkeys(sorted([*images, *videos]))
     return list(found), wrong
+
+
+def _videos(word: str) -> list[Path]:
+    """The videos of a path: itself, those in a folder, or those that match a pattern."""
+    from regolite.data.images import VIDEO_SUFFIXES
+
+    path = Path(word)
+    if os.path.isfile(path):
+        files = [path]
+    else:
+        files = list(path.iterdir()) if path.is_dir() else [Path(file) for file in glob.glob(word, recursive=True)]
+    return [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES and not file.name.startswith(".")]
 
 
 def _detect_in_image(
@@ -743,7 +758,7 @@ def _detect_options(parser: Parser) -> None:
     from regolite.checkpoint import EVERYDAY
 
     _model_options(parser, EVERYDAY)
-    about = "images, folders of images, patterns as 'photos/**/*.jpg', or videos"
+    about = "images and videos, folders of them, or patterns as 'photos/**/*.jpg'"
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=about)
     about = "folder for the results (default: found)"
     parser.add_argument("--output", type=Path, default=Path("found"), metavar="DIR", help=about)
@@ -842,7 +857,7 @@ def _prepare_coco_options(parser: Parser) -> None:
     about = "which images (default: both; val alone is 2 GB instead of 40 GB while it is unpacked)"
     parser.add_argument("--splits", nargs="+", choices=prepare.SPLITS, default=prepare.SPLITS, help=about)
     parser.add_argument("--check", action="store_true", help="download nothing: check the folder as it is, COCO or not")
-    parser.add_argument("--read-images", action="store_true", help="open every image too; takes long")
+    parser.add_argument("--read-images", action="store_true", help="open every image, not only a sample; takes long")
     about = f"server with COCO's files under the same paths (default: {prepare.MIRROR}); sums are checked anyway"
     parser.add_argument("--mirror", default=prepare.MIRROR, metavar="URL", help=about)
     parser.add_argument("--keep-zips", action="store_true", help="keep the zip files once they are unpacked")

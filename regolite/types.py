@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regolite.errors import UserError
+from regolite.utils.validation import fits, plain, share, shown
 
 
 @dataclass
@@ -199,15 +200,23 @@ class Detections:
         """Select detections by an index, a slice, several indices or a mask."""
         if isinstance(rows, (int, np.integer)):
             rows = [range(len(self))[rows]]  # which raises the IndexError that ends a loop
-        if not isinstance(rows, slice):
-            rows = torch.as_tensor(rows)
-            rows = rows if rows.dtype == torch.bool else rows.long()
+        if isinstance(rows, slice):
+            rows = list(range(len(self)))[rows]  # PyTorch's slices have no negative step
+        rows = torch.as_tensor(rows)
+        if rows.dtype.is_floating_point and len(rows.reshape(-1)):
+            raise TypeError(f"detections are selected by integers or a mask, not by {rows.dtype}")
+        rows = rows if rows.dtype == torch.bool else rows.long().reshape(-1)
         columns = (self.scores, self.labels, self.boxes_xyxy, self.queries)
         scores, labels, boxes, queries = (column[rows] for column in columns)
         return Detections(scores, labels, boxes, queries, self.classes, self.size)
 
     def above(self, threshold: float) -> Detections:
-        """The detections with a score of at least ``threshold``."""
+        """The detections with a score of at least ``threshold``, from 0 to 1.
+
+        Raises:
+            UserError: the threshold is out of range.
+        """
+        threshold = share("threshold", threshold)
         return self[self.scores >= threshold]
 
     @property
@@ -228,11 +237,14 @@ class Detections:
             size: height and width of the image in pixels; :attr:`size` by default.
 
         Raises:
-            UserError: the size is unknown.
+            UserError: the size is unknown, or not two numbers of pixels.
         """
         size = size or self.size
         if size is None:
             raise UserError("the size of the image is unknown: give clip((height, width))")
+        size = plain(size)
+        if not fits(size, tuple[float, ...]) or len(size) != 2 or min(size) < 0:
+            raise UserError(f"size={shown(size)} is not (height, width) in pixels")
         height, width = size
         most = self.boxes_xyxy.new_tensor([width, height, width, height])
         return replace(self, boxes_xyxy=self.boxes_xyxy.clamp(min=0).minimum(most))
@@ -258,7 +270,7 @@ class Detections:
         Raises:
             UserError: there is no ``class_id``.
         """
-        if given.class_id is None:
+        if getattr(given, "class_id", None) is None:
             raise UserError("these detections have no class_id: set it, to zeros if there is one class")
         scores = np.ones(len(given)) if given.confidence is None else given.confidence
         names = given.data.get("class_name")
@@ -273,7 +285,12 @@ class Detections:
         Args:
             image_id: COCO's id of the image.
             category_ids: COCO's id of each label, as ``model.model_config.category_ids``.
+
+        Raises:
+            UserError: a label has no category id.
         """
+        if len(self) and int(self.labels.max()) >= len(category_ids):
+            raise UserError(f"label {int(self.labels.max())} has no category id: give those of all classes")
         corner, opposite = self.boxes_xyxy[:, :2], self.boxes_xyxy[:, 2:]
         boxes = torch.cat([corner, opposite - corner], 1).tolist()
         return [
@@ -297,15 +314,20 @@ class Detections:
             size: height and width of the image in pixels.
 
         Raises:
-            UserError: the results are of several images, or of a category without a label.
+            UserError: the results are of several images or of a category without a label, or have no valid box.
         """
         images = {result.get("image_id") for result in results}
         if len(images) > 1:
             raise UserError(f"these are results of {len(images)} images: give those of one image_id")
         label_of = {category: label for label, category in enumerate(category_ids)}
-        for result in results:
-            if result["category_id"] not in label_of:
-                raise UserError(f"a result has category_id {result['category_id']}, which is none of category_ids")
+        for n, result in enumerate(results, 1):
+            if result.get("category_id") not in label_of:
+                raise UserError(
+                    f"result {n} has category_id {result.get('category_id')}, which is none of category_ids"
+                )
+            box = plain(result.get("bbox"))
+            if not fits(box, tuple[float, ...]) or len(box) != 4:
+                raise UserError(f"result {n} has bbox {shown(box)}: give [x, y, width, height] in pixels")
         boxes = np.array([result["bbox"] for result in results], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         scores = [result.get("score", 1.0) for result in results]
@@ -339,7 +361,7 @@ class Detections:
             size: height and width of the image in pixels.
 
         Raises:
-            UserError: a column is missing.
+            UserError: a column is missing, or has other values than finite numbers.
         """
         missing = [name for name in ("score", "label", *CORNERS) if name not in frame]
         if missing:
@@ -366,9 +388,20 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 def _by_score(
     scores: Any, labels: Any, boxes_xyxy: Any, queries: Any, classes: Sequence[str], size: tuple[int, int] | None
 ) -> Detections:
-    """Detections from array-like columns, highest-scoring first."""
-    scores, boxes = (torch.as_tensor(np.array(column), dtype=torch.float32) for column in (scores, boxes_xyxy))
-    labels = torch.as_tensor(np.array(labels), dtype=torch.long)
+    """Detections from array-like columns, highest-scoring first.
+
+    Raises:
+        UserError: a column has other values than finite numbers, or another length.
+    """
+    try:
+        columns = [np.asarray(column, dtype=np.float64) for column in (scores, labels, boxes_xyxy)]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"scores, labels and boxes must be numbers ({error})") from error
+    for name, column in zip(("scores", "labels", "boxes"), columns):
+        if not np.isfinite(column).all() or len(column) != len(columns[0]):
+            raise UserError(f"{name} must be a finite number for each detection: {shown(column.tolist())}")
+    scores, boxes = (torch.as_tensor(column, dtype=torch.float32) for column in columns[::2])
+    labels = torch.as_tensor(columns[1]).long()
     queries = torch.arange(len(scores)) if queries is None else torch.as_tensor(np.array(queries), dtype=torch.long)
     found = Detections(scores, labels, boxes.reshape(-1, 4), queries, tuple(classes), size)
     return found[scores.argsort(descending=True, stable=True)]

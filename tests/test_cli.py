@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import runpy
@@ -478,6 +479,26 @@ class TestDetect:
             ((96, 64), 0.0), ((96, 64), 0.25), ((96, 64), 1.0),
         ]  # fmt: skip
 
+    def test_folders_and_patterns_of_videos(self, checkpoint, images, tmp_path):
+        with Image.open(images[0]) as image, video.VideoWriter(tmp_path / "in.mp4") as writer:
+            writer.add(video.Frame(image.convert("RGB"), 0.0))
+        (tmp_path / "clips").mkdir()
+        (tmp_path / "in.mp4").rename(tmp_path / "clips" / "b.mp4")
+        for files in (["b.mp4"], ["a.png", "b.mp4"]):
+            if "a.png" in files:
+                shutil.copy(images[0], tmp_path / "clips" / "a.png")
+            for number, words in enumerate(("clips", "clips/*")):
+                output = tmp_path / f"found{len(files)}{number}"
+                assert main(["detect", *checkpoint, str(tmp_path / words), "--output", str(output)]) == 0
+                assert sorted(path.name for path in output.iterdir()) == sorted([*files, "detections.json"])
+
+    def test_names_that_the_terminal_cannot_show(self, checkpoint, images, tmp_path, monkeypatch):
+        path = shutil.copy(images[0], tmp_path / "図.png")
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["detect", *checkpoint, str(path), "--output", str(tmp_path / "found")]) == 0
+        assert b"\\u56f3.png: " in out.buffer.getvalue()
+
     def test_a_broken_video(self, checkpoint, images, tmp_path, error):
         (tmp_path / "clip.mp4").write_bytes(b"no video")
         words = [str(tmp_path / "clip.mp4"), str(tmp_path / "none.mov"), str(images[0])]
@@ -571,7 +592,7 @@ class TestErrors:
             ("convert {t}/none --output o", "none is not a folder"),
             ("convert {t}/empty --output o", "empty holds no images"),
             ("convert data/coco_tiny --output {t}/full", "full exists already"),
-            ("convert data/coco_tiny --output {t}/file", "file: Not a directory"),
+            ("convert data/coco_tiny --output {t}/file", "file is a file: give a new folder"),
             ("convert data/coco_tiny --output o --val 1.5", r"val=1\.5 must lie between 0 and 1"),
             ("convert data/coco_tiny --output o --val half", "--val: 'half' is not a number"),
             ("convert data/coco_tiny --output o --seed x", "--seed: 'x' is not a whole number"),

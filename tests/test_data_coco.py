@@ -381,7 +381,7 @@ def test_another_splits_image_is_never_taken(folder):
 def test_categories_that_differ_between_splits_are_named(folder, changed, said):
     root = folder(content())
     folder(changed, ("annotations/instances_val.json", "images"))
-    config = RunConfig(data=str(root), output="", model="deformable_detr_scenes", image_size=64)
+    config = RunConfig(data=str(root), output="unused", model="deformable_detr_scenes", image_size=64)
     with pytest.raises(UserError, match=f"training and validation annotations name different categories: {said}: give"):
         prepare_data(config, None)
     with pytest.raises(UserError, match="different classes"):

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import time
+import unicodedata
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -781,13 +782,55 @@ def test_names_of_classes_are_text(tmp_path, yaml, first, classes):
     assert {boxes[0][0] for boxes in everything(tmp_path / "out").values()} == {first}
 
 
-@pytest.mark.parametrize("names", ["{a: cat}", "[[cat]]", "cat", "['']", "{0: cat, 0.5: dog}"])
+@pytest.mark.parametrize("names", ["{a: cat}", "[[cat]]", "cat", "['']", "{0: cat, 0.5: dog}", "{0: cat, 00: dog}"])
 def test_names_that_are_none(tmp_path, names):
     paint(tmp_path / "in" / "images", four())
     yolo(tmp_path / "in" / "labels", four())
     (tmp_path / "in" / "data.yaml").write_text(f"names: {names}")
     with pytest.raises(UserError, match=r"data.yaml has names .*: write names: \[first, second\]"):
         convert(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("names: []", "data.yaml names no classes: give its class names"),
+        ("nc: 2", "data.yaml names no classes"),
+        ("names:\n\t- cat", "data.yaml cannot be read .*found character"),
+        ("names: [cat]\nnames: [dog]", "data.yaml cannot be read .*key 'names' is given 2 times"),
+        ("names: {0: cat, 0: dog}", "data.yaml cannot be read .*key '0' is given 2 times"),
+        (f"names: {2000 * '['}", "data.yaml is nested too deeply"),
+    ],
+)
+def test_why_a_yaml_file_names_no_classes(tmp_path, content, said):
+    paint(tmp_path / "in" / "images", four())
+    yolo(tmp_path / "in" / "labels", four())
+    (tmp_path / "in" / "data.yaml").write_text(content)
+    with pytest.raises(UserError, match=f"looks like YOLO, but {said}") as caught:
+        convert(tmp_path / "in", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_above_pillows_limit_gets_its_own_advice(tmp_path, monkeypatch):
+    source = exported(tmp_path / "export", "coco")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"is larger than Pillow's limit .*set PIL.Image.MAX_IMAGE_PIXELS"):
+        convert(source, tmp_path / "data")
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_composed_and_decomposed(tmp_path, forms):
+    """macOS decomposes letters with accents in file names."""
+    listed, stored = (unicodedata.normalize(form, "für") for form in forms)
+    images = [f"{listed}{n}.png" for n in range(4)]
+    for n in range(4):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.new("RGB", (64, 48)).save(tmp_path / "in" / f"{stored}{n}.png")
+    records = [{"id": n, "file_name": name, "width": 64, "height": 48} for n, name in enumerate(images)]
+    objects = [{"id": n, "image_id": n, "category_id": 1, "bbox": [1, 2, 3, 4]} for n in range(4)]
+    content = {"images": records, "annotations": objects, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "in" / "r.json").write_text(json.dumps(content))
+    assert convert(tmp_path / "in", tmp_path / "out", val=0.25).images == {"train": 3, "val": 1}
 
 
 def test_lines_of_yolo_that_are_more_than_a_box(tmp_path):

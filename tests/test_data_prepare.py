@@ -661,13 +661,19 @@ class TestCheck:
         change(folder, of(0, "annotations", bbox=[size - 10, 5, 10.9, 5]))
         assert not check_coco(folder).notes
 
-    def test_images_are_opened_on_demand(self, folder):
+    def test_a_sample_of_the_images_is_opened_or_all_on_demand(self, folder, monkeypatch):
         cut, other, empty = sorted((folder / "val2017").iterdir())
         cut.write_bytes(cut.read_bytes()[:3000])
         Image.new("RGB", (32, 16)).save(other)
         empty.write_bytes(b"")
-        assert [(f["kind"], f["file"]) for f in check_coco(folder).wrong] == [("empty image", empty.name)]
-        found = {(f["kind"], f["file"]) for f in check_coco(folder, read_images=True, workers=2).wrong}
+        of_small = check_coco(folder).wrong
+        for module in ("regolite.data.prepare", "regolite.data.coco"):
+            monkeypatch.setattr(f"{module}.PROBED", 1)
+        sampled, whole = check_coco(folder), check_coco(folder, read_images=True, workers=2)
+        assert {f["file"] for f in sampled.wrong} < {f["file"] for f in whole.wrong}
+        assert "- val: 1 image files opened; --read-images opens all" in str(sampled) and not whole.opened
+        assert of_small == whole.wrong
+        found = {(f["kind"], f["file"]) for f in whole.wrong}
         assert found == {
             ("unreadable image", cut.name),
             ("image of another size", other.name),

@@ -249,6 +249,11 @@ def test_every_folder_is_probed_before_the_first_step(
     assert not (Path(config.output) / "config.json").exists() and not (Path(config.output) / NAME).exists()
 
 
+def test_a_name_that_is_too_long_is_one_clear_error(config: RunConfig) -> None:
+    with pytest.raises(UserError, match=r"File name too long; give a shorter path"):
+        train(replace(config, output=f"{config.output}/{300 * 'x'}"))
+
+
 def test_files_that_cannot_be_replaced_are_named(config: RunConfig) -> None:
     (Path(config.output) / "best.safetensors").mkdir(parents=True)
     with pytest.raises(

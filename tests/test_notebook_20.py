@@ -93,7 +93,7 @@ def test_papermill_explains_every_parameter():
         ("epochs = 3\nlearning_rate = 0.1", "unknown parameter 'learning_rate'"),
         ('epochs = "many"', "epochs='many' is not a whole number"),
         ("epochs = 2.5", "epochs=2.5 is not a whole number"),
-        ("overrides = [1]", "overrides=(1,) is not a list of a text"),
+        ("overrides = [1]", "overrides=(1,) is not a list of texts"),
         ('schedule = "steps"', "schedule='steps' is not one of 'step', 'one_cycle', 'constant'"),
         ("lr = -1", "lr=-1 must be greater than 0"),
         ("max_minutes = float('inf')", "max_minutes=inf is not a number or nothing"),

@@ -76,7 +76,7 @@ def test_papermill_explains_every_parameter():
         ("splits = ['tset']", "splits=['tset'] must be some of test, train, train+val, val, each once"),
         ("splits = ['val', 'val']", "each once"),
         ("splits = []", "splits=[] must be"),
-        ("splits = 'val'", "splits='val' is not a list of a text"),
+        ("splits = 'val'", "splits='val' is not a list of texts"),
         ("backend = 'coco'", "backend='coco' is not one of 'pycocotools', 'faster-coco-eval'"),
         ("batch_size = 0", "batch_size=0 must be greater than 0"),
         ("stages = -1", "stages=-1 must not be negative"),

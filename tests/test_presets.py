@@ -283,7 +283,7 @@ def test_mistakes_are_one_line_that_names_the_mend(name, overrides, message):
         ({"detector.dropout": True}, "dropout=True is not a number"),
         ({"form": "relased"}, "'relased'"),
         ({"augment": "strong"}, "augment='strong' is not one of 'detr'"),
-        ({"classes": (1, 2)}, r"classes=\(1, 2\) is not a list of a text"),
+        ({"classes": (1, 2)}, r"classes=\(1, 2\) is not a list of texts"),
     ],
 )
 def test_values_of_a_wrong_type(overrides, message):

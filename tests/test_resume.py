@@ -311,6 +311,42 @@ def test_checkpoints_of_earlier_versions_are_resumed_with_one_warning(config, ca
     assert "does not say" not in capsys.readouterr().out, "the fingerprint is stored now"
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"config": "x"}, "config='x', which no run has written"),
+        ({"epoch": "x"}, "epoch='x', which no run has written"),
+        ({"step": -3}, "step=-3, which no run has written"),
+        ({"seconds": float("nan")}, "seconds=nan, which no run has written"),
+        ({"images": None}, "images=None, which no run has written"),
+        ({"best": None}, "best=None, which no run has written"),
+        ({"evaluated": 5}, "evaluated=5, which no run has written"),
+        ({"evaluated": {"val": "x"}}, "evaluated={'val': 'x'}, which no run has written"),
+        ({"metrics": "many"}, "metrics='many', which no run has written"),
+        ({"metrics": -5}, "metrics=-5, which no run has written"),
+        ({"meter": [1]}, r"meter=[1], which no run has written"),
+        ({"meter": {"x": 1}}, "holds a run of another model"),
+        ({"optimizer": {}}, "holds a run of another model"),
+        ({"model": {}}, "holds a run of another model"),
+    ],
+)
+def test_a_forged_checkpoint_is_one_clear_error(config, tmp_path, values, said):
+    for file in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        torch.save(torch.load(file, weights_only=True) | values, file)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        train(config())
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_checkpoint_that_is_no_mapping_is_damaged(config, tmp_path):
+    for file in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        torch.save([1], file)
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        train(config())
+
+
 def test_weights_whose_checkpoints_are_gone_are_not_trained_anew(config, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = (tmp_path / "run" / "model.safetensors").read_bytes()

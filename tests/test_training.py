@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def test_loss_falls_and_the_run_leaves_what_it_should(config):
     assert {line["kind"] for line in steps} == {"train"}
     assert steps[4]["step"] == 5 and steps[4]["gradient_norm"] > 0
     assert [line["images_seen"] for line in steps[:3]] == [3, 6, 9]
+    assert val["images_seen"] == last["images_seen"] == 75
     assert steps[4]["loss"] == pytest.approx(sum(steps[4]["terms"].values()), rel=1e-4)
     assert {"base/label", "stage1.1/l1", "stage2/giou"} < set(steps[4]["terms"])
     assert (val["kind"], val["split"], last["split"]) == ("evaluation", "val", "train")
@@ -209,7 +211,9 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, monkeypatch, who
     assert lines(folder) == lines(whole)
     for name in ("model.safetensors", "best.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    assert f"going on after step {saved} with rego_deformable_detr_scenes" in (folder / "train.log").read_text()
+    log = (folder / "train.log").read_text()
+    assert re.search(rf"going on after step {saved} \(\d images seen\) with rego_deformable_detr_scenes", log)
+    assert "step 9 images 15 AP on val" in log
 
 
 def test_interrupted_before_the_first_checkpoint(config, whole):
@@ -614,9 +618,9 @@ class TestCopyPaste:
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"seed": 2**32}, "less than 2"),
         ({"schedule": "cosine"}, "schedule='cosine' is not one of 'step', 'one_cycle', 'constant'"),
-        ({"drop_epochs": [1, "2"]}, "is not a list of a whole number"),
+        ({"drop_epochs": [1, "2"]}, "is not a list of whole numbers"),
         ({"resume": "yes"}, "resume='yes' is not true or false"),
-        ({"overrides": "queries=3"}, "overrides='queries=3' is not a list of a text"),
+        ({"overrides": "queries=3"}, "overrides='queries=3' is not a list of texts"),
     ],
 )
 def test_wrong_values(values, message):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from small_models import unchecked
 from torchvision.ops import box_convert
 
 from regolite.boxes import enlarge, inverse_sigmoid, to_pixels, to_xyxy
@@ -141,8 +142,11 @@ def test_detections_can_be_indexed():
     assert found[np.array([False, True, False])].class_names == ["cat"]
     assert found[0].size == (15, 40) and len(found[[]]) == len(found[5:]) == 0
     assert [one.class_names for one in found] == [["dog"], ["cat"], ["dog"]]
+    assert found[::-1].queries.tolist() == [6, 5, 7] and len(found[found.scores.argmax()]) == 1
     with pytest.raises(IndexError):
         found[3]
+    with pytest.raises(TypeError, match="not by torch.float32"):
+        found[1.5]
 
 
 def test_class_names_and_clipping():
@@ -156,6 +160,46 @@ def test_class_names_and_clipping():
     assert found.clip((11, 20)).boxes_xyxy.tolist() == [[0, 2, 20, 11], [1, 1, 4, 5], [10, 10, 20, 11]]
     with pytest.raises(UserError, match=r"clip\(\(height, width\)\)"):
         replace(found, size=None).clip()
+    for size in ((5,), "ab", (-1, 5), (float("nan"), 1), 7):
+        with pytest.raises(UserError, match=r"is not \(height, width\) in pixels"), unchecked():
+            found.clip(size)
+
+
+@pytest.mark.parametrize("threshold", [50, -1, float("nan"), "high", None])
+def test_a_threshold_is_a_number_from_0_to_1(threshold):
+    with pytest.raises(UserError, match="threshold=.* must be a number from 0 to 1"), unchecked():
+        three().above(threshold)
+
+
+def table(**changes):
+    columns = {"score": [0.5, 0.9], "label": [0, 1], "xmin": [1, 0], "ymin": [1, 2], "xmax": [4, 30], "ymax": [5, 20]}
+    return Detections.from_pandas({**columns, **changes})
+
+
+@pytest.mark.parametrize(
+    ("convert", "said"),
+    [
+        (lambda: three().to_coco(1, (17,)), "label 1 has no category id"),
+        (lambda: Detections.from_coco([{"category_id": 1}], (1,)), "result 1 has bbox None"),
+        (lambda: Detections.from_coco([{"category_id": 1, "bbox": [1, 2, 3]}], (1,)), "result 1 has bbox"),
+        (
+            lambda: Detections.from_coco([{"category_id": 1, "bbox": [1, 2, float("nan"), 3]}], (1,)),
+            "result 1 has bbox",
+        ),
+        (lambda: Detections.from_coco([{"bbox": [1, 2, 3, 4]}], (1,)), "result 1 has category_id None"),
+        (
+            lambda: Detections.from_coco([{"category_id": 1, "bbox": [1, 2, 3, 4], "score": "x"}], (1,)),
+            "must be numbers",
+        ),
+        (lambda: table(label=[0, float("nan")]), "labels must be a finite number for each detection"),
+        (lambda: table(score=[0.5, "x"]), "must be numbers"),
+        (lambda: table(label=[0]), "labels must be a finite number for each detection"),
+        (lambda: Detections.from_supervision(5), "no class_id"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_clear_error(convert, said):
+    with pytest.raises(UserError, match=said), unchecked():
+        convert()
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ class CocoFolder(DetectionDataset):
 
     def _warn_of_scaled_files(self) -> None:
         """Warn of files that were scaled after annotation; of a large dataset, only a sample is checked."""
-        places = np.unique(np.linspace(0, len(self) - 1, min(len(self), PROBED)).astype(int)).tolist()
+        places = sample(len(self))
         scaled = []
         for i in places:
             height, width = self.size(i)
@@ -182,6 +183,11 @@ class CocoFolder(DetectionDataset):
         """
         height, width = self.size(i)
         return read_annotated(self.path(i), width, height)
+
+
+def sample(count: int) -> list[int]:
+    """The indices of at most :data:`PROBED` of ``count`` images, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, PROBED)).astype(int)).tolist()
 
 
 class WrongSize(UserError):
@@ -233,6 +239,8 @@ def find_annotations(root: Path, split: str) -> Path:
     Raises:
         UserError: there is none.
     """
+    if os.path.isfile(root):
+        raise UserError(f"data {root} is a file: give a folder with images and annotations in COCO format")
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist: give a folder with images and annotations in COCO format")
     names = (f"instances_{split}.json", f"instances_{split}2017.json")
@@ -264,7 +272,7 @@ class ImageFiles:
 def find_images(root: Path, split: str, names: Sequence[str]) -> ImageFiles:
     """Find the images of a split.
 
-    A name is looked up as it is written, then with backslashes as slashes and without percent-encoding. Folders are the
+    A name is looked up as it is written, then in its other :func:`spellings`. Folders are the
     split's own (``images/train``, ``train2017``, ``train``), ``images``, the folder of the annotations and ``root``.
     Otherwise a file with the same base name is used, if it is unique outside the folders of other splits.
 
@@ -314,10 +322,16 @@ def _find_by_base_name(files: ImageFiles, folders: Sequence[Path], split: str) -
 
 
 def spellings(name: str) -> list[str]:
-    """Variants of a file name: as written, with backslashes as slashes, without percent-encoding."""
+    """Variants of a file name: as written, with backslashes as slashes, without percent-encoding.
+
+    Each also in both normal forms of Unicode: macOS decomposes letters with accents, other systems compose them.
+    """
     slashes = name.replace("\\", "/")
     local = slashes.rpartition("/data/local-files/?d=")[2]  # Label Studio's prefix of files in its local storage
-    return list(dict.fromkeys([name, slashes, unquote(slashes), unquote(local)]))
+    written = [name, slashes, unquote(slashes), unquote(local)]
+    return list(
+        dict.fromkeys(written + [unicodedata.normalize(form, one) for form in ("NFC", "NFD") for one in written])
+    )
 
 
 def split_named(path: Path) -> str | None:

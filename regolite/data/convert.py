@@ -25,7 +25,7 @@ from regolite.data.coco import is_scaled, outline_box
 from regolite.data.exports import Labeled, read_export
 from regolite.data.images import orientation_of, read_image
 from regolite.errors import UserError
-from regolite.utils.validation import fits, plain, shown, whole
+from regolite.utils.validation import fits, of_kind, plain, shown, whole
 
 MOST_BAD = 0.1  # largest tolerated fraction of unusable annotations; above it the whole export is suspect
 
@@ -92,9 +92,13 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
         UserError: the source does not exist or has no known format, the output exists, a central annotation file cannot
             be read, more than a tenth of the annotations cannot be used, or no usable images remain.
     """
+    for name, path in (("source", source), ("output", output)):
+        of_kind(name, path, (str, os.PathLike), "the path of a folder")
     source, output = Path(source), Path(output)
     if not source.is_dir():
         raise UserError(f"{source} is not a folder: give the folder that your labeling tool has exported")
+    if os.path.isfile(output):
+        raise UserError(f"{output} is a file: give a new folder")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists already: give a new folder")
     seed, val = whole("seed", seed), plain(val)
@@ -213,6 +217,7 @@ def _header(path: Path) -> tuple[tuple[int, int], int]:
             orientation = orientation_of(image)
             return image.size, orientation if orientation in UPRIGHT else 1
     except Exception as error:  # Pillow can raise almost any exception on a broken file
+        read_image(path)  # raises it with a message
         raise UserError(f"image {path} cannot be read ({error}): replace the file") from error
 
 

@@ -118,7 +118,10 @@ def read_export(source: Path) -> Export:
     if jsons:
         return _read_coco(source, files, images, jsons)
     if any(path.suffix == ".txt" for path in files):
-        raise UserError(f"{source} looks like YOLO, but has no data.yaml: add one with the line names: [first, second]")
+        there = [f"{_shown(path, source)} {_no_names(path)}" for path in files if path.suffix in (".yaml", ".yml")]
+        why = "; ".join(there) or "has no data.yaml"
+        fix = "give its class names, as in" if there else "add one with the line"
+        raise UserError(f"{source} looks like YOLO, but {why}: {fix} names: [first, second]")
     raise UserError(
         f"{source} has images but no boxes: looked for COCO (*.json), YOLO (data.yaml, *.txt) and Pascal VOC (*.xml)"
     )
@@ -157,7 +160,9 @@ def _read_coco(source: Path, files: list[Path], images: list[Path], jsons: list[
     for image in export.images:
         times = len(lists[image.path])
         if times > 1 and not image.problem:
-            image.problem = f"{' and '.join(sorted(set(lists[image.path])))} list it {times} times: list each file once"
+            sources = sorted(set(lists[image.path]))
+            verb = "list" if len(sources) > 1 else "lists"
+            image.problem = f"{' and '.join(sources)} {verb} it {times} times: list each file once"
     unlisted = [path for path in images if path not in lists]
     if unlisted:
         export.problems.append(f"{_some(unlisted, source)}: left out, no annotation file lists them")
@@ -329,14 +334,14 @@ def _shared_tail(one: tuple[str, ...], other: tuple[str, ...]) -> int:
 def _read_yolo(source: Path, images: list[Path], yamls: Mapping[Path, Any]) -> Export:
     export = Export("YOLO")
     labels = _label_files(source, images, ("labels",), ".txt", export)
-    tables: dict[Path, tuple[dict[int, str], int]] = {}
+    tables: dict[Path, tuple[dict[int, str], int, str]] = {}
     for path, label in labels.items():
         image = Labeled(
             path, split_named(path.parent.relative_to(source)), _shown(label or path, source), fractions=True
         )
         nearest = max(yamls, key=lambda file: len(os.path.commonpath([file, path])))
         if nearest not in tables:
-            tables[nearest] = _table(nearest, yamls[nearest], export)
+            tables[nearest] = (*_table(nearest, yamls[nearest], export), nearest.name)
         export.images.append(image)
         try:
             lines = label.read_text("utf-8-sig").splitlines() if label else []
@@ -351,12 +356,45 @@ def _read_yolo(source: Path, images: list[Path], yamls: Mapping[Path, Any]) -> E
 def _names(path: Path) -> Any:
     """The class names and the keypoint shape in a YOLO data file; None for any other YAML file."""
     try:
-        # BaseLoader keeps all values as text: the other loaders read the class `no` as False and 007 as 7.
-        content = yaml.load(path.read_text("utf-8-sig"), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError):
+        content = _read_yaml(path)
+    except ValueError:
         return None
     names = content.get("names") if isinstance(content, dict) else None
     return (names, content.get("kpt_shape")) if names else None
+
+
+def _no_names(path: Path) -> str:
+    """Why a YAML file gives no class names."""
+    try:
+        _read_yaml(path)
+    except ValueError as error:
+        return str(error)
+    return "names no classes"
+
+
+class _YamlLoader(yaml.BaseLoader):
+    """Keeps all values as text: other loaders read the class ``no`` as False and 007 as 7. Refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given {count} times", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: the file cannot be read; the message gives the reason.
+    """
+    try:
+        return yaml.load(path.read_text("utf-8-sig"), Loader=_YamlLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"cannot be read ({' '.join(str(error).split())})") from error
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
 
 
 def _table(file: Path, content: tuple[Any, Any], export: Export) -> tuple[dict[int, str], int]:
@@ -370,7 +408,7 @@ def _table(file: Path, content: tuple[Any, Any], export: Export) -> tuple[dict[i
         names = dict(enumerate(names))
     try:
         table = {int(number): name for number, name in names.items()}
-        if not all(isinstance(name, str) and name.strip() for name in table.values()):
+        if len(table) < len(names) or not all(isinstance(name, str) and name.strip() for name in table.values()):
             raise ValueError
     except (AttributeError, ValueError):
         raise UserError(
@@ -388,7 +426,7 @@ def _table(file: Path, content: tuple[Any, Any], export: Export) -> tuple[dict[i
     return table, keypoints
 
 
-def _yolo_object(line: str, table: Mapping[int, str], keypoints: int, which: str) -> Object:
+def _yolo_object(line: str, table: Mapping[int, str], keypoints: int, named_in: str, which: str) -> Object:
     """Parse a line ``class x y width height``, or a polygon ``class x y x y x y ...``."""
     try:
         number, *values = map(float, line.split())
@@ -396,7 +434,7 @@ def _yolo_object(line: str, table: Mapping[int, str], keypoints: int, which: str
         raise _BadRecord(f"{which} is {line[:60]!r}: write numbers: class x y width height") from None
     if not number.is_integer() or int(number) not in table:
         raise _BadRecord(
-            f"{which} has class {line.split()[0]}, which data.yaml does not name: add a name or correct it"
+            f"{which} has class {line.split()[0]}, which {named_in} does not name: add a name or correct it"
         )
     if len(values) < 4:
         raise _BadRecord(f"{which} is {line[:60]!r}: write class x y width height")

@@ -307,7 +307,7 @@ def name_of(source: ImageSource) -> str:
 
 def is_url(text: str) -> bool:
     """Whether a text is a URL; ``Path`` collapses its two slashes into one, and ``C:/`` is a drive."""
-    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", text) is not None
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/|data:\w+/", text) is not None
 
 
 def is_image(path: Path) -> bool:

@@ -11,7 +11,7 @@ from regolite.data.dataset import DetectionDataset
 from regolite.data.scenes import Scenes
 from regolite.data.views import Joined
 from regolite.errors import UserError
-from regolite.utils.validation import whole
+from regolite.utils.validation import of_kind, shown, whole
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "val": int,
@@ -46,6 +46,10 @@ def open_data(
     Raises:
         UserError: as ``CocoFolder`` and ``Scenes``, or an invalid specification of scenes.
     """
+    of_kind("root", root, (str, os.PathLike), "the path of a data folder, or scenes")
+    of_kind("split", split, str, "the name of a split: train, val or test")
+    if transform is not None and not callable(transform):
+        raise UserError(f"transform={shown(transform)} is not a function: regolite.data.make_transform makes one")
     if "+" in split:
         parts = [open_data(root, part, transform, limit, check_files) for part in split.split("+")]
         return Joined(parts, limit)

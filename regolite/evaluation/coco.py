@@ -179,6 +179,8 @@ def evaluate(
         )
     if on_broken not in ("stop", "skip"):
         raise UserError(f"on_broken={on_broken!r} is not one of 'stop', 'skip'")
+    if detections is not None and Path(detections).is_dir():
+        raise UserError(f"detections={detections} is a folder: give a file")
     figures: dict[str, Any] = {}
     results, broken = _detect_all(
         model, dataset, stages, batch_size, top_k, workers, progress, skip=on_broken == "skip"

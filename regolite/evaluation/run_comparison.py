@@ -35,7 +35,8 @@ class Point:
         step: optimizer steps.
         epochs: epochs, fractional within an epoch.
         hours: wall time of the run, evaluations included.
-        images: steps times batch size; the last step of an epoch may have had fewer images.
+        images: images seen. For runs of earlier versions, steps times batch size, although the last step of an epoch
+            may have had fewer images.
     """
 
     value: float
@@ -205,7 +206,7 @@ class Run:
         return lines
 
     def _point(self, line: Mapping[str, Any], value: float | None) -> Point:
-        images = line["step"] * int(self.config["batch_size"])
+        images = line.get("images_seen", line["step"] * int(self.config["batch_size"]))
         value = math.nan if value is None else float(value)
         return Point(value, line["step"], self.epochs_at(line), line["seconds"] / 3600, images)
 

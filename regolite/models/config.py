@@ -92,6 +92,8 @@ class ModelConfig(Checked):
         check_bounds("num_classes", max(1, len(self.classes), len(self.category_ids)))
         if self.classes and self.category_ids and len(self.classes) != len(self.category_ids):
             raise UserError(f"{len(self.classes)} classes need as many category_ids, not {len(self.category_ids)}")
+        if len(set(self.category_ids)) < len(self.category_ids) or not all(abs(i) < 2**63 for i in self.category_ids):
+            raise UserError(f"category_ids={shown(self.category_ids)} must be unique and below 2**63")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -110,6 +112,9 @@ class ModelConfig(Checked):
         """
         if str(stored.get("kind")) not in DETECTORS:
             raise UserError(f"kind={shown(stored.get('kind'))} is not one of {', '.join(DETECTORS)}")
+        for part in ("classes", "category_ids"):  # before each of a million names is checked
+            if isinstance(stored.get(part), list):
+                check_bounds("num_classes", max(1, len(stored[part])))
         detector, _ = DETECTORS[str(stored["kind"])]
         kinds: dict[str, type[Checked]] = {"detector": detector, "rego": RegoConfig, "loss": LossConfig}
         stored = {name: value for name, value in stored.items() if name != "kind"}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from regolite.data.images import ImageSource, read_image
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from regolite.plots.text import as_is
+from regolite.plots.text import as_is, drawable
 from regolite.types import Detections
 
 # Okabe and Ito, "Color universal design", 2008.
@@ -201,7 +201,7 @@ def draw_matrix(
 def draw_title(ax: Axes, title: str, note: str = "", color: str = INK) -> None:
     """A title, and a note at the right, over a colored bar; the note shrinks where it would overlap the title."""
     ax.plot([0, 1], [1, 1], color=color, linewidth=3, transform=ax.transAxes, clip_on=False, solid_capstyle="butt")
-    left = ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **ABOVE, **as_is())
+    left = ax.annotate(drawable(title), (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **ABOVE, **as_is())
     right = ax.annotate(note, (1, 1), (0, 4), fontsize=7, color=GRAY, ha="right", **ABOVE, **as_is())
     room = ax.get_window_extent().width - left.get_window_extent().width - ax.figure.dpi / 18  # 4 points apart
     size = 7.0
@@ -273,7 +273,7 @@ def _draw_label(
     red, green, blue = to_rgb(color)
     ink = INK if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
     ground = {"boxstyle": "square,pad=0.2", "facecolor": color, "edgecolor": "none", "alpha": 0.85}
-    label = ax.text(0, 0, text, fontsize=size, fontweight="bold", color=ink, bbox=ground, zorder=3, **as_is())
+    label = ax.text(0, 0, drawable(text), fontsize=size, fontweight="bold", color=ink, bbox=ground, zorder=3, **as_is())
     point, more_lines = ax.figure.dpi / 72, 1.2 * size * text.count("\n")
     width, height = label.get_window_extent().width + 0.4 * size * point, (1.25 * size + more_lines) * point
     frame = ax.get_window_extent()
@@ -303,7 +303,7 @@ def _draw_label(
 
 def style_axes(ax: Axes, title: str, x: str = "", y: str = "") -> None:
     """The common style of plots: title at the left, gray axes, horizontal grid lines."""
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, **as_is())
+    ax.set_title(drawable(title), loc="left", fontsize=10, fontweight="bold", color=INK, **as_is())
     ax.set_xlabel(x, fontsize=9, color=GRAY)
     ax.set_ylabel(y, fontsize=9, color=GRAY)
     ax.tick_params(labelsize=8, colors=GRAY)

@@ -26,7 +26,7 @@ from regolite.plots.drawing import (
     stage_color,
     style_axes,
 )
-from regolite.plots.text import as_is
+from regolite.plots.text import as_is, drawable
 from regolite.types import stage_name
 
 LINES = ("-", "--", "-.", ":")
@@ -58,7 +58,7 @@ def plot_categories(
         if len(ap) > 1:
             point = {"marker": "o", "s": 26, "facecolor": "white", "edgecolor": stage_color(0), "linewidth": 1.6}
             ax.scatter(ap[0, chosen], range(len(chosen)), zorder=3, clip_on=False, label=stage_name(0), **point)
-        ax.set_yticks(range(len(chosen)), [f"{names[k]} ({objects[k]})" for k in chosen], **as_is())
+        ax.set_yticks(range(len(chosen)), [f"{drawable(names[k])} ({objects[k]})" for k in chosen], **as_is())
         ax.tick_params(axis="y", length=0, labelcolor=INK)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure

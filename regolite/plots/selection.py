@@ -21,7 +21,7 @@ from torch import Tensor
 from regolite.data.images import ImageSource, read_image
 from regolite.errors import UserError
 from regolite.plots.drawing import ABOVE, GRAY, INK, draw_box, draw_labels, draw_title, panels, stage_color
-from regolite.plots.text import as_is
+from regolite.plots.text import as_is, drawable
 from regolite.tracing.trace import Boxes, RowColumnMap, Sampling, Trace, Weights
 
 WIDTH, HEIGHT = 9.9, 4.6  # in inches: width of a row of panels (a notebook's column), maximum height of a panel
@@ -220,7 +220,7 @@ def draw_scale(ax: Axes, title: str, note: str, colors: Colormap, peak: float, w
     draw_title(ax, "", "", stage_color(0))  # the bar only
 
     size = 9 if width >= NARROW else 7.5
-    ax.annotate(title, (0, 1), (0, 4), fontsize=size, fontweight="bold", color=INK, **ABOVE, **as_is())
+    ax.annotate(drawable(title), (0, 1), (0, 4), fontsize=size, fontweight="bold", color=INK, **ABOVE, **as_is())
     number = f"{peak:.2g}"
     ax.annotate(number, (1, 1), (0, 4), fontsize=7, color=GRAY, ha="right", **ABOVE)
     assert isinstance(ax.figure, Figure)  # panels are in no subfigure

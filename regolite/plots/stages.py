@@ -53,7 +53,7 @@ from regolite.plots.selection import (
     title_of,
     within,
 )
-from regolite.plots.text import as_is
+from regolite.plots.text import as_is, drawable
 from regolite.tracing.trace import Glimpses, Trace, Weights
 from regolite.types import stage_name
 
@@ -166,7 +166,7 @@ def _draw_scores(ax: Axes, trace: Trace, query: int, index: int) -> None:
     ax.set_xlim(-0.35, count - 0.65)
     ax.set_xticks(range(count), ["base", *(str(stage) for stage in range(1, count))])
     title = f"score of {class_name(trace, label)}"
-    ax.annotate(title, (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **ABOVE, **as_is())
+    ax.annotate(drawable(title), (0, 1), (0, 4), fontsize=9, fontweight="bold", color=INK, **ABOVE, **as_is())
 
 
 # -------------------------------------------------------------------------------------------------------- relations

@@ -26,6 +26,11 @@ def as_is() -> dict[str, Any]:
     return {"parse_math": False, "fontfamily": [*rcParams["font.family"], *_further_fonts()]}
 
 
+def drawable(text: str) -> str:
+    """Replace lone surrogates, which matplotlib cannot draw, by ``?``: file names that are not UTF-8 have them."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def legend_as_is(legend: Legend) -> None:
     """Draw the labels of a legend literally."""
     for text in legend.get_texts():
@@ -34,6 +39,7 @@ def legend_as_is(legend: Legend) -> None:
 
 def label_as_is(name: str) -> str:
     """A name as a legend label, also if it begins with ``_``."""
+    name = drawable(name)
     return f"\u2060{name}" if name.startswith("_") else name
 
 

@@ -90,6 +90,12 @@ class RunConfig(Checked):
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("data", "model", "output"):
+            value = getattr(self, name)
+            if not value.strip() or "\0" in value:
+                raise UserError(f"{name}={value!r} is empty or not a name: give {name}")
+        if any(epoch < 0 for epoch in self.drop_epochs):
+            raise UserError(f"drop_epochs={self.drop_epochs} must not be negative")
         if self.patience and not self.evaluate_every:
             raise UserError(f"patience={self.patience} counts evaluations: give evaluate_every, as in evaluate_every=1")
         if self.on_broken == "skip" and self.evaluate_train:

@@ -294,4 +294,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as file:  # torch.load compares no check sums
         if (name := file.testzip()) is not None:
             raise ValueError(f"the check sum of {name} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    return state

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from regolite.checkpoint import save_model
 from regolite.data import DetectionDataset, make_transform
+from regolite.errors import UserError
 from regolite.evaluation import evaluate
 from regolite.loading import load_weights
 from regolite.losses import SetLoss
@@ -49,7 +50,7 @@ from regolite.utils.interrupts import stop
 from regolite.utils.modes import modes_kept
 from regolite.utils.progress import Status
 from regolite.utils.seeds import STEP, derive_seed
-from regolite.utils.validation import of_kind
+from regolite.utils.validation import of_kind, shown
 
 
 @stop
@@ -77,6 +78,8 @@ def train(
             :mod:`regolite.utils.interrupts`.
     """
     of_kind("config", config, RunConfig, "a RunConfig: write RunConfig(...), or RunConfig.of({...})")
+    if watch is not None and not callable(watch):
+        raise UserError(f"watch={shown(watch)} is not a function: give one that takes a line of metrics")
     if model is not None:
         of_kind("model", model, Detector, "a Detector: regolite.build, regolite.load and interop.adapt return one")
     if is_to_launch(config, watch, model):
@@ -360,10 +363,11 @@ def _model(
 
 
 def _announce(config: RunConfig, state: State, images: int) -> None:
-    accelerator, log = state.accelerator, state.folder.log
+    accelerator, log, progress = state.accelerator, state.folder.log, state.progress
+    so_far = f"going on after step {progress.step} ({progress.images} images seen) with"
     log.info(
         "%s %s (%.2f M parameters) on %d images of %s, seed %d, PyTorch %s",
-        f"going on after step {state.progress.step} with" if state.progress.step else "training", config.model,
+        so_far if progress.step else "training", config.model,
         sum(p.numel() for p in state.model.parameters()) / 1e6, images, config.data, config.seed, torch.__version__,
     )  # fmt: skip
     log.info(
@@ -420,11 +424,11 @@ def _log(state: State, lr: float) -> None:
     state.meter = Meter()
     if not state.accelerator.is_main_process:
         return
-    line["images_seen"] = progress.images
+    line["images_seen"] = progress.images  # unlike steps, comparable between batch sizes
     state.folder.write_metrics(line | ({"broken_images": progress.broken} if progress.broken else {}))
     state.folder.log.info(
-        "step %d epoch %d loss %.3f lr %.2e %.1f images/s",
-        *(line[k] for k in ("step", "epoch", "loss", "lr", "images_per_second")),
+        "step %d epoch %d images %d loss %.3f lr %.2e %.1f images/s",
+        *(line[k] for k in ("step", "epoch", "images_seen", "loss", "lr", "images_per_second")),
     )
 
 
@@ -458,9 +462,10 @@ def _write_figures(state: State, figures: dict[str, Any], split: str, is_first: 
     """Write what an evaluation has found, and keep the weights if they are the best so far."""
     progress, folder = state.progress, state.folder
     where = {"kind": "evaluation", "split": split, "step": progress.step, "epoch": progress.epoch}
-    folder.write_metrics({**where, "seconds": progress.seconds, "cpu_seconds": progress.cpu_seconds, **figures})
+    spent = {"seconds": progress.seconds, "cpu_seconds": progress.cpu_seconds, "images_seen": progress.images}
+    folder.write_metrics({**where, **spent, **figures})
     by_stage = ", ".join("-" if s["AP"] is None else f"{s['AP']:.1f}" for s in figures["stages"])
-    folder.log.info("step %d AP on %s by stage: %s", progress.step, split, by_stage)
+    folder.log.info("step %d images %d AP on %s by stage: %s", progress.step, progress.images, split, by_stage)
     Status.say(f"step {progress.step}, AP on {split} by stage, the base detector first: {by_stage}")
     if split != "val":
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from regolite.training.folder import RunFolder
 from regolite.training.metrics import Meter
 from regolite.training.resume import compare_runs
 from regolite.utils.interrupts import stop
+from regolite.utils.validation import fits, shown
 
 T = TypeVar("T")
 
@@ -197,6 +199,7 @@ class State:
         if state is None:
             self.folder.cut_metrics(None)
             return
+        _check(state, self.folder.checkpoints)
         before = state.get("config") or self.folder.read_config()  # older checkpoints leave it to config.json
         changed, unknown = compare_runs(before, self.config, self.folder.path)
         if (self.average is None) != (state["average"] is None):  # where the configuration is lost
@@ -219,14 +222,40 @@ class State:
             self.optimizer.load_state_dict(state["optimizer"])
             for group, choice in zip(self.optimizer.param_groups, chosen):
                 group.update(choice)  # learning rates are the configuration's, which may have changed
-        except (RuntimeError, ValueError) as error:
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            if self.accelerator.scaler is not None and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.meter = Meter(**state.get("meter", {}))
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # as PyTorch finds it
             raise UserError(
                 f"{self.folder.path} holds a run of another model ({str(error).splitlines()[0]})"
             ) from error
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        if self.accelerator.scaler is not None and state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.folder.cut_metrics(state)
         self.progress = Progress(**{name: state[name] for name in vars(Progress()) if name in state})
-        self.meter = Meter(**state.get("meter", {}))
+
+
+_KINDS: dict[str, type] = {
+    **{name: type(value) for name, value in vars(Progress()).items()},
+    **dict.fromkeys(("model", "optimizer", "meter", "config"), dict),
+    "metrics": int,
+}
+"""The type of each value in a checkpoint that the run computes with."""
+
+
+def _check(state: dict[str, Any], folder: Path) -> None:
+    """Check the values of a checkpoint, which anybody may have written; earlier versions lack some.
+
+    Raises:
+        UserError: a value has another type, or a number is negative.
+    """
+    for name, kind in _KINDS.items():
+        value = state.get(name, kind())
+        is_valid = fits(value, kind)
+        if is_valid and name == "evaluated":
+            is_valid = all(fits(step, int) for step in value.values())
+        if not is_valid or (kind is not dict and name != "best" and value < 0):
+            raise UserError(
+                f"a checkpoint in {folder} has {name}={shown(value)}, which no run has written: delete it, or give "
+                "another output folder"
+            )

@@ -50,7 +50,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
             folder cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):
         raise UserError(f"{folder} is a file; give a folder")
     file, ours, held = folder / NAME, _this_process(), False
     try:

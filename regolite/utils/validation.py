@@ -207,7 +207,8 @@ def describe(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(a) for a in arguments)
     if origin is tuple:
-        return f"a list of {describe(arguments[0])}"
+        plurals = {int: "whole numbers", float: "numbers", str: "texts"}
+        return f"a list of {plurals[arguments[0]]}"
     if isinstance(hint, type) and issubclass(hint, Checked):
         return f"a {hint.__name__}"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "nothing"}
