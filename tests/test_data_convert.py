@@ -674,9 +674,29 @@ def test_one_bad_annotation_among_many_is_left_out_by_name(tmp_path, form, wrong
     assert names == {f"{n:02}.png" for n in range(20)} - {"03.png"}
     for n in (5, 6):
         spoil(source, form, wrong, n)
-    with pytest.raises(UserError, match="3 of 20 annotations cannot be used, which is more than a tenth") as error:
+    too_many = "3 of 20 images or their annotations cannot be used, which is more than a tenth"
+    with pytest.raises(UserError, match=too_many) as error:
         convert(source, tmp_path / "again")
     assert f"03.png: {said}" in str(error.value) and not (tmp_path / "again").exists()
+
+
+def test_broken_images_count_as_bad_annotations_do(tmp_path):
+    source = twenty(tmp_path, "coco")
+    for n in range(3):
+        next(source.rglob(f"{n:02}.png")).write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"00\.png: image .*3 of 20 images or their annotations cannot be used"):
+        convert(source, tmp_path / "out")
+
+
+def test_names_may_differ_in_upper_and_lower_case(tmp_path):
+    """Cameras write .JPG, labeling tools often .jpg; a file of exactly the name comes first."""
+    source = twenty(tmp_path, "coco")
+    first, second = (next(source.rglob(f"{n:02}.png")) for n in range(2))
+    first.rename(first.with_name("00.PNG"))
+    shutil.copy(second, second.with_name("01.PNG"))
+    done = convert(source, tmp_path / "out")
+    assert done.problems == ["images/01.PNG: left out, no annotation file lists them"]
+    assert set(everything(tmp_path / "out")) == {"00.PNG", *(f"{n:02}.png" for n in range(1, 20))}
 
 
 def test_records_that_belong_to_no_image_are_named(tmp_path):

@@ -274,7 +274,8 @@ def find_images(root: Path, split: str, names: Sequence[str]) -> ImageFiles:
 
     A name is looked up as it is written, then in its other :func:`spellings`. Folders are the
     split's own (``images/train``, ``train2017``, ``train``), ``images``, the folder of the annotations and ``root``.
-    Otherwise a file with the same base name is used, if it is unique outside the folders of other splits.
+    Otherwise a file with the same base name is used, if it is unique outside the folders of other splits; ``a.jpg``
+    finds ``a.JPG``.
 
     Args:
         root: the data folder.
@@ -308,14 +309,16 @@ def find_images(root: Path, split: str, names: Sequence[str]) -> ImageFiles:
 
 
 def _find_by_base_name(files: ImageFiles, folders: Sequence[Path], split: str) -> None:
-    """Find missing files by base name, if unique."""
+    """Find missing files by base name, if unique; upper and lower case count only where several files differ by it."""
     by_base: defaultdict[str, set[Path]] = defaultdict(set)
     for folder in folders:
         for path in folder.rglob("*"):
             if split_named(path.relative_to(folder).parent) in (None, split):
-                by_base[path.name].add(path)
+                by_base[path.name.casefold()].add(path)
     for name in list(files.missing):
-        found = {path for spelled in spellings(name) for path in by_base[spelled.rpartition("/")[2]] if path.is_file()}
+        bases = {spelled.rpartition("/")[2] for spelled in spellings(name)}
+        found = {path for base in bases for path in by_base[base.casefold()] if path.is_file()}
+        found = {path for path in found if path.name in bases} or found
         if len(found) == 1:
             files.elsewhere[name] = found.pop()
             files.missing.remove(name)

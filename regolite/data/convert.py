@@ -90,7 +90,7 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
 
     Raises:
         UserError: the source does not exist or has no known format, the output exists, a central annotation file cannot
-            be read, more than a tenth of the annotations cannot be used, or no usable images remain.
+            be read, more than a tenth of the images or their annotations cannot be used, or no usable images remain.
     """
     for name, path in (("source", source), ("output", output)):
         of_kind(name, path, (str, os.PathLike), "the path of a folder")
@@ -108,18 +108,19 @@ def convert(source: str | Path, output: str | Path, val: float = 0.2, seed: int 
     problems, bad = export.problems, export.bad
     changes: defaultdict[str, list[str]] = defaultdict(list)
     images: list[_Fit] = []
+    broken = 0  # images that cannot be read
     listed = len(export.images) + len(bad)
     for labeled in sorted(export.images, key=lambda labeled: str(labeled.path)):
         try:
             images.append(_fit(labeled, changes))
-        except UserError as error:
-            problems.append(f"{labeled.path.name}: left out, {error}")
-        except ValueError as error:
+        except (UserError, ValueError) as error:
+            broken += isinstance(error, UserError)
             bad.append((labeled.path.name, str(error)))
-    if len(bad) > MOST_BAD * listed:
+    only_one_broken = len(bad) == broken == 1  # says nothing about the export, however few images it has
+    if len(bad) > MOST_BAD * listed and not only_one_broken:
         raise UserError(
-            f"{source} cannot be read as {export.form}: {': '.join(bad[0])} ({len(bad)} of {listed} annotations cannot "
-            "be used, which is more than a tenth: correct them, or take them and their images out)"
+            f"{source} cannot be read as {export.form}: {': '.join(bad[0])} ({len(bad)} of {listed} images or "
+            "their annotations cannot be used, which is more than a tenth: correct them, or take them out)"
         )
     problems += [f"{name}: left out, {why}" for name, why in bad]
     for what, names in changes.items():

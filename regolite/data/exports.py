@@ -284,14 +284,15 @@ class _Finder:
         self.source, self.files = source, set(files)
         self.by_name: dict[str, list[Path]] = defaultdict(list)
         for path in self.files:
-            self.by_name[path.name].append(path)
+            self.by_name[path.name.casefold()].append(path)
 
     def find(self, name: str, file: Path, split: str | None) -> Path | str | None:
         """Find the file; a string explains an ambiguous name, None means no file.
 
         A path relative to the folder of the JSON file comes first. Otherwise the file with the longest common path
-        suffix wins. Ties are broken by folder: one named after the split or the JSON file, then a folder of images,
-        then one near the JSON file. Folders named after another split are not searched.
+        suffix wins, one that differs in upper and lower case last. Ties are broken by folder: one named after the split
+        or the JSON file, then a folder of images, then one near the JSON file. Folders named after another split are
+        not searched.
         """
         for spelled in spellings(name):
             path = Path(os.path.normpath(file.parent / spelled))
@@ -300,12 +301,12 @@ class _Finder:
         candidates = []
         for spelled in spellings(name):
             parts = PurePosixPath(spelled).parts
-            for path in self.by_name.get(parts[-1], []) if parts else []:
+            for path in self.by_name.get(parts[-1].casefold(), []) if parts else []:
                 shared = _shared_tail(parts, path.relative_to(self.source).parts)
                 base = Path(*path.relative_to(self.source).parts[:-shared])
                 if split is None or split_named(base) in (None, split):
-                    candidates.append((-shared, self._rank(base, file, split), path))
-        least = min((candidate[:2] for candidate in candidates), default=None)
+                    candidates.append((path.name != parts[-1], -shared, self._rank(base, file, split), path))
+        least = min((candidate[:3] for candidate in candidates), default=None)
         best = {path for *rank, path in candidates if tuple(rank) == least}
         if len(best) > 1:
             places = " and in ".join(sorted(path.parent.relative_to(self.source).as_posix() for path in best))
@@ -323,9 +324,9 @@ class _Finder:
 
 
 def _shared_tail(one: tuple[str, ...], other: tuple[str, ...]) -> int:
-    """Length of the common suffix of two paths, in parts."""
+    """Length of the common suffix of two paths, in parts; upper and lower case are alike."""
     pairs = zip(reversed(one), reversed(other))
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    return next((n for n, (a, b) in enumerate(pairs) if a.casefold() != b.casefold()), min(len(one), len(other)))
 
 
 # ------------------------------------------------------------------------------------------- YOLO and Pascal VOC
