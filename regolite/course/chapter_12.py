@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -253,6 +254,10 @@ STEP_FLAWS = {
 }
 
 
+STEP_FACTOR = 0.6
+"""Of the learning rates in the trial of a step: no factor of the number of parts."""
+
+
 def _flawed_step(
     model: nn.Module,
     set_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]],
@@ -323,17 +328,23 @@ def _like(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).norm() < 1e-3 * other.norm())
 
 
-def _name_flaw(
-    moved: Tensor, model: nn.Module, set_loss: SetLoss, lr: float, arguments: tuple[list[Part], float, float]
-) -> None:
+@functools.cache
+def _flawed_move(flaw: str, lr: float, max_norm: float) -> Tensor:
+    """How a step with a flaw moves the weights in the trial of :func:`step`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, set_loss, parts = _parts()
+    trial = _Trial(model, lr)
+    _flawed_step(trial.model, set_loss, trial.optimizer, parts, STEP_FACTOR, max_norm, flaw)
+    return trial.moved
+
+
+def _name_flaw(moved: Tensor, lr: float, max_norm: float) -> None:
     """Raise the Mistake whose step moves the weights like the answer's."""
     if not moved.any():
         raise Mistake(STEP_FLAWS["no step"])
-    parts, factor, max_norm = arguments
     for flaw, message in STEP_FLAWS.items():
-        trial = _Trial(model, lr)
-        _flawed_step(trial.model, set_loss, trial.optimizer, parts, factor, max_norm, flaw)
-        if _like(moved, trial.moved):
+        if _like(moved, _flawed_move(flaw, lr, max_norm)):
             raise Mistake(message)
     raise Mistake(
         "the weights do not move as they should. Compare with the five steps: rates, objects, backward of all parts, "
@@ -353,7 +364,7 @@ def step(answer: Callable[..., Any]) -> str:
     torch.manual_seed(0)
     model, set_loss, parts = _parts()
     for lr, max_norm in ((1e-3, 1e9), (1.0, 0.03)):  # without and with clipping, which hides the gradient's scale
-        arguments = (parts, 0.6, max_norm)  # 0.6: no factor of the number of parts
+        arguments = (parts, STEP_FACTOR, max_norm)
         wanted, own = _Trial(model, lr), _Trial(model, lr)
         modes: list[bool] = []
         own.model.register_forward_pre_hook(lambda module, _, modes=modes: modes.append(module.training))
@@ -366,7 +377,7 @@ def step(answer: Callable[..., Any]) -> str:
                 "the model is in evaluation mode: call model.train(), since an evaluation may have come before."
             )
         if not _like(own.moved, wanted.moved):
-            _name_flaw(own.moved, model, set_loss, lr, arguments)
+            _name_flaw(own.moved, lr, max_norm)
     _check_metrics(found, metrics)
     _check_default(answer, model, set_loss, parts)
     _check_not_finite(answer, model, set_loss, parts)

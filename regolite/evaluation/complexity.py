@@ -325,19 +325,20 @@ def rows(models: Sequence[str] | None = None, progress: bool = False) -> list[di
     for config in track(configs, "counting", progress):
         with torch.device("meta"):  # torchvision's networks have an additional background class
             model = build(config.without_pretrained(), CLASSES - isinstance(config.detector, BaselineConfig))
-        height, width = image(config)
-        cost = count(model, height, width)
-        row = {
-            "model": config.preset,
-            "image": [height, width],
-            "parameters": cost.parameters,
-            **{kind: cost.kind(kind) for kind in ("layers", "attention", "reading")},
-            **{column: getattr(cost, column) for column in ("multiply_adds", "with_reading", "flops")},
-            "parts": cost.parts,
-            "table_1": _beside(cost, TABLE_1.get(config.preset)),
-        }
-        counted.append(row)
+        counted.append(_row(config, count(model, *image(config))))
     return counted
+
+
+def _row(config: ModelConfig, cost: Cost) -> dict[str, Any]:
+    return {
+        "model": config.preset,
+        "image": list(image(config)),
+        "parameters": cost.parameters,
+        **{kind: cost.kind(kind) for kind in ("layers", "attention", "reading")},
+        **{column: getattr(cost, column) for column in ("multiply_adds", "with_reading", "flops")},
+        "parts": cost.parts,
+        "table_1": _beside(cost, TABLE_1.get(config.preset)),
+    }
 
 
 def image(config: ModelConfig) -> tuple[int, int]:
