@@ -102,7 +102,10 @@ def _presets() -> dict[str, ModelConfig]:
         ("mask_rcnn_x101", "mask_rcnn", "resnext101_64x4d", "imagenet", 1e-5),
     )
     for name, kind, backbone, weights, norm_eps in baselines:
-        table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps))
+        table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps=norm_eps))
+    for kind in ("fcos", "faster_rcnn"):
+        small = BaselineConfig(kind, "mobilenet_v2", "bundled", dim=128)
+        table[f"{kind}_tiny"] = ModelConfig(f"{kind}_tiny", small, augment="laptop", image_size=256)
     return table
 
 
