@@ -20,6 +20,7 @@ from regolite.models.detector import Detector
 from regolite.models.detr import DetrConfig
 from regolite.models.rego import Rego, RegoConfig
 from regolite.models.smca import SmcaConfig
+from regolite.models.sparse_rcnn import SparseRcnnConfig
 from regolite.utils.validation import checked, of_kind, whole
 
 _DETR = DetrConfig()
@@ -33,7 +34,9 @@ _SMCA = SmcaConfig()
 _SMCA_SINGLE_SCALE = replace(
     _SMCA, backbone_stages=(5,), coarser=False, encoder_layers=6, multi_scale_layers=(), ffn_dim=2048
 )
+_SPARSE = SparseRcnnConfig()
 _SOFTMAX_LOSS = LossConfig(label=1.0, label_cost=1.0)
+_CORNERS_LOSS = LossConfig(l1_boxes="xyxy")
 
 # Laptop sizes: a small network that a CPU trains in minutes. `tiny` starts from the bundled ImageNet features, `scenes`
 # from nothing.
@@ -73,6 +76,7 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
+    table |= _family("sparse_rcnn_r50", _SPARSE, _CORNERS_LOSS, rego)
     for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
         recipe: dict[str, Any] = {"augment": "laptop", "image_size": image_size}
         deformable = {**sizes, "levels": 3}
@@ -83,6 +87,8 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, **anchored), focal, _TINY_REGO, **recipe)
         levels: dict[str, Any] = {"backbone_stages": (3, 4, 5), "coarser": False, "multi_scale_layers": (2,)}
         table |= _family(f"smca_{tag}", replace(_SMCA, **sizes, **levels), focal, _TINY_REGO, **recipe)
+        sparse = {k: v for k, v in sizes.items() if k != "encoder_layers"} | {"dynamic_dim": 32}
+        table |= _family(f"sparse_rcnn_{tag}", replace(_SPARSE, **sparse), _CORNERS_LOSS, _TINY_REGO, **recipe)
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, **deformable), focal, _TINY_REGO, **recipe)
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, **deformable), focal, _TINY_REGO, **recipe)
         table |= _family(
