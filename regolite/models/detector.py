@@ -51,8 +51,8 @@ class Detector(nn.Module):
         feature_channels: channels of each map in :attr:`DetectorOutput.features`, finest map first.
         projected: whether these maps are projections to C channels, or the backbone's own, which REGO projects.
         denoises: whether ``forward`` also trains on noised ground truth, for which training passes ``targets``.
-        has_own_loss: whether ``forward``, given ``targets``, returns the terms of a loss of its own by name, each a
-            mean over the images, and not an output for :class:`~regolite.losses.SetLoss`.
+        has_own_loss: whether ``forward``, given ``targets``, returns the terms of a loss of its own by name, each
+            normalized by these images, and not an output for :class:`~regolite.losses.SetLoss`.
         has_unused_parameters: whether some trainable parameters get no gradient in training. Several processes then
             search for them after every forward pass; otherwise they would wait for these gradients.
         model_config: the complete configuration, which :func:`regolite.build` sets; None if assembled by hand. Image

@@ -110,8 +110,8 @@ def _presets() -> dict[str, ModelConfig]:
     for name, kind, backbone, weights, norm_eps in baselines:
         table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps=norm_eps))
     for kind in ("fcos", "faster_rcnn"):
-        small = BaselineConfig(kind, "mobilenet_v2", "bundled", dim=128)
-        table[f"{kind}_tiny"] = ModelConfig(f"{kind}_tiny", small, augment="laptop", image_size=256)
+        small: dict[str, Any] = {"kind": kind, "backbone": "mobilenet_v2", "weights": "bundled", "dim": 128}
+        table[f"{kind}_tiny"] = ModelConfig(f"{kind}_tiny", BaselineConfig(**small), augment="laptop", image_size=256)
     return table
 
 

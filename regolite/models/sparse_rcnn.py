@@ -143,10 +143,8 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, channels: Sequence[int], dim: int, mask_padding: bool) -> None:
         super().__init__()
-        inwards, outwards = (
-            [nn.Conv2d(c, dim, 1) for c in channels],
-            [nn.Conv2d(dim, dim, 3, padding=1) for _ in channels],
-        )
+        inwards = [nn.Conv2d(c, dim, 1) for c in channels]
+        outwards = [nn.Conv2d(dim, dim, 3, padding=1) for _ in channels]
         for convolution in (*inwards, *outwards):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
             nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]  # torch types the bias as optional
