@@ -56,6 +56,7 @@ FAMILIES = {
     "smca_single_scale": (Smca, 300, 2048, 6),
     "smca": (Smca, 300, 1024, 5),
     "sparse_rcnn": (SparseRcnn, 300, 2048, 0),
+    "efficient_detr": (DeformableDetr, 100, 2048, 3),
 }
 TRANSFORMERS = [name for name in presets() if not isinstance(configure(name).detector, BaselineConfig)]
 
@@ -111,7 +112,8 @@ def test_presets_are_what_their_names_say():
             if name.endswith(tag):
                 assert (d.backbone, d.weights, d.frozen_stages, d.dim, d.heads) == (backbone, "imagenet", 2, 256, 8)
                 encoder_layers = getattr(d, "encoder_layers", 0)
-                assert (d.queries, d.ffn_dim, encoder_layers, d.decoder_layers) == (*family(name)[1:], 6)
+                decoder_layers = 1 if "efficient" in name else 6
+                assert (d.queries, d.ffn_dim, encoder_layers, d.decoder_layers) == (*family(name)[1:], decoder_layers)
                 assert d.dropout == (0.0 if "anchor" in name or "sparse" in name else 0.1)
         assert getattr(d, "dilated", False) == ("dc5" in name)
         if "deformable" in name:

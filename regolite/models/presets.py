@@ -28,6 +28,8 @@ _DETR_STAR = replace(_DETR, queries=300, reference_points=True, scoring="sigmoid
 _DEFORMABLE = DeformableDetrConfig()
 _REFINED = replace(_DEFORMABLE, refine=True)
 _TWO_STAGE = replace(_REFINED, two_stage=True)
+_DENSE_PRIOR: dict[str, Any] = {"encoder_layers": 3, "decoder_layers": 1, "token_queries": True, "shared_heads": True}
+_EFFICIENT = replace(_TWO_STAGE, queries=100, ffn_dim=2048, **_DENSE_PRIOR)
 _CONDITIONAL = ConditionalDetrConfig()
 _ANCHOR = AnchorDetrConfig()
 _SMCA = SmcaConfig()
@@ -77,6 +79,7 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
     table |= _family("sparse_rcnn_r50", _SPARSE, _CORNERS_LOSS, rego)
+    table |= _family("efficient_detr_r50", _EFFICIENT, focal, rego)
     for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
         recipe: dict[str, Any] = {"augment": "laptop", "image_size": image_size}
         deformable = {**sizes, "levels": 3}
@@ -94,6 +97,8 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(
             f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, **deformable), focal, _TINY_REGO, **recipe
         )
+        efficient = replace(_TWO_STAGE, **deformable | _DENSE_PRIOR)
+        table |= _family(f"efficient_detr_{tag}", efficient, focal, _TINY_REGO, **recipe)
     # The detector that is shipped. Query denoising and queries from tokens let it learn from few images. One decoder
     # layer is enough: further ones corrected next to nothing, and the stages of REGO are there to correct. Glimpses are
     # tighter than the paper's: in an image of 320 pixels, three times a box is often most of the image.

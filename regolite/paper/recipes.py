@@ -84,6 +84,10 @@ _SPARSE = (
     "210,000 and 250,000 of them, gradients clipped at 1, one learning rate for everything. Its warm-up of 1,000 steps "
     "is left out. Its README reports 45.0 AP and a noise of 0.3. The paper does not combine it with REGO."
 )
+_EFFICIENT = (
+    "No code of Efficient DETR was released. The settings are Deformable DETR's, and the drop is that of the other "
+    "36-epoch recipes. The paper begins training with more proposals and ends with 100; here there are 100 throughout."
+)
 _X101_36 = (
     "Section 5.2 does not say whether its 36 epochs with X101 are for the two-stage model; every X101 in Table 1 is "
     "one."
@@ -198,6 +202,7 @@ def _recipes() -> dict[str, Recipe]:
         for model in (base, f"rego_{base}"):
             add(model, epochs, drop, *remarks, **changes)
 
+    add("efficient_detr_r50", 36, 30, _EFFICIENT)
     sparse: dict[str, Any] = {"drop_epochs": (28, 34), "lr": 2.5e-5, "backbone_lr_mult": 1.0, "clip": 1.0}
     add("sparse_rcnn_r50", 36, 28, _SPARSE, **sparse)
     for name in ("detr_r50", "detr_dc5_r50"):
