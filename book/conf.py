@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from importlib import metadata
+from typing import Any
+
+from sphinx.application import Sphinx
 
 project = "regolite"
 author = "The regolite authors"
@@ -35,3 +38,14 @@ html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 pygments_style, pygments_dark_style = "xcode", "github-dark"
+
+
+def setup(app: Sphinx) -> None:
+    """Let the sidebar list the modules of the page's own room only: those of all rooms are 200 links on 200 pages."""
+    app.connect("html-page-context", _collapse_sidebar, priority=400)  # before the theme draws it
+
+
+def _collapse_sidebar(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    if "toctree" in context:
+        whole = context["toctree"]
+        context["toctree"] = lambda **options: whole(**{**options, "collapse": True})

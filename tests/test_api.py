@@ -165,7 +165,7 @@ def test_evaluate(model, options, said):
         (lambda model, folder: convert(folder / "source", folder / "new", seed=0.5), "seed=0.5 is not a whole number"),
         (lambda model, folder: regolite.RegoConfig(alphas=[3.0, 2.0, -1.0]), "must not be negative"),
         (lambda model, folder: regolite.RunConfig(epochs=np.float32(1.5)), "epochs=1.5 is not a whole number"),
-        (lambda model, folder: regolite.RunConfig(output=""), "output='' is empty or not a name: give output"),
+        (lambda model, folder: regolite.train(regolite.RunConfig(output="")), "output='' is no folder: give output"),
         (lambda model, folder: regolite.RunConfig(data="a\0b"), "data='a\\x00b' is empty or not a name"),
         (lambda model, folder: regolite.RunConfig(drop_epochs=(-1,)), "drop_epochs=(-1,) must not be negative"),
         (lambda model, folder: evaluate(model, SCENES, detections=folder), "is a folder: give a file"),

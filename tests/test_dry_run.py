@@ -237,6 +237,7 @@ def test_the_evaluation_has_the_figures_of_the_run(place: Path, mended: Path, ev
     assert measured.keys() == last.keys() == {"train", "val"}
     for split, figures in measured.items():
         about = {"kind": "evaluation", "split": split, "step": STEPS, "epoch": STEPS // 2}
+        assert last[split].pop("images_seen") == STEPS * SETTINGS["batch_size"]
         assert about | figures == last[split]
         assert figures["AP"] > 0 and len(figures["stages"]) == 4
 

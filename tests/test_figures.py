@@ -294,8 +294,8 @@ ODD = (
 
 
 def text_of(name: str) -> str:
-    """What is drawn: a lone surrogate, from a file name that is not UTF-8, is a question mark."""
-    return name.replace("\udce9", "?")
+    """What is drawn: for a lone surrogate, from a file name that is not UTF-8, a question mark; no control characters."""
+    return name.replace("\udce9", "?").replace("\0", "\ufffd")
 
 
 @pytest.mark.parametrize("name", ODD)

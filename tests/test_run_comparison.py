@@ -177,7 +177,7 @@ class TestComparison:
         ("values", "said"),
         [
             ({"run": ["a"]}, "unknown parameter 'run'; did you mean 'runs'?"),
-            ({"runs": "a"}, "runs='a' is not a list of a text"),
+            ({"runs": "a"}, "runs='a' is not a list of texts"),
             ({"runs": []}, "runs is empty"),
             ({"runs": ["a"], "metric": "mAP"}, "metric='mAP' is not one of 'AP', 'AP50'"),
             ({"runs": ["a"], "stage": "last"}, "stage='last' is not a whole number or nothing"),

@@ -27,8 +27,12 @@ def as_is() -> dict[str, Any]:
 
 
 def drawable(text: str) -> str:
-    """Replace lone surrogates, which matplotlib cannot draw, by ``?``: file names that are not UTF-8 have them."""
-    return text.encode("utf-8", "replace").decode()
+    """Replace lone surrogates (in file names that are not UTF-8) by ``?``, control characters by U+FFFD.
+
+    No font can draw either; line breaks stay.
+    """
+    controls = {code: "\ufffd" for code in range(32) if chr(code) != "\n"}
+    return text.encode("utf-8", "replace").decode().translate(controls)
 
 
 def legend_as_is(legend: Legend) -> None:

@@ -92,7 +92,8 @@ class RunConfig(Checked):
                 raise UserError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("data", "model", "output"):
             value = getattr(self, name)
-            if not value.strip() or "\0" in value:
+            # Notebook 20 replaces an empty output by a new folder; `train` asks for one.
+            if "\0" in value or not (value.strip() or name == "output"):
                 raise UserError(f"{name}={value!r} is empty or not a name: give {name}")
         if any(epoch < 0 for epoch in self.drop_epochs):
             raise UserError(f"drop_epochs={self.drop_epochs} must not be negative")

@@ -78,6 +78,8 @@ def train(
             :mod:`regolite.utils.interrupts`.
     """
     of_kind("config", config, RunConfig, "a RunConfig: write RunConfig(...), or RunConfig.of({...})")
+    if not config.output.strip():
+        raise UserError(f"output={config.output!r} is no folder: give output")
     if watch is not None and not callable(watch):
         raise UserError(f"watch={shown(watch)} is not a function: give one that takes a line of metrics")
     if model is not None:
