@@ -7,6 +7,7 @@
         --checkpoint regolite/weights/rego_deformable_detr_everyday.safetensors --schedule one_cycle --batch-size 4
     regolite evaluate --checkpoint runs/mine/best.safetensors --data data/coco_tiny --json figures.json
     regolite detect --checkpoint runs/mine/best.safetensors street.jpg photos clip.mp4 --output found
+    regolite explain street.jpg --html street.html
     regolite convert my_export --output data/mine
     regolite relations --checkpoint runs/mine/best.safetensors --data scenes:200 --json relations.json
     regolite complexity --models detr_r50 rego_detr_r50 --json complexity.json
@@ -325,6 +326,15 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def explain(arguments: argparse.Namespace) -> int:
+    """Write an interactive page of what a detector does to an image, as one HTML file that needs no network."""
+    _prepare(arguments.html, "--html")
+    model = _load(arguments)
+    file = regolite.explain(model, arguments.image, arguments.threshold, arguments.stages).save(arguments.html)
+    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    return 0
+
+
 def relations(arguments: argparse.Namespace) -> int:
     """Measure how often attention points at the object that decides the class, and what follows when it is removed."""
     from regolite.data import Scenes
@@ -629,6 +639,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (relations, _relations_options),
         (detect, _detect_options),
         (export, _export_options),
+        (explain, _explain_options),
         (convert, _convert_options),
         (complexity, _complexity_options),
         (data, _data_options),
@@ -766,6 +777,16 @@ def _export_options(parser: Parser) -> None:
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help=about)
     about = "photographs to check the file with (default: random colors)"
     parser.add_argument("--images", nargs="*", metavar="IMAGE", help=about)
+
+
+def _explain_options(parser: Parser) -> None:
+    from regolite.checkpoint import EVERYDAY
+
+    _model_options(parser, EVERYDAY)
+    parser.add_argument("image", metavar="IMAGE", help="the image")
+    parser.add_argument("--html", type=Path, required=True, metavar="FILE", help="the page to write")
+    about = "least score of an object at first; the page has a control for it (default: 0.3)"
+    parser.add_argument("--threshold", type=number, default=0.3, metavar="X", help=about)
 
 
 def _convert_options(parser: Parser) -> None:

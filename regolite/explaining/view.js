@@ -1,0 +1,334 @@
+// The page's elements: they show the state, and send actions. All names and classes are set as text, never as HTML.
+
+import { draw, drawGlimpse, drawWay, levelColor, stageColor, TOP } from "./draw.js";
+import {
+  boxOf, className, glimpseOf, heatOf, labelOf, middle, objectAt, objects, pointsOf, relatedTo, relationLayers, rowOf,
+  scoreOf, stageName, stepBox, steps, title,
+} from "./look.js";
+import { ALL } from "./state.js";
+
+const HEAVIEST = 10; // points in the sentence about the weights
+const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
+const whole = (number) => `${Math.round(number)}`.replace("-", "−");
+const sides = ([left, top, right, bottom]) => `${whole(right - left)} × ${whole(bottom - top)}\u00a0px`;
+
+function element(parent, tag, className = "", attributes = {}) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  parent.append(node);
+  return node;
+}
+
+// Children of a parent by key: kept where they are, since one may have the focus; made and removed where needed.
+function match(parent, keys, make) {
+  const known = new Map([...parent.children].map((node) => [node.dataset.key, node]));
+  return keys.map((key, n) => {
+    const node = known.get(String(key)) ?? make(key);
+    known.delete(String(key));
+    node.dataset.key = key;
+    if (parent.children[n] !== node) parent.insertBefore(node, parent.children[n] ?? null);
+    if (n === keys.length - 1) for (const old of known.values()) old.remove();
+    return node;
+  });
+}
+
+export function show(page, data, store) {
+  const find = (id) => page.getElementById(id);
+  const send = (type, more = {}) => store.send({ type, ...more });
+  const picture = find("picture");
+  const canvas = find("canvas");
+  const boxes = find("boxes");
+  const panel = find("panel");
+
+  prepare();
+  let last = "";
+  store.subscribe((state) => {
+    const { phase, trail, ...chosen } = state;
+    const key = JSON.stringify(chosen);
+    if (key !== last) update(state);
+    last = key;
+    draw(canvas, data, state);
+    drawWay(find("way"), data, state);
+    markStep(state);
+  });
+  new ResizeObserver(() => {
+    draw(canvas, data, store.state);
+    drawGlimpses(store.state);
+  }).observe(picture);
+
+  // Once: what does not change, and what the visitor does.
+
+  function prepare() {
+    find("name").textContent = data.name;
+    const about = [data.model, `${data.width} × ${data.height} px`, data.credit].filter(Boolean);
+    find("about").textContent = about.join(" · ");
+    canvas.setAttribute("aria-label", `${data.name}, ${data.width} by ${data.height} pixels`);
+    picture.style.setProperty("--ratio", data.width / data.height);
+    find("stage").max = data.stages;
+    find("most").textContent = data.stages;
+    find("stages").hidden = !data.stages;
+    for (let stage = 0; stage <= data.stages; stage++) {
+      const stop = element(find("stops"), "span", "stop", { style: `--color: ${stageColor(stage)}` });
+      stop.textContent = stage ? `stage ${stage}` : "base";
+    }
+    find("stage").addEventListener("input", (event) => send("stage", { value: Number(event.target.value) }));
+    find("threshold").addEventListener("input", (event) => choose("threshold", Number(event.target.value)));
+    for (const name of ["reads", "glimpse", "relations"]) {
+      find(`show-${name}`).addEventListener("change", (event) => send("show", { name, value: event.target.checked }));
+    }
+    for (const name of ["layer", "head", "level", "relations"]) {
+      find(name).addEventListener("change", (event) => choose(name, Number(event.target.value)));
+    }
+    const { points, cells, relations, regions } = data.arrays;
+    const parts = { points, cells, reads: points ?? cells, relations, stages: data.stages || null, regions };
+    for (const node of page.querySelectorAll("[data-if]")) node.hidden = !parts[node.dataset.if];
+    const [, , heads = 0, levels = 0] = points?.shape ?? [];
+    options(find("layer"), [...Array(data.layers).keys()].map((layer) => [layer, `${layer}`]));
+    options(find("head"), [[ALL, `all ${heads}`], ...[...Array(heads).keys()].map((head) => [head, `${head}`])]);
+    const strides = data.strides.map((stride, level) => [level, `${level} (stride ${stride})`]);
+    options(find("level"), [[ALL, "all"], ...strides]);
+    find("layer").parentElement.hidden = data.layers < 2;
+    find("head").parentElement.hidden = !heads;
+    find("level").parentElement.hidden = data.strides.length < 2;
+    for (let level = 0; level < levels; level++) {
+      const entry = element(find("legend"), "span", "entry", { style: `--color: ${levelColor(level)}` });
+      entry.textContent = `level ${level}, stride ${data.strides[level]}`;
+    }
+    for (const cite of page.querySelectorAll("cite[data-chapter]")) {
+      if (!data.book) continue;
+      const link = element(cite, "a", "", { href: `${data.book}${cite.dataset.chapter}.html` });
+      link.append(cite.firstChild);
+    }
+
+    picture.addEventListener("pointermove", (event) => {
+      if (event.pointerType === "mouse") send("point", { query: objectAt(data, store.state, whereIs(event)) });
+    });
+    picture.addEventListener("click", (event) => {
+      const query = objectAt(data, store.state, whereIs(event));
+      if (query === null) send("clear");
+      else send("pin", { query });
+    });
+    find("previous").addEventListener("click", () => move(-1));
+    find("next").addEventListener("click", () => move(1));
+    find("path").addEventListener("click", () => send("pin", { query: store.state.object }));
+    boxes.addEventListener("keydown", (event) => {
+      const way = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      if (way) {
+        event.preventDefault();
+        move(way);
+        boxes.querySelector("[tabindex='0']").focus();
+      }
+    });
+    page.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") send("clear");
+      const digit = /^[0-9]$/.test(event.key) && Number(event.key) <= data.stages;
+      if (digit && find("figure").contains(event.target)) send("stage", { value: Number(event.key) });
+    });
+  }
+
+  const choose = (name, value) => send("set", { name, value });
+
+  function whereIs(event) {
+    const frame = picture.getBoundingClientRect();
+    return [
+      ((event.clientX - frame.left) / frame.width) * data.width,
+      ((event.clientY - frame.top) / frame.height) * data.height,
+    ];
+  }
+
+  function move(way) {
+    const found = objects(data, store.state);
+    const at = found.indexOf(store.state.object);
+    send("focus", { query: found[at < 0 ? 0 : (at + way + found.length) % found.length] });
+  }
+
+  // After every choice.
+
+  function update(state) {
+    const { stage, object } = state;
+    const found = objects(data, state);
+    document.documentElement.style.setProperty("--stage", stageColor(stage));
+    find("stage").value = stage;
+    find("stage").setAttribute("aria-valuetext", stageName(stage));
+    find("threshold").value = state.threshold;
+    find("least").textContent = state.threshold.toFixed(2);
+    find("count").textContent = found.length === 1 ? "1 object" : `${found.length} objects`;
+    for (const [name, value] of Object.entries(state.show)) find(`show-${name}`).checked = value;
+    updateBoxes(state, found);
+    updatePanel(state);
+    const who = `${title(data, rowOf(data, stage), object)} in ${stageName(stage)} (query ${object})`;
+    find("caption").textContent = `${who} ${relationSentence(state, stage)}`;
+    for (const group of page.querySelectorAll(".equations section")) {
+      group.classList.toggle("now", (group.id === "base-equations") === (stage === 0));
+    }
+    updateEquations(state);
+  }
+
+  function updateBoxes(state, found) {
+    const { stage, object, pinned } = state;
+    const row = rowOf(data, stage);
+    const made = match(boxes, found, (query) => {
+      const node = element(boxes, "button", "box", { type: "button" });
+      node.addEventListener("focus", () => node.matches(":focus-visible") && send("focus", { query }));
+      node.addEventListener("click", (event) => (event.stopPropagation(), send("pin", { query })));
+      return node;
+    });
+    made.forEach((node, n) => {
+      const [left, top, right, bottom] = boxOf(data, row, found[n]);
+      const inside = (value, end) => (100 * Math.min(Math.max(value, 0), end)) / end;
+      node.style.left = `${inside(left, data.width)}%`;
+      node.style.top = `${inside(top, data.height)}%`;
+      node.style.right = `${100 - inside(right, data.width)}%`;
+      node.style.bottom = `${100 - inside(bottom, data.height)}%`;
+      node.tabIndex = found[n] === object || (n === 0 && !found.includes(object)) ? 0 : -1;
+      node.setAttribute("aria-pressed", pinned && found[n] === object);
+      node.setAttribute("aria-label", `${title(data, row, found[n])}, object ${n + 1} of ${found.length}`);
+    });
+  }
+
+  function updatePanel(state) {
+    const { stage, object, pinned } = state;
+    const row = rowOf(data, stage);
+    find("object").textContent = className(data, row, object);
+    find("query").textContent = `query ${object} · ${sides(boxOf(data, row, object))}`;
+    find("path").setAttribute("aria-pressed", pinned);
+    find("way").hidden = !pinned;
+    const all = steps(data);
+    match(find("steps"), all.map((_, n) => n), (n) => {
+      const node = element(find("steps"), "li", "step", { style: `--color: ${stageColor(all[n].stage)}` });
+      for (const name of ["step-name", "bar", "step-text"]) element(node, "span", name);
+      return node;
+    }).forEach((node, n) => {
+      const { row: at, name } = all[n];
+      const score = at < 0 ? 0 : scoreOf(data, at, object);
+      const other = at >= 0 && labelOf(data, at, object) !== labelOf(data, row, object);
+      node.children[0].textContent = name;
+      node.children[1].style.setProperty("--share", score);
+      node.children[1].hidden = at < 0;
+      const box = stepBox(data, all[n], object);
+      const words = at < 0 ? `around (${middle(box).map(whole).join(", ")})` : score.toFixed(2);
+      const size = pinned && at >= 0 ? ` · ${sides(box)}` : "";
+      node.children[2].textContent = (other ? `${className(data, at, object)} ` : "") + words + size;
+    });
+    updateGlimpses(state);
+    updateRelations(state);
+    find("layer").value = state.layer;
+    find("head").value = state.head;
+    find("level").value = state.level;
+  }
+
+  function updateGlimpses(state) {
+    const stages = [...Array(data.stages).keys()].map((n) => n + 1);
+    match(find("glimpses"), data.arrays.regions ? stages : [], (stage) => {
+      const node = element(find("glimpses"), "button", "glimpse", { type: "button", style: `--color: ${stageColor(stage)}` });
+      element(node, "canvas", "", { "aria-hidden": "true" });
+      element(node, "span", "alpha");
+      node.addEventListener("click", () => send("stage", { value: stage }));
+      return node;
+    }).forEach((node, n) => {
+      const stage = stages[n];
+      const { stride } = glimpseOf(data, stage, state.object);
+      node.children[1].textContent = `stage ${stage}, α\u00a0=\u00a0${data.alphas[n]}`;
+      node.setAttribute("aria-label", `glimpse of stage ${stage}, alpha ${data.alphas[n]}, from the map of stride ${stride}`);
+      node.setAttribute("aria-current", stage === state.stage);
+    });
+    drawGlimpses(state);
+  }
+
+  function drawGlimpses(state) {
+    for (const node of find("glimpses").children) {
+      drawGlimpse(node.firstElementChild, data, Number(node.dataset.key), state.object);
+    }
+  }
+
+  function updateRelations(state) {
+    const layers = relationLayers(data, state.stage);
+    options(find("relations"), layers.map((layer) => [layer, `${layer}`]));
+    find("relations").value = state.relations ?? layers.at(-1);
+    find("relations").parentElement.hidden = layers.length < 2;
+    const related = relatedTo(data, state);
+    find("relations-of").textContent = state.stage
+      ? `The glimpse of ${stageName(state.stage)} asks the queries of ${stageName(state.stage - 1)}.`
+      : "The queries of the decoder attend to each other.";
+    const row = rowOf(data, Math.max(state.stage - 1, 0));
+    const rows = related
+      ? [
+          ...related.others.slice(0, TOP).map(({ query, weight }) => [`${query}`, className(data, row, query), weight]),
+          ["itself", "itself", related.itself],
+          ["nothing", "no object", related.nothing],
+        ]
+      : [];
+    match(find("related"), rows.map(([key]) => key), () => {
+      const node = element(find("related"), "li", "step");
+      for (const name of ["step-name", "bar", "step-text"]) element(node, "span", name);
+      return node;
+    }).forEach((node, n) => {
+      const [key, name, weight] = rows[n];
+      node.classList.toggle("rest", key === "itself" || key === "nothing");
+      node.children[0].textContent = name;
+      node.children[1].style.setProperty("--share", weight);
+      node.children[2].textContent = percent(weight);
+    });
+  }
+
+  function relationSentence(state, stage) {
+    const related = relatedTo(data, { ...state, stage, relations: stage === state.stage ? state.relations : null });
+    if (!related) return ".";
+    const row = rowOf(data, Math.max(stage - 1, 0));
+    const parts = related.others.slice(0, TOP).map(({ query, weight }) => `${className(data, row, query)} ${percent(weight)}`);
+    return `attends to ${[...parts, `itself ${percent(related.itself)}`, `no object ${percent(related.nothing)}`].join(", ")}.`;
+  }
+
+  // The numbers of this object under each equation.
+  function updateEquations(state) {
+    const { object } = state;
+    const base = rowOf(data, 0);
+    say("here-points", () => {
+      const points = pointsOf(data, { ...state, level: ALL, head: ALL });
+      const total = points.reduce((sum, { weight }) => sum + weight, 0);
+      const heavy = points.slice(-HEAVIEST).reduce((sum, { weight }) => sum + weight, 0);
+      const outside = points.filter(({ x, y }) => x < 0 || y < 0 || x > data.width || y > data.height).length;
+      const most = Math.min(HEAVIEST, points.length);
+      return `The ${most} heaviest of ${points.length} points have ${percent(heavy / total)} of the weight; ${outside} lie outside the image.`;
+    });
+    say("here-cells", () => `The largest weight of a cell is ${heatOf(data, state).peak.toFixed(3)}, mean over the heads.`);
+    say("here-self", () => `Query ${object} ${relationSentence(state, 0)}`);
+    say("here-predict", () => `${title(data, base, object)}; box ${sides(boxOf(data, base, object))}.`);
+    const stage = Math.max(state.stage, 1);
+    if (!data.stages) return;
+    const [before, after] = [rowOf(data, stage - 1), rowOf(data, stage)];
+    const [from, to] = [boxOf(data, before, object), boxOf(data, after, object)];
+    say("here-glimpse", () => {
+      const { region, stride } = glimpseOf(data, stage, object);
+      return `Stage ${stage}, α = ${data.alphas[stage - 1]}: the box of ${sides(from)} gives a glimpse of ${sides(region)}, from the map of stride ${stride}.`;
+    });
+    say("here-ask", () => `Stage ${stage}: it ${relationSentence(state, stage)}`);
+    say("here-correct", () => {
+      const signed = (number) => (Math.round(number) > 0 ? `+${whole(number)}` : whole(number));
+      const shift = middle(to).map((value, n) => signed(value - middle(from)[n]));
+      const grow = [0, 1].map((n) => ((to[n + 2] - to[n]) / (from[n + 2] - from[n])).toFixed(2));
+      const words = `the center moves by (${shift.join(", ")}) px, width × ${grow[0]}, height × ${grow[1]}`;
+      return `Stage ${stage}: ${words}; ${title(data, before, object)} → ${title(data, after, object)}.`;
+    });
+  }
+
+  function say(id, words) {
+    const node = find(id);
+    if (!node.closest("[data-if][hidden]")) node.textContent = words();
+  }
+
+  // The step that the path has reached, or that of the present stage.
+  function markStep(state) {
+    const all = steps(data);
+    const at = state.pinned ? Math.floor(state.trail) : all.findIndex(({ row }) => row === rowOf(data, state.stage));
+    [...find("steps").children].forEach((node, n) => node.classList.toggle("now", n === at));
+  }
+}
+
+function options(select, pairs) {
+  match(select, pairs.map(([value]) => value), () => element(select, "option")).forEach((node, n) => {
+    [node.value, node.textContent] = pairs[n];
+  });
+  if (!pairs.length) select.replaceChildren();
+}
