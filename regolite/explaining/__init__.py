@@ -39,7 +39,7 @@ from regolite.data import read_image
 from regolite.data.images import ImageSource, jpeg_of
 from regolite.errors import UserError, not_writable
 from regolite.explaining.packing import pack
-from regolite.inference import detect
+from regolite.inference import check_stages, detect
 from regolite.models.config import config_of
 from regolite.models.detector import as_detector
 from regolite.tracing.recorder import record
@@ -73,6 +73,8 @@ class Page:
         Raises:
             UserError: the file cannot be written.
         """
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder; give a file")
         try:
             write_atomic(Path(path), self.html.encode())
         except OSError as error:
@@ -108,6 +110,7 @@ def explain(
         UserError: the file is missing or is not an image, a number is out of range, or the model has no queries.
     """
     threshold = share("threshold", threshold)
+    check_stages(model, stages)
     pixels = read_image(image)
     names = ["references", "decoder.*", *(["stage.*"] if as_detector(model).num_stages else [])]
     with record(model, names) as trace:

@@ -82,11 +82,11 @@ def pack(trace: Trace, index: int = 0) -> tuple[dict[str, Any], bytes]:
     Raises:
         UserError: the trace has no predictions.
     """
+    height, width = trace.frame.original[index].tolist()
     layers = _of_kind(trace, "decoder.*.boxes", Boxes)
     if not layers:
         raise UserError("the trace has no decoder.*.boxes: record a detector with queries, and its predictions")
     predictions = [*layers, *trace.by_stage[1:]]
-    height, width = trace.frame.original[index].tolist()
     size = torch.tensor([float(width), float(height)])
     arrays = Arrays()
     scores, labels = (torch.stack(values) for values in zip(*(boxes.best(index) for boxes in predictions)))
