@@ -229,7 +229,7 @@ const within = (shift, most) => (most < 0 ? most / 2 : Math.max(0, Math.min(shif
 // Labels at the corners of their boxes, where they hide least of the labels before and are moved least.
 function drawLabels(brush) {
   const { context, width, height } = brush;
-  const size = width < 480 ? 11 : 13;
+  const size = width < 480 ? 10 : 13;
   context.font = `600 ${size}px ${getComputedStyle(context.canvas).fontFamily}`;
   context.textBaseline = "middle";
   context.textAlign = "center";
@@ -250,6 +250,7 @@ function drawLabels(brush) {
       return { x: a, y: b, cost: hidden(a, b) + high * Math.hypot(a - x, b - y) };
     });
     const { x, y } = corners.reduce((best, corner) => (corner.cost < best.cost ? corner : best));
+    if (hidden(x, y) > 0.15 * wide * high) continue; // the list beside the photograph has it
     taken.push([x, y, x + wide, y + high]);
     context.fillStyle = color;
     context.globalAlpha = 0.92;

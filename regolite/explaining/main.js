@@ -3,13 +3,13 @@
 
 import { steps } from "./look.js";
 import { readPage } from "./pack.js";
-import { createStore, initialState, reducer } from "./state.js";
+import { createStore, initialState } from "./state.js";
 import { show } from "./view.js";
 
 const SPEED = { phase: 4, trail: 1.6 }; // stages, and steps of the path, in a second
 
 const data = readPage(document);
-const store = createStore(initialState(data), reducer(data));
+const store = createStore(initialState(data));
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 await data.image.decode();
 show(document, data, store);

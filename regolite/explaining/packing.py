@@ -103,7 +103,7 @@ def pack(trace: Trace, index: int = 0) -> tuple[dict[str, Any], bytes]:
 
     reads = [trace[name] for name in trace.names("decoder.*.cross")]
     sampled = [record for record in reads if isinstance(record, Sampling)]
-    dense = [record for record in reads if isinstance(record, Weights)]
+    dense: list[Weights] = [record for record in reads if isinstance(record, Weights)]
     relations = _relations(trace)
     queries = _queries(scores, sampled, dense, [record for _, record in relations], index)
     arrays.add("queries", queries)
@@ -140,7 +140,7 @@ def _of_kind(trace: Trace, pattern: str, kind: type) -> list[Any]:
 
 def _relations(trace: Trace) -> list[tuple[tuple[int, int], Weights]]:
     """Attention among queries with its stage and layer: self-attention of the base decoder, relations of the stages."""
-    found = []
+    found: list[tuple[tuple[int, int], Weights]] = []
     for name in [*trace.names("decoder.*.self"), *trace.names("stage.*.relations.*")]:
         record, words = trace[name], name.split(".")
         if isinstance(record, Weights):

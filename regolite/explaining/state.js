@@ -1,17 +1,17 @@
 // What the visitor has chosen, and how each action changes it. Input -> data -> state -> drawing: nothing flows back.
 
-import { objects } from "./look.js";
-
 export const ALL = -1; // all heads, all levels
 
-export function createStore(state, reduce) {
+export function createStore(state) {
   const listeners = [];
   return {
     get state() {
       return state;
     },
     send(action) {
-      state = reduce(state, action);
+      const next = reduce(state, action);
+      if (next === state) return;
+      state = next;
       for (const listener of listeners) listener(state);
     },
     subscribe(listener) {
@@ -21,13 +21,13 @@ export function createStore(state, reduce) {
   };
 }
 
-// At first the last stage and its highest-scoring object.
+// At first the last stage with all its objects.
 export function initialState(data) {
-  const state = {
+  return {
     stage: data.stages, // 0 is the base detector
     phase: data.stages, // the stage that is drawn; between two while boxes move
     threshold: data.threshold,
-    object: null, // a query
+    object: null, // a query, or none: all objects
     pinned: false, // the object stays while the mouse moves on, and its path is drawn
     trail: 0, // how far the path is drawn, in steps
     layer: data.layers - 1, // of the decoder
@@ -36,10 +36,9 @@ export function initialState(data) {
     relations: null, // layer of the relations; null is the last
     show: { reads: true, glimpse: true, relations: true },
   };
-  return { ...state, object: objects(data, state)[0] };
 }
 
-export const reducer = (data) => (state, action) => {
+export function reduce(state, action) {
   switch (action.type) {
     case "stage":
       return { ...state, stage: action.value, relations: null };
@@ -48,14 +47,14 @@ export const reducer = (data) => (state, action) => {
     case "set": // threshold, layer, head, level, relations, phase, trail
       return { ...state, [action.name]: action.value };
     case "point": // the mouse is over a box
-      return state.pinned || action.query === null ? state : { ...state, object: action.query };
+      return state.pinned || [null, state.object].includes(action.query) ? state : { ...state, object: action.query };
     case "focus": // the keyboard or a button chooses
       return action.query === state.object ? state : { ...state, object: action.query, pinned: false };
     case "pin": // again on the same object: release
       return { ...state, object: action.query, pinned: !(state.pinned && state.object === action.query), trail: 0 };
-    case "clear":
+    case "clear": // first the path, then the object
       return { ...state, object: state.pinned ? state.object : null, pinned: false };
     default:
       throw new Error(`unknown action ${action.type}`);
   }
-};
+}

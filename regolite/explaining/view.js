@@ -107,7 +107,13 @@ export function show(page, data, store) {
     picture.addEventListener("click", (event) => {
       const query = objectAt(data, store.state, whereIs(event));
       if (query === null) send("clear");
+      else if (event.pointerType === "touch" && query !== store.state.object) send("focus", { query }); // no hovering
       else send("pin", { query });
+    });
+    find("all").addEventListener("click", () => {
+      if (store.state.pinned) send("clear");
+      send("clear");
+      find("list").querySelector("button").focus();
     });
     find("previous").addEventListener("click", () => move(-1));
     find("next").addEventListener("click", () => move(1));
@@ -156,9 +162,15 @@ export function show(page, data, store) {
     find("count").textContent = found.length === 1 ? "1 object" : `${found.length} objects`;
     for (const [name, value] of Object.entries(state.show)) find(`show-${name}`).checked = value;
     updateBoxes(state, found);
-    updatePanel(state);
-    const who = `${title(data, rowOf(data, stage), object)} in ${stageName(stage)} (query ${object})`;
-    find("caption").textContent = `${who} ${relationSentence(state, stage)}`;
+    find("panel").hidden = object === null;
+    find("overview").hidden = object !== null;
+    updateOverview(state, found);
+    if (object !== null) updatePanel(state);
+    const best = title(data, rowOf(data, stage), object ?? found[0]);
+    find("caption").textContent =
+      object === null
+        ? `${find("count").textContent} in ${stageName(stage)}; the highest-scoring is ${best}.`
+        : `${best} in ${stageName(stage)} (query ${object}) ${relationSentence(state, stage)}`;
     for (const group of page.querySelectorAll(".equations section")) {
       group.classList.toggle("now", (group.id === "base-equations") === (stage === 0));
     }
@@ -184,6 +196,26 @@ export function show(page, data, store) {
       node.tabIndex = found[n] === object || (n === 0 && !found.includes(object)) ? 0 : -1;
       node.setAttribute("aria-pressed", pinned && found[n] === object);
       node.setAttribute("aria-label", `${title(data, row, found[n])}, object ${n + 1} of ${found.length}`);
+    });
+  }
+
+  function updateOverview({ stage }, found) {
+    const row = rowOf(data, stage);
+    find("stage-name").textContent = stage ? `Stage ${stage}` : "Base detector";
+    match(find("list"), found, (query) => {
+      const item = element(find("list"), "li");
+      const node = element(item, "button", "step", { type: "button" });
+      for (const name of ["step-name", "bar", "step-text"]) element(node, "span", name);
+      node.addEventListener("click", () => {
+        send("focus", { query });
+        boxes.querySelector("[tabindex='0']").focus();
+      });
+      return item;
+    }).forEach((item, n) => {
+      const [name, bar, text] = item.firstElementChild.children;
+      name.textContent = className(data, row, found[n]);
+      bar.style.setProperty("--share", scoreOf(data, row, found[n]));
+      text.textContent = scoreOf(data, row, found[n]).toFixed(2);
     });
   }
 
@@ -229,14 +261,16 @@ export function show(page, data, store) {
     }).forEach((node, n) => {
       const stage = stages[n];
       const { stride } = glimpseOf(data, stage, state.object);
-      node.children[1].textContent = `stage ${stage}, α\u00a0=\u00a0${data.alphas[n]}`;
-      node.setAttribute("aria-label", `glimpse of stage ${stage}, alpha ${data.alphas[n]}, from the map of stride ${stride}`);
+      const words = `stage ${stage}, α\u00a0=\u00a0${data.alphas[n]}`;
+      node.children[1].textContent = words;
+      node.setAttribute("aria-label", `${words}: glimpse from the map of stride ${stride}`);
       node.setAttribute("aria-current", stage === state.stage);
     });
     drawGlimpses(state);
   }
 
   function drawGlimpses(state) {
+    if (state.object === null) return;
     for (const node of find("glimpses").children) {
       drawGlimpse(node.firstElementChild, data, Number(node.dataset.key), state.object);
     }
@@ -284,6 +318,10 @@ export function show(page, data, store) {
   function updateEquations(state) {
     const { object } = state;
     const base = rowOf(data, 0);
+    if (object === null) {
+      for (const node of page.querySelectorAll(".here")) node.textContent = "";
+      return;
+    }
     say("here-points", () => {
       const points = pointsOf(data, { ...state, level: ALL, head: ALL });
       const total = points.reduce((sum, { weight }) => sum + weight, 0);

@@ -159,6 +159,7 @@ def test_pointing_at_a_box_shows_its_points_glimpses_and_relations(visit, trace)
 
 def test_the_path_runs_from_the_reference_to_the_last_box(visit, trace):
     page = visit()
+    page.locator("#list button").first.click()
     page.locator("#path").click()
     page.wait_for_function("document.querySelectorAll('.step.now')[0]?.innerText.includes('stage 3')")
     steps = [row.split("\n")[0] for row in page.locator("#steps li").all_inner_texts()]
@@ -170,8 +171,10 @@ def test_the_path_runs_from_the_reference_to_the_last_box(visit, trace):
     frame = page.locator("#picture").bounding_box()
     page.mouse.move(frame["x"] + 20, frame["y"] + 0.8 * frame["height"])  # over another box
     assert f"query {query} " in page.locator("#query").inner_text(), "the object stays"
-    page.mouse.click(frame["x"] + 0.5 * frame["width"], frame["y"] + 3)  # beside all boxes
-    assert page.locator("#way").is_hidden()
+    for hidden in ("#way", "#panel"):
+        page.mouse.click(frame["x"] + 0.5 * frame["width"], frame["y"] + 3)  # beside all boxes
+        assert page.locator(hidden).is_hidden()
+    assert page.locator("#list li").count() == len(shown(page))
 
 
 def test_a_tour_by_keyboard(visit):
@@ -209,6 +212,7 @@ def test_a_tour_by_keyboard(visit):
 def test_no_screen_is_too_narrow(visit, width, scheme):
     page = visit(viewport={"width": width, "height": 740}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#list button").first.click()
     page.locator("#path").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -224,6 +228,7 @@ def test_words_of_others_are_text(visit, trace, tmp_path):
         trace.classes = classes
     words = " ".join(HOSTILE.split())
     assert page.locator("#name").inner_text().startswith(words)
+    page.locator("#list button").first.click()
     assert page.locator("#object").inner_text().strip("\u2068\u2069") == words
     assert page.locator("img").count() == 1, "the photograph alone"
     assert page.evaluate("document.documentElement.scrollWidth") <= 1200
