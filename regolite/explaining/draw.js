@@ -229,7 +229,8 @@ const within = (shift, most) => (most < 0 ? most / 2 : Math.max(0, Math.min(shif
 // Labels at the corners of their boxes, where they hide least of the labels before and are moved least.
 function drawLabels(brush) {
   const { context, width, height } = brush;
-  const size = width < 480 ? 10 : 13;
+  const narrow = width < 480;
+  const size = narrow ? 10 : 13;
   context.font = `600 ${size}px ${getComputedStyle(context.canvas).fontFamily}`;
   context.textBaseline = "middle";
   context.textAlign = "center";
@@ -245,7 +246,7 @@ function drawLabels(brush) {
       }, 0);
     const corners = [
       [left, top - high], [left, top], [right - wide, top], [left, bottom - high], [left, bottom], [right - wide, bottom],
-    ].map(([x, y]) => {
+    ].slice(0, narrow ? 2 : 6).map(([x, y]) => {
       const [a, b] = [Math.max(0, Math.min(width - wide, x)), Math.max(0, Math.min(height - high, y))];
       return { x: a, y: b, cost: hidden(a, b) + high * Math.hypot(a - x, b - y) };
     });

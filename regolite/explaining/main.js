@@ -8,11 +8,10 @@ import { show } from "./view.js";
 
 const SPEED = { phase: 4, trail: 1.6 }; // stages, and steps of the path, in a second
 
-const data = readPage(document);
-const store = createStore(initialState(data));
+const store = createStore(initialState(readPage(document)));
 const still = matchMedia("(prefers-reduced-motion: reduce)");
-await data.image.decode();
-show(document, data, store);
+await store.state.data.image.decode();
+show(document, store);
 
 let [moving, before] = [false, 0];
 store.subscribe(() => {
@@ -24,7 +23,7 @@ document.documentElement.dataset.ready = "true";
 
 // What is still on its way: its name, and where it goes.
 function goals() {
-  const { stage, pinned, phase, trail } = store.state;
+  const { data, stage, pinned, phase, trail } = store.state;
   const end = pinned ? steps(data).length - 1 : 0;
   return [["phase", phase, stage], ["trail", trail, end]].filter(([, at, goal]) => at !== goal);
 }

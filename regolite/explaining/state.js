@@ -24,6 +24,7 @@ export function createStore(state) {
 // At first the last stage with all its objects.
 export function initialState(data) {
   return {
+    data, // what is shown: the page's own numbers, or those of a model that runs in the browser
     stage: data.stages, // 0 is the base detector
     phase: data.stages, // the stage that is drawn; between two while boxes move
     threshold: data.threshold,
@@ -40,6 +41,8 @@ export function initialState(data) {
 
 export function reduce(state, action) {
   switch (action.type) {
+    case "data": // of another image
+      return { ...initialState(action.data), show: state.show };
     case "stage":
       return { ...state, stage: action.value, relations: null };
     case "show":

@@ -33,33 +33,43 @@ function match(parent, keys, make) {
   });
 }
 
-export function show(page, data, store) {
+export function show(page, store) {
   const find = (id) => page.getElementById(id);
   const send = (type, more = {}) => store.send({ type, ...more });
   const picture = find("picture");
   const canvas = find("canvas");
   const boxes = find("boxes");
-  const panel = find("panel");
-
-  prepare();
+  let data = null;
   let last = "";
+
+  listen();
   store.subscribe((state) => {
-    const { phase, trail, ...chosen } = state;
+    const { data: given, phase, trail, ...chosen } = state;
     const key = JSON.stringify(chosen);
-    if (key !== last) update(state);
+    if (given !== data) {
+      data = given;
+      fill();
+    } else if (key === last) {
+      return drawAll(state);
+    }
     last = key;
-    draw(canvas, data, state);
-    drawWay(find("way"), data, state);
-    markStep(state);
+    update(state);
+    drawAll(state);
   });
   new ResizeObserver(() => {
-    draw(canvas, data, store.state);
+    drawAll(store.state);
     drawGlimpses(store.state);
   }).observe(picture);
 
-  // Once: what does not change, and what the visitor does.
+  function drawAll(state) {
+    draw(canvas, data, state);
+    drawWay(find("way"), data, state);
+    markStep(state);
+  }
 
-  function prepare() {
+  // Once for the data of an image: what no choice changes.
+
+  function fill() {
     find("name").textContent = data.name;
     const about = [data.model, `${data.width} × ${data.height} px`, data.credit].filter(Boolean);
     find("about").textContent = about.join(" · ");
@@ -68,17 +78,10 @@ export function show(page, data, store) {
     find("stage").max = data.stages;
     find("most").textContent = data.stages;
     find("stages").hidden = !data.stages;
+    find("stops").replaceChildren();
     for (let stage = 0; stage <= data.stages; stage++) {
       const stop = element(find("stops"), "span", "stop", { style: `--color: ${stageColor(stage)}` });
       stop.textContent = stage ? `stage ${stage}` : "base";
-    }
-    find("stage").addEventListener("input", (event) => send("stage", { value: Number(event.target.value) }));
-    find("threshold").addEventListener("input", (event) => choose("threshold", Number(event.target.value)));
-    for (const name of ["reads", "glimpse", "relations"]) {
-      find(`show-${name}`).addEventListener("change", (event) => send("show", { name, value: event.target.checked }));
-    }
-    for (const name of ["layer", "head", "level", "relations"]) {
-      find(name).addEventListener("change", (event) => choose(name, Number(event.target.value)));
     }
     const { points, cells, relations, regions } = data.arrays;
     const parts = { points, cells, reads: points ?? cells, relations, stages: data.stages || null, regions };
@@ -91,16 +94,29 @@ export function show(page, data, store) {
     find("layer").parentElement.hidden = data.layers < 2;
     find("head").parentElement.hidden = !heads;
     find("level").parentElement.hidden = data.strides.length < 2;
+    find("legend").replaceChildren();
     for (let level = 0; level < levels; level++) {
       const entry = element(find("legend"), "span", "entry", { style: `--color: ${levelColor(level)}` });
       entry.textContent = `level ${level}, stride ${data.strides[level]}`;
     }
-    for (const cite of page.querySelectorAll("cite[data-chapter]")) {
+    for (const cite of page.querySelectorAll("cite:not(:has(a))")) {
       if (!data.book) continue;
       const link = element(cite, "a", "", { href: `${data.book}${cite.dataset.chapter}.html` });
       link.append(cite.firstChild);
     }
+  }
 
+  // What the visitor does.
+
+  function listen() {
+    find("stage").addEventListener("input", (event) => send("stage", { value: Number(event.target.value) }));
+    find("threshold").addEventListener("input", (event) => choose("threshold", Number(event.target.value)));
+    for (const name of ["reads", "glimpse", "relations"]) {
+      find(`show-${name}`).addEventListener("change", (event) => send("show", { name, value: event.target.checked }));
+    }
+    for (const name of ["layer", "head", "level", "relations"]) {
+      find(name).addEventListener("change", (event) => choose(name, Number(event.target.value)));
+    }
     picture.addEventListener("pointermove", (event) => {
       if (event.pointerType === "mouse") send("point", { query: objectAt(data, store.state, whereIs(event)) });
     });
@@ -227,12 +243,13 @@ export function show(page, data, store) {
     find("path").setAttribute("aria-pressed", pinned);
     find("way").hidden = !pinned;
     const all = steps(data);
-    match(find("steps"), all.map((_, n) => n), (n) => {
-      const node = element(find("steps"), "li", "step", { style: `--color: ${stageColor(all[n].stage)}` });
+    match(find("steps"), all.map((_, n) => n), () => {
+      const node = element(find("steps"), "li", "step");
       for (const name of ["step-name", "bar", "step-text"]) element(node, "span", name);
       return node;
     }).forEach((node, n) => {
-      const { row: at, name } = all[n];
+      const { row: at, name, stage: of } = all[n];
+      node.style.setProperty("--color", stageColor(of));
       const score = at < 0 ? 0 : scoreOf(data, at, object);
       const other = at >= 0 && labelOf(data, at, object) !== labelOf(data, row, object);
       node.children[0].textContent = name;
