@@ -5,9 +5,9 @@
     page = regolite.explain(regolite.load(), "photo.jpg")
     page.save("photo.html")
 
-The page shows the photograph with the boxes of the base detector and of every stage, and for each object where its
-query reads, its glimpses, its related objects, and the path of its box; below, the equations with its numbers. It
-takes one recorded forward pass (:func:`regolite.record`), whose numbers are quantized and stored in the page
+The page shows the photograph with the boxes of the base detector and of every stage, and for each object the sampling
+points of its query, its glimpses, its related objects, and the path of its box; below, the equations with its numbers.
+It takes one recorded forward pass (:func:`regolite.record`), whose numbers are quantized and stored in the page
 (:mod:`regolite.explaining.packing`). Its scripts are plain modules beside this file, written into the page as they are:
 
 ==============  ========================================================================================================

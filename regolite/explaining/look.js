@@ -67,7 +67,7 @@ export function pointsOf(data, { object, layer, head, level }) {
   return found.sort((a, b) => a.weight - b.weight);
 }
 
-// The point around which a layer of the decoder reads.
+// The reference point of a layer of the decoder.
 export function originOf(data, { object, layer }) {
   const [x, y] = part(data.arrays.origins, layer, kept(data, object));
   return [x * data.width, y * data.height];

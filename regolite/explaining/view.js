@@ -7,7 +7,7 @@ import {
 } from "./look.js";
 import { ALL } from "./state.js";
 
-const HEAVIEST = 10; // points in the sentence about the weights
+const LARGEST = 10; // weights in the sentence about the points
 const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 const whole = (number) => `${Math.round(number)}`.replace("-", "−");
 const sides = ([left, top, right, bottom]) => `${whole(right - left)} × ${whole(bottom - top)}\u00a0px`;
@@ -85,6 +85,8 @@ export function show(page, store) {
     }
     const { points, cells, relations, regions } = data.arrays;
     const parts = { points, cells, reads: points ?? cells, relations, stages: data.stages || null, regions };
+    find("reads").textContent = points ? "Sampling points" : "Attention";
+    find("reads-title").textContent = `${points ? "Sampling points" : "Cross-attention"} of the base detector`;
     for (const node of page.querySelectorAll("[data-if]")) node.hidden = !parts[node.dataset.if];
     const [, , heads = 0, levels = 0] = points?.shape ?? [];
     options(find("layer"), [...Array(data.layers).keys()].map((layer) => [layer, `${layer}`]));
@@ -278,9 +280,9 @@ export function show(page, store) {
     }).forEach((node, n) => {
       const stage = stages[n];
       const { stride } = glimpseOf(data, stage, state.object);
-      const words = `stage ${stage}, α\u00a0=\u00a0${data.alphas[n]}`;
-      node.children[1].textContent = words;
-      node.setAttribute("aria-label", `${words}: glimpse from the map of stride ${stride}`);
+      const [name, alpha] = [`stage ${stage}`, `α\u00a0=\u00a0${data.alphas[n]}`];
+      node.children[1].textContent = `${name}\n${alpha}`;
+      node.setAttribute("aria-label", `${name} ${alpha}: glimpse from the map of stride ${stride}`);
       node.setAttribute("aria-current", stage === state.stage);
     });
     drawGlimpses(state);
@@ -300,8 +302,8 @@ export function show(page, store) {
     find("relations").parentElement.hidden = layers.length < 2;
     const related = relatedTo(data, state);
     find("relations-of").textContent = state.stage
-      ? `The glimpse of ${stageName(state.stage)} asks the queries of ${stageName(state.stage - 1)}.`
-      : "The queries of the decoder attend to each other.";
+      ? `Attention of the glimpse of ${stageName(state.stage)} to the queries of ${stageName(state.stage - 1)}.`
+      : "Self-attention among the queries of the decoder.";
     const row = rowOf(data, Math.max(state.stage - 1, 0));
     const rows = related
       ? [
@@ -342,12 +344,12 @@ export function show(page, store) {
     say("here-points", () => {
       const points = pointsOf(data, { ...state, level: ALL, head: ALL });
       const total = points.reduce((sum, { weight }) => sum + weight, 0);
-      const heavy = points.slice(-HEAVIEST).reduce((sum, { weight }) => sum + weight, 0);
+      const heavy = points.slice(-LARGEST).reduce((sum, { weight }) => sum + weight, 0);
       const outside = points.filter(({ x, y }) => x < 0 || y < 0 || x > data.width || y > data.height).length;
-      const most = Math.min(HEAVIEST, points.length);
-      return `The ${most} heaviest of ${points.length} points have ${percent(heavy / total)} of the weight; ${outside} lie outside the image.`;
+      const most = Math.min(LARGEST, points.length);
+      return `The ${most} largest of ${points.length} weights have ${percent(heavy / total)} of the total; ${outside} points lie outside the image.`;
     });
-    say("here-cells", () => `The largest weight of a cell is ${heatOf(data, state).peak.toFixed(3)}, mean over the heads.`);
+    say("here-cells", () => `The largest weight of a cell is ${heatOf(data, state).peak.toFixed(3)}, mean over heads.`);
     say("here-self", () => `Query ${object} ${relationSentence(state, 0)}`);
     say("here-predict", () => `${title(data, base, object)}; box ${sides(boxOf(data, base, object))}.`);
     const stage = Math.max(state.stage, 1);
@@ -358,8 +360,8 @@ export function show(page, store) {
       const { region, stride } = glimpseOf(data, stage, object);
       return `Stage ${stage}, α = ${data.alphas[stage - 1]}: the box of ${sides(from)} gives a glimpse of ${sides(region)}, from the map of stride ${stride}.`;
     });
-    say("here-ask", () => `Stage ${stage}: it ${relationSentence(state, stage)}`);
-    say("here-correct", () => {
+    say("here-attend", () => `Stage ${stage}: the glimpse ${relationSentence(state, stage)}`);
+    say("here-refine", () => {
       const signed = (number) => (Math.round(number) > 0 ? `+${whole(number)}` : whole(number));
       const shift = middle(to).map((value, n) => signed(value - middle(from)[n]));
       const grow = [0, 1].map((n) => ((to[n + 2] - to[n]) / (from[n + 2] - from[n])).toFixed(2));

@@ -144,7 +144,7 @@ def test_pointing_at_a_box_shows_its_points_glimpses_and_relations(visit, trace)
     assert settled(page) != before
     check_weights(page, trace, query, 3)
     assert page.locator(".glimpse").all_inner_texts() == [
-        f"stage {n}, α\u00a0=\u00a0{alpha}" for n, alpha in ((1, 2), (2, 1.5), (3, 1))
+        f"stage {n}\nα\u00a0=\u00a0{alpha}" for n, alpha in ((1, 2), (2, 1.5), (3, 1))
     ]
     page.locator(".glimpse").first.click()
     check_weights(page, trace, query, 1)
