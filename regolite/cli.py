@@ -50,6 +50,8 @@ import regolite
 from regolite.errors import UserError, advice
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from regolite.data import DetectionDataset
     from regolite.models.detector import Detector
     from regolite.types import Detections
@@ -244,18 +246,25 @@ def _detect_in_image(
     model: Detector, path: Path, target: Path, arguments: argparse.Namespace, records: JsonList
 ) -> str:
     """Detect in one image, draw and record what is found; returns what to say of it."""
-    from regolite.data import read_image
     from regolite.plots import draw_detections
+
+    image = _read_image(path)
+    [found] = regolite.detect(model, image, arguments.threshold, arguments.stages)
+    draw_detections(image, found, found.classes).save(target, quality=92)
+    records.extend(_records(path, found, model))
+    return f"{len(found)} objects"
+
+
+def _read_image(path: str | Path) -> Image.Image:
+    """Read an image, with a line for each warning."""
+    from regolite.data import read_image
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         image = read_image(path)
     for warning in said:
         print(f"regolite: warning: {warning.message}", file=sys.stderr)
-    [found] = regolite.detect(model, image, arguments.threshold, arguments.stages)
-    draw_detections(image, found, found.classes).save(target, quality=92)
-    records.extend(_records(path, found, model))
-    return f"{len(found)} objects"
+    return image
 
 
 def _detect_in_video(
@@ -330,7 +339,9 @@ def explain(arguments: argparse.Namespace) -> int:
     """Write an interactive page of what a detector does to an image, as one HTML file that needs no network."""
     _prepare(arguments.html, "--html")
     model = _load(arguments)
-    file = regolite.explain(model, arguments.image, arguments.threshold, arguments.stages).save(arguments.html)
+    image, name = _read_image(arguments.image), Path(arguments.image).name
+    page = regolite.explain(model, image, arguments.threshold, arguments.stages, name=name)
+    file = page.save(arguments.html)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return 0
 

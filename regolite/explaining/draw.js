@@ -40,32 +40,35 @@ export function draw(canvas, data, state) {
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
   if (!width) return;
   const context = contextOf(canvas, width, height);
-  const scale = width / data.width;
-  const brush = { context, scale, shift: [0, 0], width, height, data, state, row: rowOf(data, state.phase), labels: [] };
+  const row = rowOf(data, state.phase);
+  const brush = { context, scale: width / data.width, shift: [0, 0], width, height, data, state, row, labels: [] };
   const { object, show, stage, pinned } = state;
-  const stageColorNow = stageColor(stage);
-  const heat = object !== null && show.reads && stage === 0 ? heatOf(data, state) : { maps: [] };
-  context.filter = heat.maps.length ? "grayscale(1) opacity(0.62)" : "none";
+  const color = stageColor(stage);
+  const last = rowOf(data, stage);
+
+  const maps = object !== null && show.reads && stage === 0 ? heatOf(data, state).maps : [];
+  context.filter = maps.length ? "grayscale(1) opacity(0.62)" : "none";
   context.drawImage(data.image, 0, 0, width, height);
   context.filter = "none";
-  for (const map of heat.maps) drawHeat(brush, map);
+  for (const map of maps) drawHeat(brush, map);
 
-  const found = objects(data, state);
-  const others = found.filter((query) => query !== object);
-  if (object !== null && show.glimpse && stage > 0 && !pinned) shadeOutside(brush, glimpseOf(data, stage, object).region);
-  for (const query of pinned ? [] : others.reverse()) {
-    const box = boxBetween(data, brush.row, query);
-    drawBox(brush, box, stageColorNow, object === null ? 2 : 1.25, object === null ? 1 : 0.7);
-    if (object === null) brush.labels.unshift([box, title(data, rowOf(data, stage), query), stageColorNow]);
+  const glimpsed = object !== null && data.arrays.regions && show.glimpse && stage > 0 && !pinned;
+  const region = glimpsed ? glimpseOf(data, stage, object).region : null;
+  if (region) shadeOutside(brush, region);
+  const others = pinned ? [] : objects(data, state).filter((query) => query !== object);
+  for (const query of others.reverse()) {
+    const box = boxBetween(data, row, query);
+    drawBox(brush, box, color, object === null ? 2 : 1.25, object === null ? 1 : 0.7);
+    if (object === null) brush.labels.unshift([box, title(data, last, query), color]);
   }
   if (object !== null) {
-    if (show.glimpse && stage > 0 && !pinned) drawBox(brush, glimpseOf(data, stage, object).region, stageColorNow, 1.75, 1, [7, 5]);
-    if (show.relations && !pinned) drawRelations(brush, stageColorNow);
+    const box = boxBetween(data, row, object);
+    if (region) drawBox(brush, region, color, 1.75, 1, [7, 5]);
+    if (show.relations && !pinned) drawRelations(brush, color);
     if (show.reads && !pinned) drawPoints(brush);
     if (pinned) drawPath(brush);
-    else drawBox(brush, boxBetween(data, brush.row, object), stageColorNow, 3.5);
-    const box = boxBetween(data, brush.row, object);
-    brush.labels.unshift([box, title(data, rowOf(data, stage), object), stageColorNow]);
+    else drawBox(brush, box, color, 3.5);
+    brush.labels.unshift([box, title(data, last, object), color]);
   }
   drawLabels(brush);
 }
@@ -186,7 +189,8 @@ function drawPath(brush, line = 3.5) {
   const [from, to] = [boxes[Math.floor(last)], boxes[Math.ceil(last)]];
   const now = from.map((value, n) => value + (to[n] - value) * (last - Math.floor(last)));
   drawBox(brush, now, stageColor(all[Math.ceil(last)].stage), line);
-  const way = [...boxes.slice(0, Math.floor(last) + 1), now].map((box) => middle(box).map((value, n) => value * scale - shift[n]));
+  const onCanvas = (box) => middle(box).map((value, n) => value * scale - shift[n]);
+  const way = [...boxes.slice(0, Math.floor(last) + 1), now].map(onCanvas);
   for (const [style, line] of [["#FFFFFF", 4], [INK, 1.5]]) {
     context.strokeStyle = style;
     context.lineWidth = line;
@@ -212,8 +216,10 @@ export function drawWay(canvas, data, state) {
   if (!width || !state.pinned) return;
   const context = contextOf(canvas, width, height);
   const boxes = steps(data).map((step) => stepBox(data, step, state.object));
-  const [left, top] = [0, 1].map((n) => Math.max(0, Math.min(...boxes.map((box) => box[n]))));
-  const [right, bottom] = [data.width, data.height].map((end, n) => Math.min(end, Math.max(...boxes.map((box) => box[n + 2]))));
+  const [left, top, right, bottom] = [0, 1, 2, 3].map((n) => {
+    const sides = boxes.map((box) => box[n]); // of all boxes on the way, inside the image
+    return n < 2 ? Math.max(0, Math.min(...sides)) : Math.min([data.width, data.height][n - 2], Math.max(...sides));
+  });
   const scale = 0.86 * Math.min(width / (right - left), height / (bottom - top));
   const shift = [
     within(((left + right) * scale - width) / 2, data.width * scale - width),
@@ -245,7 +251,8 @@ function drawLabels(brush) {
         return sum + Math.max(0, across) * Math.max(0, down);
       }, 0);
     const corners = [
-      [left, top - high], [left, top], [right - wide, top], [left, bottom - high], [left, bottom], [right - wide, bottom],
+      [left, top - high], [left, top], [right - wide, top],
+      [left, bottom - high], [left, bottom], [right - wide, bottom],
     ].slice(0, narrow ? 2 : 6).map(([x, y]) => {
       const [a, b] = [Math.max(0, Math.min(width - wide, x)), Math.max(0, Math.min(height - high, y))];
       return { x: a, y: b, cost: hidden(a, b) + high * Math.hypot(a - x, b - y) };

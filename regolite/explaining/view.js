@@ -272,7 +272,8 @@ export function show(page, store) {
   function updateGlimpses(state) {
     const stages = [...Array(data.stages).keys()].map((n) => n + 1);
     match(find("glimpses"), data.arrays.regions ? stages : [], (stage) => {
-      const node = element(find("glimpses"), "button", "glimpse", { type: "button", style: `--color: ${stageColor(stage)}` });
+      const node = element(find("glimpses"), "button", "glimpse", { type: "button" });
+      node.style.setProperty("--color", stageColor(stage));
       element(node, "canvas", "", { "aria-hidden": "true" });
       element(node, "span", "alpha");
       node.addEventListener("click", () => send("stage", { value: stage }));
@@ -329,8 +330,9 @@ export function show(page, store) {
     const related = relatedTo(data, { ...state, stage, relations: stage === state.stage ? state.relations : null });
     if (!related) return ".";
     const row = rowOf(data, Math.max(stage - 1, 0));
-    const parts = related.others.slice(0, TOP).map(({ query, weight }) => `${className(data, row, query)} ${percent(weight)}`);
-    return `attends to ${[...parts, `itself ${percent(related.itself)}`, `no object ${percent(related.nothing)}`].join(", ")}.`;
+    const others = related.others.slice(0, TOP).map(({ query, weight }) => [className(data, row, query), weight]);
+    const all = [...others, ["itself", related.itself], ["no object", related.nothing]];
+    return `attends to ${all.map(([name, weight]) => `${name} ${percent(weight)}`).join(", ")}.`;
   }
 
   // The numbers of this object under each equation.
@@ -347,7 +349,8 @@ export function show(page, store) {
       const heavy = points.slice(-LARGEST).reduce((sum, { weight }) => sum + weight, 0);
       const outside = points.filter(({ x, y }) => x < 0 || y < 0 || x > data.width || y > data.height).length;
       const most = Math.min(LARGEST, points.length);
-      return `The ${most} largest of ${points.length} weights have ${percent(heavy / total)} of the total; ${outside} points lie outside the image.`;
+      const share = `The ${most} largest of ${points.length} weights have ${percent(heavy / total)} of the total`;
+      return `${share}; ${outside} points lie outside the image.`;
     });
     say("here-cells", () => `The largest weight of a cell is ${heatOf(data, state).peak.toFixed(3)}, mean over heads.`);
     say("here-self", () => `Query ${object} ${relationSentence(state, 0)}`);
@@ -358,7 +361,8 @@ export function show(page, store) {
     const [from, to] = [boxOf(data, before, object), boxOf(data, after, object)];
     say("here-glimpse", () => {
       const { region, stride } = glimpseOf(data, stage, object);
-      return `Stage ${stage}, α = ${data.alphas[stage - 1]}: the box of ${sides(from)} gives a glimpse of ${sides(region)}, from the map of stride ${stride}.`;
+      const glimpse = `a glimpse of ${sides(region)}, from the map of stride ${stride}`;
+      return `Stage ${stage}, α = ${data.alphas[stage - 1]}: the box of ${sides(from)} gives ${glimpse}.`;
     });
     say("here-attend", () => `Stage ${stage}: the glimpse ${relationSentence(state, stage)}`);
     say("here-refine", () => {

@@ -9,6 +9,7 @@ import pytest
 from test_viewers_browser import CHROMIUM, FLAGS, missing
 
 import regolite
+from regolite import Trace
 from regolite.data.images import read_image
 from regolite.explaining import page_of
 from regolite.plots.selection import class_name, predictions
@@ -232,3 +233,13 @@ def test_words_of_others_are_text(visit, trace, tmp_path):
     assert page.locator("#object").inner_text().strip("\u2068\u2069") == words
     assert page.locator("img").count() == 1, "the photograph alone"
     assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+
+
+def test_a_trace_of_boxes_alone_is_shown(visit, trace, tmp_path):
+    boxes = Trace({name: trace[name] for name in trace.names("*.boxes*")}, trace.frame, trace.classes)
+    page = visit(page_of(read_image(PHOTO), boxes).save(tmp_path / "page.html"))
+    page.locator("#list button").first.click()
+    page.locator("#path").click()
+    page.locator("#stage").fill("0")
+    assert page.locator(".glimpse").count() == 0 and page.locator("#show-glimpse").is_hidden()
+    assert page.locator("article:visible h3").all_inner_texts() == ["Predict", "Refine the box"]
