@@ -2,7 +2,8 @@
 
 ``make book`` calls this. Sources are gathered in ``build/book``: notebooks as they are stored, but for what Sphinx has
 to be told (a figure's alternative text, where a module's page is); then Sphinx writes ``build/book/html``, and from
-``book/slides.md`` the slides in its folder ``slides``.
+``book/slides.md`` the slides in its folder ``slides``. :func:`regolite.explain` makes the page of one photograph,
+``explain/two_cats.html``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import regolite
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "book"
@@ -33,6 +36,15 @@ SLIDE_FIGURE = """```{{image}} {file}
 ```
 
 <p class="source"><a href="../notebooks/{chapter}.html">Figure {number}</a></p>"""
+
+EXPLAINED = "000000555705.jpg"
+"""The photograph of the front page; the detector was not trained on it."""
+
+CREDIT = "COCO image 555705, CC BY-SA 2.0, http://farm6.staticflickr.com/5266/5808419943_81314ba194_z.jpg"
+
+LIVE = """**Without a kernel.** <a href="../explain/two_cats.html">The two cats of the front page</a>, live in your
+browser: stages, sampling points, glimpses, relations, and the path of every box."""
+"""What the book says after a viewer, which needs a kernel."""
 
 LIST = """# {title}
 
@@ -187,6 +199,10 @@ def prepared(notebook: dict, name: Path) -> dict:
     """A notebook as Sphinx reads it: with links to run it, links to the book's pages, and texts of figures."""
     title, _, rest = "".join(notebook["cells"][0]["source"]).partition("\n")
     notebook["cells"][0]["source"] = f"{title}\n\n{launch_links(name)}\n{rest}"
+    viewers = [number for number, cell in enumerate(notebook["cells"]) if shows_viewer(cell)]
+    for number in reversed(viewers):
+        live = {"cell_type": "markdown", "id": f"live-{number}", "metadata": {}, "source": LIVE}
+        notebook["cells"].insert(number + 1, live)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = linked_pages("".join(cell["source"]))
@@ -200,6 +216,12 @@ def prepared(notebook: dict, name: Path) -> dict:
         if described:
             cell["metadata"]["mystnb"] = {"image": {"alt": " ".join(described)}}
     return notebook
+
+
+def shows_viewer(cell: dict) -> bool:
+    """Whether a cell shows an Explorer, of which a stored notebook has a line of text."""
+    said = ("".join(output.get("data", {}).get("text/plain", "")) for output in cell.get("outputs", []))
+    return any(text.startswith("Explorer of ") for text in said)
 
 
 def names(term: str) -> list[str]:
@@ -293,6 +315,9 @@ def main() -> int:
     gather()
     gather_slides(BUILD / "slides")
     book = sphinx("html", SOURCE, BUILD / "html")
+    photograph = ROOT / "data" / "coco_tiny" / "images" / EXPLAINED
+    page = regolite.explain(regolite.load(), photograph, name="Two cats", credit=CREDIT, book="../notebooks/")
+    page.save(BUILD / "html" / "explain" / "two_cats.html")
     return book or sphinx("revealjs", BUILD / "slides", BUILD / "html" / "slides")
 
 

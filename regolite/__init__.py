@@ -11,6 +11,7 @@ The public face::
     model = regolite.interop.load("detr-r50-e632da11.pth")              # weights that others have published
     with regolite.record(model) as trace:                                 # look inside: attention, glimpses, boxes
         regolite.detect(model, "image.jpg")
+    regolite.explain(model, "image.jpg").save("image.html")             # the same as one interactive page
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from regolite import interop
     from regolite.errors import UserError
     from regolite.evaluation.coco import evaluate
+    from regolite.explaining import explain
     from regolite.exporting import export
     from regolite.inference import detect
     from regolite.loading import load
@@ -52,6 +54,7 @@ _MODULES = {
     "configure": "models.presets",
     "detect": "inference",
     "evaluate": "evaluation.coco",
+    "explain": "explaining",
     "export": "exporting",
     "interop": "interop",
     "load": "loading",
@@ -70,6 +73,7 @@ __all__ = [
     "configure",
     "detect",
     "evaluate",
+    "explain",
     "export",
     "interop",
     "load",

@@ -7,6 +7,7 @@
         --checkpoint regolite/weights/rego_deformable_detr_everyday.safetensors --schedule one_cycle --batch-size 4
     regolite evaluate --checkpoint runs/mine/best.safetensors --data data/coco_tiny --json figures.json
     regolite detect --checkpoint runs/mine/best.safetensors street.jpg photos clip.mp4 --output found
+    regolite explain street.jpg --html street.html
     regolite convert my_export --output data/mine
     regolite relations --checkpoint runs/mine/best.safetensors --data scenes:200 --json relations.json
     regolite complexity --models detr_r50 rego_detr_r50 --json complexity.json
@@ -50,6 +51,8 @@ import regolite
 from regolite.errors import UserError, advice
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from regolite.data import DetectionDataset
     from regolite.models.detector import Detector
     from regolite.types import Detections
@@ -258,18 +261,25 @@ def _detect_in_image(
     model: Detector, path: Path, target: Path, arguments: argparse.Namespace, records: JsonList
 ) -> str:
     """Detect in one image, draw and record what is found; returns what to say of it."""
-    from regolite.data import read_image
     from regolite.plots import draw_detections
+
+    image = _read_image(path)
+    [found] = regolite.detect(model, image, arguments.threshold, arguments.stages)
+    draw_detections(image, found, found.classes).save(target, quality=92)
+    records.extend(_records(path, found, model))
+    return f"{len(found)} objects"
+
+
+def _read_image(path: str | Path) -> Image.Image:
+    """Read an image, with a line for each warning."""
+    from regolite.data import read_image
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         image = read_image(path)
     for warning in said:
         print(f"regolite: warning: {warning.message}", file=sys.stderr)
-    [found] = regolite.detect(model, image, arguments.threshold, arguments.stages)
-    draw_detections(image, found, found.classes).save(target, quality=92)
-    records.extend(_records(path, found, model))
-    return f"{len(found)} objects"
+    return image
 
 
 def _detect_in_video(
@@ -337,6 +347,17 @@ def export(arguments: argparse.Namespace) -> int:
         arguments.images or None,
     )
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; its outputs are those of the model")
+    return 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """Write an interactive page of what a detector does to an image, as one HTML file that needs no network."""
+    _prepare(arguments.html, "--html")
+    model = _load(arguments)
+    image, name = _read_image(arguments.image), Path(arguments.image).name
+    page = regolite.explain(model, image, arguments.threshold, arguments.stages, name=name)
+    file = page.save(arguments.html)
+    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return 0
 
 
@@ -644,6 +665,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (relations, _relations_options),
         (detect, _detect_options),
         (export, _export_options),
+        (explain, _explain_options),
         (convert, _convert_options),
         (complexity, _complexity_options),
         (data, _data_options),
@@ -781,6 +803,16 @@ def _export_options(parser: Parser) -> None:
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help=about)
     about = "photographs to check the file with (default: random colors)"
     parser.add_argument("--images", nargs="*", metavar="IMAGE", help=about)
+
+
+def _explain_options(parser: Parser) -> None:
+    from regolite.checkpoint import EVERYDAY
+
+    _model_options(parser, EVERYDAY)
+    parser.add_argument("image", metavar="IMAGE", help="the image")
+    parser.add_argument("--html", type=Path, required=True, metavar="FILE", help="the page to write")
+    about = "least score of an object at first; the page has a control for it (default: 0.3)"
+    parser.add_argument("--threshold", type=number, default=0.3, metavar="X", help=about)
 
 
 def _convert_options(parser: Parser) -> None:

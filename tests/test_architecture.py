@@ -25,7 +25,7 @@ LAYERS = (
     {"loading"},
     {"inference"},
     {"tracing"},
-    {"evaluation", "exporting"},
+    {"evaluation", "explaining", "exporting"},
     {"plots"},
     {"viewers", "training"},
     {"paper"},

@@ -433,6 +433,16 @@ class TestBookSite:
         assert not failed
         assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
 
+    def test_has_a_live_page_of_the_front_pages_photograph(self, book: Path):
+        page = book / "explain" / "two_cats.html"
+        text = page.read_text("utf-8")
+        assert len(text) < 1_000_000 and '"book": "../notebooks/"' in text
+        chapters = re.findall(r'data-chapter="(\w+)"', text)
+        assert chapters and all((book / "notebooks" / f"{name}.html").is_file() for name in chapters)
+        for name in ("index.html", "notebooks/13_look_inside.html", "book/docs/looking-inside.html"):
+            [link] = re.findall(r'href="([./]*explain/two_cats\.html)"', (book / name).read_text("utf-8"))
+            assert ((book / name).parent / link).resolve() == page.resolve()
+
     def test_can_be_searched_and_shows_the_package(self, book: Path):
         assert "glimps" in (book / "searchindex.js").read_text("utf-8")
         page = (book / "package" / "models" / "rego.html").read_text("utf-8")

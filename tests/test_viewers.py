@@ -16,6 +16,7 @@ from test_recorder import planted, spot_image, with_rego
 import regolite
 from regolite import Trace, UserError, record
 from regolite.data import Scenes
+from regolite.data.images import BROWSER_SIDE, jpeg_of
 from regolite.models.presets import configure
 from regolite.plots.attention import as_attention
 from regolite.plots.selection import predictions
@@ -508,9 +509,9 @@ def test_heat_is_colored_as_in_the_figures():
 
 
 def test_large_images_are_sent_small():
-    jpeg = canvas.jpeg_of(Image.new("RGB", (4000, 1000)))
+    jpeg = jpeg_of(Image.new("RGB", (4000, 1000)))
     with Image.open(io.BytesIO(jpeg)) as image:
-        assert image.size == (canvas.SIDE, canvas.SIDE // 4)
+        assert image.size == (BROWSER_SIDE, BROWSER_SIDE // 4)
 
 
 def test_words_of_others_are_text_in_the_browser():

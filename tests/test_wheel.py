@@ -64,7 +64,10 @@ def test_it_holds_the_package_alone(site: Path):
     [wheel] = site.parent.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"regolite"}
-    for name in ("py.typed", "weights/rego_deformable_detr_everyday.safetensors", "viewers/canvas.js"):
+    for name in (
+        "py.typed", "weights/rego_deformable_detr_everyday.safetensors", "viewers/canvas.js",
+        *(f"explaining/{path.name}" for path in (ROOT / "regolite" / "explaining").glob("*.[chj]*")),
+    ):  # fmt: skip
         assert f"regolite/{name}" in names
 
 
@@ -81,6 +84,11 @@ def test_it_trains_two_steps(run, tmp_path: Path):
 def test_it_detects_with_the_weights_that_it_brings(run, tmp_path: Path):
     assert "photo.png" in run("-m", "regolite", "detect", "photo.png")
     assert (tmp_path / "found" / "photo.png").exists()
+
+
+def test_it_explains_an_image(run, tmp_path: Path):
+    run("-m", "regolite", "explain", "photo.png", "--html", "page.html")
+    assert "createStore" in (tmp_path / "page.html").read_text("utf-8"), "the page brings its scripts"
 
 
 def test_it_writes_a_viewers_page(run, site: Path, tmp_path: Path):

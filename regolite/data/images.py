@@ -46,6 +46,9 @@ VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".web
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | bytes | bytearray | memoryview
 """The sources that :func:`read_image` accepts."""
 
+BROWSER_SIDE = 1280
+"""Longest side in pixels of images for a browser, in which coordinates stay in pixels of the original."""
+
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -295,6 +298,15 @@ def check_image(source: ImageSource) -> None:
             pass
     except Exception:  # any error: read_image raises it with a message
         read_image(source)
+
+
+def jpeg_of(image: Image.Image) -> bytes:
+    """An image as JPEG for a browser, with a longest side of at most :data:`BROWSER_SIDE`."""
+    small = image.convert("RGB")
+    small.thumbnail((BROWSER_SIDE, BROWSER_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "jpeg", quality=85)
+    return buffer.getvalue()
 
 
 def name_of(source: ImageSource) -> str:

@@ -6,7 +6,6 @@ independent of detectors, which :mod:`regolite.viewers.explorer` adds.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,6 @@ import traitlets
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-
-SIDE = 1280
-"""Longest side in pixels of the image sent to the browser; coordinates stay in pixels of the original."""
 
 
 class ImageCanvas(anywidget.AnyWidget):
@@ -108,12 +104,3 @@ def heat_of(heat: Float[Tensor, "h w"], size: Sequence[float]) -> dict[str, Any]
 def shades_of(canvas: ImageCanvas) -> np.ndarray:
     """The heat map of a canvas as an array of bytes."""
     return np.frombuffer(canvas.heat, np.uint8).reshape(canvas.heat_shape)
-
-
-def jpeg_of(image: Image.Image) -> bytes:
-    """An image as JPEG, with a longest side of at most :data:`SIDE`."""
-    small = image.convert("RGB")
-    small.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, "jpeg", quality=85)
-    return buffer.getvalue()

@@ -19,8 +19,10 @@ file with its settings.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -31,6 +33,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from regolite.errors import UserError
+from regolite.explaining import page_of
+from regolite.models.detector import as_detector
 from regolite.plots import attention, stages
 from regolite.plots.drawing import CLASS_COLORS, INK, ORANGE, SKY, stage_color
 from regolite.plots.selection import (
@@ -442,6 +446,21 @@ class Explorer(ipywidgets.VBox):
     def figure(self) -> Figure:
         """The view of the open tab as a matplotlib figure."""
         return self.viewer.figure()
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page of the selected image (:mod:`regolite.explaining`): it shows the same without a kernel.
+
+        Returns:
+            The path of the file, over an existing one.
+
+        Raises:
+            UserError: there is no image yet, its trace lacks predictions, or the file cannot be written.
+        """
+        scene, model = self.gallery.scene, self.gallery.model
+        if scene is None:
+            raise UserError("there is no image yet: choose one")
+        config = None if model is None else as_detector(model).model_config
+        return page_of(scene.image, scene.trace, scene.name, model="" if config is None else config.preset).save(path)
 
     def _update_tabs(self) -> None:
         scene = self.gallery.scene

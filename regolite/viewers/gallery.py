@@ -17,12 +17,12 @@ from PIL import Image
 from torch import nn
 
 from regolite.data import DetectionDataset, list_images, read_image
+from regolite.data.images import jpeg_of
 from regolite.errors import UserError
 from regolite.inference import detect
 from regolite.plots.selection import check_image
 from regolite.tracing.recorder import record
 from regolite.tracing.trace import Trace
-from regolite.viewers.canvas import jpeg_of
 
 KEPT = 3  # number of traces kept: one of a large DETR takes hundreds of megabytes
 
