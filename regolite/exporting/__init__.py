@@ -161,7 +161,9 @@ def export(
                 found = torch.export.load(file).module()(pixels, sizes)
             else:
                 about = _about(detector, size, precision, stages)
-                _write_onnx(program, file, module.names, about, precision)
+                _write_onnx(program, file, module.names, about)
+                if precision != "fp32":
+                    reduce_precision(file, precision)
                 found = run_onnx(file, pixels, sizes)
             _compare(module.names, expected, found, precision)
             write_atomic(output, file.read_bytes())
@@ -225,15 +227,22 @@ def _program(module: Exportable, pixels: Tensor, sizes: Tensor) -> torch.export.
         raise UserError(f"PyTorch {torch.__version__} cannot export this model: {first}") from error
 
 
-def _write_onnx(
-    program: torch.export.ExportedProgram, file: Path, names: list[str], about: dict[str, str], precision: Precision
-) -> None:
+def _write_onnx(program: torch.export.ExportedProgram, file: Path, names: list[str], about: dict[str, str]) -> None:
     onnx = _library("onnx")
     converted = torch.onnx.export(
         program, input_names=["pixels", "sizes"], output_names=names, opset_version=OPSET, dynamo=True, verbose=False
     )
     assert converted is not None  # with dynamo=True and no file name
     converted.save(str(file))
+    proto = onnx.load(file)
+    onnx.helper.set_model_props(proto, about)
+    onnx.save(proto, file)
+
+
+def reduce_precision(file: Path, precision: Precision) -> None:
+    """Rewrite an ONNX file with weights of another precision, see :func:`export`."""
+    onnx = _library("onnx")
+    about = onnx.load(file, load_external_data=False).metadata_props
     if precision == "int8":
         quantization = importlib.import_module("onnxruntime.quantization")
         full = file.with_name("full.onnx")
@@ -242,7 +251,7 @@ def _write_onnx(
     proto = onnx.load(file)
     if precision == "fp16":
         _halve(proto.graph, onnx)
-    onnx.helper.set_model_props(proto, about)
+    onnx.helper.set_model_props(proto, {**{entry.key: entry.value for entry in about}, "precision": precision})
     onnx.save(proto, file)
 
 
