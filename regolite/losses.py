@@ -3,11 +3,13 @@
 Every decoder layer of the base detector and of every REGO stage predicts a set of objects. Each set is matched with the
 ground truth separately and has three loss terms: classification, L1 distance of boxes, and GIoU. The terms of all
 layers are computed together and named after their layers.
+
+A detector without queries has a loss of its own, which :class:`OwnLoss` adds up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,6 +34,8 @@ class LossConfig(Checked):
     Attributes:
         label: weight of the classification term.
         l1: weight of the L1 distance of boxes.
+        l1_boxes: format of the boxes in the L1 distance, here and in the matching: ``"cxcywh"``, or ``"xyxy"`` in
+            Sparse R-CNN.
         giou: weight of 1 - GIoU.
         label_cost: weight of the class in the matching: 1 in DETR (softmax), 2 in Deformable DETR (focal).
         l1_cost: weight of the L1 distance in the matching.
@@ -67,6 +71,7 @@ class LossConfig(Checked):
     proposals_per_object: int = 1
     stage_matching: Literal["own", "base"] = "own"
     base_matches: Literal["own", "last_stage"] = "own"
+    l1_boxes: Literal["cxcywh", "xyxy"] = "cxcywh"
 
     def __post_init__(self) -> None:
         """Check that the fields fit each other."""
@@ -89,7 +94,7 @@ class SetLoss:
     def __init__(self, config: LossConfig, scoring: str) -> None:
         self.config, self.scoring = config, scoring
         c = config
-        self.costs = MatchingCosts(c.label_cost, c.l1_cost, c.giou_cost, c.focal_alpha, c.focal_gamma)
+        self.costs = MatchingCosts(c.label_cost, c.l1_cost, c.giou_cost, c.focal_alpha, c.focal_gamma, c.l1_boxes)
 
     def __call__(
         self,
@@ -171,8 +176,10 @@ class SetLoss:
         label = self._label_loss(logits, targets, matches, scoring, num_boxes, num_images)
         matched = boxes[matches.prediction, matches.image, matches.query]
         wanted = targets.boxes[matches.image, matches.target].to(precision)
-        l1 = F.l1_loss(matched, wanted, reduction="none").sum(-1)
-        giou = 1 - paired_giou(to_xyxy(matched), to_xyxy(wanted))
+        corners, wanted_corners = to_xyxy(matched), to_xyxy(wanted)
+        compared = (matched, wanted) if self.config.l1_boxes == "cxcywh" else (corners, wanted_corners)
+        l1 = F.l1_loss(*compared, reduction="none").sum(-1)
+        giou = 1 - paired_giou(corners, wanted_corners)
         sums = torch.stack([l1, giou]).new_zeros(2, len(predictions))
         l1, giou = sums.index_add(1, matches.prediction, torch.stack([l1, giou])) / max(num_boxes, 1.0)
 
@@ -224,3 +231,30 @@ class SetLoss:
             return losses / weight.sum((1, 2))
         # The total weight of the queries of the whole batch, one of which is matched with each object.
         return losses / (num_boxes + self.config.no_object * (num_images * logits.shape[2] - num_boxes))
+
+
+class OwnLoss:
+    """The loss of a detector that computes its own, such as torchvision's (:mod:`regolite.models.baselines`)."""
+
+    def __call__(
+        self,
+        terms: Mapping[str, Float[Tensor, ""]],
+        targets: Sequence[Target],
+        num_boxes: float | None = None,
+        num_images: float | None = None,
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The loss and its terms.
+
+        Args:
+            terms: the terms by name, each normalized by the images of ``targets``.
+            targets: the objects of each image.
+            num_boxes: unused; :class:`SetLoss` takes it.
+            num_images: the number of images in the whole batch, if these are a part of it; the parts are then weighted
+                by their images.
+
+        Returns:
+            The loss, and its terms by name: ``base/classification``, ...
+        """
+        share = 1.0 if num_images is None else len(targets) / num_images
+        named = {f"base/{name}": share * term for name, term in terms.items()}
+        return torch.stack(list(named.values())).sum(), named

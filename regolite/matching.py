@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,13 +29,14 @@ class NonFinitePrediction(UserError):
 
 @dataclass(frozen=True)
 class MatchingCosts:
-    """Weights of the three parts of the cost, and the constants of the focal loss in the cost of the class."""
+    """Weights of the three parts of the cost, constants of the focal loss, and the box format of the L1 distance."""
 
     label: float = 2.0
     l1: float = 5.0
     giou: float = 2.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+    l1_boxes: Literal["cxcywh", "xyxy"] = "cxcywh"
 
 
 @dataclass
@@ -105,9 +107,10 @@ def matching_cost(
         right = alpha * (1 - p) ** gamma * -torch.nn.functional.logsigmoid(x)
         wrong = (1 - alpha) * p**gamma * -torch.nn.functional.logsigmoid(-x)
         label = right - wrong
-    boxes = prediction.boxes.float()
-    l1 = torch.cdist(boxes, targets.boxes, p=1)
-    giou = torch.vmap(generalized_box_iou)(to_xyxy(boxes), to_xyxy(targets.boxes))
+    boxes, wanted = prediction.boxes.float(), targets.boxes
+    corners, wanted_corners = to_xyxy(boxes), to_xyxy(wanted)
+    l1 = torch.cdist(*((boxes, wanted) if costs.l1_boxes == "cxcywh" else (corners, wanted_corners)), p=1)
+    giou = torch.vmap(generalized_box_iou)(corners, wanted_corners)
     return costs.label * label + costs.l1 * l1 - costs.giou * giou
 
 

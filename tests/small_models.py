@@ -17,6 +17,7 @@ from regolite.models.detector import Detector, as_detector
 from regolite.models.detr import Detr, DetrConfig
 from regolite.models.presets import build
 from regolite.models.smca import Smca, SmcaConfig
+from regolite.models.sparse_rcnn import SparseRcnn, SparseRcnnConfig
 from regolite.types import FeatureMap
 
 CLASSES = 5
@@ -59,9 +60,19 @@ def two_stage(**changes):
     return deformable(refine=True, two_stage=True, **changes)
 
 
-DETECTORS = {
+def sparse_rcnn(**changes):
+    sizes = {name: value for name, value in SIZES.items() if name != "encoder_layers"} | {"dynamic_dim": 8} | changes
+    model = shake(SparseRcnn(SparseRcnnConfig(**sizes), CLASSES)).eval()
+    for layer in model.decoder_layers:  # shaken boxes would soon be a thousand times as large as the image
+        nn.init.normal_(layer.box_head.weight, std=0.05)
+    return model
+
+
+# Those with an encoder, and a decoder with cross-attention.
+TRANSFORMERS = {
     f.__name__: f for f in (detr, detr_star, conditional_detr, anchor_detr, smca, deformable, refined, two_stage)
 }
+DETECTORS = TRANSFORMERS | {"sparse_rcnn": sparse_rcnn}
 
 
 def small(name="rego_deformable_detr_refined_scenes", num_classes=3, **changes):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,14 +17,18 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 import regolite
 from regolite.checkpoint import save_model
 from regolite.cli import main
-from regolite.data import batch_images, make_transform, open_data
+from regolite.data import batch_images, collate, make_transform, open_data
 from regolite.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from regolite.errors import UserError
 from regolite.evaluation import evaluate
 from regolite.inference import detect_by_stage
 from regolite.loading import load
+from regolite.losses import OwnLoss
 from regolite.models.baselines import COCO_CLASSES, COCO_IDS, COCO_WEIGHTS, Baseline, BaselineConfig
 from regolite.models.presets import build, configure, presets
+from regolite.training.config import RunConfig
+from regolite.training.schedule import parameter_groups
+from regolite.types import Target
 
 KINDS = ("fcos", "faster_rcnn", "mask_rcnn")
 TABLE_1 = {"fcos_r50": 32, "faster_rcnn_r50": 42, "faster_rcnn_r101": 61, "mask_rcnn_x101": 102}
@@ -298,7 +303,8 @@ def test_batch_normalization_of_the_published_weights():
         ({"backbone": "vgg16"}, "no backbone 'vgg16'; .*resnet50"),
         ({"backbone": "resnet18", "weights": "coco"}, "no COCO weights of faster_rcnn on resnet18; give weights='im"),
         ({"weights": "nowhere.pth"}, r"no weights of a baseline at nowhere\.pth"),
-        ({"weights": "coco"}, r"know 90 classes \(COCO's ids 1 to 90\), not 4: leave num_classes out"),
+        ({"weights": "coco"}, r"know 90 classes \(COCO's ids 1 to 90\), not 4: leave num_classes out, or train others"),
+        ({"dim": 128}, "dim=128: torchvision's pyramid on a resnet50 has 256 channels"),
         ({"num_classes": 0}, "num_classes=0 must be at least 1"),
     ],
 )
@@ -318,8 +324,150 @@ def test_offline(monkeypatch, tmp_path):
         build("fcos_r50")
 
 
-def test_baselines_are_not_trained(tmp_path):
-    config = regolite.RunConfig(data="scenes:4", model="fcos_r50", output=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="fcos_r50 is a baseline, which is measured and not trained here"):
-        regolite.train(config)
-    assert not (tmp_path / "run").exists()
+# Training
+
+TINY = ("backbone=tiny", "weights=none", "frozen_stages=0", "dim=64")
+RUN = RunConfig(
+    data="scenes:8:val=1:size=96", image_size=96, augment="none", batch_size=8, lr=2e-3, clip=1.0, device="cpu",
+    schedule="one_cycle", backbone_lr_mult=1.0, evaluate_every=0, log_every=1,
+)  # fmt: skip
+TERMS = {
+    "fcos": {"classification", "bbox_regression", "bbox_ctrness"},
+    "faster_rcnn": {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"},
+}
+TERMS["mask_rcnn"] = TERMS["faster_rcnn"]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def without_images(monkeypatch):
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *_: [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_torchvisions(kind, monkeypatch):
+    """Of raw pixels, boxes in pixels and labels from 1; the samplers of the R-CNNs draw nothing at random."""
+    monkeypatch.setattr(torch, "randperm", lambda n, device=None: torch.arange(n, device=device))
+    model = small(kind).train()
+    theirs = torchvisions_own(model).train()
+    if kind == "mask_rcnn":
+        theirs.roi_heads.mask_roi_pool = None
+    raw, counts = [torch.rand(3, 64, 160), torch.rand(3, 96, 64)], (3, 0)
+    boxes = [torch.tensor([[0.5, 0.5, 0.25, 0.5], [0.2, 0.3, 0.1, 0.2], [0.7, 0.6, 0.5, 0.75]])[:n] for n in counts]
+    targets = [Target(torch.arange(n), box, i, (1, 1)) for i, (n, box) in enumerate(zip(counts, boxes))]
+    wanted = []
+    for image, box in zip(raw, boxes):
+        height, width = image.shape[1:]
+        cx, cy, w, h = box.T
+        corners = torch.stack(
+            [(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height]
+        )
+        wanted.append({"boxes": corners.T, "labels": torch.arange(len(box)) + 1})
+    expected = theirs(raw, wanted)
+    terms = model(batch_images([normalized(image) for image in raw], multiple=32), targets=targets)
+    assert set(terms) == set(expected) == TERMS[kind]
+    for name, term in terms.items():
+        torch.testing.assert_close(term, expected[name], rtol=1e-3, atol=1e-5)
+    loss, named = OwnLoss()(terms, targets)
+    torch.testing.assert_close(loss, sum(expected.values()), rtol=1e-3, atol=1e-5)
+    assert set(named) == {f"base/{name}" for name in terms}
+    loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    masks = [name for name, p in model.named_parameters() if "mask" in name]
+    assert bool(masks) == (kind == "mask_rcnn")
+    assert not any(model.get_parameter(name).requires_grad for name in masks)
+    with pytest.raises(UserError, match="call model.train()"):
+        model.eval().loss(batch((64, 64)), targets[:1])
+
+
+def test_parts_of_a_batch_weigh_as_many_images():
+    terms = {"a": torch.tensor(2.0), "b": torch.tensor(4.0)}
+    nothing = Target(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), 0, (1, 1))
+    loss, named = OwnLoss()(terms, [nothing] * 3, num_boxes=7.0, num_images=4.0)
+    assert loss == 4.5 and named["base/a"] == 1.5
+
+
+def test_the_pyramid_learns_at_the_full_rate_and_the_stem_does_not():
+    with torch.device("meta"):
+        model = build("faster_rcnn_r50", 3, weights=None)
+        free = build("faster_rcnn_r50", 3, weights=None, frozen_stages=0)
+    groups = {group["name"]: group for group in parameter_groups(model, RunConfig(lr=1e-3, backbone_lr_mult=0.1))}
+    assert groups["backbone"]["lr"] == pytest.approx(1e-4) and set(groups) == {"backbone", "rest"}
+    named = dict(model.named_parameters())
+    held = {id(p) for p in groups["rest"]["params"]}
+    assert id(named["net.backbone.fpn.inner_blocks.0.0.weight"]) in held
+    assert id(named["net.backbone.body.layer2.0.conv1.weight"]) not in held
+    still = {name.split(".")[3] for name, p in named.items() if not p.requires_grad}
+    assert still == {"conv1", "layer1"} and all(p.requires_grad for p in free.parameters())
+
+
+@pytest.mark.parametrize("kind", ["fcos", "faster_rcnn"])
+def test_laptop_presets_start_from_the_bundled_features(kind):
+    model = build(f"{kind}_tiny", 3)
+    again = build(model.model_config.without_pretrained(), 3)
+    weights = [m.net.backbone.body.state_dict() for m in (model, again)]
+    bundled = build("detr_tiny", 3).backbone.body.state_dict()
+    shared = [key for key in weights[0] if key in bundled]
+    assert len(shared) > 200 and all(torch.equal(weights[0][key], bundled[key]) for key in shared)
+    assert not all(torch.equal(weights[1][key], bundled[key]) for key in shared)
+    assert model.net.backbone.out_channels == 128
+    with torch.no_grad():
+        model.eval()(batch((64, 96)))
+
+
+@pytest.mark.parametrize("kind", ["fcos", "faster_rcnn"])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(kind, tmp_path, without_images):
+    config = replace(
+        RUN, data="scenes:4:val=1:size=64", model=f"{kind}_tiny", overrides=TINY, image_size=64, batch_size=2, epochs=2
+    )
+    whole = regolite.train(replace(config, output=str(tmp_path / "whole")))
+    parts = replace(config, output=str(tmp_path / "parts"), checkpoint_minutes=0.0)
+
+    class Interrupted(Exception):
+        pass
+
+    def watch(line):
+        if line["step"] == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        regolite.train(parts, watch)
+    folder = regolite.train(replace(parts, resume=True))
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert set(lines(folder)[0]["terms"]) == {f"base/{name}" for name in TERMS[kind]}
+    assert load(folder / "model.safetensors").model_config.preset == f"{kind}_tiny"
+
+
+def test_the_command_trains_and_draws(tmp_path):
+    """Two parts of a batch, a moving average, bf16 and the figures of a run."""
+    words = "--data scenes:4:val=1:size=64 --model fcos_tiny --image-size 64 --batch-size 4 --accumulate 2 --epochs 1"
+    more = "--ema 0.5 --precision bf16 --device cpu --log-every 1 --set"
+    folder = tmp_path / "run"
+    assert main(["train", *words.split(), "--output", str(folder), *more.split(), *TINY]) == 0
+    assert (folder / "figures" / "curves.png").is_file()
+    [step, *_] = lines(folder)
+    assert step["loss"] == pytest.approx(sum(step["terms"].values()), rel=1e-4) and step["loss"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "images", "epochs"), [("fcos", 8, 100), ("faster_rcnn", 2, 160), ("mask_rcnn", 2, 160)]
+)
+def test_it_learns_its_images(kind, images, epochs, tmp_path, without_images):
+    preset = {"mask_rcnn": "mask_rcnn_x101"}.get(kind, f"{kind}_tiny")
+    data = f"scenes:{images}:val=1:size=96"
+    sizes = {"backbone": "tiny", "weights": None, "frozen_stages": 0, "dim": 64}
+    model = build(preset, len(open_data(data, "train").classes), **sizes)
+    if kind != "fcos":  # fewer regions than torchvision's 2000 and 512: these images are small
+        model.net.rpn._pre_nms_top_n = model.net.rpn._post_nms_top_n = {"training": 100, "testing": 100}
+        model.net.roi_heads.fg_bg_sampler.batch_size_per_image = 64
+    config = replace(RUN, data=data, batch_size=images, epochs=epochs, evaluate_train=True, log_every=20)
+    folder = regolite.train(replace(config, output=str(tmp_path / "run")), model=model)
+    last = lines(folder)[-1]
+    assert last["split"] == "train" and last["AP"] >= 90
+    batched, targets = collate([open_data(data, "train", make_transform("none", 96))[0]], multiple=32)
+    [found] = load(folder / "model.safetensors").detections(batched, batched.sizes)
+    assert len(found.above(0.5)) >= len(targets[0]) > 0

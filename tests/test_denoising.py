@@ -6,9 +6,10 @@ from small_models import batch, small
 
 import regolite
 from regolite.boxes import to_xyxy
+from regolite.checkpoint import save_model
 from regolite.denoising import NoisedQueries, known_matches
 from regolite.errors import UserError
-from regolite.losses import SetLoss
+from regolite.losses import LossConfig, SetLoss
 from regolite.matching import PaddedTargets
 from regolite.types import Target
 
@@ -124,6 +125,32 @@ def test_images_without_objects():
 def test_a_frozen_base_detector_does_not_denoise():
     assert denoiser().denoises and not denoiser(frozen=True).denoises
     assert not denoiser(denoising=False).denoises
+
+
+def test_shared_heads_predict_proposals_and_objects(tmp_path):
+    name, sizes = "efficient_detr_scenes", {"dim": 32, "heads": 4, "ffn_dim": 32, "queries": 5}
+    model = regolite.build(name, 3, **sizes).train()
+    assert model.proposals.class_head is model.class_heads[0] and model.proposals.box_head is model.box_heads[0]
+    assert len(model.encoder.layers) == 3 and len(model.decoder_layers) == 1
+    images, given = batch((64, 64)), [Target(torch.tensor([2]), torch.tensor([[0.5, 0.5, 0.4, 0.4]]), 0, (64, 64))]
+    output = model(images)
+    assert output.proposals_by_class and output.proposals.logits.shape[-1] == 3
+    for part in (output.proposals, output.layers[0]):  # both train them
+        [gradient] = torch.autograd.grad(part.logits.sum(), [model.class_heads[0].weight], retain_graph=True)
+        assert gradient.any()
+    SetLoss(LossConfig(), "sigmoid")(output, given)[0].backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+    save_model(model, tmp_path / "model.safetensors")
+    again = regolite.load(tmp_path / "model.safetensors")
+    assert again.proposals.class_head is again.class_heads[0]
+    with torch.no_grad():
+        assert torch.equal(again(images).final.boxes, model.eval()(images).final.boxes)
+    apart = regolite.build(name, 3, **sizes, shared_heads=False)
+    heads = (*model.class_heads.parameters(), *model.box_heads.parameters())
+    counts = [sum(p.numel() for p in parameters) for parameters in (apart.parameters(), model.parameters(), heads)]
+    assert counts[0] - counts[1] == counts[2]
+    with pytest.raises(UserError, match="shared_heads needs token_queries"):
+        regolite.build(name, 3, **sizes, token_queries=False)
 
 
 @pytest.mark.parametrize("option", ["denoising", "token_queries"])

@@ -31,7 +31,7 @@ from regolite.utils.devices import constant
 OBJECTS = (3, 5)
 FAMILIES = (
     "detr", "detr_star", "conditional_detr", "anchor_detr", "smca", "deformable_detr", "deformable_detr_refined",
-    "deformable_detr_two_stage",
+    "deformable_detr_two_stage", "sparse_rcnn", "efficient_detr",
 )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def check_step(name, precision, recompute, size, **overrides):
         with ExitStack() as stack:
             if precision != "no":
                 stack.enter_context(torch.autocast("cuda", kind))
-            output = model(images, targets=targets) if model.denoises else model(images)
+            output = model(images, targets=targets) if model.takes_targets else model(images)
         assert not any("waiting" in copy or "cpu" in copy for copy in copies.counts), copies.counts
         assert kind in copies.products, "autocast is off"
         loss, terms = set_loss(output, targets, 8.0, 2.0)

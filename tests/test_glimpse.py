@@ -85,6 +85,24 @@ def test_values_and_gradients_are_those_of_torchvision(height, width, strides):
         torch.testing.assert_close(mine.tensor.grad, theirs.tensor.grad, **CLOSE)
 
 
+def test_aligned_glimpses_are_torchvisions_aligned_ones():
+    """On one level, since torchvision's pooler is never aligned; boxes may be tiny or inverted."""
+    [features] = pyramid(96, 128, strides=(8,))
+    features.tensor.requires_grad_()
+    boxes = torch.cat(
+        [random_boxes(2, 30, 96, 128), torch.tensor([[10.0, 20, 11, 22], [60, 60, 40, 50]]).expand(2, -1, -1)], 1
+    )
+    other = features.tensor.detach().clone().requires_grad_()
+    glimpses = cut_glimpses([features], boxes, aligned=True)
+    expected = roi_align(other, list(boxes), 7, 1 / 8, sampling_ratio=2, aligned=True)
+    torch.testing.assert_close(glimpses, expected, **CLOSE)
+    assert (glimpses - cut_glimpses([features], boxes)).abs().max() > 0.1
+    direction = torch.randn_like(glimpses)
+    (glimpses * direction).sum().backward()
+    (expected * direction).sum().backward()
+    torch.testing.assert_close(features.tensor.grad, other.grad, **CLOSE)
+
+
 @pytest.mark.parametrize("level", range(4))
 def test_every_level_by_itself(level):
     """Boxes of one size, so that one level answers, against plain roi_align on it."""

@@ -49,6 +49,10 @@ def one_layer(prediction, targets, scoring, config, count, matched=None):
     The pairs are those of another prediction, ``matched``, where there is one.
     """
     matched = matched or prediction
+
+    def formatted(x):
+        return box_convert(x, "cxcywh", config.l1_boxes)
+
     picked, label_sum, weight_sum, l1, giou = [], 0.0, 0.0, 0.0, 0.0
     for b, target in enumerate(targets):
         logits, box = matched.logits[b], matched.boxes[b]
@@ -58,13 +62,13 @@ def one_layer(prediction, targets, scoring, config, count, matched=None):
             else:
                 p, a, g = logits.sigmoid()[:, target.labels], config.focal_alpha, config.focal_gamma
                 label = a * (1 - p) ** g * -torch.log(p) - (1 - a) * p**g * -torch.log(1 - p)
-            distance = (box[:, None] - target.boxes[None]).abs().sum(-1)
+            distance = (formatted(box)[:, None] - formatted(target.boxes)[None]).abs().sum(-1)
             overlap = generalized_box_iou(*(box_convert(x, "cxcywh", "xyxy") for x in (box, target.boxes)))
             cost = config.label_cost * label + config.l1_cost * distance - config.giou_cost * overlap
         picked.append(linear_sum_assignment(cost.numpy()))
         box = prediction.boxes[b]
         for q, t in zip(*picked[-1]):
-            l1 = l1 + (box[q] - target.boxes[t]).abs().sum() / count
+            l1 = l1 + (formatted(box[q]) - formatted(target.boxes[t])).abs().sum() / count
             pair = (box_convert(x[None], "cxcywh", "xyxy") for x in (box[q], target.boxes[t]))
             giou = giou + (1 - generalized_box_iou(*pair)[0, 0]) / count
     for (queries, chosen), logits, target in zip(picked, prediction.logits, targets):
@@ -93,11 +97,11 @@ def names_of(output):
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("counts", [(2, 5, 3), (0, 1, 6)])
-@pytest.mark.parametrize("stage_matching", ["own", "base"])
-def test_terms_are_those_of_a_plain_computation(scoring, counts, stage_matching):
+@pytest.mark.parametrize(("stage_matching", "l1_boxes"), [("own", "cxcywh"), ("base", "cxcywh"), ("own", "xyxy")])
+def test_terms_are_those_of_a_plain_computation(scoring, counts, stage_matching, l1_boxes):
     weights = {"label": 1.5, "l1": 4.0, "giou": 2.5, "no_object": 0.2}
     costs = {"label_cost": 0.5, "l1_cost": 3.0, "giou_cost": 1.5, "focal_alpha": 0.4, "focal_gamma": 1.5}
-    config = LossConfig(**weights, **costs, stage_matching=stage_matching)
+    config = LossConfig(**weights, **costs, stage_matching=stage_matching, l1_boxes=l1_boxes)
     output, targets = make_output(scoring), make_targets(*counts)
     loss, terms = SetLoss(config, scoring)(output, targets)
     inherited = output.layers[-1] if stage_matching == "base" else None

@@ -457,7 +457,7 @@ def test_wrong_choices_get_a_clear_word():
         attention_figure(image, trace, query=0)
 
 
-@pytest.mark.parametrize("name", small_models.DETECTORS)
+@pytest.mark.parametrize("name", small_models.TRANSFORMERS)
 def test_every_family_can_be_looked_at(name):
     model = with_rego(name)
     model.model_config = configure("detr_tiny", image_size=64)

@@ -19,6 +19,7 @@ from regolite.models.detr import Detr
 from regolite.models.presets import build, configure, presets
 from regolite.models.rego import Rego
 from regolite.models.smca import Smca
+from regolite.models.sparse_rcnn import SparseRcnn
 
 # Counted in the authors' own code, with COCO's 91 columns.
 PUBLISHED = {
@@ -54,6 +55,8 @@ FAMILIES = {
     "anchor_detr": (AnchorDetr, 900, 1024, 6),
     "smca_single_scale": (Smca, 300, 2048, 6),
     "smca": (Smca, 300, 1024, 5),
+    "sparse_rcnn": (SparseRcnn, 300, 2048, 0),
+    "efficient_detr": (DeformableDetr, 100, 2048, 3),
 }
 TRANSFORMERS = [name for name in presets() if not isinstance(configure(name).detector, BaselineConfig)]
 
@@ -108,8 +111,10 @@ def test_presets_are_what_their_names_say():
         for tag, backbone in (("r50", "resnet50"), ("r101", "resnet101"), ("x101", "resnext101_32x8d")):
             if name.endswith(tag):
                 assert (d.backbone, d.weights, d.frozen_stages, d.dim, d.heads) == (backbone, "imagenet", 2, 256, 8)
-                assert (d.queries, d.ffn_dim, d.encoder_layers, d.decoder_layers) == (*family(name)[1:], 6)
-                assert d.dropout == (0.0 if "anchor" in name else 0.1)
+                encoder_layers = getattr(d, "encoder_layers", 0)
+                decoder_layers = 1 if "efficient" in name else 6
+                assert (d.queries, d.ffn_dim, encoder_layers, d.decoder_layers) == (*family(name)[1:], decoder_layers)
+                assert d.dropout == (0.0 if "anchor" in name or "sparse" in name else 0.1)
         assert getattr(d, "dilated", False) == ("dc5" in name)
         if "deformable" in name:
             two_stage = "two_stage" in name or "everyday" in name
@@ -124,12 +129,15 @@ def test_presets_are_what_their_names_say():
         if "scenes" in name:
             assert (d.backbone, d.weights, d.frozen_stages) == ("tiny", None, 0)
         matching = "base" if "everyday" in name else "own"
+        l1_boxes = "xyxy" if "sparse" in name else "cxcywh"
         assert configure(name).loss == replace(
-            LossConfig(label=1.0, label_cost=1.0) if softmax else LossConfig(), stage_matching=matching
+            LossConfig(label=1.0, label_cost=1.0) if softmax else LossConfig(),
+            stage_matching=matching,
+            l1_boxes=l1_boxes,
         )
 
 
-@pytest.mark.parametrize("name", [n for n in presets() if n.endswith(("tiny", "scenes"))])
+@pytest.mark.parametrize("name", [n for n in TRANSFORMERS if n.endswith(("tiny", "scenes"))])
 def test_laptop_presets_detect(name):
     model = build(name, CLASSES, weights=None, queries=6, dim=32, detector={"ffn_dim": 32}).eval()
     with torch.no_grad():

@@ -68,6 +68,8 @@ PRINTED = {
 }
 # Table 1 without REGO; the README of the released code; Table 2, section 5.3, Table 3.
 ALONE = {
+    "efficient_detr_r50_36ep": 44.2,
+    "sparse_rcnn_r50_36ep": 44.5,
     "detr_r50_500ep": 42.0,
     "detr_dc5_r50_500ep": 43.3,
     "anchor_detr_dc5_r50_50ep": 44.2,
@@ -169,8 +171,8 @@ class TestRecipes:
         config = recipe(name).config("COCO", "r")
         assert config.drop_epochs and all(0 < drop < config.epochs for drop in config.drop_epochs)
         factors = [lr_factor(config, epoch, epoch / config.epochs) for epoch in range(config.epochs)]
-        drop = config.drop_epochs[0]
-        assert factors == pytest.approx([1.0] * drop + [0.1] * (config.epochs - drop))
+        wanted = [0.1 ** sum(epoch >= drop for drop in config.drop_epochs) for epoch in range(config.epochs)]
+        assert factors == pytest.approx(wanted) and factors[0] == 1.0 and factors[-1] <= 0.1
 
     @pytest.mark.parametrize("name", PRINTED)
     def test_with_and_without_rego_differ_in_the_model_alone(self, name: str):
@@ -192,6 +194,7 @@ class TestRecipes:
             assert rates(name) == {"backbone": 1e-5, "sampling": 1e-5, "rest": 1e-4}
             assert rates(f"{name}_batch32") == {"backbone": 2e-5, "sampling": 2e-5, "rest": 2e-4}
         # DETR's and Conditional DETR's codes slow nothing but the backbone: reference points learn like the rest.
+        assert rates("sparse_rcnn_r50_36ep") == {"backbone": 2.5e-5, "rest": 2.5e-5}
         for name in ("detr_star_r50_50ep", "rego_detr_star_dc5_r50_50ep", "conditional_detr_r50_50ep", "smca_r50_50ep"):
             assert rates(name).pop("sampling", 1e-4) == 1e-4 and rates(name)["backbone"] == 1e-5
 

@@ -12,7 +12,7 @@ from regolite.models.presets import configure
 from regolite.paper.recipes import RECIPES, recipe
 
 TINY = ("backbone=tiny", "weights=none", "frozen_stages=0", "dim=64", "heads=4", "queries=9")
-LAYERS = ("detector.encoder_layers=1", "detector.decoder_layers=1", "detector.ffn_dim=32")
+LAYERS = ("detector.decoder_layers=1", "detector.ffn_dim=32")
 SMALL = {
     "data": "scenes:4:val=1:size=64", "image_size": 64, "batch_size": 2, "epochs": 1, "drop_epochs": (1,),
     "evaluate_every": 0, "log_every": 1, "device": "cpu",
@@ -28,6 +28,7 @@ def laptop(name: str, output: Path, **changes: object) -> RunConfig:
     """A recipe with what makes its model and its run small."""
     one, model = recipe(name), configure(recipe(name).model)
     own = ["dilated=false"] * getattr(model.detector, "dilated", False)  # the small backbone has no DC5
+    own += ["detector.encoder_layers=1"] * hasattr(model.detector, "encoder_layers")
     own += ["multi_scale_layers=1,"] * hasattr(model.detector, "multi_scale_layers")
     own += ["rego.ffn_dim=32"] * (model.rego is not None)
     overrides = (*TINY, *LAYERS, *own, *one.overrides)

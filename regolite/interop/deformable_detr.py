@@ -70,6 +70,7 @@ def holds(config: ModelConfig) -> bool:
         and d.backbone.startswith("res")
         and d.backbone_stages == ((5,) if d.levels == 1 else (3, 4, 5))
         and (d.dim == 256 or not d.two_stage)
+        and not d.shared_heads
         and config.rego is None
     )
 

@@ -3,17 +3,18 @@
 They predict at every cell of a feature pyramid (FCOS) or around fixed anchor boxes (the R-CNNs), detect each object
 several times, and select the highest-scoring of overlapping boxes: non-maximum suppression (NMS), which DETR does not
 need. So a baseline has no queries, no decoder layers and no :class:`~regolite.types.DetectorOutput`. It returns final
-detections (:meth:`Baseline.detections`), which ``detect`` and ``evaluate`` treat as one stage. Baselines are not
-trained.
+detections (:meth:`Baseline.detections`), which ``detect`` and ``evaluate`` treat as one stage, and in training the
+terms of its loss (:meth:`Baseline.loss`).
 
-The networks and weights are torchvision's; :class:`Baseline` converts inputs and outputs. Images are normalized,
-resized and padded, labels are 0..K-1. As in torchvision, padding is not hidden: an image's boxes depend slightly on its
-batch. Images are resized by this package with antialiasing, in torchvision without.
+The networks, losses and weights are torchvision's; :class:`Baseline` converts inputs and outputs. Images are
+normalized, resized and padded, labels are 0..K-1. As in torchvision, padding is not hidden: an image's boxes depend
+slightly on its batch. Images are resized by this package with antialiasing, in torchvision without.
 """
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,19 +23,20 @@ from typing import Any, ClassVar, Literal
 import torch
 import torchvision
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import get_model_weights, get_weight, list_models
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
+from regolite.boxes import to_pixels
 from regolite.errors import UserError
-from regolite.models.backbone import download
+from regolite.models.backbone import Backbone, download
 from regolite.models.config import DetectorConfig, register
-from regolite.models.detector import Detector
-from regolite.types import Detections, ImageBatch
+from regolite.models.detector import Detector, ParameterGroup
+from regolite.types import Detections, ImageBatch, Target
 from regolite.utils.weight_files import read
 
 COCO_WEIGHTS = {
@@ -49,28 +51,41 @@ COCO_CLASSES = tuple(get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta[
 COCO_IDS = tuple(range(1, len(COCO_CLASSES) + 1))
 
 
+SMALL_BACKBONES = ("mobilenet_v2", "tiny")
+
+
 @dataclass(frozen=True)
 class BaselineConfig(DetectorConfig):
     """Configuration of a baseline.
 
     Attributes:
         kind: ``"fcos"`` (Tian et al. 2019), ``"faster_rcnn"`` with a feature pyramid (Lin et al. 2017), or
-            ``"mask_rcnn"`` (He et al. 2017), without its masks.
-        backbone: name of a ResNet or ResNeXt of torchvision.
+            ``"mask_rcnn"`` (He et al. 2017), without its masks: their branch is neither run nor trained.
+        backbone: name of a ResNet or ResNeXt of torchvision; or ``"mobilenet_v2"`` or ``"tiny"``, the small ones of
+            :class:`~regolite.models.backbone.Backbone`.
         weights: ``"coco"`` for the detector published by torchvision (downloaded once, then cached); ``"imagenet"`` for
             the backbone only; the path of a ``.pth`` or ``.safetensors`` state dict of the detector; or None for random
-            initialization.
+            initialization. For a small backbone as in :class:`~regolite.models.backbone.Backbone`.
+        frozen_stages: stages of the backbone that are not trained.
+        dim: channels of the feature pyramid and the heads; 256 for ResNets.
         norm_eps: epsilon of the backbone's frozen batch normalization; 0 in torchvision's published R-CNNs.
     """
 
     default_classes: ClassVar = COCO_CLASSES
     default_category_ids: ClassVar = COCO_IDS
-    is_trained: ClassVar = False
+    channel_multiple: ClassVar = 32
 
     kind: Literal["fcos", "faster_rcnn", "mask_rcnn"] = "faster_rcnn"
     backbone: str = "resnet50"
     weights: str | None = "imagenet"
+    frozen_stages: int = 2
+    dim: int = 256
     norm_eps: float = 1e-5
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the backbone is a small one of this package."""
+        return self.backbone in SMALL_BACKBONES
 
 
 @register("baseline", BaselineConfig)
@@ -91,25 +106,50 @@ class Baseline(Detector):
         UserError: the backbone is unknown, or the weights are not available or do not fit.
     """
 
+    has_own_loss = True
+
     def __init__(self, config: BaselineConfig, num_classes: int) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
-        if config.backbone not in list_models(torchvision.models, include=("resnet*", "resnext*")):
-            raise UserError(f"a baseline has no backbone {config.backbone!r}; give a ResNet of torchvision: resnet50")
-        norm = partial(FrozenBatchNorm2d, eps=config.norm_eps)
-        pyramid = partial(resnet_fpn_backbone, backbone_name=config.backbone, weights=None, norm_layer=norm)
         if config.kind == "fcos":  # strides 8 to 128; the two coarsest by extra convolutions
-            self.net = FCOS(pyramid(returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)), num_classes + 1)
+            pyramid = _pyramid(config, (3, 4, 5), LastLevelP6P7(config.dim, config.dim))
+            self.net = FCOS(pyramid, num_classes + 1)
         else:  # strides 4 to 32, and 64 by pooling
-            self.net = (FasterRCNN if config.kind == "faster_rcnn" else MaskRCNN)(pyramid(), num_classes + 1)
-            self.net.roi_heads.mask_roi_pool = None  # so that Mask R-CNN does not run its mask head
+            pyramid = _pyramid(config, (2, 3, 4, 5), LastLevelMaxPool())
+            self.net = (FasterRCNN if config.kind == "faster_rcnn" else MaskRCNN)(pyramid, num_classes + 1)
+        if config.kind == "mask_rcnn":
+            self.net.roi_heads.mask_roi_pool = None  # so that the mask head does not run
+            for part in (self.net.roi_heads.mask_head, self.net.roi_heads.mask_predictor):
+                part.requires_grad_(False)  # targets have no masks
         self.net.transform = _Prepared(800, 1333, [0.0], [1.0])  # unused sizes, means and deviations
-        if config.weights is not None:
+        if config.weights is not None and not config.is_small:
             self._load(config.weights)
 
-    def forward(self, images: ImageBatch) -> list[Detections]:
-        """The detections of each image, with boxes in pixels of the network's input."""
-        return self.detections(images, images.sizes)
+    def forward(
+        self, images: ImageBatch, targets: Sequence[Target] | None = None
+    ) -> list[Detections] | dict[str, Float[Tensor, ""]]:
+        """The detections of each image, with boxes in pixels of the network's input; with targets, the loss."""
+        return self.detections(images, images.sizes) if targets is None else self.loss(images, targets)
+
+    def loss(self, images: ImageBatch, targets: Sequence[Target]) -> dict[str, Float[Tensor, ""]]:
+        """The terms of torchvision's loss.
+
+        Args:
+            images: the images.
+            targets: their objects.
+
+        Returns:
+            Of FCOS ``classification``, ``bbox_regression`` and ``bbox_ctrness``, of the R-CNNs ``loss_objectness``,
+            ``loss_rpn_box_reg``, ``loss_classifier`` and ``loss_box_reg``.
+
+        Raises:
+            UserError: the model is not in training mode.
+        """
+        if not self.training:
+            raise UserError("a baseline computes its loss in training mode: call model.train()")
+        boxes = [to_pixels(t.boxes[None], size[None])[0] for t, size in zip(targets, images.sizes)]
+        wanted = [{"boxes": box, "labels": t.labels + 1} for t, box in zip(targets, boxes)]
+        return self.net(self._unpadded(images), wanted)
 
     def detections(self, images: ImageBatch, sizes: Int[Tensor, "B 2"], top_k: int = 100) -> list[Detections]:
         """The detections of each image, highest-scoring first, without a further step of postprocessing.
@@ -122,7 +162,7 @@ class Baseline(Detector):
             sizes: height and width of the original images in pixels.
             top_k: largest number of detections of an image.
         """
-        found = self.net([p[:, :h, :w] for p, (h, w) in zip(images.pixels, images.sizes.tolist())])
+        found = self.net(self._unpadded(images))
         scale = (sizes.cpu() / images.sizes.cpu()).flip(1).repeat(1, 2)  # of x, y, x, y
         detections = []
         for one, by in zip(found, scale):
@@ -150,6 +190,14 @@ class Baseline(Detector):
             outputs["mask"] = roi_heads.mask_predictor(roi_heads.mask_head(detections))
         return outputs
 
+    def parameter_group(self, name: str) -> ParameterGroup:
+        """``backbone`` for torchvision's ``backbone.body``, without the feature pyramid beside it."""
+        return "backbone" if "backbone.body." in name else "rest"
+
+    @staticmethod
+    def _unpadded(images: ImageBatch) -> list[Float[Tensor, "3 _h _w"]]:
+        return [pixels[:, :h, :w] for pixels, (h, w) in zip(images.pixels, images.sizes.tolist())]
+
     def _load(self, weights: str) -> None:
         """Load weights of the detector or of the backbone."""
         c, net = self.config, self.net
@@ -166,7 +214,7 @@ class Baseline(Detector):
             if self.num_classes != len(COCO_CLASSES):
                 raise UserError(
                     f"torchvision's COCO weights know {len(COCO_CLASSES)} classes (COCO's ids 1 to 90), not "
-                    f"{self.num_classes}: leave num_classes out"
+                    f"{self.num_classes}: leave num_classes out, or train others from weights='imagenet'"
                 )
             state = download(COCO_WEIGHTS[c.kind, c.backbone])
         elif not Path(weights).is_file():
@@ -180,6 +228,26 @@ class Baseline(Detector):
             raise UserError(
                 f"{weights} does not fit {c.kind} on {c.backbone} with {self.num_classes} classes: {reason}"
             ) from error
+
+
+def _pyramid(config: BaselineConfig, stages: tuple[int, ...], extra: ExtraFPNBlock) -> nn.Module:
+    """The backbone with a feature pyramid of these stages, and coarser levels by ``extra``."""
+    if config.is_small:
+        backbone = Backbone(config.backbone, stages, config.weights, frozen_stages=config.frozen_stages)
+        ends = {str(backbone.ends[stage] - 1): str(level) for level, stage in enumerate(stages)}
+        return BackboneWithFPN(backbone.body, ends, backbone.channels, config.dim, extra)
+    if config.backbone not in list_models(torchvision.models, include=("resnet*", "resnext*")):
+        raise UserError(f"a baseline has no backbone {config.backbone!r}; give a ResNet of torchvision: resnet50")
+    if config.dim != 256:
+        raise UserError(f"dim={config.dim}: torchvision's pyramid on a {config.backbone} has 256 channels")
+    return resnet_fpn_backbone(
+        backbone_name=config.backbone,
+        weights=None,
+        norm_layer=partial(FrozenBatchNorm2d, eps=config.norm_eps),
+        trainable_layers=5 - config.frozen_stages,
+        returned_layers=[stage - 1 for stage in stages],
+        extra_blocks=extra,
+    )
 
 
 class _Prepared(GeneralizedRCNNTransform):

@@ -25,13 +25,11 @@ class DetectorConfig(Checked):
             group normalization 32.
         default_classes: names of the classes where nobody names any: those of published weights.
         default_category_ids: COCO's id of each of them.
-        is_trained: whether :func:`regolite.train` trains it; baselines are evaluated only.
     """
 
     channel_multiple: ClassVar[int] = 4
     default_classes: ClassVar[tuple[str, ...]] = ()
     default_category_ids: ClassVar[tuple[int, ...]] = ()
-    is_trained: ClassVar[bool] = True
 
     def without_pretrained(self) -> DetectorConfig:
         """The same detector with a randomly initialized backbone."""

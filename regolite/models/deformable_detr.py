@@ -1,8 +1,13 @@
-"""Deformable DETR (Zhu et al., 2021): plain, with iterative box refinement, and two-stage.
+"""Deformable DETR (Zhu et al., 2021): plain, with iterative box refinement, and two-stage; Efficient DETR.
 
 A pyramid of feature maps, and an encoder and a decoder with deformable attention, which samples a few points of every
 level around a reference point (:mod:`regolite.models.deformable_attention`). Every query has a reference point; boxes
 are predicted around it.
+
+Efficient DETR (Yao et al., "Efficient DETR: Improving End-to-End Object Detector with Dense Prior", 2021) is a
+two-stage one of three encoder layers and a single decoder layer: its queries start from proposals scored by class and
+from their tokens (``token_queries``), and one pair of heads predicts proposals and objects (``shared_heads``). No code
+was published; the paper lowers the number of proposals during training, which is not done here.
 """
 
 from __future__ import annotations
@@ -61,6 +66,8 @@ class DeformableDetrConfig(DetectorConfig):
         token_queries: two-stage only: score proposals by class, and initialize the content of a query with the token
             that proposed it, as RT-DETR does. The published two-stage models score only "object", and compute the
             content from the proposed box.
+        shared_heads: two-stage with ``token_queries`` only: the heads of the first decoder layer also predict the
+            proposals, as in Efficient DETR.
         denoising: two-stage only: also train on noised ground truth (:mod:`regolite.denoising`).
     """
 
@@ -84,6 +91,7 @@ class DeformableDetrConfig(DetectorConfig):
     two_stage: bool = False
     mask_padding: bool = True
     token_queries: bool = False
+    shared_heads: bool = False
     denoising: bool = False
     scoring: Literal["sigmoid"] = "sigmoid"
 
@@ -109,6 +117,8 @@ class DeformableDetr(Detector):
         for option in ("token_queries", "denoising"):
             if getattr(c, option) and not c.two_stage:
                 raise ValueError(f"{option} needs two_stage: only there are queries made from boxes")
+        if c.shared_heads and not c.token_queries:
+            raise ValueError("shared_heads needs token_queries: other proposals know one class, object")
         if c.levels < len(c.backbone_stages):
             raise ValueError(f"{c.levels} levels cannot hold {len(c.backbone_stages)} stages of the backbone")
         self.dim, self.heads, self.scoring, self.num_logits = c.dim, c.heads, "sigmoid", num_classes
@@ -145,6 +155,8 @@ class DeformableDetr(Detector):
         self.class_heads = nn.ModuleList(class_head(c.dim, num_classes, prior=0.01) for _ in range(heads))
         sizes = [0.0 if c.two_stage or i else -2.0 for i in range(heads)]
         self.box_heads = nn.ModuleList(box_head(c.dim, size) for size in sizes)
+        if c.shared_heads:
+            self.proposals.class_head, self.proposals.box_head = self.class_heads[0], self.box_heads[0]
 
     def forward(self, images: ImageBatch, targets: Sequence[Target] | None = None) -> DetectorOutput:
         """Detect: encode the pyramid, decode the queries, predict classes and boxes.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from regolite.losses import LossConfig, OwnLoss, SetLoss
 from regolite.types import ImageBatch
 
 if TYPE_CHECKING:  # a ModelConfig contains the configuration of REGO, which stands on a Detector
@@ -33,14 +34,15 @@ class Detector(nn.Module):
     """The base class of all detectors.
 
     ``forward`` takes an :class:`~regolite.types.ImageBatch` and returns a :class:`~regolite.types.DetectorOutput`; if
-    the detector ``denoises``, it also takes the list of :class:`~regolite.types.Target` as ``targets``.
+    the detector ``denoises`` or has a loss of its own, it also takes the list of :class:`~regolite.types.Target` as
+    ``targets``.
 
     The transformer layers are recognized by the names of their attention modules: ``self_attention`` and
     ``cross_attention`` in a decoder layer, ``attention`` in an encoder layer. Such layers are recorded and
     checkpointed; a detector with other names overrides :meth:`named_attentions` and :meth:`transformer_layers`.
 
-    The baselines (:mod:`regolite.models.baselines`) have no queries: they return final detections and have neither
-    ``dim`` nor the other attributes that REGO needs.
+    The baselines (:mod:`regolite.models.baselines`) have no queries: they return final detections, compute their own
+    loss, and have neither ``dim`` nor the other attributes that REGO needs.
 
     Attributes:
         dim: channels C of the queries' hidden states.
@@ -49,7 +51,9 @@ class Detector(nn.Module):
         scoring: how logits become scores, ``"softmax"`` or ``"sigmoid"``.
         feature_channels: channels of each map in :attr:`DetectorOutput.features`, finest map first.
         projected: whether these maps are projections to C channels, or the backbone's own, which REGO projects.
-        denoises: whether training passes ``targets`` to ``forward``.
+        denoises: whether ``forward`` also trains on noised ground truth, for which training passes ``targets``.
+        has_own_loss: whether ``forward``, given ``targets``, returns the terms of a loss of its own by name, each
+            normalized by these images, and not an output for :class:`~regolite.losses.SetLoss`.
         has_unused_parameters: whether some trainable parameters get no gradient in training. Several processes then
             search for them after every forward pass; otherwise they would wait for these gradients.
         model_config: the complete configuration, which :func:`regolite.build` sets; None if assembled by hand. Image
@@ -63,6 +67,7 @@ class Detector(nn.Module):
     feature_channels: list[int]
     projected: bool
     denoises: bool = False
+    has_own_loss: bool = False
     has_unused_parameters: bool = False
     model_config: ModelConfig | None = None
 
@@ -75,6 +80,19 @@ class Detector(nn.Module):
     def base_detector(self) -> Detector:
         """The detector without REGO."""
         return self
+
+    @property
+    def takes_targets(self) -> bool:
+        """Whether training passes ``targets`` to ``forward``."""
+        return self.denoises or self.has_own_loss
+
+    def criterion(self, config: LossConfig) -> SetLoss | OwnLoss:
+        """The loss of what ``forward`` returns in training.
+
+        Args:
+            config: weights of the set loss; a loss of its own has none.
+        """
+        return OwnLoss() if self.has_own_loss else SetLoss(config, self.scoring)
 
     def parameter_group(self, name: str) -> ParameterGroup:
         """The group of a parameter, which has its own learning-rate multiplier.
@@ -125,7 +143,7 @@ class _View(Detector):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        for name in (*ATTRIBUTES, "denoises", "has_unused_parameters", "model_config"):
+        for name in (*ATTRIBUTES, "denoises", "has_own_loss", "has_unused_parameters", "model_config"):
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
         self.model = model

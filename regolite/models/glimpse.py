@@ -37,7 +37,9 @@ def choose_level(boxes_xyxy: Float[Tensor, "B Q 4"], strides: Sequence[int]) -> 
     return (level.clamp(finest, coarsest) - finest).long()
 
 
-def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 4"]) -> Float[Tensor, "BQ C 7 7"]:
+def cut_glimpses(
+    features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 4"], aligned: bool = False
+) -> Float[Tensor, "BQ C 7 7"]:
     """RoIAlign of every box on the level of its size, excluding padding.
 
     As in RoIAlign, a point up to one cell outside its image reads the border, and a point farther outside reads zero;
@@ -46,6 +48,8 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
     Args:
         features: the maps X, finest first, all with C channels.
         boxes_xyxy: boxes in pixels of the network's input.
+        aligned: subtract the half cell by which RoIAlign otherwise reads too far right and down, and keep boxes of less
+            than a cell as they are, as ``aligned=True`` in torchvision. The released REGO does not.
 
     Returns:
         The glimpses, ordered by image and query.
@@ -67,8 +71,8 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
     first = (starts[level] + image * cells[level])[..., None]  # [B, Q, 1]: the row of the image's first cell
 
     corners = (boxes / strides[level][..., None]).unflatten(-1, (2, 2))  # [B, Q, corner, axis]
-    x, x_weight = _taps(corners[..., 0], extent[..., 0])
-    y, y_weight = _taps(corners[..., 1], extent[..., 1])
+    x, x_weight = _taps(corners[..., 0], extent[..., 0], aligned)
+    y, y_weight = _taps(corners[..., 1], extent[..., 1], aligned)
     row = first[..., None] + y * widths[level][..., None, None]  # [B, Q, 7, 4]
     index = row[:, :, :, None, :, None] + x[:, :, None, :, None, :]  # [B, Q, 7, 7, 4, 4]
     weight = y_weight[:, :, :, None, :, None] * x_weight[:, :, None, :, None, :]
@@ -79,16 +83,19 @@ def cut_glimpses(features: Sequence[FeatureMap], boxes_xyxy: Float[Tensor, "B Q 
 
 
 def _taps(
-    corners: Float[Tensor, "B Q 2"], extent: Int[Tensor, "B Q"]
+    corners: Float[Tensor, "B Q 2"], extent: Int[Tensor, "B Q"], aligned: bool
 ) -> tuple[Int[Tensor, "B Q 7 4"], Float[Tensor, "B Q 7 4"]]:
     """Along one axis, the four cells of each bin (two neighbors of two points) and their weights.
 
     Args:
         corners: begin and end of each box in cells.
         extent: number of cells of the box's image.
+        aligned: see :func:`cut_glimpses`.
     """
     begin, end = corners[..., :1], corners[..., 1:]
-    size = (end - begin).clamp(min=1) / (BINS * POINTS)
+    size = end - begin
+    begin, size = (begin - 0.5, size) if aligned else (begin, size.clamp(min=1))
+    size = size / (BINS * POINTS)
     points = begin + size * (torch.arange(BINS * POINTS, device=corners.device) + 0.5)  # [B, Q, 14]
     limit = extent[..., None]
     inside = (points >= -1) & (points <= limit)

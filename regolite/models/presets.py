@@ -20,6 +20,7 @@ from regolite.models.detector import Detector
 from regolite.models.detr import DetrConfig
 from regolite.models.rego import Rego, RegoConfig
 from regolite.models.smca import SmcaConfig
+from regolite.models.sparse_rcnn import SparseRcnnConfig
 from regolite.utils.validation import checked, of_kind, whole
 
 _DETR = DetrConfig()
@@ -27,13 +28,17 @@ _DETR_STAR = replace(_DETR, queries=300, reference_points=True, scoring="sigmoid
 _DEFORMABLE = DeformableDetrConfig()
 _REFINED = replace(_DEFORMABLE, refine=True)
 _TWO_STAGE = replace(_REFINED, two_stage=True)
+_DENSE_PRIOR: dict[str, Any] = {"encoder_layers": 3, "decoder_layers": 1, "token_queries": True, "shared_heads": True}
+_EFFICIENT = replace(_TWO_STAGE, queries=100, ffn_dim=2048, **_DENSE_PRIOR)
 _CONDITIONAL = ConditionalDetrConfig()
 _ANCHOR = AnchorDetrConfig()
 _SMCA = SmcaConfig()
 _SMCA_SINGLE_SCALE = replace(
     _SMCA, backbone_stages=(5,), coarser=False, encoder_layers=6, multi_scale_layers=(), ffn_dim=2048
 )
+_SPARSE = SparseRcnnConfig()
 _SOFTMAX_LOSS = LossConfig(label=1.0, label_cost=1.0)
+_CORNERS_LOSS = LossConfig(l1_boxes="xyxy")
 
 # Laptop sizes: a small network that a CPU trains in minutes. `tiny` starts from the bundled ImageNet features, `scenes`
 # from nothing.
@@ -73,6 +78,8 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
+    table |= _family("sparse_rcnn_r50", _SPARSE, _CORNERS_LOSS, rego)
+    table |= _family("efficient_detr_r50", _EFFICIENT, focal, rego)
     for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
         recipe: dict[str, Any] = {"augment": "laptop", "image_size": image_size}
         deformable = {**sizes, "levels": 3}
@@ -83,11 +90,15 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, **anchored), focal, _TINY_REGO, **recipe)
         levels: dict[str, Any] = {"backbone_stages": (3, 4, 5), "coarser": False, "multi_scale_layers": (2,)}
         table |= _family(f"smca_{tag}", replace(_SMCA, **sizes, **levels), focal, _TINY_REGO, **recipe)
+        sparse = {k: v for k, v in sizes.items() if k != "encoder_layers"} | {"dynamic_dim": 32}
+        table |= _family(f"sparse_rcnn_{tag}", replace(_SPARSE, **sparse), _CORNERS_LOSS, _TINY_REGO, **recipe)
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, **deformable), focal, _TINY_REGO, **recipe)
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, **deformable), focal, _TINY_REGO, **recipe)
         table |= _family(
             f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, **deformable), focal, _TINY_REGO, **recipe
         )
+        efficient = replace(_TWO_STAGE, **deformable | _DENSE_PRIOR)
+        table |= _family(f"efficient_detr_{tag}", efficient, focal, _TINY_REGO, **recipe)
     # The detector that is shipped. Query denoising and queries from tokens let it learn from few images. One decoder
     # layer is enough: further ones corrected next to nothing, and the stages of REGO are there to correct. Glimpses are
     # tighter than the paper's: in an image of 320 pixels, three times a box is often most of the image.
@@ -102,7 +113,10 @@ def _presets() -> dict[str, ModelConfig]:
         ("mask_rcnn_x101", "mask_rcnn", "resnext101_64x4d", "imagenet", 1e-5),
     )
     for name, kind, backbone, weights, norm_eps in baselines:
-        table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps))
+        table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps=norm_eps))
+    for kind in ("fcos", "faster_rcnn"):
+        small: dict[str, Any] = {"kind": kind, "backbone": "mobilenet_v2", "weights": "bundled", "dim": 128}
+        table[f"{kind}_tiny"] = ModelConfig(f"{kind}_tiny", BaselineConfig(**small), augment="laptop", image_size=256)
     return table
 
 

@@ -172,7 +172,7 @@ def step_bytes(model: nn.Module, images: int, height: int, width: int) -> int:
     own = (*parameters, *(p.grad for p in parameters), *model.parameters(), *model.buffers())
     set_loss = _LossOfAnyPairs(config_of(model).loss, as_detector(model).scoring)
     with _Peak([tensor for tensor in own if tensor is not None]) as peak, _FusedAttention():
-        output = model(batch, targets=targets) if as_detector(model).denoises else model(batch)
+        output = model(batch, targets=targets) if as_detector(model).takes_targets else model(batch)
         loss, _ = set_loss(output, targets, 1.0, 1.0)
         del output
         loss.backward()

@@ -36,6 +36,7 @@ class PublishedRow:
 
 
 _REPRODUCED = "reproduced by the paper's authors with the released code"
+_SPARSE = "45.0 in the authors' README and the final version of their paper"
 _WITHOUT = "trained with REGO, run without it"
 
 PUBLISHED: dict[str, tuple[PublishedRow, ...]] = {
@@ -43,6 +44,8 @@ PUBLISHED: dict[str, tuple[PublishedRow, ...]] = {
     "faster_rcnn_r50": (PublishedRow(36, (40.2, 61.0, 43.8, 24.2, 43.5, 52.0)),),
     "faster_rcnn_r101": (PublishedRow(36, (42.0, 62.5, 45.9, 25.2, 45.6, 54.6)),),
     "mask_rcnn_x101": (PublishedRow(36, (44.5, 64.9, 48.7, 27.6, 48.3, 57.7)),),
+    "efficient_detr_r50": (PublishedRow(36, (44.2, 62.2, 48.0, 28.4, 47.5, 56.6)),),
+    "sparse_rcnn_r50": (PublishedRow(36, (44.5, 63.4, 48.2, 26.9, 47.2, 59.5), note=_SPARSE),),
     "detr_r50": (PublishedRow(500, (42.0, 62.4, 44.2, 20.5, 45.8, 61.1)),),
     "detr_dc5_r50": (PublishedRow(500, (43.3, 63.1, 45.9, 22.5, 47.3, 61.1)),),
     "conditional_detr_r50": (PublishedRow(50, (40.9, 61.8, 43.3, 20.8, 44.6, 59.2)),),

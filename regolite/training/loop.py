@@ -27,7 +27,7 @@ from regolite.checkpoint import save_model
 from regolite.data import DetectionDataset, make_transform
 from regolite.evaluation import evaluate
 from regolite.loading import load_weights
-from regolite.losses import SetLoss
+from regolite.losses import OwnLoss, SetLoss
 from regolite.matching import NonFinitePrediction
 from regolite.models.config import ModelConfig, class_head_names, config_of
 from regolite.models.detector import Detector
@@ -43,7 +43,7 @@ from regolite.training.resume import describe_run
 from regolite.training.schedule import lr_factor, parameter_groups
 from regolite.training.setup import is_to_launch, make_accelerator, more_objects_than_queries, prepare_data, resampled
 from regolite.training.state import State
-from regolite.types import DetectorOutput, Target
+from regolite.types import Target
 from regolite.utils import distributed
 from regolite.utils.interrupts import stop
 from regolite.utils.modes import modes_kept
@@ -118,7 +118,7 @@ class TrainingRun:
         config: its configuration.
         state: what a checkpoint saves: the model, its optimizer, its moving average, its progress.
         trained: the model as Accelerate has prepared it.
-        set_loss: the loss.
+        criterion: the loss.
         train_set: the training images.
         shown_set: the same, with images of rare classes repeated.
         val_set: the validation images.
@@ -132,7 +132,7 @@ class TrainingRun:
     config: RunConfig
     state: State
     trained: nn.Module
-    set_loss: SetLoss
+    criterion: SetLoss | OwnLoss
     train_set: DetectionDataset
     shown_set: DetectionDataset
     val_set: DetectionDataset
@@ -204,11 +204,8 @@ def _train(
         checkpoint_activations(model)
     trained, state.optimizer = accelerator.prepare(model, optimizer)
     clock, cpu_clock = _Clock(progress.seconds), _Clock(progress.cpu_seconds, time.process_time)
-    status, set_loss = (
-        Status(model_config.preset, accelerator.is_main_process),
-        SetLoss(model_config.loss, model.scoring),
-    )
-    run = TrainingRun(config, state, trained, set_loss, train_set, shown_set, val_set, clock, cpu_clock, status)
+    status, criterion = Status(model_config.preset, accelerator.is_main_process), model.criterion(model_config.loss)
+    run = TrainingRun(config, state, trained, criterion, train_set, shown_set, val_set, clock, cpu_clock, status)
 
     if config.evaluate_start and progress.step == 0:
         with cpu_clock.paused():
@@ -278,7 +275,7 @@ def train_step(run: TrainingRun, parts: list[Part]) -> tuple[dict[str, float], f
     torch.manual_seed(derive_seed(config.seed, STEP, state.progress.step, accelerator.process_index))
     state.optimizer.zero_grad()
     with fastest_kernels(accelerator.device), state.saved_before_errors():
-        losses, images = _backward(run.trained, run.set_loss, parts, state)
+        losses, images = _backward(run.trained, run.criterion, parts, state)
     norm = accelerator.clip_grad_norm_(state.model.parameters(), config.clip) if config.clip else None
     state.optimizer.step()
     if state.average is not None:
@@ -373,7 +370,9 @@ def _announce(config: RunConfig, state: State, images: int) -> None:
     )  # fmt: skip
 
 
-def _backward(trained: nn.Module, set_loss: SetLoss, parts: list[Part], state: State) -> tuple[dict[str, float], float]:
+def _backward(
+    trained: nn.Module, criterion: SetLoss | OwnLoss, parts: list[Part], state: State
+) -> tuple[dict[str, float], float]:
     """The gradient of a batch, done by all processes and each of them in parts.
 
     Every part's loss is divided by the objects of the whole batch, so that losses and gradients sum up to the batch's.
@@ -388,8 +387,8 @@ def _backward(trained: nn.Module, set_loss: SetLoss, parts: list[Part], state: S
         images = part.images.to(accelerator.device, non_blocking=True)
         targets = [target.to(accelerator.device, non_blocking=True) for target in part.targets]
         with nullcontext() if part is parts[-1] else accelerator.no_sync(trained):
-            output = trained(images, targets=targets) if state.model.denoises else trained(images)
-            loss, numbers = _finite_loss(set_loss, output, targets, whole, state)
+            output = trained(images, targets=targets) if state.model.takes_targets else trained(images)
+            loss, numbers = _finite_loss(criterion, output, targets, whole, state)
             # Processes are given the mean of their gradients, and here the sum is wanted.
             accelerator.backward(loss * (part.counts * accelerator.num_processes))
         sums.update({name: part.counts * number for name, number in numbers.items()})
@@ -397,11 +396,11 @@ def _backward(trained: nn.Module, set_loss: SetLoss, parts: list[Part], state: S
 
 
 def _finite_loss(
-    set_loss: SetLoss, output: DetectorOutput, targets: list[Target], whole: list[float], state: State
+    criterion: SetLoss | OwnLoss, output: Any, targets: list[Target], whole: list[float], state: State
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss; it and its terms as numbers. Or one error that says what of it is not finite."""
     try:
-        loss, terms = set_loss(output, targets, *whole)
+        loss, terms = criterion(output, targets, *whole)
     except NonFinitePrediction as error:
         state.fail(str(error))
     numbers = torch.stack([loss.detach(), *(term.detach() for term in terms.values())]).tolist()  # one transfer

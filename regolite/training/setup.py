@@ -15,7 +15,6 @@ from accelerate.utils import DistributedDataParallelKwargs
 from regolite.data import DetectionDataset, Pasted, cut_outs, make_transform, open_data, repeat_rare
 from regolite.data.coco import category_differences
 from regolite.errors import UserError
-from regolite.models.baselines import BaselineConfig
 from regolite.models.config import ModelConfig, config_of
 from regolite.models.detector import Detector
 from regolite.models.presets import configure
@@ -83,8 +82,6 @@ def prepare_data(config: RunConfig, given: Detector | None) -> tuple[DetectionDa
     else:
         need = "a model to train must carry its configuration: set its model_config (regolite.configure)"
         model = config_of(given, need)
-    if isinstance(model.detector, BaselineConfig):
-        raise UserError(f"{model.preset} is a baseline, which is measured and not trained here; train a DETR")
     size, augment = config.image_size or model.image_size, config.augment or model.augment
     transform, strict = make_transform(augment, size, train=True), config.on_broken == "stop"
     train_set = open_data(config.data, "train", transform, config.limit_images, check_files=strict)
