@@ -111,10 +111,12 @@ def _presets() -> dict[str, ModelConfig]:
         ("faster_rcnn_r50", "faster_rcnn", "resnet50", "coco", 0.0),
         ("faster_rcnn_r101", "faster_rcnn", "resnet101", "imagenet", 1e-5),
         ("mask_rcnn_x101", "mask_rcnn", "resnext101_64x4d", "imagenet", 1e-5),
+        ("cascade_mask_rcnn_x101", "cascade_mask_rcnn", "resnext101_64x4d", "imagenet", 1e-5),
+        ("tsp_rcnn_r50", "tsp_rcnn", "resnet50", "imagenet", 1e-5),
     )
     for name, kind, backbone, weights, norm_eps in baselines:
         table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps=norm_eps))
-    for kind in ("fcos", "faster_rcnn"):
+    for kind in ("fcos", "faster_rcnn", "cascade_mask_rcnn", "tsp_rcnn"):
         small: dict[str, Any] = {"kind": kind, "backbone": "mobilenet_v2", "weights": "bundled", "dim": 128}
         table[f"{kind}_tiny"] = ModelConfig(f"{kind}_tiny", BaselineConfig(**small), augment="laptop", image_size=256)
     return table
