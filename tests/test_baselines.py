@@ -442,7 +442,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(kind, tmp_path,
 
 
 def test_the_command_trains_and_draws(tmp_path):
-    """Two parts of a batch, a moving average, bf16 and the figures of a run."""
+    """Two parts of a batch, a moving average, bf16 (for which the loss stays in float32) and the figures of a run."""
     words = "--data scenes:4:val=1:size=64 --model fcos_tiny --image-size 64 --batch-size 4 --accumulate 2 --epochs 1"
     more = "--ema 0.5 --precision bf16 --device cpu --log-every 1 --set"
     folder = tmp_path / "run"

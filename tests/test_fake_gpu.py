@@ -171,7 +171,7 @@ def test_a_step_at_laptop_size(fake_gpu, name, precision, recompute):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "precision"), zip(FAMILIES, ("bf16", "fp16", "no") * 3))
+@pytest.mark.parametrize(("name", "precision"), zip(FAMILIES, ("bf16", "fp16", "no") * 4))
 def test_a_step_at_full_size(fake_gpu, name, precision):
     check_step(f"rego_{name}_r50", precision, recompute=precision == "bf16", size=(800, 1344))
 

@@ -152,11 +152,11 @@ class DeformableDetr(Detector):
 
         # With refinement each layer has its own heads; without it all layers share one pair.
         heads = c.decoder_layers if c.refine else 1
-        self.class_heads = nn.ModuleList(class_head(c.dim, num_classes, prior=0.01) for _ in range(heads))
-        sizes = [0.0 if c.two_stage or i else -2.0 for i in range(heads)]
-        self.box_heads = nn.ModuleList(box_head(c.dim, size) for size in sizes)
+        class_heads = [class_head(c.dim, num_classes, prior=0.01) for _ in range(heads)]
+        box_heads = [box_head(c.dim, 0.0 if c.two_stage or i else -2.0) for i in range(heads)]
+        self.class_heads, self.box_heads = nn.ModuleList(class_heads), nn.ModuleList(box_heads)
         if c.shared_heads:
-            self.proposals.class_head, self.proposals.box_head = self.class_heads[0], self.box_heads[0]
+            self.proposals.class_head, self.proposals.box_head = class_heads[0], box_heads[0]
 
     def forward(self, images: ImageBatch, targets: Sequence[Target] | None = None) -> DetectorOutput:
         """Detect: encode the pyramid, decode the queries, predict classes and boxes.
