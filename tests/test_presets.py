@@ -50,6 +50,7 @@ TABLE_1 = {  # millions, as the paper prints them
 FAMILIES = {
     "detr_star": (Detr, 300, 2048, 6),
     "detr": (Detr, 100, 2048, 6),
+    "up_detr": (Detr, 100, 2048, 6),
     "deformable_detr": (DeformableDetr, 300, 1024, 6),
     "conditional_detr": (ConditionalDetr, 300, 2048, 6),
     "anchor_detr": (AnchorDetr, 900, 1024, 6),

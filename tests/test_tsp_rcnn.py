@@ -92,12 +92,12 @@ def plain(model, features, image, boxes, size):
         region = roi_align(level_map, [box[None]], 7, 1 / 2 ** (level + 2), aligned=True).flatten()
         token = linear(region, encoder.project) + linear(position, encoder.project_positions)
         tokens.append(normalized(token, encoder.project_norm))
-    for layer in encoder.layers:
+    for layer in encoder.encoder.layers:
         inputs = [normalized(token, layer.attention_norm) for token in tokens]
         tokens = [token + seen for token, seen in zip(tokens, attended(inputs, positions, layer.attention))]
         inputs = [normalized(token, layer.ffn_norm) for token in tokens]
         tokens = [token + linear(linear(x, layer.ffn[0]).relu(), layer.ffn[3]) for token, x in zip(tokens, inputs)]
-    tokens = [normalized(token, encoder.norm) for token in tokens]
+    tokens = [normalized(token, encoder.encoder.norm) for token in tokens]
     box_layers = model.box_predictor["bbox_pred"]
     steps = [linear(linear(linear(t, box_layers[0]).relu(), box_layers[2]).relu(), box_layers[4]) for t in tokens]
     return torch.stack([linear(t, model.box_predictor["cls_score"]) for t in tokens]), torch.stack(steps)

@@ -290,6 +290,7 @@ TABLE_1 = {
     "efficient_detr_r50": Printed(159, 35, (_EFFICIENT,)),
     "sparse_rcnn_r50": Printed(152, 106, (_SPARSE_RCNN,)),
     "detr_r50": Printed(86, 41),
+    "up_detr_r50": Printed(86, 41),
     "detr_dc5_r50": Printed(187, 41),
     "conditional_detr_r50": Printed(90, 44),
     "anchor_detr_dc5_r50": Printed(151, None, (_ANCHOR,)),

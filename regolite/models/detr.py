@@ -1,7 +1,10 @@
-"""DETR (Carion et al., 2020) and DETR*, which adds 300 queries, reference points and the focal loss.
+"""DETR (Carion et al., 2020), DETR*, which adds 300 queries, reference points and the focal loss, and UP-DETR.
 
 One feature map, an encoder with self-attention among its cells, a decoder in which object queries attend to the cells,
 and heads that predict a class and a box for each query (equation 3).
+
+UP-DETR (Dai et al., "UP-DETR: Unsupervised Pre-training for Object Detection with Transformers", CVPR 2021), once it is
+fine-tuned, is DETR with the pre-norm layers of DETR's code (``pre_norm``). This package does not pre-train it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from regolite.models.transformer import (
     DecoderLayer,
     Encoder,
     EncoderLayer,
+    NormedEncoder,
+    PreNormDecoderLayer,
+    PreNormEncoderLayer,
     box_head,
     class_head,
     flatten,
@@ -52,6 +58,7 @@ class DetrConfig(DetectorConfig):
             published models do not hide it.
         reference_points: DETR*: each query predicts its box around a learned reference point.
         scoring: ``"softmax"`` over the classes and "no object" (DETR), or a ``"sigmoid"`` for each class (DETR*).
+        pre_norm: normalize the inputs of the branches of a layer and the encoder's output, and not the sums (UP-DETR).
     """
 
     backbone: str = "resnet50"
@@ -68,6 +75,7 @@ class DetrConfig(DetectorConfig):
     mask_padding: bool = True
     reference_points: bool = False
     scoring: Literal["softmax", "sigmoid"] = "softmax"
+    pre_norm: bool = False
 
 
 @register("detr", DetrConfig)
@@ -93,15 +101,16 @@ class Detr(Detector):
         )
         self.feature_channels = self.backbone.channels
         self.input_projection = nn.Conv2d(self.backbone.channels[-1], c.dim, 1)
-        self.encoder = Encoder(
-            [
-                EncoderLayer(c.dim, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
-                for _ in range(c.encoder_layers)
-            ]
-        )
+        encoder_layer = PreNormEncoderLayer if c.pre_norm else EncoderLayer
+        decoder_layer = PreNormDecoderLayer if c.pre_norm else DecoderLayer
+        encoder_layers = [
+            encoder_layer(c.dim, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
+            for _ in range(c.encoder_layers)
+        ]
+        self.encoder = NormedEncoder(encoder_layers, c.dim) if c.pre_norm else Encoder(encoder_layers)
         self.decoder = Decoder(
             [
-                DecoderLayer(c.dim, c.heads, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
+                decoder_layer(c.dim, c.heads, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
                 for _ in range(c.decoder_layers)
             ],
             norm=nn.LayerNorm(c.dim),

@@ -25,6 +25,7 @@ from regolite.utils.validation import checked, of_kind, whole
 
 _DETR = DetrConfig()
 _DETR_STAR = replace(_DETR, queries=300, reference_points=True, scoring="sigmoid")
+_UP_DETR = replace(_DETR, pre_norm=True)
 _DEFORMABLE = DeformableDetrConfig()
 _REFINED = replace(_DEFORMABLE, refine=True)
 _TWO_STAGE = replace(_REFINED, two_stage=True)
@@ -78,6 +79,7 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
+    table |= _family("up_detr_r50", _UP_DETR, _SOFTMAX_LOSS, rego)
     table |= _family("sparse_rcnn_r50", _SPARSE, _CORNERS_LOSS, rego)
     table |= _family("efficient_detr_r50", _EFFICIENT, focal, rego)
     for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
@@ -85,6 +87,7 @@ def _presets() -> dict[str, ModelConfig]:
         deformable = {**sizes, "levels": 3}
         table |= _family(f"detr_{tag}", replace(_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
         table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, **sizes), focal, _TINY_REGO, **recipe)
+        table |= _family(f"up_detr_{tag}", replace(_UP_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
         table |= _family(f"conditional_detr_{tag}", replace(_CONDITIONAL, **sizes), focal, _TINY_REGO, **recipe)
         anchored = {**sizes, "queries": 3 * (sizes["queries"] // 3)}  # points times 3 patterns
         table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, **anchored), focal, _TINY_REGO, **recipe)

@@ -33,7 +33,8 @@ from torchvision.ops import box_convert, generalized_box_iou_loss, roi_align
 
 from regolite.models.attention import MultiHeadAttention
 from regolite.models.positions import sine_embedding
-from regolite.models.transformer import MLP, FeedForward
+from regolite.models.transformer import MLP, NormedEncoder, PreNormEncoderLayer
+from regolite.types import Memory
 
 PROPOSALS = 700
 """Number of proposals of an image."""
@@ -95,24 +96,6 @@ class ProposalNetwork(RegionProposalNetwork):
         return boxes, {name: 2 * loss if "box" in name else loss for name, loss in losses.items()}
 
 
-class ProposalLayer(nn.Module):
-    """A pre-norm encoder layer: self-attention among the proposals, then the feed-forward network."""
-
-    def __init__(self, dim: int, heads: int, ffn_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.attention, self.attention_norm = MultiHeadAttention(dim, heads, dropout), nn.LayerNorm(dim)
-        self.ffn, self.ffn_norm = FeedForward(dim, ffn_dim, dropout), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self, tokens: Float[Tensor, "B N D"], positions: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]
-    ) -> Float[Tensor, "B N D"]:
-        """The updated tokens; ``mask`` is True on padding."""
-        x = self.attention_norm(tokens)
-        tokens = tokens + self.dropout(self.attention(x + positions, x + positions, x, mask))
-        return tokens + self.dropout(self.ffn(self.ffn_norm(tokens)))
-
-
 class ProposalEncoder(nn.Module):
     """Features of the proposals' regions that know of the other proposals.
 
@@ -128,10 +111,11 @@ class ProposalEncoder(nn.Module):
     def __init__(self, dim: int, width: int, heads: int, layers: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
         self.project, self.project_positions = nn.Linear(dim * 7**2, width), nn.Linear(width, width)
-        self.project_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.project_norm = nn.LayerNorm(width)
         for linear in (self.project, self.project_positions):
             nn.init.xavier_uniform_(linear.weight)
-        self.layers = nn.ModuleList(ProposalLayer(width, heads, ffn_dim, dropout) for _ in range(layers))
+        attentions = [MultiHeadAttention(width, heads, dropout) for _ in range(layers)]
+        self.encoder = NormedEncoder([PreNormEncoderLayer(width, a, ffn_dim, dropout) for a in attentions], width)
 
     def forward(
         self,
@@ -147,11 +131,9 @@ class ProposalEncoder(nn.Module):
             mask: True on padding.
         """
         numbers = torch.cat([box_convert(boxes, "xyxy", "cxcywh"), boxes], -1)  # the embedding has both formats
-        positions = sine_embedding(numbers * 2 * math.pi, self.norm.normalized_shape[0] // 8).flatten(-2)
+        positions = sine_embedding(numbers * 2 * math.pi, self.project.out_features // 8).flatten(-2)
         tokens = self.project_norm(self.project(regions.flatten(2)) + self.project_positions(positions))
-        for layer in self.layers:
-            tokens = layer(tokens, positions, mask)
-        return self.norm(tokens)
+        return self.encoder(Memory(tokens, positions, mask, [])).tokens
 
 
 class TspHeads(RoIHeads):

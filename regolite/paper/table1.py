@@ -49,6 +49,7 @@ PUBLISHED: dict[str, tuple[PublishedRow, ...]] = {
     "cascade_mask_rcnn_x101": (PublishedRow(36, (46.6, 65.1, 50.6, 29.3, 50.5, 60.1)),),
     "sparse_rcnn_r50": (PublishedRow(36, (44.5, 63.4, 48.2, 26.9, 47.2, 59.5), note=_SPARSE),),
     "detr_r50": (PublishedRow(500, (42.0, 62.4, 44.2, 20.5, 45.8, 61.1)),),
+    "up_detr_r50": (PublishedRow(300, (42.8, 63.0, 45.3, 20.8, 47.1, 61.7)),),
     "detr_dc5_r50": (PublishedRow(500, (43.3, 63.1, 45.9, 22.5, 47.3, 61.1)),),
     "conditional_detr_r50": (PublishedRow(50, (40.9, 61.8, 43.3, 20.8, 44.6, 59.2)),),
     "anchor_detr_dc5_r50": (PublishedRow(50, (44.2, 64.7, 47.5, 24.7, 48.2, 60.6)),),
