@@ -64,8 +64,10 @@ class CascadeHeads(nn.Module):
             image_sizes: height and width of each image.
             targets: in training, ``boxes`` and ``labels`` (from 1) of each image.
         """
-        boxes, losses, scores = list(proposals), {}, []
+        boxes, scores = list(proposals), []
+        losses: dict[str, Float[Tensor, ""]] = {}
         for number, (stage, weight) in enumerate(zip(self.stages, LOSS_WEIGHTS), start=1):
+            assert isinstance(stage, RoIHeads)
             if self.training:
                 boxes, _, labels, wanted = stage.select_training_samples(boxes, targets)
             regions = stage.box_roi_pool(features, boxes, image_sizes)
@@ -84,7 +86,9 @@ class CascadeHeads(nn.Module):
         if self.training:
             return [], losses
         mean = torch.stack(scores).mean(0)
-        found = stage.postprocess_detections(mean.log(), steps.repeat(1, mean.shape[1]), boxes, image_sizes)
+        last = self.stages[-1]
+        assert isinstance(last, RoIHeads)
+        found = last.postprocess_detections(mean.log(), steps.repeat(1, mean.shape[1]), boxes, image_sizes)
         return [{"boxes": b, "scores": s, "labels": n} for b, s, n in zip(*found)], {}
 
 

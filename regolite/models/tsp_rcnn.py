@@ -187,14 +187,13 @@ class TspHeads(RoIHeads):
             image_shapes: height and width of each image.
             targets: in training, ``boxes`` and ``labels`` (from 1) of each image.
         """
-        boxes, matched = list(proposals), []
+        levels = list(features.values())[:4]
         if self.training:
             assert targets is not None  # as torchvision's network checks
-            boxes, matched = self._select(boxes, targets)
-        logits, steps = self._predict(list(features.values())[:4], boxes, image_shapes)
-        if self.training:
-            return [], self._losses(logits, steps, boxes, matched, targets)
-        found = self.postprocess_detections(logits, F.pad(steps, (4, 0)), boxes, image_shapes)
+            boxes, matched = self._select(proposals, targets)
+            return [], self._losses(*self._predict(levels, boxes, image_shapes), boxes, matched, targets)
+        logits, steps = self._predict(levels, proposals, image_shapes)
+        found = self.postprocess_detections(logits, F.pad(steps, (4, 0)), list(proposals), image_shapes)
         return [{"boxes": b, "scores": s, "labels": n} for b, s, n in zip(*found)], {}
 
     def predict(
