@@ -246,8 +246,13 @@ def test_gradients():
     assert levels[0].grad.any() and levels[4].grad is None
 
 
-def test_regions_of_no_proposals():
-    assert read_regions(list(maps().values())[:4], [torch.zeros(0, 4)]).shape == (0, DIM, 7, 7)
+def test_an_image_without_proposals():
+    levels = list(maps(2).values())[:4]
+    assert read_regions([level[:1] for level in levels], [torch.zeros(0, 4)]).shape == (0, DIM, 7, 7)
+    model = heads().train()
+    logits, steps = model._predict(levels, [random_boxes(3), torch.zeros(0, 4)], SIZES)
+    (logits.sum() + steps.sum()).backward()
+    assert len(logits) == 3 and all(p.grad.isfinite().all() for p in model.parameters())
 
 
 # The detector

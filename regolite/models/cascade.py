@@ -1,8 +1,8 @@
 """The heads of Cascade R-CNN (Cai and Vasconcelos, "Cascade R-CNN: Delving into High Quality Object Detection", 2018).
 
-Three box heads, one after another. Each reads the boxes of the one before, and each is trained with a stricter idea of
-a hit: a box is positive if it overlaps an object with IoU >= 0.5, 0.6, 0.7. Training every head on the boxes that the
-previous one has corrected gives it enough positives at its threshold (section 4 of the paper).
+Three box heads, one after another. Each reads the boxes that the one before has corrected, and has a higher threshold
+in training: a box is positive if its IoU with an object is at least 0.5, 0.6, 0.7. Corrected boxes give every head
+enough positives at its threshold (section 4 of the paper).
 
 A head is torchvision's :class:`~torchvision.models.detection.roi_heads.RoIHeads`, with one box per proposal for all
 classes. Thresholds, loss weights, and units of the box steps are those of mmdetection, whose model Table 1 quotes.

@@ -3,8 +3,8 @@
 One feature map, an encoder with self-attention among its cells, a decoder in which object queries attend to the cells,
 and heads that predict a class and a box for each query (equation 3).
 
-UP-DETR (Dai et al., "UP-DETR: Unsupervised Pre-training for Object Detection with Transformers", CVPR 2021), once it is
-fine-tuned, is DETR with the pre-norm layers of DETR's code (``pre_norm``). This package does not pre-train it.
+A fine-tuned UP-DETR (Dai et al., CVPR 2021) is DETR with the pre-norm layers of DETR's code (``pre_norm``);
+:mod:`regolite.models.up_detr` pre-trains it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from regolite.models.transformer import (
     flatten,
     in_full_precision,
 )
-from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
+from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,7 @@ class Detr(Detector):
     def forward(self, images: ImageBatch) -> DetectorOutput:
         """Detect: H_dec = A(E_box, H_enc), then equation (3) on the hidden states of every layer."""
         maps = self.backbone(images)
-        last = maps[-1]
-        projected = FeatureMap(self.input_projection(last.tensor), last.mask, last.stride)
-        memory = self.encoder(flatten([projected], [sine_positions(last.mask, self.dim)]))
+        last, memory = maps[-1], self.encode(maps)
 
         positions = self.query_positions.weight.expand(images.pixels.shape[0], -1, -1)
         hidden = self.decoder(positions.new_zeros(positions.shape), positions, memory)
@@ -134,6 +132,12 @@ class Detr(Detector):
         if self.dilated:  # REGO reads the last map of a DC5 model at the normal stride (appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
         return DetectorOutput([layer for layer, _ in predicted], hidden[-1], maps, references=predicted[-1][1])
+
+    def encode(self, maps: list[FeatureMap]) -> Memory:
+        """H_enc, from the backbone's last map."""
+        last = maps[-1]
+        projected = FeatureMap(self.input_projection(last.tensor), last.mask, last.stride)
+        return self.encoder(flatten([projected], [sine_positions(last.mask, self.dim)]))
 
     def _predict(
         self, hidden: Float[Tensor, "B Q C"], positions: Float[Tensor, "B Q C"]

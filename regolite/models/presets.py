@@ -21,6 +21,7 @@ from regolite.models.detr import DetrConfig
 from regolite.models.rego import Rego, RegoConfig
 from regolite.models.smca import SmcaConfig
 from regolite.models.sparse_rcnn import SparseRcnnConfig
+from regolite.models.up_detr import PatchDetrConfig
 from regolite.utils.validation import checked, of_kind, whole
 
 _DETR = DetrConfig()
@@ -80,6 +81,7 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
     table |= _family("up_detr_r50", _UP_DETR, _SOFTMAX_LOSS, rego)
+    table["up_detr_pretraining_r50"] = ModelConfig("up_detr_pretraining_r50", PatchDetrConfig(), None, _SOFTMAX_LOSS)
     table |= _family("sparse_rcnn_r50", _SPARSE, _CORNERS_LOSS, rego)
     table |= _family("efficient_detr_r50", _EFFICIENT, focal, rego)
     for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
@@ -88,6 +90,9 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"detr_{tag}", replace(_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
         table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, **sizes), focal, _TINY_REGO, **recipe)
         table |= _family(f"up_detr_{tag}", replace(_UP_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
+        pretext = PatchDetrConfig(**sizes | {"frozen_stages": 5, "patch_size": image_size // 4})
+        name = f"up_detr_pretraining_{tag}"
+        table[name] = ModelConfig(name, pretext, None, _SOFTMAX_LOSS, **recipe)
         table |= _family(f"conditional_detr_{tag}", replace(_CONDITIONAL, **sizes), focal, _TINY_REGO, **recipe)
         anchored = {**sizes, "queries": 3 * (sizes["queries"] // 3)}  # points times 3 patterns
         table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, **anchored), focal, _TINY_REGO, **recipe)

@@ -147,7 +147,7 @@ class DecoderLayer(nn.Module):
         positions: Float[Tensor, "B Q C"] | float,
         memory: Memory,
         reference_points: Float[Tensor, "B Q L d"] | None = None,
-        query_mask: Bool[Tensor, "B Q"] | None = None,
+        query_mask: Bool[Tensor, "B Q"] | Bool[Tensor, "B Q Q"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
         """The updated hidden states of the queries.
 
@@ -156,7 +156,7 @@ class DecoderLayer(nn.Module):
             positions: positions of the queries, added where they are queries or keys; 0 for none.
             memory: what the cross-attention attends to.
             reference_points: reference points of deformable cross-attention, on each level.
-            query_mask: True on queries that are hidden from the others (padding).
+            query_mask: True on queries that are hidden from the others (padding), or from each one.
         """
         x = queries
         among = self.self_attention(x + positions, x + positions, x, query_mask)
@@ -175,7 +175,7 @@ class PreNormDecoderLayer(DecoderLayer):
         positions: Float[Tensor, "B Q C"] | float,
         memory: Memory,
         reference_points: Float[Tensor, "B Q L d"] | None = None,
-        query_mask: Bool[Tensor, "B Q"] | None = None,
+        query_mask: Bool[Tensor, "B Q"] | Bool[Tensor, "B Q Q"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
         """The updated hidden states of the queries, as :meth:`DecoderLayer.forward`."""
         x = self.self_norm(queries)

@@ -1,13 +1,13 @@
 """TSP-RCNN (Sun et al., "Rethinking Transformer-based Set Prediction for Object Detection", ICCV 2021, section 4.2).
 
 Faster R-CNN with a transformer encoder as its box head. Every proposal is a token: its 7 x 7 region, projected, with
-the sine embedding of its box. Six layers of self-attention among the proposals let one of them claim an object, and a
-class and a box are predicted for each. There is no decoder, whose cross-attention the paper finds to be what makes DETR
-slow to learn.
+the sine embedding of its box. By six layers of self-attention among the proposals one of those on an object can score
+high and the others low. A class and a box are predicted for each. There is no decoder: the paper finds that DETR learns
+slowly because of its cross-attention.
 
-Only proposals that overlap an object can be matched with it ("RoI-based restricted matching"): of those with IoU >= 0.5
-that are nearest to this object, the one with the lowest cost learns its class, and all others learn "background". The
-boxes of all of them are trained.
+Only proposals that overlap an object can be matched with it ("restricted matching"). A proposal belongs to the object
+that it overlaps most, if their IoU is at least 0.5. Of the proposals of an object, the one with the lowest cost is
+trained on its class, all others on "background"; the boxes of all of them are trained.
 
 Where the paper is silent, the released code decides: nine anchors per cell from stride 8 on, separate towers for
 objectness and boxes in the region proposal network, 700 proposals, layers that normalize their inputs ("pre-norm"),
@@ -216,7 +216,9 @@ class TspHeads(RoIHeads):
         scale = padded.new_tensor([(w, h, w, h) for h, w in sizes])
         regions = padded.new_zeros(*padded.shape[:2], levels[0].shape[1], 7, 7)
         regions[inside] = read_regions(levels, boxes).to(regions.dtype)
-        logits, steps = self.predict(regions, padded / scale[:, None], ~inside)
+        hidden = ~inside
+        hidden[:, :1] = False  # attention needs at least one key, also in an image without proposals
+        logits, steps = self.predict(regions, padded / scale[:, None], hidden)
         return logits[inside], steps[inside]
 
     def _select(
@@ -291,7 +293,7 @@ def lowest(cost: Float[Tensor, "M"], group: Int[Tensor, "M"], groups: int) -> In
 
 
 def class_loss(logits: Float[Tensor, "P L"], labels: Int[Tensor, "P"]) -> Float[Tensor, ""]:
-    """Cross-entropy in which background has weight 0.1, and less the surer it is: 2 (1 - p)^2 times that."""
+    """Cross-entropy; background has weight 0.1, times 2 (1 - p)^2 for its probability p, as in the focal loss."""
     weight = torch.where(labels > 0, 1.0, 0.1)
     right = logits.detach().softmax(-1).gather(1, labels[:, None])[:, 0]
     focus = torch.where(labels > 0, 1.0, 2 * (1 - right) ** 2)

@@ -82,9 +82,9 @@ _CONDITIONAL = "The settings of Conditional DETR's released code. The paper does
 _UP_DETR = (
     "The settings of UP-DETR's released code for fine-tuning: 8 GPUs with 2 images each, 300 epochs, drop at 200, half "
     "the learning rate for the backbone. The paper's AP starts from a transformer that was pre-trained on ImageNet "
-    "without labels, which is not part of this package: give the authors' pre-trained file as --checkpoint. Their "
-    "README reports 43.1, and 42.1 for DETR without pre-training, both on a backbone that was trained without labels "
-    "too (SwAV)."
+    "without labels: give as --checkpoint the authors' pre-trained file, or that of a run of up_detr_pretraining_r50. "
+    "Their README reports 43.1, and 42.1 for DETR without pre-training, both on a backbone that was trained without "
+    "labels too (SwAV)."
 )
 _SPARSE = (
     "The settings of Sparse R-CNN's released code: 16 images per step (8 GPUs with 2 each), 270,000 steps, drops after "
