@@ -56,8 +56,8 @@ def options(config: ModelConfig) -> dict[str, Any]:
     return {
         "backbone": d.backbone, "dilation": d.dilated, "enc_layers": d.encoder_layers, "dec_layers": d.decoder_layers,
         "dim_feedforward": d.ffn_dim, "hidden_dim": d.dim, "dropout": d.dropout, "nheads": d.heads,
-        "num_queries": d.queries, "pre_norm": getattr(d, "pre_norm", False),
-    }  # fmt: skip
+        "num_queries": d.queries,
+    } | ({"pre_norm": True} if isinstance(d, DetrConfig) and d.pre_norm else {})  # fmt: skip
 
 
 def holds(config: ModelConfig) -> bool:
