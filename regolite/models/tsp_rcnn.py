@@ -90,7 +90,9 @@ class ProposalNetwork(RegionProposalNetwork):
             nms_thresh=0.7,
         )
 
-    def forward(self, images: Any, features: dict[str, Tensor], targets: Any = None) -> tuple[list[Tensor], dict]:
+    def forward(
+        self, images: Any, features: dict[str, Tensor], targets: Any = None
+    ) -> tuple[list[Float[Tensor, "_N 4"]], dict[str, Float[Tensor, ""]]]:
         """The proposals, and in training the loss, in which boxes have weight 2."""
         boxes, losses = super().forward(images, OrderedDict(list(features.items())[1:]), targets)
         return boxes, {name: 2 * loss if "box" in name else loss for name, loss in losses.items()}

@@ -29,7 +29,7 @@ from regolite.models.config import register
 from regolite.models.detector import Detector
 from regolite.models.detr import Detr, DetrConfig
 from regolite.models.transformer import MLP, in_full_precision
-from regolite.types import DetectorOutput, ImageBatch, Prediction, Target
+from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction, Target
 
 SMALLEST = 8.0
 """Smallest side of a patch, and of what it leaves of the image's, in pixels."""
@@ -89,9 +89,9 @@ class PatchDetr(Detector):
         self, images: ImageBatch, targets: Sequence[Target] | None = None
     ) -> DetectorOutput | dict[str, Float[Tensor, ""]]:
         """The detector's output; with targets, of which nothing is read, the loss of the pretext task."""
-        return (
-            self.detector(images) if targets is None else self.loss(images, random_boxes(images, self.config.patches))
-        )
+        if targets is None:
+            return self.detector(images)
+        return self.loss(images, random_boxes(images, self.config.patches))
 
     def loss(self, images: ImageBatch, boxes: Float[Tensor, "B P 4"]) -> dict[str, Float[Tensor, ""]]:
         """The terms of the loss.
@@ -117,10 +117,9 @@ class PatchDetr(Detector):
 
         matches = match(layers, PaddedTargets.of(targets), "softmax", self.set_loss.costs)
         states = torch.stack(hidden)[matches.prediction, matches.image, matches.query]
-        rebuilt = F.normalize(self.feature_head(states).float(), dim=-1)
-        apart = (
-            (rebuilt - F.normalize(vectors.detach().float(), dim=-1)[matches.image, matches.target]).square().sum(-1)
-        )
+        rebuilt = F.normalize(in_full_precision(self.feature_head, states), dim=-1)
+        true = F.normalize(vectors.detach().to(rebuilt.dtype), dim=-1)[matches.image, matches.target]
+        apart = (rebuilt - true).square().sum(-1)
         sums = apart.new_zeros(len(layers)).index_add(0, matches.prediction, apart) / wanted[..., 0].numel()
         terms |= {f"base.{i}/feature": each for i, each in enumerate(sums[:-1], start=1)} | {"base/feature": sums[-1]}
         return {_short(name): term for name, term in terms.items()}
@@ -133,7 +132,9 @@ class PatchDetr(Detector):
         batch = ImageBatch(patches, torch.zeros_like(patches[:, 0], dtype=torch.bool), sizes)
         return self.detector.backbone(batch)[-1].tensor.mean((2, 3)).unflatten(0, boxes.shape[:2])
 
-    def decode(self, images: ImageBatch, vectors: Float[Tensor, "B P F"]) -> tuple[list[Float[Tensor, "B Q C"]], list]:
+    def decode(
+        self, images: ImageBatch, vectors: Float[Tensor, "B P F"]
+    ) -> tuple[list[Float[Tensor, "B Q C"]], list[FeatureMap]]:
         """The hidden states of each decoder layer, for queries with patches, and the backbone's maps."""
         maps = self.detector.backbone(images)
         memory = self.detector.encode(maps)
