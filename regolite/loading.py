@@ -16,6 +16,7 @@ from regolite.errors import UserError
 from regolite.models.config import ModelConfig, class_head_names, config_of
 from regolite.models.detector import Detector, as_detector
 from regolite.models.presets import build
+from regolite.models.up_detr import PatchDetr, PatchDetrConfig, detection_weights
 from regolite.utils.devices import choose_device
 from regolite.utils.validation import of_kind
 
@@ -51,7 +52,7 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
         path: the checkpoint, or a file that :func:`regolite.interop.load` reads.
         new_classes: allow other classes than the checkpoint's, for fine-tuning on custom data. The class heads of the
             base detector and of the stages take the rows of classes with the same name, and keep the model's own rows
-            for the others.
+            for the others. A pre-trained UP-DETR has no classes: of its file the detector inside is taken.
         new_stages: allow a checkpoint of the base detector for a REGO model, to train REGO on top of a trained
             detector. All of REGO keeps its own weights.
 
@@ -64,9 +65,12 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
     classes, stored = _stored(path)
     own = model.state_dict()
     kept: set[str] = set()
+    if new_classes and _is_pretext(path) and not isinstance(model, PatchDetr):
+        stored = detection_weights(stored)
+        kept = set(class_head_names(own))
     if new_stages and as_detector(model).num_stages and not any(key.startswith("detector.") for key in stored):
         stored = {f"detector.{key}": value for key, value in stored.items()}
-        kept = {key for key in own if not key.startswith("detector.")}
+        kept |= {key for key in own if not key.startswith("detector.")}
     _check_names(path, set(own) - kept, set(stored), set(own))
     if new_classes and classes != (ours := config_of(model).classes):
         by_class = getattr(config_of(model).detector, "token_queries", False)
@@ -138,6 +142,11 @@ def _stored(path: str | Path) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     classes = read_config(path).classes
     with safe_open(path, framework="pt") as file:
         return classes, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def _is_pretext(path: str | Path) -> bool:
+    """Whether the file is the checkpoint of a pre-training (:mod:`regolite.models.up_detr`)."""
+    return _is_ours(path) and isinstance(read_config(path).detector, PatchDetrConfig)
 
 
 def _is_ours(path: str | Path) -> bool:

@@ -35,6 +35,10 @@ def detr_star(**changes):
     return detr(reference_points=True, scoring="sigmoid", **changes)
 
 
+def up_detr(**changes):
+    return detr(pre_norm=True, **changes)
+
+
 def conditional_detr(**changes):
     return shake(ConditionalDetr(ConditionalDetrConfig(**(SIZES | changes)), CLASSES)).eval()
 
@@ -70,7 +74,8 @@ def sparse_rcnn(**changes):
 
 # Those with an encoder, and a decoder with cross-attention.
 TRANSFORMERS = {
-    f.__name__: f for f in (detr, detr_star, conditional_detr, anchor_detr, smca, deformable, refined, two_stage)
+    f.__name__: f
+    for f in (detr, detr_star, up_detr, conditional_detr, anchor_detr, smca, deformable, refined, two_stage)
 }
 DETECTORS = TRANSFORMERS | {"sparse_rcnn": sparse_rcnn}
 

@@ -32,6 +32,7 @@ from regolite.types import Target
 
 KINDS = ("fcos", "faster_rcnn", "mask_rcnn")
 TABLE_1 = {"fcos_r50": 32, "faster_rcnn_r50": 42, "faster_rcnn_r101": 61, "mask_rcnn_x101": 102}
+TABLE_1 |= {"cascade_mask_rcnn_x101": 135, "tsp_rcnn_r50": 57}  # the last is not in the paper
 COCO_TINY = "data/coco_tiny"
 
 

@@ -3,13 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, batch, detr, detr_star, random_images, small_resnet, with_stub
+from small_models import CLASSES, batch, detr, detr_star, random_images, small_resnet, up_detr, with_stub
 from torch import nn
 
 from regolite.data import batch_images
 from regolite.models.attention import MultiHeadAttention
 from regolite.models.positions import sine_positions
-from regolite.models.transformer import Decoder, DecoderLayer, EncoderLayer, box_head, class_head
+from regolite.models.transformer import (
+    Decoder,
+    DecoderLayer,
+    EncoderLayer,
+    NormedEncoder,
+    PreNormDecoderLayer,
+    PreNormEncoderLayer,
+    box_head,
+    class_head,
+)
 from regolite.types import Memory
 
 DIM, HEADS, FFN = 16, 4, 24
@@ -59,8 +68,32 @@ def test_encoder_layer_is_torchs():
     gradients_agree(out, expected, x, y)
 
 
-def torch_decoder_layer(ours):
-    theirs = nn.TransformerDecoderLayer(DIM, HEADS, FFN, 0.0, batch_first=True, norm_first=False)
+def test_pre_norm_layers_are_torchs():
+    """And so is the encoder's norm, which torch leaves to its nn.TransformerEncoder."""
+    layers = [shaken(PreNormEncoderLayer(DIM, MultiHeadAttention(DIM, HEADS), FFN, 0.0)) for _ in range(2)]
+    ours, mask = shaken(NormedEncoder(layers, DIM)), torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 4:] = True
+    single = nn.TransformerEncoderLayer(DIM, HEADS, FFN, 0.0, batch_first=True, norm_first=True)
+    theirs = nn.TransformerEncoder(single, 2, nn.LayerNorm(DIM), enable_nested_tensor=False)
+    theirs.norm.load_state_dict(ours.norm.state_dict())
+    for one, other in zip(ours.layers, theirs.layers):
+        copy_attention(other.self_attn, one.attention)
+        copy_ffn(other, one)
+        other.norm1.load_state_dict(one.attention_norm.state_dict())
+        other.norm2.load_state_dict(one.ffn_norm.state_dict())
+    x = torch.randn(2, 6, DIM)
+    memory = ours(Memory(x, torch.zeros_like(x), mask, [(2, 3)]))
+    torch.testing.assert_close(memory.tokens, theirs(x, src_key_padding_mask=mask), **CLOSE)
+
+    layer = shaken(PreNormDecoderLayer(DIM, HEADS, MultiHeadAttention(DIM, HEADS), FFN, 0.0))
+    other = torch_decoder_layer(layer, norm_first=True)
+    queries = torch.randn(2, 3, DIM)
+    expected = other(queries, memory.tokens, memory_key_padding_mask=mask)
+    torch.testing.assert_close(layer(queries, 0.0, memory), expected, **CLOSE)
+
+
+def torch_decoder_layer(ours, norm_first=False):
+    theirs = nn.TransformerDecoderLayer(DIM, HEADS, FFN, 0.0, batch_first=True, norm_first=norm_first)
     copy_attention(theirs.self_attn, ours.self_attention)
     copy_attention(theirs.multihead_attn, ours.cross_attention)
     copy_ffn(theirs, ours)
@@ -142,21 +175,35 @@ def attend(module, query, key, value, mask=None):
 
 
 def second_detr(model, images):
-    """DETR once more, from the figure of its appendix A.3: the hidden states, logits and boxes of all layers."""
+    """DETR once more, from the figure of its appendix A.3: the hidden states, logits and boxes of all layers.
+
+    Pre-norm layers normalize what a branch is given, and not the sum.
+    """
+    pre = hasattr(model.encoder, "norm")
+
+    def given(norm, state):
+        return norm(state) if pre else state
+
+    def joined(norm, state, seen):
+        return state + seen if pre else norm(state + seen)
+
     last = model.backbone(images)[-1]
     x = F.conv2d(last.tensor, model.input_projection.weight, model.input_projection.bias).flatten(2).mT
     where = sine_positions(last.mask, model.dim).flatten(2).mT
     mask = last.mask.flatten(1)
     for layer in model.encoder.layers:
-        x = layer.attention_norm(x + attend(layer.attention, x + where, x + where, x, mask))
-        x = layer.ffn_norm(x + layer.ffn[3](F.relu(layer.ffn[0](x))))
+        y = given(layer.attention_norm, x)
+        x = joined(layer.attention_norm, x, attend(layer.attention, y + where, y + where, y, mask))
+        x = joined(layer.ffn_norm, x, layer.ffn[3](F.relu(layer.ffn[0](given(layer.ffn_norm, x)))))
+    x = model.encoder.norm(x) if pre else x
     queries = model.query_positions.weight[None].repeat(len(images), 1, 1)
     state, found = torch.zeros_like(queries), []
     for layer in model.decoder.layers:
-        asked = state + queries
-        state = layer.self_norm(state + attend(layer.self_attention, asked, asked, state))
-        state = layer.cross_norm(state + attend(layer.cross_attention, state + queries, x + where, x, mask))
-        state = layer.ffn_norm(state + layer.ffn[3](F.relu(layer.ffn[0](state))))
+        y = given(layer.self_norm, state)
+        state = joined(layer.self_norm, state, attend(layer.self_attention, y + queries, y + queries, y))
+        asked = given(layer.cross_norm, state) + queries
+        state = joined(layer.cross_norm, state, attend(layer.cross_attention, asked, x + where, x, mask))
+        state = joined(layer.ffn_norm, state, layer.ffn[3](F.relu(layer.ffn[0](given(layer.ffn_norm, state)))))
         hidden = model.decoder.norm(state)
         box = model.box_head[4](F.relu(model.box_head[2](F.relu(model.box_head[0](hidden)))))
         if model.reference_points is not None:
@@ -165,7 +212,7 @@ def second_detr(model, images):
     return found
 
 
-@pytest.mark.parametrize("make", [detr, detr_star])
+@pytest.mark.parametrize("make", [detr, detr_star, up_detr])
 def test_the_whole_is_a_second_implementation(make):
     model, images = make(), batch((64, 96), (96, 64))
     with torch.no_grad():

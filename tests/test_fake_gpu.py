@@ -30,8 +30,8 @@ from regolite.utils.devices import constant
 
 OBJECTS = (3, 5)
 FAMILIES = (
-    "detr", "detr_star", "conditional_detr", "anchor_detr", "smca", "deformable_detr", "deformable_detr_refined",
-    "deformable_detr_two_stage", "sparse_rcnn", "efficient_detr",
+    "detr", "detr_star", "up_detr", "conditional_detr", "anchor_detr", "smca", "deformable_detr",
+    "deformable_detr_refined", "deformable_detr_two_stage", "sparse_rcnn", "efficient_detr",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from regolite.models.presets import build, configure, presets
 from regolite.models.rego import Rego
 from regolite.models.smca import Smca
 from regolite.models.sparse_rcnn import SparseRcnn
+from regolite.models.up_detr import PatchDetrConfig
 
 # Counted in the authors' own code, with COCO's 91 columns.
 PUBLISHED = {
@@ -50,6 +51,7 @@ TABLE_1 = {  # millions, as the paper prints them
 FAMILIES = {
     "detr_star": (Detr, 300, 2048, 6),
     "detr": (Detr, 100, 2048, 6),
+    "up_detr": (Detr, 100, 2048, 6),
     "deformable_detr": (DeformableDetr, 300, 1024, 6),
     "conditional_detr": (ConditionalDetr, 300, 2048, 6),
     "anchor_detr": (AnchorDetr, 900, 1024, 6),
@@ -58,7 +60,7 @@ FAMILIES = {
     "sparse_rcnn": (SparseRcnn, 300, 2048, 0),
     "efficient_detr": (DeformableDetr, 100, 2048, 3),
 }
-TRANSFORMERS = [name for name in presets() if not isinstance(configure(name).detector, BaselineConfig)]
+TRANSFORMERS = [n for n in presets() if not isinstance(configure(n).detector, BaselineConfig | PatchDetrConfig)]
 
 
 def family(name):

@@ -101,8 +101,9 @@ def load(
     own, pairs = model.state_dict(), chosen.pairs(config_of(model))
     fresh = set(class_head_names(own)) if wanted != classes else set()
     heads = {name for pair in pairs for ours, theirs in pair.names(own) if ours[0] in fresh for name in theirs}
+    unused = getattr(chosen, "UNUSED", ())
     found = from_theirs(
-        {name: tensor for name, tensor in weights.tensors.items() if name not in heads},
+        {name: tensor for name, tensor in weights.tensors.items() if name not in heads and not name.startswith(unused)},
         pairs,
         {name: tensor for name, tensor in own.items() if name not in fresh},
         weights.source,

@@ -1,7 +1,9 @@
-"""Published DETR weights (facebookresearch/detr): how they are recognized and named.
+"""Published DETR weights (facebookresearch/detr), and UP-DETR's (dddzg/up-detr): how they are recognized and named.
 
 DC5 (dilation has no weights) and the number of heads cannot be inferred from a state dict. They are read from the
-options saved with it; the defaults are the authors': no dilation and 8 heads.
+options saved with it; the defaults are the authors': no dilation and 8 heads. A LayerNorm after the encoder tells the
+pre-norm layers with which UP-DETR was trained. Of its pre-trained weights, which are DETR's with a class head for
+"patch" and "no patch", those of the pretext task alone are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from regolite.models.deformable_detr import DeformableDetrConfig
 from regolite.models.detr import DetrConfig
 from regolite.utils.weight_files import Weights
 
+UNUSED = ("patch2query.", "feature_align.")  # what UP-DETR needs in pre-training alone
 TITLE = "DETR (facebookresearch/detr: a ResNet, softmax scores, no reference points)"
 
 
@@ -27,8 +30,10 @@ def recognize(weights: Weights) -> bool:
 def describe(weights: Weights) -> tuple[str, int, dict[str, Any]]:
     """The family of its preset, its number of classes, and the fields of its configuration."""
     queries, dim = tensor(weights, "query_embed.weight").shape
-    fields = common(weights) | {"queries": queries, "dim": dim}
-    return "detr", len(tensor(weights, "class_embed.bias")) - 1, fields
+    pre_norm = "transformer.encoder.norm.weight" in weights.tensors
+    fields = common(weights) | {"queries": queries, "dim": dim, "pre_norm": pre_norm}
+    family = "up_detr" if pre_norm and fields["backbone"] == "resnet50" else "detr"
+    return family, len(tensor(weights, "class_embed.bias")) - 1, fields
 
 
 def common(weights: Weights) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def options(config: ModelConfig) -> dict[str, Any]:
         "backbone": d.backbone, "dilation": d.dilated, "enc_layers": d.encoder_layers, "dec_layers": d.decoder_layers,
         "dim_feedforward": d.ffn_dim, "hidden_dim": d.dim, "dropout": d.dropout, "nheads": d.heads,
         "num_queries": d.queries,
-    }  # fmt: skip
+    } | ({"pre_norm": True} if isinstance(d, DetrConfig) and d.pre_norm else {})  # fmt: skip
 
 
 def holds(config: ModelConfig) -> bool:
@@ -70,6 +75,7 @@ def pairs(config: ModelConfig) -> list[Pair]:
     return [
         Pair("backbone.body.", "backbone.0.body."),
         Pair("input_projection.", "input_proj."),
+        Pair("encoder.norm.", "transformer.encoder.norm."),  # pre-norm alone
         *encoder(d.encoder_layers, "encoder.", "transformer.encoder."),
         *decoder(d.decoder_layers, "decoder.", "transformer.decoder."),
         Pair("query_positions.", "query_embed."),

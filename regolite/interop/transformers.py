@@ -418,7 +418,7 @@ NORMED_TWICE = "with it transformers' decoder normalizes between its layers; set
 FAMILIES = {
     "DetrForObjectDetection": Family(
         DetrConfig, FIELDS, detr_pairs,
-        ours={"reference_points": False, "scoring": "softmax"},
+        ours={"reference_points": False, "scoring": "softmax", "pre_norm": False},
         theirs=FIXED | {"auxiliary_loss": (False, NORMED_TWICE)},
     ),
     "ConditionalDetrForObjectDetection": Family(

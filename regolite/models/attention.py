@@ -53,7 +53,7 @@ class MultiHeadAttention(nn.Module):
         query: Float[Tensor, "B Q C"],
         key: Float[Tensor, "B S C"],
         value: Float[Tensor, "B S C"],
-        mask: Bool[Tensor, "B S"] | None = None,
+        mask: Bool[Tensor, "B S"] | Bool[Tensor, "B Q S"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
         """Attend.
 
@@ -61,10 +61,10 @@ class MultiHeadAttention(nn.Module):
             query: queries, positions added.
             key: keys, positions added.
             value: values.
-            mask: True on keys that are hidden (padding).
+            mask: True on keys that are hidden (padding), from all queries or from each one.
         """
         q, k, v = self._split(self.query(query)), self._split(self.key(key)), self._split(self.value(value))
-        allowed = None if mask is None else ~mask[:, None, None]
+        allowed = None if mask is None else ~mask.unflatten(0, (-1, 1) if mask.dim() == 3 else (-1, 1, 1))
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, dropout_p=self.dropout if self.training else 0.0
         )

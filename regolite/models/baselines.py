@@ -1,4 +1,4 @@
-"""The baselines of Table 1: FCOS, Faster R-CNN and Mask R-CNN with torchvision's networks.
+"""The baselines of Table 1: FCOS, Faster, Mask, Cascade and TSP-RCNN with torchvision's networks.
 
 They predict at every cell of a feature pyramid (FCOS) or around fixed anchor boxes (the R-CNNs), detect each object
 several times, and select the highest-scoring of overlapping boxes: non-maximum suppression (NMS), which DETR does not
@@ -34,8 +34,10 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 from regolite.boxes import to_pixels
 from regolite.errors import UserError
 from regolite.models.backbone import Backbone, download
+from regolite.models.cascade import CascadeHeads
 from regolite.models.config import DetectorConfig, register
 from regolite.models.detector import Detector, ParameterGroup
+from regolite.models.tsp_rcnn import PROPOSALS, ProposalNetwork, TspHeads
 from regolite.types import Detections, ImageBatch, Target
 from regolite.utils.weight_files import read
 
@@ -59,8 +61,9 @@ class BaselineConfig(DetectorConfig):
     """Configuration of a baseline.
 
     Attributes:
-        kind: ``"fcos"`` (Tian et al. 2019), ``"faster_rcnn"`` with a feature pyramid (Lin et al. 2017), or
-            ``"mask_rcnn"`` (He et al. 2017), without its masks: their branch is neither run nor trained.
+        kind: ``"fcos"`` (Tian et al. 2019), ``"faster_rcnn"`` with a feature pyramid (Lin et al. 2017),
+            ``"mask_rcnn"`` (He et al. 2017), ``"cascade_mask_rcnn"`` (:mod:`regolite.models.cascade`), or
+            ``"tsp_rcnn"`` (:mod:`regolite.models.tsp_rcnn`). Mask branches are neither run nor trained.
         backbone: name of a ResNet or ResNeXt of torchvision; or ``"mobilenet_v2"`` or ``"tiny"``, the small ones of
             :class:`~regolite.models.backbone.Backbone`.
         weights: ``"coco"`` for the detector published by torchvision (downloaded once, then cached); ``"imagenet"`` for
@@ -75,7 +78,7 @@ class BaselineConfig(DetectorConfig):
     default_category_ids: ClassVar = COCO_IDS
     channel_multiple: ClassVar = 32
 
-    kind: Literal["fcos", "faster_rcnn", "mask_rcnn"] = "faster_rcnn"
+    kind: Literal["fcos", "faster_rcnn", "mask_rcnn", "cascade_mask_rcnn", "tsp_rcnn"] = "faster_rcnn"
     backbone: str = "resnet50"
     weights: str | None = "imagenet"
     frozen_stages: int = 2
@@ -100,7 +103,8 @@ class Baseline(Detector):
     Attributes:
         net: torchvision's network. Its parts are ``backbone`` (with the feature pyramid), then ``head`` (FCOS) or
             ``rpn.head``, ``roi_heads.box_head``, ``roi_heads.box_predictor`` and, in Mask R-CNN,
-            ``roi_heads.mask_head`` and ``roi_heads.mask_predictor``.
+            ``roi_heads.mask_head`` and ``roi_heads.mask_predictor``. In Cascade Mask R-CNN each of
+            ``roi_heads.stages`` has these four.
 
     Raises:
         UserError: the backbone is unknown, or the weights are not available or do not fit.
@@ -114,13 +118,19 @@ class Baseline(Detector):
         if config.kind == "fcos":  # strides 8 to 128; the two coarsest by extra convolutions
             pyramid = _pyramid(config, (3, 4, 5), LastLevelP6P7(config.dim, config.dim))
             self.net = FCOS(pyramid, num_classes + 1)
-        else:  # strides 4 to 32, and 64 by pooling
-            pyramid = _pyramid(config, (2, 3, 4, 5), LastLevelMaxPool())
-            self.net = (FasterRCNN if config.kind == "faster_rcnn" else MaskRCNN)(pyramid, num_classes + 1)
+        else:  # strides 4 to 32, and 64 by pooling; TSP-RCNN: 64 and 128 by extra convolutions
+            extra = LastLevelP6P7(config.dim, config.dim) if config.kind == "tsp_rcnn" else LastLevelMaxPool()
+            pyramid = _pyramid(config, (2, 3, 4, 5), extra)
+            self.net = (MaskRCNN if config.kind == "mask_rcnn" else FasterRCNN)(pyramid, num_classes + 1)
         if config.kind == "mask_rcnn":
             self.net.roi_heads.mask_roi_pool = None  # so that the mask head does not run
             for part in (self.net.roi_heads.mask_head, self.net.roi_heads.mask_predictor):
                 part.requires_grad_(False)  # targets have no masks
+        if config.kind == "cascade_mask_rcnn":
+            self.net.roi_heads = CascadeHeads(config.dim, num_classes + 1)
+        if config.kind == "tsp_rcnn":
+            self.net.rpn = ProposalNetwork(config.dim)
+            self.net.roi_heads = TspHeads(config.dim, num_classes + 1)
         self.net.transform = _Prepared(800, 1333, [0.0], [1.0])  # unused sizes, means and deviations
         if config.weights is not None and not config.is_small:
             self._load(config.weights)
@@ -140,7 +150,8 @@ class Baseline(Detector):
 
         Returns:
             Of FCOS ``classification``, ``bbox_regression`` and ``bbox_ctrness``, of the R-CNNs ``loss_objectness``,
-            ``loss_rpn_box_reg``, ``loss_classifier`` and ``loss_box_reg``.
+            ``loss_rpn_box_reg``, ``loss_classifier`` and ``loss_box_reg``, the last two for each head of a cascade
+            (``loss_classifier_1``, ...).
 
         Raises:
             UserError: the model is not in training mode.
@@ -174,21 +185,29 @@ class Baseline(Detector):
     def dense(self, images: ImageBatch) -> dict[str, Any]:
         """Run all parts with a fixed number of boxes, to count operations, also on the meta device.
 
-        The number of boxes after NMS depends on the data. Here the box head gets 1000 proposals per image and the mask
-        head 100 detections, torchvision's maxima, as zeros; RoIAlign is not run.
+        The number of boxes after NMS depends on the data. Here the box head gets 1000 proposals per image (TSP-RCNN:
+        700) and the mask head 100 detections, the maxima, as zeros; RoIAlign is not run.
 
         Returns:
-            The raw outputs of the parts by name: ``"head"``, or ``"rpn"``, ``"box"`` and, of Mask R-CNN, ``"mask"``.
+            The raw outputs of the parts by name: ``"head"``, or ``"rpn"``, ``"box"`` and, of Mask R-CNN, ``"mask"``;
+            of a cascade those of its last head.
         """
         maps = list(self.net.backbone(images.pixels).values())
         if self.config.kind == "fcos":
             return {"head": self.net.head(maps)}
-        roi_heads = self.net.roi_heads
+        if self.config.kind == "tsp_rcnn":
+            boxes = maps[0].new_zeros(len(images), PROPOSALS, 4)
+            regions = maps[0].new_zeros(len(images), PROPOSALS, maps[0].shape[1], 7, 7)
+            box = self.net.roi_heads.predict(regions, boxes, boxes[..., 0] > 0)
+            return {"rpn": self.net.rpn.head(maps[1:]), "box": box}
+        outputs = {"rpn": self.net.rpn.head(maps)}
         proposals = maps[0].new_zeros(1000 * len(images), maps[0].shape[1], 7, 7)
-        outputs = {"rpn": self.net.rpn.head(maps), "box": roi_heads.box_predictor(roi_heads.box_head(proposals))}
-        if self.config.kind == "mask_rcnn":
-            detections = maps[0].new_zeros(100 * len(images), maps[0].shape[1], 14, 14)
-            outputs["mask"] = roi_heads.mask_predictor(roi_heads.mask_head(detections))
+        detections = maps[0].new_zeros(100 * len(images), maps[0].shape[1], 14, 14)
+        cascade = self.config.kind == "cascade_mask_rcnn"
+        for heads in self.net.roi_heads.stages if cascade else [self.net.roi_heads]:
+            outputs["box"] = heads.box_predictor(heads.box_head(proposals))
+            if self.config.kind != "faster_rcnn":
+                outputs["mask"] = heads.mask_predictor(heads.mask_head(detections))
         return outputs
 
     def parameter_group(self, name: str) -> ParameterGroup:

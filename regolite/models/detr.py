@@ -1,7 +1,10 @@
-"""DETR (Carion et al., 2020) and DETR*, which adds 300 queries, reference points and the focal loss.
+"""DETR (Carion et al., 2020), DETR*, which adds 300 queries, reference points and the focal loss, and UP-DETR.
 
 One feature map, an encoder with self-attention among its cells, a decoder in which object queries attend to the cells,
 and heads that predict a class and a box for each query (equation 3).
+
+A fine-tuned UP-DETR (Dai et al., CVPR 2021) is DETR with the pre-norm layers of DETR's code (``pre_norm``);
+:mod:`regolite.models.up_detr` pre-trains it.
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ from regolite.models.transformer import (
     DecoderLayer,
     Encoder,
     EncoderLayer,
+    NormedEncoder,
+    PreNormDecoderLayer,
+    PreNormEncoderLayer,
     box_head,
     class_head,
     flatten,
     in_full_precision,
 )
-from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Prediction
+from regolite.types import DetectorOutput, FeatureMap, ImageBatch, Memory, Prediction
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class DetrConfig(DetectorConfig):
             published models do not hide it.
         reference_points: DETR*: each query predicts its box around a learned reference point.
         scoring: ``"softmax"`` over the classes and "no object" (DETR), or a ``"sigmoid"`` for each class (DETR*).
+        pre_norm: normalize the inputs of the branches of a layer and the encoder's output, and not the sums (UP-DETR).
     """
 
     backbone: str = "resnet50"
@@ -68,6 +75,7 @@ class DetrConfig(DetectorConfig):
     mask_padding: bool = True
     reference_points: bool = False
     scoring: Literal["softmax", "sigmoid"] = "softmax"
+    pre_norm: bool = False
 
 
 @register("detr", DetrConfig)
@@ -93,15 +101,16 @@ class Detr(Detector):
         )
         self.feature_channels = self.backbone.channels
         self.input_projection = nn.Conv2d(self.backbone.channels[-1], c.dim, 1)
-        self.encoder = Encoder(
-            [
-                EncoderLayer(c.dim, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
-                for _ in range(c.encoder_layers)
-            ]
-        )
+        encoder_layer = PreNormEncoderLayer if c.pre_norm else EncoderLayer
+        decoder_layer = PreNormDecoderLayer if c.pre_norm else DecoderLayer
+        encoder_layers = [
+            encoder_layer(c.dim, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
+            for _ in range(c.encoder_layers)
+        ]
+        self.encoder = NormedEncoder(encoder_layers, c.dim) if c.pre_norm else Encoder(encoder_layers)
         self.decoder = Decoder(
             [
-                DecoderLayer(c.dim, c.heads, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
+                decoder_layer(c.dim, c.heads, MultiHeadAttention(c.dim, c.heads, c.dropout), c.ffn_dim, c.dropout)
                 for _ in range(c.decoder_layers)
             ],
             norm=nn.LayerNorm(c.dim),
@@ -114,9 +123,7 @@ class Detr(Detector):
     def forward(self, images: ImageBatch) -> DetectorOutput:
         """Detect: H_dec = A(E_box, H_enc), then equation (3) on the hidden states of every layer."""
         maps = self.backbone(images)
-        last = maps[-1]
-        projected = FeatureMap(self.input_projection(last.tensor), last.mask, last.stride)
-        memory = self.encoder(flatten([projected], [sine_positions(last.mask, self.dim)]))
+        last, memory = maps[-1], self.encode(maps)
 
         positions = self.query_positions.weight.expand(images.pixels.shape[0], -1, -1)
         hidden = self.decoder(positions.new_zeros(positions.shape), positions, memory)
@@ -125,6 +132,12 @@ class Detr(Detector):
         if self.dilated:  # REGO reads the last map of a DC5 model at the normal stride (appendix A.1)
             maps[-1] = FeatureMap(last.tensor[:, :, ::2, ::2], last.mask[:, ::2, ::2], 2 * last.stride)
         return DetectorOutput([layer for layer, _ in predicted], hidden[-1], maps, references=predicted[-1][1])
+
+    def encode(self, maps: list[FeatureMap]) -> Memory:
+        """H_enc, from the backbone's last map."""
+        last = maps[-1]
+        projected = FeatureMap(self.input_projection(last.tensor), last.mask, last.stride)
+        return self.encoder(flatten([projected], [sine_positions(last.mask, self.dim)]))
 
     def _predict(
         self, hidden: Float[Tensor, "B Q C"], positions: Float[Tensor, "B Q C"]

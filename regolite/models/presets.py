@@ -21,10 +21,12 @@ from regolite.models.detr import DetrConfig
 from regolite.models.rego import Rego, RegoConfig
 from regolite.models.smca import SmcaConfig
 from regolite.models.sparse_rcnn import SparseRcnnConfig
+from regolite.models.up_detr import PatchDetrConfig
 from regolite.utils.validation import checked, of_kind, whole
 
 _DETR = DetrConfig()
 _DETR_STAR = replace(_DETR, queries=300, reference_points=True, scoring="sigmoid")
+_UP_DETR = replace(_DETR, pre_norm=True)
 _DEFORMABLE = DeformableDetrConfig()
 _REFINED = replace(_DEFORMABLE, refine=True)
 _TWO_STAGE = replace(_REFINED, two_stage=True)
@@ -78,6 +80,8 @@ def _presets() -> dict[str, ModelConfig]:
         table |= _family(f"deformable_detr_{tag}", replace(_DEFORMABLE, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_refined_{tag}", replace(_REFINED, backbone=backbone), focal, rego)
         table |= _family(f"deformable_detr_two_stage_{tag}", replace(_TWO_STAGE, backbone=backbone), focal, rego)
+    table |= _family("up_detr_r50", _UP_DETR, _SOFTMAX_LOSS, rego)
+    table["up_detr_pretraining_r50"] = ModelConfig("up_detr_pretraining_r50", PatchDetrConfig(), None, _SOFTMAX_LOSS)
     table |= _family("sparse_rcnn_r50", _SPARSE, _CORNERS_LOSS, rego)
     table |= _family("efficient_detr_r50", _EFFICIENT, focal, rego)
     for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
@@ -85,6 +89,10 @@ def _presets() -> dict[str, ModelConfig]:
         deformable = {**sizes, "levels": 3}
         table |= _family(f"detr_{tag}", replace(_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
         table |= _family(f"detr_star_{tag}", replace(_DETR_STAR, **sizes), focal, _TINY_REGO, **recipe)
+        table |= _family(f"up_detr_{tag}", replace(_UP_DETR, **sizes), _SOFTMAX_LOSS, _TINY_REGO, **recipe)
+        pretext = PatchDetrConfig(**sizes | {"frozen_stages": 5, "patch_size": image_size // 4})
+        name = f"up_detr_pretraining_{tag}"
+        table[name] = ModelConfig(name, pretext, None, _SOFTMAX_LOSS, **recipe)
         table |= _family(f"conditional_detr_{tag}", replace(_CONDITIONAL, **sizes), focal, _TINY_REGO, **recipe)
         anchored = {**sizes, "queries": 3 * (sizes["queries"] // 3)}  # points times 3 patterns
         table |= _family(f"anchor_detr_{tag}", replace(_ANCHOR, **anchored), focal, _TINY_REGO, **recipe)
@@ -111,10 +119,12 @@ def _presets() -> dict[str, ModelConfig]:
         ("faster_rcnn_r50", "faster_rcnn", "resnet50", "coco", 0.0),
         ("faster_rcnn_r101", "faster_rcnn", "resnet101", "imagenet", 1e-5),
         ("mask_rcnn_x101", "mask_rcnn", "resnext101_64x4d", "imagenet", 1e-5),
+        ("cascade_mask_rcnn_x101", "cascade_mask_rcnn", "resnext101_64x4d", "imagenet", 1e-5),
+        ("tsp_rcnn_r50", "tsp_rcnn", "resnet50", "imagenet", 1e-5),
     )
     for name, kind, backbone, weights, norm_eps in baselines:
         table[name] = ModelConfig(name, BaselineConfig(kind, backbone, weights, norm_eps=norm_eps))
-    for kind in ("fcos", "faster_rcnn"):
+    for kind in ("fcos", "faster_rcnn", "cascade_mask_rcnn", "tsp_rcnn"):
         small: dict[str, Any] = {"kind": kind, "backbone": "mobilenet_v2", "weights": "bundled", "dim": 128}
         table[f"{kind}_tiny"] = ModelConfig(f"{kind}_tiny", BaselineConfig(**small), augment="laptop", image_size=256)
     return table

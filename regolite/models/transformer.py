@@ -2,7 +2,8 @@
 
 The attention to the image is an argument of a layer: with :class:`~regolite.models.attention.MultiHeadAttention` it is
 a layer of DETR, with :class:`~regolite.models.deformable_attention.DeformableAttention` one of Deformable DETR. Every
-branch is followed by dropout, a residual sum and a LayerNorm ("post-norm").
+branch is followed by dropout, a residual sum and a LayerNorm ("post-norm"). The layers of UP-DETR and TSP-RCNN have the
+LayerNorm before each branch ("pre-norm", Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020).
 """
 
 from __future__ import annotations
@@ -72,6 +73,19 @@ class EncoderLayer(nn.Module):
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
+class PreNormEncoderLayer(EncoderLayer):
+    """An encoder layer that normalizes the input of each branch, and not the sums."""
+
+    def forward(
+        self, memory: Memory, reference_points: Float[Tensor, "B S L 2"] | None = None
+    ) -> Float[Tensor, "B S C"]:
+        """The updated tokens of ``memory``."""
+        normed = replace(memory, tokens=self.attention_norm(memory.tokens))
+        seen = self.attention.look(normed.tokens + memory.positions, normed, reference_points)
+        x = memory.tokens + self.dropout(seen)
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
 class Encoder(nn.Module):
     """Encoder layers one after another."""
 
@@ -84,6 +98,19 @@ class Encoder(nn.Module):
         for layer in self.layers:
             memory = replace(memory, tokens=layer(memory, reference_points))
         return memory
+
+
+class NormedEncoder(Encoder):
+    """Pre-norm encoder layers one after another, and a LayerNorm of what the last one returns."""
+
+    def __init__(self, layers: Sequence[nn.Module], dim: int) -> None:
+        super().__init__(layers)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, memory: Memory, reference_points: Float[Tensor, "B S L 2"] | None = None) -> Memory:
+        """The memory with updated tokens."""
+        memory = super().forward(memory, reference_points)
+        return replace(memory, tokens=self.norm(memory.tokens))
 
 
 class DecoderLayer(nn.Module):
@@ -120,7 +147,7 @@ class DecoderLayer(nn.Module):
         positions: Float[Tensor, "B Q C"] | float,
         memory: Memory,
         reference_points: Float[Tensor, "B Q L d"] | None = None,
-        query_mask: Bool[Tensor, "B Q"] | None = None,
+        query_mask: Bool[Tensor, "B Q"] | Bool[Tensor, "B Q Q"] | None = None,
     ) -> Float[Tensor, "B Q C"]:
         """The updated hidden states of the queries.
 
@@ -129,7 +156,7 @@ class DecoderLayer(nn.Module):
             positions: positions of the queries, added where they are queries or keys; 0 for none.
             memory: what the cross-attention attends to.
             reference_points: reference points of deformable cross-attention, on each level.
-            query_mask: True on queries that are hidden from the others (padding).
+            query_mask: True on queries that are hidden from the others (padding), or from each one.
         """
         x = queries
         among = self.self_attention(x + positions, x + positions, x, query_mask)
@@ -137,6 +164,26 @@ class DecoderLayer(nn.Module):
         seen = self.cross_attention.look(x + positions, memory, reference_points)
         x = self.cross_norm(x + self.branch_scale * self.dropout(seen))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+
+class PreNormDecoderLayer(DecoderLayer):
+    """A decoder layer that normalizes the input of each branch, and not the sums."""
+
+    def forward(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        positions: Float[Tensor, "B Q C"] | float,
+        memory: Memory,
+        reference_points: Float[Tensor, "B Q L d"] | None = None,
+        query_mask: Bool[Tensor, "B Q"] | Bool[Tensor, "B Q Q"] | None = None,
+    ) -> Float[Tensor, "B Q C"]:
+        """The updated hidden states of the queries, as :meth:`DecoderLayer.forward`."""
+        x = self.self_norm(queries)
+        among = self.self_attention(x + positions, x + positions, x, query_mask)
+        queries = queries + self.branch_scale * self.dropout(among)
+        seen = self.cross_attention.look(self.cross_norm(queries) + positions, memory, reference_points)
+        queries = queries + self.branch_scale * self.dropout(seen)
+        return queries + self.dropout(self.ffn(self.ffn_norm(queries)))
 
 
 class Decoder(nn.Module):

@@ -24,6 +24,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "queries": (1, 10_000), "patterns": (0, 100), "points": (1, 64), "levels": (1, 8), "stages": (0, 20),
     "num_classes": (1, 100_000), "image_size": (1, 10_000), "frozen_stages": (0, 5),
     "dynamic_dim": (1, 4096), "class_layers": (0, 100), "box_layers": (0, 100),
+    "patches": (1, 1000), "patch_size": (32, 1000), "mask_ratio": (0, 1),
     "dropout": (0, 1), "norm_eps": (0, 1), "beta": (0, 1000), "alphas": (0, 100),
     "label": (0, 1e6), "l1": (0, 1e6), "giou": (0, 1e6), "no_object": (0, 1e6), "base_label": (0, 1e6),
     "label_cost": (0, 1e6), "l1_cost": (0, 1e6), "giou_cost": (0, 1e6), "focal_alpha": (0, 1), "focal_gamma": (0, 100),

@@ -30,6 +30,7 @@ REGO = {"dim": 256, "form": "released", "rego.ffn_dim": 48, "rego.dropout": 0.05
 MODELS = {
     "detr": ("detr_r50", {}),
     "detr_dc5": ("detr_dc5_r50", {}),
+    "up_detr": ("up_detr_r50", {}),
     "single_scale": ("deformable_detr_r50", SINGLE),
     "single_scale_dc5": ("deformable_detr_r50", SINGLE | {"dilated": True}),
     "multi_scale": ("deformable_detr_r50", {"points": 2}),
@@ -230,6 +231,21 @@ def test_prefixes_and_counters_that_training_leaves_are_no_weights():
 
 
 # Class heads
+
+
+def test_pre_trained_weights_of_up_detr_start_a_training():
+    """Their class head is of patches, and the layers of the pretext task have no place in a detector."""
+    model = small("up_detr", num_classes=2)
+    theirs = interop.state_dict(model) | {
+        "patch2query.weight": torch.zeros(32, 16),
+        "patch2query.bias": torch.zeros(32),
+    }
+    theirs |= {f"feature_align.layers.{i}.{kind}": torch.zeros(2) for i in range(2) for kind in ("weight", "bias")}
+    again = interop.load(theirs, num_classes=4, heads=4)
+    assert again.num_logits == 5 and again.model_config.preset == "up_detr_r50"
+    mine, others = model.state_dict(), again.state_dict()
+    assert mine.keys() == others.keys()
+    assert {key for key in mine if not torch.equal(mine[key], others[key])} == {"class_head.weight", "class_head.bias"}
 
 
 @pytest.mark.parametrize("name, count", [("detr", 1), ("multi_scale", 1), ("rego_two_stage", 6)])
