@@ -294,7 +294,7 @@ ODD = (
 
 
 def text_of(name: str) -> str:
-    """What is drawn: for a lone surrogate, from a file name that is not UTF-8, a question mark; no control characters."""
+    """What is drawn: no control characters, and "?" for a lone surrogate, from a file name that is not UTF-8."""
     return name.replace("\udce9", "?").replace("\0", "\ufffd")
 
 
