@@ -238,8 +238,8 @@ _RCNN = "The box head reads 1000 proposals. RoIAlign, another 0.2 G, is in no co
 _MASK = "ResNeXt-101 64x4d, by the parameters. 53 G are the mask branch, for 100 boxes."
 _CASCADE = (
     "ResNeXt-101 64x4d and three mask branches, by the parameters. Beyond Mask R-CNN the paper has 170 G, we 134: of "
-    "each further head 14 G for boxes and 53 G for masks. What the other 36 G are is not known. The box heads read 1000 "
-    "proposals each, the mask heads 100 boxes. RoIAlign, another 0.6 G for the boxes, is in no column."
+    "each further head 14 G for boxes and 53 G for masks. What the other 36 G are is not known. The box heads read "
+    "1000 proposals each, the mask heads 100 boxes. RoIAlign, another 0.6 G for the boxes, is in no column."
 )
 _TSP = "The encoder reads 700 proposals, as in the released code. RoIAlign is in no column."
 _SPARSE_RCNN = (
