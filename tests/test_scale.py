@@ -330,7 +330,8 @@ def test_recomputing_is_told_the_device(name, monkeypatch):
     model = Rego(DETECTORS[name](), stages=1, ffn_dim=32, encoder_layers=1)
     checkpoint_activations(model)
     model(batch((64, 96)))
-    assert len(seen) == len(model.transformer_layers()) >= 5 and all(seen)
+    assert len(seen) >= len(model.transformer_layers()) >= 5  # SMCA calls a layer once for each level
+    assert all(seen)
 
 
 def test_recomputing_changes_no_bit_of_a_run(config):

@@ -83,7 +83,7 @@ def cut_glimpses(
 
 
 def _taps(
-    corners: Float[Tensor, "B Q 2"], extent: Int[Tensor, "B Q"], aligned: bool
+    corners: Float[Tensor, "B Q 2"], extent: Int[Tensor, "B Q"], aligned: bool = False
 ) -> tuple[Int[Tensor, "B Q 7 4"], Float[Tensor, "B Q 7 4"]]:
     """Along one axis, the four cells of each bin (two neighbors of two points) and their weights.
 
