@@ -332,10 +332,14 @@ class JsonList:
 
 def export(arguments: argparse.Namespace) -> int:
     """Write a detector as a file that runs without this package: ONNX or an exported PyTorch program."""
+    from regolite.checkpoint import EVERYDAY
     from regolite.exporting import export
 
     _prepare(arguments.output, "--output")
+    if arguments.device == "auto":
+        arguments.device = "cpu"  # where the file is checked
     model = _load(arguments)
+    shipped = Path(arguments.checkpoint) == EVERYDAY
     file = export(
         model,
         arguments.output,
@@ -345,8 +349,10 @@ def export(arguments: argparse.Namespace) -> int:
         arguments.with_traces,
         arguments.precision,
         arguments.images or None,
+        arguments.license or ("Apache-2.0" if shipped else None),
     )
-    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; its outputs are those of the model")
+    checked = "its outputs equal the model's" if arguments.precision == "fp32" else "its outputs are finite: measure it"
+    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {checked}")
     return 0
 
 
@@ -803,6 +809,8 @@ def _export_options(parser: Parser) -> None:
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help=about)
     about = "photographs to check the file with (default: random colors)"
     parser.add_argument("--images", nargs="*", metavar="IMAGE", help=about)
+    about = "license of the weights, for the card (default: Apache-2.0 for the shipped ones, none for others)"
+    parser.add_argument("--license", metavar="NAME", help=about)
 
 
 def _explain_options(parser: Parser) -> None:

@@ -1,6 +1,8 @@
 """A run of seconds, for the tests of what may end, hold or spoil one."""
 
-from regolite import RunConfig
+import json
+
+from regolite import RunConfig, train
 
 SMALL = (
     "dim=32", "heads=4", "detector.ffn_dim=32", "detector.encoder_layers=1", "detector.decoder_layers=1", "queries=8",
@@ -23,3 +25,14 @@ SMALL_RUN = RunConfig(
     checkpoint_minutes=60.0,
     device="cpu",
 )  # fmt: skip
+
+
+def ap_of_learned_images(model, folder, data, lr):
+    """AP of a small R-CNN on two images that it has trained on for 160 epochs."""
+    config = RunConfig(
+        data=data, output=str(folder), image_size=96, augment="none", batch_size=2, epochs=160, lr=lr, clip=1.0,
+        schedule="one_cycle", backbone_lr_mult=1.0, evaluate_every=0, evaluate_train=True, log_every=20, device="cpu",
+    )  # fmt: skip
+    last = json.loads((train(config, model=model) / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert last["split"] == "train"
+    return last["AP"]

@@ -1,5 +1,6 @@
 """Export: files of ONNX and of torch.export say what the model says, tell how to use them, and refuse by name."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from small_models import shake, unchecked
 from regolite import UserError, build, exporting
 from regolite.cli import main
 from regolite.exporting import Exportable, export, run_onnx, square
+from regolite.exporting.card import write_card
 from regolite.inference import to_detections
 from regolite.models.detector import Detector
 from regolite.types import Prediction
@@ -57,7 +59,7 @@ def model():
 @pytest.fixture(scope="module")
 def file(folder, model):
     with unchecked():
-        return export(model, folder / "model.onnx")
+        return export(model, folder / "model.onnx", license="CC0-1.0")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def photo(folder):
 def test_exported_programs_say_what_the_model_says(family, tmp_path):
     """With REGO; export compares the numbers itself, on images of two sizes, and refuses a batch size that is fixed.
 
-    Conditional DETR's attention is DETR's, and the everyday detector, whose ONNX file is tested, is a Deformable DETR.
+    The everyday detector, whose ONNX file is tested too, is a Deformable DETR.
     """
     file = export(small(family), tmp_path / "model.pt2", "torch-export")
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
@@ -124,10 +126,17 @@ def test_the_program_needs_no_package_of_ours(file):
 def test_the_file_tells_how_it_is_used(file, model):
     about = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
     assert json.loads(about["classes"]) == list(model.model_config.classes)
-    assert (about["size"], about["scoring"], about["license"]) == ("64", "sigmoid", "Apache-2.0")
+    assert (about["size"], about["scoring"], about["license"]) == ("64", "sigmoid", "CC0-1.0")
     assert json.loads(about["results"]) == ["base", "stage 1"]
     card = file.with_suffix(".md").read_text("utf-8")
-    assert "[B, 3, 64, 64]" in card and "license: apache-2.0" in card and "3 classes" in card
+    assert "[B, 3, 64, 64]" in card and "license: cc0-1.0" in card and "3 classes" in card
+
+
+def test_no_license_is_made_up(file, tmp_path):
+    about = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
+    card = write_card(tmp_path / "other.onnx", {name: value for name, value in about.items() if name != "license"})
+    text = card.read_text("utf-8")
+    assert "license: " not in text.split("---")[1] and "Their license: not stated." in text
 
 
 def test_an_image_fills_the_corner_of_its_square(photo):
@@ -177,6 +186,8 @@ def test_what_cannot_be_exported_is_named(model, tmp_path):
         export(model, tmp_path / "model.pt2", "torch-export", precision="fp16")
     with pytest.raises(UserError, match="stages is 4, and this model has 0 to 1"):
         export(model, target, stages=4)
+    with pytest.raises(UserError, match="takes a model on the CPU"):
+        export(copy.deepcopy(model).to("meta"), target)
     with pytest.raises(UserError, match="returns a varying number of detections"):
         export(NoQueries(model.model_config), target)
     assert not list(tmp_path.iterdir())
@@ -184,7 +195,7 @@ def test_what_cannot_be_exported_is_named(model, tmp_path):
 
 def test_a_file_that_says_something_else_is_refused():
     ours, theirs = torch.zeros(2, 3), torch.tensor([[0.0, 0, 0], [0, 0.5, 0]])
-    with pytest.raises(UserError, match="does not say what the model says: boxes differs by 0.5"):
+    with pytest.raises(UserError, match="has other outputs than the model: boxes differs by 0.5"):
         exporting._compare(["logits", "boxes"], [ours, ours], [ours, theirs], "fp32")
     with pytest.raises(UserError, match="numbers that are not finite"):
         exporting._compare(["logits", "boxes"], [ours, ours], [ours, theirs / 0], "int8")

@@ -36,7 +36,7 @@ function match(parent, keys, make) {
 export function show(page, store) {
   const find = (id) => page.getElementById(id);
   const send = (type, more = {}) => store.send({ type, ...more });
-  const picture = find("picture");
+  const view = find("view");
   const canvas = find("canvas");
   const boxes = find("boxes");
   let data = null;
@@ -59,7 +59,7 @@ export function show(page, store) {
   new ResizeObserver(() => {
     drawAll(store.state);
     drawGlimpses(store.state);
-  }).observe(picture);
+  }).observe(view);
 
   function drawAll(state) {
     draw(canvas, data, state);
@@ -74,7 +74,7 @@ export function show(page, store) {
     const about = [data.model, `${data.width} × ${data.height} px`, data.credit].filter(Boolean);
     find("about").textContent = about.join(" · ");
     canvas.setAttribute("aria-label", `${data.name}, ${data.width} by ${data.height} pixels`);
-    picture.style.setProperty("--ratio", data.width / data.height);
+    view.style.setProperty("--ratio", data.width / data.height);
     find("stage").max = data.stages;
     find("most").textContent = data.stages;
     find("stages").hidden = !data.stages;
@@ -119,10 +119,10 @@ export function show(page, store) {
     for (const name of ["layer", "head", "level", "relations"]) {
       find(name).addEventListener("change", (event) => choose(name, Number(event.target.value)));
     }
-    picture.addEventListener("pointermove", (event) => {
+    view.addEventListener("pointermove", (event) => {
       if (event.pointerType === "mouse") send("point", { query: objectAt(data, store.state, whereIs(event)) });
     });
-    picture.addEventListener("click", (event) => {
+    view.addEventListener("click", (event) => {
       const query = objectAt(data, store.state, whereIs(event));
       if (query === null) send("clear");
       else if (event.pointerType === "touch" && query !== store.state.object) send("focus", { query }); // no hovering
@@ -154,7 +154,7 @@ export function show(page, store) {
   const choose = (name, value) => send("set", { name, value });
 
   function whereIs(event) {
-    const frame = picture.getBoundingClientRect();
+    const frame = view.getBoundingClientRect();
     return [
       ((event.clientX - frame.left) / frame.width) * data.width,
       ((event.clientY - frame.top) / frame.height) * data.height,

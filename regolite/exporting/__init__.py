@@ -99,8 +99,12 @@ def export(
     traces: bool = False,
     precision: Precision = "fp32",
     images: Sequence[ImageSource] | None = None,
+    license: str | None = None,
 ) -> Path:
-    """Write a detector as a file that runs without this package, and check what it says.
+    """Write a detector as a file that runs without this package, and check its outputs.
+
+    At full precision every output must equal the model's within :data:`TOLERANCE`; at lower precision the outputs must
+    be finite, and what it costs is to be measured (``python -m benchmarks.exporting`` does so for one detector).
 
     Beside an ONNX file come ``NAME.md``, a card with classes, preprocessing and license, and ``detect_onnx.py``, a
     program of one page that needs only numpy, Pillow and onnxruntime. The batch size stays free.
@@ -110,7 +114,9 @@ def export(
             a varying number of detections.
         output: the file, ``.onnx`` or ``.pt2``.
         format: ``"onnx"``, or ``"torch-export"`` for a program that ``torch.export.load`` reads.
-        size: side of the square that images are padded to, a multiple of 32; by default the model's image size.
+        size: side of the square that images are padded to, a multiple of 32; by default the model's image size. Images
+            are resized by their longer side; a detector trained by the recipe ``detr`` resizes the shorter one, so give
+            it the longer.
         stages: number of REGO stages, 0 for the base detector only; all by default. The file has the results of every
             stage.
         traces: add the records of attention, sampling points, glimpses and boxes (:func:`regolite.record`) as outputs,
@@ -118,13 +124,14 @@ def export(
         precision: ``"fp32"``; ``"fp16"`` stores weights in half precision, half the size, and computes in full
             precision; ``"int8"`` quantizes the weights of matrix products dynamically (ONNX only).
         images: photographs to check the file with; by default two of random colors.
+        license: license of the weights, for the card and the metadata; by default none is named.
 
     Returns:
         The file.
 
     Raises:
-        UserError: a library is missing, an option is impossible, PyTorch cannot export the model, or the file does not
-            say what the model says.
+        UserError: a library is missing, an option is impossible, the model is not on the CPU, PyTorch cannot export it,
+            or the outputs of the file are not the model's.
     """
     for name, value, choices in (("format", format, Format), ("precision", precision, Precision)):
         if value not in get_args(choices):
@@ -136,6 +143,8 @@ def export(
         raise UserError(
             f"{type(model).__name__} returns a varying number of detections: export a detector with queries"
         )
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise UserError("export takes a model on the CPU, where its file is checked: give model.cpu()")
     size = whole("size", size if size is not None else 32 * round(config.image_size / 32), 32)
     if size % 32:
         raise UserError(f"size={size} must be a multiple of 32; {32 * round(size / 32)} is the nearest")
@@ -160,7 +169,7 @@ def export(
                 torch.export.save(program, file)
                 found = torch.export.load(file).module()(pixels, sizes)
             else:
-                about = _about(detector, size, precision, stages)
+                about = _about(detector, size, precision, stages, license)
                 _write_onnx(program, file, module.names, about)
                 if precision != "fp32":
                     reduce_precision(file, precision)
@@ -268,7 +277,7 @@ def _halve(graph: Any, onnx: Any) -> None:
         graph.node.insert(0, cast)
 
 
-def _about(detector: Detector, size: int, precision: str, stages: int | None) -> dict[str, str]:
+def _about(detector: Detector, size: int, precision: str, stages: int | None, license: str | None) -> dict[str, str]:
     """What the file says about itself."""
     config = config_of(detector)
     return {
@@ -282,9 +291,8 @@ def _about(detector: Detector, size: int, precision: str, stages: int | None) ->
         "boxes": "center x, center y, width, height in [0, 1] of the image before padding",
         "precision": precision,
         "model": config.preset,
-        "license": "Apache-2.0",
         "producer": "regolite",
-    }
+    } | ({"license": license} if license else {})
 
 
 def _stages(detector: Detector, stages: int | None) -> int:
@@ -295,13 +303,13 @@ def _compare(names: list[str], expected: Sequence[Tensor], found: Sequence[Tenso
     """Check the outputs of a file: each number if it has full precision, else that they are finite.
 
     Raises:
-        UserError: the file does not say what the model says.
+        UserError: the outputs of the file are not the model's.
     """
     if precision == "fp32":
         for name, ours, theirs in zip(names, expected, found, strict=True):
             if ours.is_floating_point() and not torch.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE):
                 worst = (ours - theirs).abs().max().item()
-                raise UserError(f"the exported file does not say what the model says: {name} differs by {worst:.2g}")
+                raise UserError(f"the exported file has other outputs than the model: {name} differs by {worst:.2g}")
     elif not all(x.isfinite().all() for x in found[:2]):
         raise UserError("the exported file gives numbers that are not finite")
 

@@ -20,8 +20,10 @@ def write_card(file: Path, about: Mapping[str, str]) -> Path:
         The card.
     """
     side, results, classes = about["size"], json.loads(about["results"]), json.loads(about["classes"])
+    license = about.get("license")
     lines = [
-        "---", f"license: {about['license'].lower()}", "pipeline_tag: object-detection", "library_name: onnx", "---",
+        "---", *([f"license: {license.lower()}"] if license else []), "pipeline_tag: object-detection",
+        "library_name: onnx", "---",
         "", f"# {file.stem}", "",
         f"An object detector ({about['model']}), exported by regolite. `python detect_onnx.py {file.name} photo.jpg`",
         "detects objects; it needs numpy, Pillow and onnxruntime only.", "",
@@ -34,7 +36,7 @@ def write_card(file: Path, about: Mapping[str, str]) -> Path:
         f"| `logits` | [{len(results)}, B, queries, columns], float32 | scores by {about['scoring']}; one result for "
         f"each of: {', '.join(results)} |",
         f"| `boxes` | [{len(results)}, B, queries, 4], float32 | {about['boxes']} |", "",
-        f"The weights have {about['precision']} precision. License: {about['license']}.",
+        f"The weights have {about['precision']} precision.", f"Their license: {license or 'not stated'}.",
         f"It finds {len(classes)} classes: {', '.join(classes)}.", "",
     ]  # fmt: skip
     card = file.with_suffix(".md")

@@ -80,16 +80,16 @@ def shown(page):
     return {int(q): (x * width, y * height, (1 - r) * width, (1 - b) * height) for q, x, y, r, b in found}
 
 
-def picture(page):
+def drawn(page):
     return page.eval_on_selector("#canvas", "canvas => canvas.toDataURL()")
 
 
 def settled(page):
-    """The picture once nothing moves any more."""
-    before, now = None, picture(page)
+    """The image once nothing moves any more."""
+    before, now = None, drawn(page)
     while before != now:
         page.wait_for_timeout(150)
-        before, now = now, picture(page)
+        before, now = now, drawn(page)
     return now
 
 
@@ -116,7 +116,7 @@ def check_weights(page, trace, query, stage):
 def test_the_slider_shows_the_boxes_of_each_stage(visit, trace):
     page = visit()
     width, height = read_image(PHOTO).size
-    pictures = set()
+    images = set()
     for stage in (3, 2, 1, 0):
         page.locator("#stage").fill(str(stage))
         scores, _ = predictions(trace, stage).best()
@@ -129,14 +129,14 @@ def test_the_slider_shows_the_boxes_of_each_stage(visit, trace):
         assert page.locator("#stage").get_attribute("aria-valuetext") == (
             f"stage {stage}" if stage else "the base detector"
         )
-        pictures.add(settled(page))
-    assert len(pictures) == 4
+        images.add(settled(page))
+    assert len(images) == 4
 
 
 def test_pointing_at_a_box_shows_its_points_glimpses_and_relations(visit, trace):
     page = visit()
     before = settled(page)
-    frame = page.locator("#picture").bounding_box()
+    frame = page.locator("#view").bounding_box()
     width = read_image(PHOTO).width
     left, top, right, bottom = min(shown(page).values())  # the one at the left
     scale = frame["width"] / width
@@ -169,7 +169,7 @@ def test_the_path_runs_from_the_reference_to_the_last_box(visit, trace):
     x, y = trace["references"].points()[query].round().int().tolist()
     assert f"around ({x}, {y})" in page.locator("#steps li").first.inner_text()
     assert page.locator("#way").is_visible() and page.locator("#path").get_attribute("aria-pressed") == "true"
-    frame = page.locator("#picture").bounding_box()
+    frame = page.locator("#view").bounding_box()
     page.mouse.move(frame["x"] + 20, frame["y"] + 0.8 * frame["height"])  # over another box
     assert f"query {query} " in page.locator("#query").inner_text(), "the object stays"
     for hidden in ("#way", "#panel"):
