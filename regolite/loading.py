@@ -73,7 +73,7 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
         kept |= {key for key in own if not key.startswith("detector.")}
     _check_names(path, set(own) - kept, set(stored), set(own))
     if new_classes and classes != (ours := config_of(model).classes):
-        by_class = getattr(config_of(model).detector, "token_queries", False)
+        by_class = getattr(config_of(model).detector, "proposals_by_class", False)
         for key in class_head_names(set(own) & set(stored)):
             if own[key].shape[1:] == stored[key].shape[1:]:
                 stored[key], is_whole = _rows_by_name(key, own[key], stored[key], ours, classes, by_class)

@@ -1,5 +1,7 @@
 """Query denoising: noise is bounded, pairs are known, nothing leaks into the detector's own queries."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_models import batch, small
@@ -153,22 +155,65 @@ def test_shared_heads_predict_proposals_and_objects(tmp_path):
         regolite.build(name, 3, **sizes, token_queries=False)
 
 
-@pytest.mark.parametrize("option", ["denoising", "token_queries"])
+@pytest.mark.parametrize("option", ["denoising", "token_queries", "mixed_queries"])
 def test_options_need_two_stages(option):
     with pytest.raises(UserError, match=f"{option} needs two_stage"):
         regolite.build("deformable_detr_refined_scenes", 4, **{option: True})
 
 
-@pytest.mark.parametrize("token_queries", [False, True])
-def test_proposals_learn_classes_only_with_token_queries(token_queries):
-    model = denoiser("deformable_detr_two_stage_scenes", token_queries=token_queries, denoising=False).train()
+def test_mixed_queries_have_learned_contents_and_proposed_positions():
+    model = small("dino_scenes", 4, encoder_layers=0).eval()  # without encoder the images of a batch differ surely
+    images = batch((64, 64), (64, 64))
+    with torch.no_grad():
+        _, reference, positions, contents = model.proposals(memory_of(model, images))
+    assert torch.equal(contents[0], contents[1]) and torch.equal(contents[0], model.proposals.contents.weight)
+    assert not torch.equal(reference[0], reference[1]) and not torch.equal(positions[0], positions[1])
+    with pytest.raises(UserError, match="exclude each other"):
+        small("dino_scenes", 4, token_queries=True)
+
+
+def memory_of(model, images):
+    memory = []
+    model.proposals.register_forward_pre_hook(lambda _, inputs: memory.append(inputs[0]))
+    model(images)
+    return memory[0]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_loss_trains_the_layer_before_only_with_look_forward_twice(twice):
+    model = small("dino_scenes", 4, decoder_layers=3, look_forward_twice=twice, denoising=False).train()
+    for head in model.box_heads:
+        torch.nn.init.normal_(list(head.parameters())[-2])  # zero at first: no gradient would pass
+    layers = model(batch((64, 64))).layers
+    for later in range(3):
+        for earlier in range(later):
+            weight = list(model.box_heads[earlier].parameters())[-2]
+            loss = layers[later].boxes.sum()
+            [gradient] = torch.autograd.grad(loss, [weight], retain_graph=True, allow_unused=True)
+            assert (gradient is not None) == (twice and earlier == later - 1)
+
+
+def test_look_forward_twice_changes_no_prediction():
+    model, images = small("dino_scenes", 4).eval(), batch((64, 64), (48, 64))
+    with torch.no_grad():
+        twice = model(images)
+        model.config = replace(model.config, look_forward_twice=False)
+        once = model(images)
+    assert torch.equal(torch.stack([p.boxes for p in twice.layers]), torch.stack([p.boxes for p in once.layers]))
+    with pytest.raises(UserError, match="look_forward_twice needs refine"):
+        regolite.build("deformable_detr_scenes", 4, look_forward_twice=True)
+
+
+@pytest.mark.parametrize("by_class", [{}, {"token_queries": True}, {"mixed_queries": True}])
+def test_proposals_learn_classes_only_if_scored_by_class(by_class):
+    model = denoiser("deformable_detr_two_stage_scenes", denoising=False, **by_class).train()
     images, given = batch((64, 64)), targets((2,))
     given[0].labels[:] = 3
     output = model(images)
     output.proposals.logits.retain_grad()
     SetLoss(model.model_config.loss, model.scoring)(output, given)[0].backward()
     pushed_up = {c for c in range(4) if (output.proposals.logits.grad[..., c] < 0).any()}
-    assert pushed_up == ({3} if token_queries else {0})
+    assert pushed_up == ({3} if by_class else {0})
 
 
 def test_one_to_many_matches_each_object_with_several_proposals():

@@ -31,7 +31,7 @@ from regolite.utils.devices import constant
 OBJECTS = (3, 5)
 FAMILIES = (
     "detr", "detr_star", "up_detr", "conditional_detr", "anchor_detr", "smca", "deformable_detr",
-    "deformable_detr_refined", "deformable_detr_two_stage", "sparse_rcnn", "efficient_detr",
+    "deformable_detr_refined", "deformable_detr_two_stage", "sparse_rcnn", "efficient_detr", "dino",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Presets: the sizes of the published models to the last parameter, configurations as JSON, overrides and mistakes."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,7 @@ FAMILIES = {
     "smca": (Smca, 300, 1024, 5),
     "sparse_rcnn": (SparseRcnn, 300, 2048, 0),
     "efficient_detr": (DeformableDetr, 100, 2048, 3),
+    "dino": (DeformableDetr, 900, 2048, 6),
 }
 TRANSFORMERS = [n for n in presets() if not isinstance(configure(n).detector, BaselineConfig | PatchDetrConfig)]
 
@@ -116,7 +118,7 @@ def test_presets_are_what_their_names_say():
                 encoder_layers = getattr(d, "encoder_layers", 0)
                 decoder_layers = 1 if "efficient" in name else 6
                 assert (d.queries, d.ffn_dim, encoder_layers, d.decoder_layers) == (*family(name)[1:], decoder_layers)
-                assert d.dropout == (0.0 if "anchor" in name or "sparse" in name else 0.1)
+                assert d.dropout == (0.0 if re.search("anchor|sparse|dino", name) else 0.1)
         assert getattr(d, "dilated", False) == ("dc5" in name)
         if "deformable" in name:
             two_stage = "two_stage" in name or "everyday" in name

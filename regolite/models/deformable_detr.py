@@ -1,4 +1,4 @@
-"""Deformable DETR (Zhu et al., 2021): plain, with iterative box refinement, and two-stage; Efficient DETR.
+"""Deformable DETR (Zhu et al., 2021): plain, with iterative box refinement, and two-stage; Efficient DETR; DINO.
 
 A pyramid of feature maps, and an encoder and a decoder with deformable attention, which samples a few points of every
 level around a reference point (:mod:`regolite.models.deformable_attention`). Every query has a reference point; boxes
@@ -8,6 +8,9 @@ Efficient DETR (Yao et al., "Efficient DETR: Improving End-to-End Object Detecto
 two-stage one of three encoder layers and a single decoder layer: its queries start from proposals scored by class and
 from their tokens (``token_queries``), and one pair of heads predicts proposals and objects (``shared_heads``). No code
 was published; the paper lowers the number of proposals during training, which is not done here.
+
+DINO (Zhang et al., "DINO: DETR with Improved DeNoising Anchor Boxes for End-to-End Object Detection", ICLR 2023) trains
+a two-stage one by contrastive denoising (:mod:`regolite.denoising`), with ``mixed_queries`` and ``look_forward_twice``.
 """
 
 from __future__ import annotations
@@ -68,6 +71,10 @@ class DeformableDetrConfig(DetectorConfig):
             content from the proposed box.
         shared_heads: two-stage with ``token_queries`` only: the heads of the first decoder layer also predict the
             proposals, as in Efficient DETR.
+        mixed_queries: two-stage only: score proposals by class, and take only positions from them; the contents of the
+            queries are learned, as in DINO.
+        look_forward_twice: with ``refine``: the box loss of a layer also trains the box of the layer before it, from
+            which it starts, as in DINO.
         denoising: two-stage only: also train on noised ground truth (:mod:`regolite.denoising`).
     """
 
@@ -92,8 +99,15 @@ class DeformableDetrConfig(DetectorConfig):
     mask_padding: bool = True
     token_queries: bool = False
     shared_heads: bool = False
+    mixed_queries: bool = False
+    look_forward_twice: bool = False
     denoising: bool = False
     scoring: Literal["sigmoid"] = "sigmoid"
+
+    @property
+    def proposals_by_class(self) -> bool:
+        """Whether proposals are scored by class, not as "object"."""
+        return self.token_queries or self.mixed_queries
 
 
 @register("deformable_detr", DeformableDetrConfig)
@@ -114,9 +128,13 @@ class DeformableDetr(Detector):
         c = self.config = config
         if c.two_stage and not c.refine:
             raise ValueError("two_stage needs refine: proposals are boxes, and only refinement starts from boxes")
-        for option in ("token_queries", "denoising"):
+        for option in ("token_queries", "mixed_queries", "denoising"):
             if getattr(c, option) and not c.two_stage:
                 raise ValueError(f"{option} needs two_stage: only there are queries made from boxes")
+        if c.token_queries and c.mixed_queries:
+            raise ValueError("token_queries and mixed_queries exclude each other: contents are tokens, or learned")
+        if c.look_forward_twice and not c.refine:
+            raise ValueError("look_forward_twice needs refine: without it no layer starts from another's boxes")
         if c.shared_heads and not c.token_queries:
             raise ValueError("shared_heads needs token_queries: other proposals know one class, object")
         if c.levels < len(c.backbone_stages):
@@ -140,7 +158,7 @@ class DeformableDetr(Detector):
             DecoderLayer(c.dim, c.heads, attention(), c.ffn_dim, c.dropout) for _ in range(c.decoder_layers)
         )
         if c.two_stage:
-            self.proposals = Proposals(c.dim, num_classes, c.queries, c.mask_padding, c.token_queries)
+            self.proposals = Proposals(c.dim, num_classes, c.queries, c.mask_padding, c.token_queries, c.mixed_queries)
             if c.denoising:
                 self.noised_queries = NoisedQueries(num_classes, c.dim)
         else:
@@ -183,12 +201,12 @@ class DeformableDetr(Detector):
             reference = in_full_precision(self.reference_points, query_positions).sigmoid()
 
         layers, queries = self.decode(queries, query_positions, memory, valid, reference)
-        by_class = self.config.token_queries
+        by_class = self.config.proposals_by_class
         output = DetectorOutput(layers, queries, maps, proposals, proposals_by_class=by_class, references=reference)
         if targets is not None and self.denoises:
             content, boxes, mask = self.noised_queries(targets)
             query_positions, from_boxes = self.proposals.embed(boxes)
-            content = content if self.config.token_queries else content + from_boxes
+            content = content if by_class else content + from_boxes
             layers, queries = self.decode(content, query_positions, memory, valid, boxes, mask)
             output.denoising = DetectorOutput(layers, queries, maps, query_mask=mask)
         return output
@@ -215,20 +233,24 @@ class DeformableDetr(Detector):
         Returns:
             The predictions of each layer, and the hidden states of the last.
         """
-        layers = []
+        layers: list[Prediction] = []
+        start = reference  # the reference with its gradient, if its layer is to learn from the next one's loss
         for number, layer in enumerate(self.decoder_layers):
             scale = valid.repeat(1, 1, reference.shape[-1] // 2)  # xy, or xy and wh
             queries = layer(queries, query_positions, memory, reference[:, :, None] * scale[:, None], query_mask)
-            layers.append(self._predict(number, queries, reference))
+            head = min(number, len(self.box_heads) - 1)
+            offsets = in_full_precision(self.box_heads[head], queries)
+            layers.append(Prediction(in_full_precision(self.class_heads[head], queries), moved(start, offsets)))
             if self.config.refine:
-                reference = layers[-1].boxes.detach()
+                start = moved(reference, offsets) if self.config.look_forward_twice else layers[-1].boxes.detach()
+                reference = start.detach()
         return layers, queries
 
-    def _predict(self, layer: int, queries: Float[Tensor, "B Q C"], reference: Float[Tensor, "B Q d"]) -> Prediction:
-        head = min(layer, len(self.box_heads) - 1)
-        start = inverse_sigmoid(reference)
-        boxes = in_full_precision(self.box_heads[head], queries) + F.pad(start, (0, 4 - start.shape[-1]))
-        return Prediction(in_full_precision(self.class_heads[head], queries), boxes.sigmoid())
+
+def moved(reference: Float[Tensor, "B Q d"], offsets: Float[Tensor, "B Q 4"]) -> Float[Tensor, "B Q 4"]:
+    """Boxes around reference points or boxes; the offsets are added before the sigmoid."""
+    start = inverse_sigmoid(reference)
+    return (offsets + F.pad(start, (0, 4 - start.shape[-1]))).sigmoid()
 
 
 class Pyramid(nn.Module):
@@ -314,17 +336,26 @@ class Proposals(nn.Module):
 
     Args:
         dim: channels C.
-        num_classes: logits of the class head; without ``token_queries`` only the first is used, as "object".
+        num_classes: logits of the class head; without scores by class only the first is used, as "object".
         queries: number of proposals that become queries.
         mask_padding: never choose a proposal on padding. The published models can choose one: its box is all ones.
         token_queries: see :class:`DeformableDetrConfig`.
+        mixed_queries: see :class:`DeformableDetrConfig`.
     """
 
     def __init__(
-        self, dim: int, num_classes: int, queries: int, mask_padding: bool, token_queries: bool = False
+        self,
+        dim: int,
+        num_classes: int,
+        queries: int,
+        mask_padding: bool,
+        token_queries: bool = False,
+        mixed_queries: bool = False,
     ) -> None:
         super().__init__()
         self.dim, self.count, self.mask_padding, self.token_queries = dim, queries, mask_padding, token_queries
+        self.by_class = token_queries or mixed_queries
+        self.contents = nn.Embedding(queries, dim) if mixed_queries else None
         self.project, self.project_norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
         self.to_query, self.to_query_norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(2 * dim)
         for layer in (self.project, self.to_query):  # as in the authors' code; biases keep PyTorch's initialization
@@ -343,7 +374,7 @@ class Proposals(nn.Module):
         boxes = in_full_precision(self.box_head, tokens) + inverse_sigmoid(anchors)
         # Anchors near the edge of the range have no finite logit: their boxes are set to ones, as published.
         boxes = boxes.masked_fill(~usable, float("inf")).sigmoid()
-        scores = logits.max(-1).values if self.token_queries else logits[..., 0]
+        scores = logits.max(-1).values if self.by_class else logits[..., 0]
         if self.mask_padding and memory.mask is not None:
             scores = scores.masked_fill(memory.mask, float("-inf"))
         best = scores.topk(min(self.count, scores.shape[1]), dim=1).indices
@@ -351,6 +382,8 @@ class Proposals(nn.Module):
         positions, queries = self.embed(reference)
         if self.token_queries:
             queries = tokens.gather(1, best[..., None].expand(-1, -1, self.dim)).detach()
+        elif self.contents is not None:
+            queries = self.contents.weight[: best.shape[1]].expand(len(best), -1, -1)
         return Prediction(logits, boxes), reference, positions, queries
 
     def embed(self, boxes: Float[Tensor, "B Q 4"]) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q C"]]:

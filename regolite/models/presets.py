@@ -32,6 +32,7 @@ _REFINED = replace(_DEFORMABLE, refine=True)
 _TWO_STAGE = replace(_REFINED, two_stage=True)
 _DENSE_PRIOR: dict[str, Any] = {"encoder_layers": 3, "decoder_layers": 1, "token_queries": True, "shared_heads": True}
 _EFFICIENT = replace(_TWO_STAGE, queries=100, ffn_dim=2048, **_DENSE_PRIOR)
+_DINO: dict[str, Any] = {"mixed_queries": True, "look_forward_twice": True, "denoising": True}
 _CONDITIONAL = ConditionalDetrConfig()
 _ANCHOR = AnchorDetrConfig()
 _SMCA = SmcaConfig()
@@ -40,6 +41,7 @@ _SMCA_SINGLE_SCALE = replace(
 )
 _SPARSE = SparseRcnnConfig()
 _SOFTMAX_LOSS = LossConfig(label=1.0, label_cost=1.0)
+_DINO_LOSS = LossConfig(label=1.0)
 _CORNERS_LOSS = LossConfig(l1_boxes="xyxy")
 
 # Laptop sizes: a small network that a CPU trains in minutes. `tiny` starts from the bundled ImageNet features, `scenes`
@@ -84,6 +86,7 @@ def _presets() -> dict[str, ModelConfig]:
     table["up_detr_pretraining_r50"] = ModelConfig("up_detr_pretraining_r50", PatchDetrConfig(), None, _SOFTMAX_LOSS)
     table |= _family("sparse_rcnn_r50", _SPARSE, _CORNERS_LOSS, rego)
     table |= _family("efficient_detr_r50", _EFFICIENT, focal, rego)
+    table |= _family("dino_r50", replace(_TWO_STAGE, queries=900, ffn_dim=2048, dropout=0.0, **_DINO), _DINO_LOSS, rego)
     for tag, sizes, image_size in (("tiny", _TINY, 256), ("scenes", _SCENES, 128)):
         recipe: dict[str, Any] = {"augment": "laptop", "image_size": image_size}
         deformable = {**sizes, "levels": 3}
@@ -107,6 +110,7 @@ def _presets() -> dict[str, ModelConfig]:
         )
         efficient = replace(_TWO_STAGE, **deformable | _DENSE_PRIOR)
         table |= _family(f"efficient_detr_{tag}", efficient, focal, _TINY_REGO, **recipe)
+        table |= _family(f"dino_{tag}", replace(_TWO_STAGE, **deformable | _DINO), _DINO_LOSS, _TINY_REGO, **recipe)
     # The detector that is shipped. Query denoising and queries from tokens let it learn from few images. One decoder
     # layer is enough: further ones corrected next to nothing, and the stages of REGO are there to correct. Glimpses are
     # tighter than the paper's: in an image of 320 pixels, three times a box is often most of the image.
