@@ -135,7 +135,7 @@ def test_presets_are_what_their_names_say():
         matching = "base" if "everyday" in name else "own"
         l1_boxes = "xyxy" if "sparse" in name else "cxcywh"
         assert configure(name).loss == replace(
-            LossConfig(label=1.0, label_cost=1.0) if softmax else LossConfig(),
+            LossConfig(label=1.0, label_cost=1.0) if softmax else LossConfig(label=1.0 if "dino" in name else 2.0),
             stage_matching=matching,
             l1_boxes=l1_boxes,
         )
