@@ -195,8 +195,11 @@ def test_dense_runs_all_heads():
             if name.endswith(("box_predictor", "mask_predictor")):
                 module.register_forward_hook(lambda *_, name=name: called.append(name))
         outputs = model.dense(images)
-    assert len(called) == 6 and outputs["box"][0].shape == (1000, 5) and outputs["box"][1].shape == (1000, 4)
-    assert outputs["mask"].shape == (100, 5, 28, 28)
+        assert len(called) == 6
+        trained = model.dense(images, training=True)
+    assert outputs["box_3"][0].shape == (1000, 5) and outputs["box_3"][1].shape == (1000, 4)
+    assert outputs["mask_3"].shape == (100, 5, 28, 28)
+    assert set(trained) == {"rpn", "box_1", "box_2", "box_3"} and trained["box_1"][0].shape == (512, 5)
 
 
 def test_evaluate_and_detect():

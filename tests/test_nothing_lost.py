@@ -29,7 +29,7 @@ from small_runs import SMALL_RUN
 
 from regolite import UserError, build, cli, train
 from regolite.data import Scenes, make_transform
-from regolite.training import NonFiniteLoss, folder, loop
+from regolite.training import NonFiniteLoss, folder, loop, schedule
 from regolite.training.batches import TRIES, SeededItems
 from regolite.training.folder import RunFolder
 from regolite.training.metrics import MEASURED
@@ -701,8 +701,8 @@ def test_wrong_category_ids(config, data, whole):
 
 def test_nan_in_the_weights(config, whole, monkeypatch):
     run, optimizers = config(checkpoint_minutes=0.0), []
-    make = loop.parameter_groups
-    monkeypatch.setattr(loop, "parameter_groups", lambda *args: optimizers.append(make(*args)) or optimizers[-1])
+    make = schedule.parameter_groups
+    monkeypatch.setattr(schedule, "parameter_groups", lambda *args: optimizers.append(make(*args)) or optimizers[-1])
 
     def ruin():
         with torch.no_grad():

@@ -11,11 +11,11 @@ from regolite import RunConfig, train
 from regolite.models.presets import configure
 from regolite.paper.recipes import RECIPES, recipe
 
-TINY = ("backbone=tiny", "weights=none", "frozen_stages=0", "dim=64", "heads=4", "queries=9")
-LAYERS = ("detector.decoder_layers=1", "detector.ffn_dim=32")
+TINY = ("backbone=tiny", "weights=none", "frozen_stages=0", "dim=64")
+LAYERS = ("heads=4", "queries=9", "detector.decoder_layers=1", "detector.ffn_dim=32")
 SMALL = {
     "data": "scenes:4:val=1:size=64", "image_size": 64, "batch_size": 2, "epochs": 1, "drop_epochs": (1,),
-    "evaluate_every": 0, "log_every": 1, "device": "cpu",
+    "warmup": 0.0, "evaluate_every": 0, "log_every": 1, "device": "cpu",
 }  # fmt: skip
 
 
@@ -31,7 +31,8 @@ def laptop(name: str, output: Path, **changes: object) -> RunConfig:
     own += ["detector.encoder_layers=1"] * hasattr(model.detector, "encoder_layers")
     own += ["multi_scale_layers=1,"] * hasattr(model.detector, "multi_scale_layers")
     own += ["rego.ffn_dim=32"] * (model.rego is not None)
-    overrides = (*TINY, *LAYERS, *own, *one.overrides)
+    own += LAYERS if hasattr(model.detector, "queries") else ()  # torchvision's detectors have none
+    overrides = (*one.overrides, *TINY, *own)
     return one.config(**{**SMALL, "output": str(output), "overrides": overrides, **changes})
 
 

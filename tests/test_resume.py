@@ -101,6 +101,7 @@ def override(old, new):
         ({"batch_size": 4}, "(batch_size=2, now 4)"),
         ({"epochs": 1}, "(epochs=2, now 1)"),
         ({"ema": 0.9}, "(ema=0.0, now 0.9)"),
+        ({"optimizer": "sgd"}, "(optimizer='adamw', now 'sgd')"),
         ({"weight_decay": 0.0}, "(weight_decay=0.0001, now 0.0)"),
         ({"backbone_lr_mult": 1.0}, "(backbone_lr_mult=0.1, now 1.0)"),
         ({"sampling_lr_mult": 1.0}, "(sampling_lr_mult=0.1, now 1.0)"),

@@ -18,7 +18,7 @@ from regolite.training import NonFiniteLoss, loop, setup
 from regolite.training.batches import EpochBatches, SeededItems, loader
 from regolite.training.folder import RunFolder
 from regolite.training.metrics import MEASURED
-from regolite.training.schedule import lr_factor, parameter_groups
+from regolite.training.schedule import MOMENTUM, lr_factor, make_optimizer, parameter_groups
 from regolite.training.state import State
 
 # Five images in batches of two: three steps an epoch, the last of one image. Dropout and augmentation draw lots.
@@ -434,6 +434,20 @@ def test_step_schedule():
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+def test_sgd_by_hand():
+    """The step is a running sum of gradients, each with its share of the weight."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = make_optimizer(model, RunConfig(optimizer="sgd", lr=0.1, weight_decay=0.01))
+    weight, step = model.weight.item(), 0.0
+    for gradient in (1.0, -2.0, 0.5):
+        model.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        step = MOMENTUM * step + gradient + 0.01 * weight
+        weight -= 0.1 * step
+        assert model.weight.item() == pytest.approx(weight, rel=1e-5)
+    assert isinstance(make_optimizer(model, RunConfig()), torch.optim.AdamW)
+
+
 @pytest.mark.parametrize("schedule", ["step", "constant"])
 def test_warm_up(schedule):
     """Linear, and from a first step that is more than nothing, as that of one_cycle."""
@@ -618,6 +632,7 @@ class TestCopyPaste:
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"seed": 2**32}, "less than 2"),
         ({"schedule": "cosine"}, "schedule='cosine' is not one of 'step', 'one_cycle', 'constant'"),
+        ({"optimizer": "adam"}, "optimizer='adam' is not one of 'adamw', 'sgd'"),
         ({"drop_epochs": [1, "2"]}, "is not a list of whole numbers"),
         ({"resume": "yes"}, "resume='yes' is not true or false"),
         ({"overrides": "queries=3"}, "overrides='queries=3' is not a list of texts"),

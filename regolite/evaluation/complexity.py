@@ -81,7 +81,7 @@ class Cost:
         return 2 * self.with_reading
 
 
-def count(model: nn.Module, height: int, width: int) -> Cost:
+def count(model: nn.Module, height: int, width: int, training: bool = False) -> Cost:
     """Count the parameters and operations of a model.
 
     Args:
@@ -90,6 +90,7 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
             (:meth:`regolite.models.baselines.Baseline.dense`).
         height: height of the image in pixels.
         width: its width.
+        training: count the forward pass of a training step, in which the R-CNNs read fewer boxes and run no mask heads.
 
     Returns:
         The parameters, and the multiply-adds for one image. The parts are the children of the base detector, "rego"
@@ -101,7 +102,7 @@ def count(model: nn.Module, height: int, width: int) -> Cost:
     image = ImageBatch(pixels, torch.zeros_like(pixels[:, 0]).bool(), torch.tensor([[height, width]], device=device))
     counter = Counter(model)
     with evaluating(model), torch.no_grad(), counter, counter.knowing_parts():
-        (model.dense if isinstance(model, Baseline) else model)(image)
+        model.dense(image, training) if isinstance(model, Baseline) else model(image)
     parameters = sum(p.numel() for p in model.parameters())
     return Cost(parameters, {part: dict(kinds) for part, kinds in counter.parts.items()})
 

@@ -182,15 +182,19 @@ class Baseline(Detector):
             detections.append(Detections(scores, labels - 1, boxes * by, torch.arange(len(scores))))
         return detections
 
-    def dense(self, images: ImageBatch) -> dict[str, Any]:
+    def dense(self, images: ImageBatch, training: bool = False) -> dict[str, Any]:
         """Run all parts with a fixed number of boxes, to count operations, also on the meta device.
 
         The number of boxes after NMS depends on the data. Here the box head gets 1000 proposals per image (TSP-RCNN:
         700) and the mask head 100 detections, the maxima, as zeros; RoIAlign is not run.
 
+        Args:
+            images: the images.
+            training: run what a training step runs: no mask head, and 512 proposals per image (TSP-RCNN: 700).
+
         Returns:
             The raw outputs of the parts by name: ``"head"``, or ``"rpn"``, ``"box"`` and, of Mask R-CNN, ``"mask"``;
-            of a cascade those of its last head.
+            for each head of a cascade ``"box_1"``, ``"mask_1"``, ...
         """
         maps = list(self.net.backbone(images.pixels).values())
         if self.config.kind == "fcos":
@@ -201,13 +205,15 @@ class Baseline(Detector):
             box = self.net.roi_heads.predict(regions, boxes, boxes[..., 0] > 0)
             return {"rpn": self.net.rpn.head(maps[1:]), "box": box}
         outputs = {"rpn": self.net.rpn.head(maps)}
-        proposals = maps[0].new_zeros(1000 * len(images), maps[0].shape[1], 7, 7)
-        detections = maps[0].new_zeros(100 * len(images), maps[0].shape[1], 14, 14)
         cascade = self.config.kind == "cascade_mask_rcnn"
-        for heads in self.net.roi_heads.stages if cascade else [self.net.roi_heads]:
-            outputs["box"] = heads.box_predictor(heads.box_head(proposals))
-            if self.config.kind != "faster_rcnn":
-                outputs["mask"] = heads.mask_predictor(heads.mask_head(detections))
+        for number, heads in enumerate(self.net.roi_heads.stages if cascade else [self.net.roi_heads], start=1):
+            suffix = f"_{number}" if cascade else ""
+            count = heads.fg_bg_sampler.batch_size_per_image if training else 1000
+            regions = maps[0].new_zeros(count * len(images), maps[0].shape[1], 7, 7)
+            outputs[f"box{suffix}"] = heads.box_predictor(heads.box_head(regions))
+            if self.config.kind != "faster_rcnn" and not training:
+                detections = maps[0].new_zeros(100 * len(images), maps[0].shape[1], 14, 14)
+                outputs[f"mask{suffix}"] = heads.mask_predictor(heads.mask_head(detections))
         return outputs
 
     def parameter_group(self, name: str) -> ParameterGroup:

@@ -21,7 +21,7 @@ from regolite.losses import SetLoss
 from regolite.models.presets import build, configure
 from regolite.paper.experiments import ARMS
 from regolite.training import RunConfig
-from regolite.training.schedule import parameter_groups
+from regolite.training.schedule import make_optimizer
 from regolite.training.setup import parse_overrides
 from regolite.utils.files import write_atomic
 from regolite.utils.progress import track
@@ -77,7 +77,7 @@ class _Step:
         scoring = self.model.scoring
         assert isinstance(scoring, str)  # true of every detector
         self.loss = SetLoss(settings.loss, scoring)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(self.model, config)
         self.clip = config.clip
 
     def __call__(self) -> float:

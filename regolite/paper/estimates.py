@@ -10,6 +10,9 @@ Nothing is measured on a GPU. Both numbers are computed on the device ``meta``, 
   *It does not fit into my GPU*) of the largest image, which decides whether a run ends with "out of memory".
 - **Peak memory of a step** (:func:`step_gigabytes`) is found by a whole step, backward pass included, in which every
   tensor is counted from its creation to its release.
+
+The boxes that FCOS and the R-CNNs train on depend on the image, so no estimate includes their RoIAlign and losses. Box
+heads get as many boxes as in training (:meth:`regolite.models.baselines.Baseline.dense`).
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from regolite.evaluation.complexity import count
 from regolite.losses import SetLoss
 from regolite.matching import Matches, PaddedTargets
+from regolite.models.baselines import Baseline
 from regolite.models.config import config_of
 from regolite.models.detector import as_detector
 from regolite.models.presets import build, configure
@@ -73,8 +77,17 @@ class Estimate:
     image_tflop: float
 
 
+MOMENTS = {"adamw": 2, "sgd": 1}
+"""Tensors of the size of each trained parameter that an optimizer keeps: first and second moment, or momentum."""
+
+
 def estimate(
-    preset: str, epochs: int, images_per_gpu: int, tflops: float = TFLOPS, overrides: tuple[str, ...] = ()
+    preset: str,
+    epochs: int,
+    images_per_gpu: int,
+    tflops: float = TFLOPS,
+    overrides: tuple[str, ...] = (),
+    optimizer: str = "adamw",
 ) -> Estimate:
     """Estimate a run on COCO in float32 with DETR's image recipe.
 
@@ -84,8 +97,9 @@ def estimate(
         images_per_gpu: batch size of one GPU.
         tflops: sustained throughput of a GPU, see :data:`TFLOPS`.
         overrides: changes of the preset, as in :attr:`RunConfig.overrides`.
+        optimizer: as in :attr:`RunConfig.optimizer`.
     """
-    flops, weights, kept = _costs(preset, overrides)
+    flops, weights, kept = _costs(preset, overrides, optimizer)
     return Estimate(
         gpu_hours=epochs * IMAGES * flops / (tflops * 1e12) / 3600,
         gigabytes=(weights + images_per_gpu * kept) / 1e9,
@@ -94,14 +108,13 @@ def estimate(
 
 
 @cache
-def _costs(preset: str, overrides: tuple[str, ...] = ()) -> tuple[int, int, int]:
+def _costs(preset: str, overrides: tuple[str, ...], optimizer: str) -> tuple[int, int, int]:
     """Operations of the mean image, forward and backward; bytes of weights and optimizer; bytes saved per image."""
     with torch.device("meta"):  # in training mode: dropout, frozen first stages of the backbone
         model = build(configure(preset, **parse_overrides(overrides)).without_pretrained()).train()
-    weights = sum(
-        (16 if p.requires_grad else 4) * p.numel() for p in model.parameters()
-    )  # weight, gradient, two moments of AdamW
-    return 3 * count(model, *MEAN_IMAGE).flops, weights, kept_bytes(model, *LARGEST_IMAGE)
+    tensors = 2 + MOMENTS[optimizer]  # weight, gradient, moments
+    weights = sum(4 * (tensors if p.requires_grad else 1) * p.numel() for p in model.parameters())
+    return 3 * count(model, *MEAN_IMAGE, training=True).flops, weights, kept_bytes(model, *LARGEST_IMAGE)
 
 
 def kept_bytes(model: nn.Module, height: int, width: int) -> int:
@@ -124,11 +137,13 @@ def kept_bytes(model: nn.Module, height: int, width: int) -> int:
     pixels = torch.zeros(1, 3, height, width, device="meta")
     image = ImageBatch(pixels, torch.zeros_like(pixels[:, 0]).bool(), torch.tensor([[height, width]], device="meta"))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
-        model(image)
+        model.dense(image, training=True) if isinstance(model, Baseline) else model(image)
     return sum(storage.nbytes() for storage in held.values())
 
 
-def step_gigabytes(preset: str, images: tuple[int, ...] = (1, 2, 4), overrides: tuple[str, ...] = ()) -> list[float]:
+def step_gigabytes(
+    preset: str, images: tuple[int, ...] = (1, 2, 4), overrides: tuple[str, ...] = (), optimizer: str = "adamw"
+) -> list[float]:
     """The peak memory of a training step on one GPU, in float32, in 10^9 bytes.
 
     The step is computed for one and for two images of :data:`LARGEST_IMAGE`; memory grows by nearly the same amount
@@ -139,10 +154,11 @@ def step_gigabytes(preset: str, images: tuple[int, ...] = (1, 2, 4), overrides: 
         preset: name of the model.
         images: batch sizes of the GPU.
         overrides: changes of the preset, as in :attr:`RunConfig.overrides`.
+        optimizer: as in :attr:`RunConfig.optimizer`.
     """
     with torch.device("meta"):
         model = build(configure(preset, **parse_overrides(overrides)).without_pretrained()).train()
-    one, two = (step_bytes(model, count, *LARGEST_IMAGE) for count in (1, 2))
+    one, two = (step_bytes(model, count, *LARGEST_IMAGE, optimizer) for count in (1, 2))
     return [(one + (count - 1) * (two - one)) / 1e9 for count in images]
 
 
@@ -150,35 +166,41 @@ OBJECTS = 20
 """Objects of an image in :func:`step_bytes`; COCO has 7 in the mean. Their number hardly matters."""
 
 
-def step_bytes(model: nn.Module, images: int, height: int, width: int) -> int:
-    """Bytes in use at the peak of a training step: weights, gradients, AdamW's moments, and all other tensors.
+def step_bytes(model: nn.Module, images: int, height: int, width: int, optimizer: str = "adamw") -> int:
+    """Bytes in use at the peak of a training step: weights, gradients, the optimizer's moments, all other tensors.
 
     Args:
         model: a detector on the device ``meta``.
         images: number of images.
         height: their height in pixels.
         width: their width.
+        optimizer: as in :attr:`RunConfig.optimizer`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)  # as DDP keeps them from step to step
     held = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
-    held += sum(3 * p.numel() * p.element_size() for p in parameters)
+    held += sum((1 + MOMENTS[optimizer]) * p.numel() * p.element_size() for p in parameters)
     with torch.device("meta"):
         pixels = torch.zeros(images, 3, height, width)
         batch = ImageBatch(pixels, torch.zeros_like(pixels[:, 0]).bool(), torch.zeros(images, 2, dtype=torch.long))
         labels = torch.zeros(OBJECTS, dtype=torch.long)
         targets = [Target(labels, torch.zeros(OBJECTS, 4), i, (height, width)) for i in range(images)]
     own = (*parameters, *(p.grad for p in parameters), *model.parameters(), *model.buffers())
-    set_loss = _LossOfAnyPairs(config_of(model).loss, as_detector(model).scoring)
     with _Peak([tensor for tensor in own if tensor is not None]) as peak, _FusedAttention():
-        output = model(batch, targets=targets) if as_detector(model).takes_targets else model(batch)
-        loss, _ = set_loss(output, targets, 1.0, 1.0)
-        del output
-        loss.backward()
+        _loss(model, batch, targets).backward()
     for parameter in parameters:
         parameter.grad = None
     return held + pixels.nbytes + peak.most
+
+
+def _loss(model: nn.Module, batch: ImageBatch, targets: list[Target]) -> Tensor:
+    """The loss of a step; the sum of the outputs for a baseline, whose loss selects boxes by their values."""
+    if isinstance(model, Baseline):
+        return torch.stack([output.sum() for output in tree_leaves(model.dense(batch, training=True))]).sum()
+    output = model(batch, targets=targets) if as_detector(model).takes_targets else model(batch)
+    loss, _ = _LossOfAnyPairs(config_of(model).loss, as_detector(model).scoring)(output, targets, 1.0, 1.0)
+    return loss
 
 
 class _LossOfAnyPairs(SetLoss):

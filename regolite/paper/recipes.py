@@ -95,6 +95,38 @@ _EFFICIENT = (
     "No code of Efficient DETR was released. The settings are Deformable DETR's, and the drop is that of the other "
     "36-epoch recipes. The paper begins training with more proposals and ends with 100; here there are 100 throughout."
 )
+_DETECTRON2 = (
+    "The settings of detectron2's 3x schedule, whose figures Table 1 has: SGD, 16 images per step (8 GPUs with 2 "
+    "each), a learning rate of 0.02 for everything, 270,000 steps, drops after 210,000 and 250,000 of them, a warm-up "
+    "of 1,000 steps, no clipping. Expect fewer hours and more memory: its model zoo gives 0.209 s per step on 8 V100s, "
+    "125 GPU hours, and 3.0 GB per GPU with R50; 0.286 s, 172 GPU hours and 4.1 GB with R101."
+)
+_FCOS = (
+    "FCOS's learning rate, 0.01, with detectron2's 3x schedule: SGD, 16 images per step (8 GPUs with 2 each), 270,000 "
+    "steps, drops after 210,000 and 250,000 of them, a warm-up of 1,000 steps, no clipping. The README of its authors' "
+    "AdelaiDet has the same AP, 41.0, after 24 epochs."
+)
+_MMDETECTION = (
+    "The settings of mmdetection's 3x schedule, whose figures Table 1 has: SGD, 16 images per step (8 GPUs with 2 "
+    "each), a learning rate of 0.02 for everything, drops at 27 and 33, a warm-up of 500 steps, no clipping. It trains "
+    "the scale and the shift of batch normalization, which are frozen here."
+)
+_NO_MASKS = (
+    "Masks are not trained here, since targets have none. In the paper of Mask R-CNN, training them adds 0.9 to the AP "
+    "of boxes."
+)
+_TORCHVISION = (
+    "The original code resizes the shorter side to 640 to 800 pixels and does not crop; here it is resized and cropped "
+    "as in DETR. Network, losses and ImageNet weights are torchvision's, and the warm-up begins at 0.04 of the learning "
+    "rate, not at 0.001."
+)
+_TSP = (
+    "TSP-RCNN's released code has 16 images per step (4 GPUs with 4 each) and a warm-up of 1,000 steps. It trains the "
+    "transformer with AdamW (learning rate 1e-4, gradients clipped at 0.01), everything else with SGD (0.02). Here "
+    "AdamW trains everything, and the backbone has a tenth of the learning rate, as in DETR. The released script runs "
+    "for 36 epochs with drops at 24 and 32, scaled here to 96. It resizes the shorter side to 640 to 800 pixels and "
+    "does not crop; here it is resized and cropped as in DETR."
+)
 _X101_36 = (
     "Section 5.2 does not say whether its 36 epochs with X101 are for the two-stage model; every X101 in Table 1 is "
     "one."
@@ -116,14 +148,15 @@ class Recipe:
         batch_size: images per step, which the paper does not give. The released code uses 1 per GPU and half the
             learning rate of Deformable DETR, which uses 32: hence 16, as Conditional DETR (2 on each of 8 GPUs).
         overrides: changes of the preset.
+        optimizer: AdamW, as in the codes of all DETRs, or SGD with momentum 0.9.
         lr: learning rate, default of the released code.
         backbone_lr_mult: learning rate multiplier of the backbone.
         sampling_lr_mult: learning rate multiplier of sampling offsets and reference points; 1 if the original code has
             none.
-        weight_decay: weight decay of AdamW.
-        clip: maximum gradient norm.
+        weight_decay: weight decay.
+        clip: maximum gradient norm; 0 for no clipping.
         schedule: constant between the drops.
-        warmup: no warm-up.
+        warmup: fraction of the run in which the learning rate grows to its full value.
         ema: no moving average.
         augment: DETR's recipe: flip, resize, crop.
         image_size: shorter side in evaluation; 480 to this in training.
@@ -137,6 +170,7 @@ class Recipe:
     drop_epochs: tuple[int, ...]
     batch_size: int = 16
     overrides: tuple[str, ...] = ()
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-4
     backbone_lr_mult: float = 0.1
     sampling_lr_mult: float = 0.1
@@ -187,7 +221,8 @@ class Recipe:
             processes: number of GPUs that share a batch.
             tflops: sustained throughput of one GPU.
         """
-        return estimate(self.model, self.epochs, -(-self.batch_size // processes), tflops, self.overrides)
+        share = -(-self.batch_size // processes)
+        return estimate(self.model, self.epochs, share, tflops, self.overrides, self.optimizer)
 
 
 _ABOUT = ("name", "published_ap", "remarks")
@@ -209,7 +244,18 @@ def _recipes() -> dict[str, Recipe]:
         for model in (base, f"rego_{base}"):
             add(model, epochs, drop, *remarks, **changes)
 
+    imagenet = ("weights=imagenet",)  # where the preset has weights trained on COCO
+    sgd: dict[str, Any] = {"optimizer": "sgd", "backbone_lr_mult": 1.0, "sampling_lr_mult": 1.0, "clip": 0.0}
+    detectron2 = sgd | {"lr": 0.02, "drop_epochs": (28, 34), "warmup": 0.00376}  # 1,000 steps
+    mmdetection = sgd | {"lr": 0.02, "drop_epochs": (27, 33), "warmup": 0.00188}  # 500 steps
+    add("fcos_r50", 36, 28, _FCOS, _TORCHVISION, **detectron2 | {"lr": 0.01, "overrides": imagenet})
+    own_norm = (*imagenet, "norm_eps=1e-5")  # 0 belongs to the weights trained on COCO
+    add("faster_rcnn_r50", 36, 28, _DETECTRON2, _TORCHVISION, **detectron2, overrides=own_norm)
+    add("faster_rcnn_r101", 36, 28, _DETECTRON2, _TORCHVISION, **detectron2)
+    add("mask_rcnn_x101", 36, 27, _MMDETECTION, _NO_MASKS, _TORCHVISION, **mmdetection)
+    add("tsp_rcnn_r50", 96, 64, _TSP, drop_epochs=(64, 85), warmup=0.00141)  # 1,000 steps
     add("efficient_detr_r50", 36, 30, _EFFICIENT)
+    add("cascade_mask_rcnn_x101", 36, 27, _MMDETECTION, _NO_MASKS, _TORCHVISION, **mmdetection)
     sparse: dict[str, Any] = {"drop_epochs": (28, 34), "lr": 2.5e-5, "backbone_lr_mult": 1.0, "clip": 1.0}
     add("sparse_rcnn_r50", 36, 28, _SPARSE, **sparse)
     for name in ("detr_r50", "detr_dc5_r50"):
@@ -321,16 +367,16 @@ def memory(chosen: Sequence[Recipe], progress: bool = False) -> list[dict[str, A
         chosen: recipes; those of one model make one row.
         progress: show a progress bar.
     """
-    models = list(dict.fromkeys((one.model, one.overrides) for one in chosen))
+    models = list(dict.fromkeys((one.model, one.overrides, one.optimizer) for one in chosen))
     return [
         {
             "model": " ".join([model, *overrides]),
             "estimated_gigabytes_a_gpu": {
                 images: round(size, 1)
-                for images, size in zip(IMAGES_PER_GPU, step_gigabytes(model, IMAGES_PER_GPU, overrides))
+                for images, size in zip(IMAGES_PER_GPU, step_gigabytes(model, IMAGES_PER_GPU, overrides, optimizer))
             },
         }
-        for model, overrides in track(models, "counting", progress)
+        for model, overrides, optimizer in track(models, "counting", progress)
     ]
 
 
@@ -344,8 +390,9 @@ def memory_as_text(found: Sequence[dict[str, Any]]) -> str:
     height, width = LARGEST_IMAGE
     note = (
         f"Estimated, not measured: the peak of a training step in float32, with images of {height} x {width} pixels, "
-        "the recipe's largest: weights, gradients, AdamW's moments, and every other tensor from its creation to its "
-        "release, with fused attention. Workspaces of kernels, fragmentation and the CUDA context add to this."
+        "the recipe's largest: weights, gradients, the optimizer's moments, and every other tensor from its creation "
+        "to its release, with fused attention; FCOS and the R-CNNs without RoIAlign and loss. Workspaces of kernels, "
+        "fragmentation and the CUDA context add to this."
     )
     return "\n".join([*lines, "", textwrap.fill(note, 112, subsequent_indent="    ")])
 
@@ -370,13 +417,15 @@ def assumptions(processes: int = 8, tflops: float = TFLOPS) -> list[str]:
         "GPU hours (all GPUs together): epochs x 118,287 images x 3 (forward pass, backward pass of twice the cost) x "
         "the operations, two per multiply-add, of an image of 637 x 849 pixels, the mean size of DETR's image recipe "
         f"on data/coco_tiny, at {tflops:g} TFLOP/s per GPU, {source}. Evaluation is not included.",
-        "GB per GPU: 16 bytes for each trained parameter (weight, gradient, two moments of AdamW), and the tensors "
-        f"saved for the backward pass of a GPU's share of a batch ({processes} GPUs), with images of the largest size, "
-        "800 x 1344 pixels, in float32, with fused attention. Workspaces and fragmentation add to this. "
-        "--accumulate, --activation-checkpointing and --precision bf16 reduce it.",
-        "All: AdamW, weight decay 1e-4. All but Sparse R-CNN: learning rate 1e-4, 1e-5 for the backbone, and for "
-        "sampling offsets and reference points of Deformable DETR (twice as much for _batch32); gradients clipped at "
-        "0.1: defaults of the released codes. Unless a remark gives a number, 16 images per step are inferred: the "
+        "GB per GPU: 16 bytes for each trained parameter (weight, gradient, two moments of AdamW; 12 with the momentum "
+        f"of SGD), and the tensors saved for the backward pass of a GPU's share of a batch ({processes} GPUs), with "
+        "images of the largest size, 800 x 1344 pixels, in float32, with fused attention. Workspaces and fragmentation "
+        "add to this. --accumulate, --activation-checkpointing and --precision bf16 reduce it.",
+        "FCOS and the R-CNNs: without RoIAlign and the losses; box heads read 512 boxes (TSP-RCNN: 700), mask heads do "
+        "not run.",
+        "All: weight decay 1e-4. Unless a remark says otherwise: AdamW, learning rate 1e-4, 1e-5 for the backbone, and "
+        "for sampling offsets and reference points of Deformable DETR (twice as much for _batch32); gradients clipped "
+        "at 0.1: defaults of the released codes. Unless a remark gives a number, 16 images per step are inferred: the "
         "paper gives none, and the released code has 1 per GPU and half the learning rate of Deformable DETR, which "
         "uses 32.",
     ]

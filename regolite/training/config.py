@@ -32,10 +32,11 @@ class RunConfig(Checked):
         None, "stop after this much CPU time of the training process, evaluation excluded; schedules then end with it"
     )
     batch_size: int = _option(16, "images per step, over all processes")
+    optimizer: Literal["adamw", "sgd"] = _option("adamw", "the optimizer: AdamW, or SGD with momentum 0.9")
     lr: float = _option(1e-4, "learning rate")
     backbone_lr_mult: float = _option(0.1, "factor of the learning rate for the backbone")
     sampling_lr_mult: float = _option(0.1, "factor of the learning rate for sampling offsets and reference points")
-    weight_decay: float = _option(1e-4, "weight decay of AdamW")
+    weight_decay: float = _option(1e-4, "weight decay: decoupled in AdamW, a part of the gradient in SGD")
     clip: float = _option(0.1, "largest norm of the gradient; 0 for no clipping")
     schedule: Literal["step", "one_cycle", "constant"] = _option("step", "how the learning rate changes")
     drop_epochs: tuple[int, ...] = _option((40,), "epochs at which the step schedule divides by ten")

@@ -41,7 +41,7 @@ from regolite.training.kernels import fastest_kernels
 from regolite.training.launch import launch
 from regolite.training.metrics import Meter, TensorBoard, timed
 from regolite.training.resume import describe_run
-from regolite.training.schedule import lr_factor, parameter_groups
+from regolite.training.schedule import lr_factor, make_optimizer
 from regolite.training.setup import is_to_launch, make_accelerator, more_objects_than_queries, prepare_data, resampled
 from regolite.training.state import State
 from regolite.types import Target
@@ -192,7 +192,7 @@ def _train(
     set_seed(config.seed)
     model = _model(config, model_config, model, accelerator.device, folder)
     fused = True if accelerator.device.type == "cuda" else None  # one kernel for all weights
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
+    optimizer = make_optimizer(model, config, fused)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     described = describe_run(config, model_config, train_set, val_set)
     state = State(folder, model, optimizer, average, accelerator, described)

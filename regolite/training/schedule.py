@@ -1,15 +1,17 @@
-"""Learning rates: which parameter learns how fast, and when."""
+"""The optimizer and its learning rates: which parameter learns how fast, and when."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 
 from regolite.models.detector import as_detector
 from regolite.training.config import RunConfig
 
 FIRST = 0.04  # factor of the learning rate at the beginning of a warm-up
+MOMENTUM = 0.9  # of SGD
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
@@ -29,6 +31,20 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
         for name, parameters in members.items()
         if parameters
     ]
+
+
+def make_optimizer(model: nn.Module, config: RunConfig, fused: bool | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a run, with the groups of :func:`parameter_groups`.
+
+    Args:
+        model: the model to train.
+        config: the kind of optimizer, learning rates and weight decay.
+        fused: whether one kernel updates all parameters; None for PyTorch's default.
+    """
+    groups, decay = parameter_groups(model, config), config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=decay, fused=fused)
 
 
 def lr_factor(config: RunConfig, epoch: int, progress: float) -> float:
