@@ -117,8 +117,8 @@ _NO_MASKS = (
 )
 _TORCHVISION = (
     "The original code resizes the shorter side to 640 to 800 pixels and does not crop; here it is resized and cropped "
-    "as in DETR. Network, losses and ImageNet weights are torchvision's, and the warm-up begins at 0.04 of the learning "
-    "rate, not at 0.001."
+    "as in DETR. Network, losses and ImageNet weights are torchvision's, and the warm-up begins at 0.04 of the "
+    "learning rate, not at 0.001."
 )
 _TSP = (
     "TSP-RCNN's released code has 16 images per step (4 GPUs with 4 each) and a warm-up of 1,000 steps. It trains the "
