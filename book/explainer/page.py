@@ -46,7 +46,8 @@ OWN_MODULES = (
 LICENSES = {4: "CC BY 2.0", 5: "CC BY-SA 2.0", 7: "no known copyright restrictions"}
 """By COCO's license id, as in ``data/coco_tiny/SOURCES.md``."""
 
-THRESHOLD = 0.3
+THRESHOLD = 0.4
+"""Least score of an object at first; lower ones are mostly second boxes on the same object."""
 THUMBNAIL = (132, 88)
 
 
