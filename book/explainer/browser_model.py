@@ -1,0 +1,110 @@
+"""The detector as the browser runs it: one ONNX file whose outputs are the numbers that the page draws.
+
+The outputs are the arrays of :mod:`regolite.explaining.packing` for all queries. The file is optimized when it is written, since a browser would need seconds for it at every visit.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from regolite.data.images import ImageSource
+from regolite.explaining.packing import arrays_of, pack, ranked
+from regolite.exporting import OPSET, Exportable, reduce_precision, square
+from regolite.inference import detect
+from regolite.models.config import config_of
+from regolite.models.detector import as_detector
+from regolite.tracing.recorder import record
+from regolite.utils.modes import evaluating
+
+RECORDS = ("references", "decoder.*", "stage.*")
+"""What a page is made of, as :func:`regolite.explain` records it."""
+
+
+class BrowserModel(Exportable):
+    """A detector with the arrays of a page as outputs, for one image.
+
+    Args:
+        model: a detector with deformable attention, with or without REGO.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(as_detector(model), records=RECORDS)
+
+    def forward(self, pixels: Float[Tensor, "1 3 S S"], sizes: Int[Tensor, "1 2"]) -> tuple[Tensor, ...]:
+        """Detect.
+
+        Args:
+            pixels: RGB in [0, 1], the image in the upper left corner; the rest is padding of any value.
+            sizes: height and width of the image in pixels.
+
+        Returns:
+            The arrays of :func:`regolite.explaining.packing.arrays_of` for all queries, in float32; ``names`` are their
+            names. Boxes, points and regions are fractions of the image.
+        """
+        _, trace = self.traced(pixels, sizes)
+        arrays = arrays_of(trace, ranked(trace))
+        self.names = list(arrays)
+        return tuple(values.float() for values in arrays.values())
+
+
+def header_of(model: nn.Module, image: ImageSource) -> dict[str, Any]:
+    """What the page has to know of a model beside the arrays: layers, stages, strides, alphas, and its classes."""
+    with record(model, RECORDS) as trace:
+        detect(model, image)
+    header, _ = pack(trace)
+    config = config_of(model)
+    of_the_image = ("width", "height", "arrays")
+    header = {name: value for name, value in header.items() if name not in of_the_image}
+    return {**header, "classes": list(trace.classes), "model": config.preset}
+
+
+def write_model(model: nn.Module, file: Path, size: int, image: ImageSource) -> None:
+    """Write a model for square images of one size as an ONNX file with weights of half precision.
+
+    Args:
+        model: a detector with deformable attention, with or without REGO.
+        file: the ONNX file.
+        size: side of the square, a multiple of 32.
+        image: an image to trace the model with.
+
+    Raises:
+        ValueError: the graph has a loop, which takes a browser seconds.
+    """
+    pixels, shape = (values[None] for values in square(image, size))
+    module = BrowserModel(model)
+    with evaluating(module), torch.no_grad():
+        module(pixels, shape)  # sets the names
+        program = torch.export.export(module, (pixels, shape), strict=False)
+    converted = torch.onnx.export(
+        program, input_names=["pixels", "sizes"], output_names=module.names, opset_version=OPSET, dynamo=True,
+        verbose=False,
+    )  # fmt: skip
+    assert converted is not None  # with dynamo=True and no file name
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "plain.onnx"
+        converted.save(str(plain))
+        _optimize(plain, file)
+    reduce_precision(file, "fp16")
+    proto = onnx.load(file)
+    if loops := {node.op_type for node in proto.graph.node} & {"Loop", "Scan", "If"}:
+        raise ValueError(f"{file.name} has nodes of type {', '.join(sorted(loops))}, which are slow in a browser")
+    onnx.helper.set_model_props(proto, {"size": str(size), "header": json.dumps(header_of(model, image))})
+    onnx.save(proto, file)
+
+
+def _optimize(source: Path, file: Path) -> None:
+    """Write the graph as onnxruntime optimizes it, without what depends on this machine's processor."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(file)
+    options.log_severity_level = 3  # it warns that the file may suit this machine only, which holds for a higher level
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,122 @@
+// The model, off the page's thread: fetches the files, keeps them for the next visit, creates sessions and runs them.
+// Messages: { id, call: "load" | "detect", ... }; answers: { id, progress }, then { id, result } or { id, error }.
+
+import * as ort from "./runtime/ort.mjs";
+import { resized } from "./resize.js";
+
+const CACHE = "rego-explainer"; // of the browser; an entry's address ends in the file's hash
+
+let manifest = null;
+const sessions = new Map(); // by name: { session, provider, seconds }, or the promise of it
+
+self.onmessage = async ({ data: { id, call, ...given } }) => {
+  try {
+    const result = await CALLS[call](given, (progress) => self.postMessage({ id, progress }));
+    self.postMessage({ id, result }, buffersOf(result));
+  } catch (error) {
+    self.postMessage({ id, error: error.message });
+  }
+};
+
+const CALLS = {
+  async load({ name }, tell) {
+    if (!sessions.has(name)) {
+      const creating = create(name, tell);
+      sessions.set(name, creating);
+      creating.catch(() => sessions.delete(name)); // the next call tries again
+    }
+    const { provider, seconds } = await sessions.get(name);
+    return { provider, seconds };
+  },
+
+  async detect({ name, pixels, width, height }) {
+    const { session, size } = await sessions.get(name); // after `load`
+    const start = performance.now();
+    const { planes, rows, columns } = resized(pixels, width, height, size);
+    const outputs = await session.run({
+      pixels: new ort.Tensor("float32", planes, [1, 3, size, size]),
+      sizes: new ort.Tensor("int64", BigInt64Array.of(BigInt(rows), BigInt(columns)), [1, 2]),
+    });
+    const arrays = {};
+    for (const [array, { dims, data }] of Object.entries(outputs)) arrays[array] = { shape: [...dims], values: data };
+    return { arrays, header: manifest.models[name].header, seconds: (performance.now() - start) / 1000 };
+  },
+};
+
+const buffersOf = ({ arrays = {} }) => Object.values(arrays).map(({ values }) => values.buffer);
+
+async function create(name, tell) {
+  const start = performance.now();
+  manifest ??= await readManifest();
+  const { file, size } = manifest.models[name];
+  const wanted = ort.env.wasm.wasmBinary ? [file] : [file, manifest.runtime];
+  const total = wanted.reduce((sum, { bytes }) => sum + bytes, 0);
+  const received = wanted.map(() => 0);
+  let cached = true;
+  const [model, runtime] = await Promise.all(
+    wanted.map((entry, n) =>
+      read(entry, (bytes, stored) => {
+        received[n] = bytes;
+        cached &&= stored;
+        tell({ phase: "download", received: received.reduce((a, b) => a + b), total, cached });
+      }),
+    ),
+  );
+  tell({ phase: "prepare", received: total, total, cached });
+  ort.env.wasm.wasmBinary ??= runtime;
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
+  const session = await ort.InferenceSession.create(model, {
+    executionProviders: ["wasm"],
+    graphOptimizationLevel: "disabled", // the file is optimized
+  });
+  await forgetOthers();
+  tell({ phase: "ready", received: total, total, cached });
+  return { session, size, provider: "wasm", seconds: (performance.now() - start) / 1000 };
+}
+
+async function readManifest() {
+  const response = await fetch("manifest.json", { cache: "no-cache" });
+  if (!response.ok) throw new Error(`manifest.json is missing (${response.status}); build the page again`);
+  return response.json();
+}
+
+const addressOf = ({ path, sha256 }) => new URL(`${path}?${sha256}`, self.location.href).href;
+
+// The content of a file, from the browser's cache or the server; `tell(bytes so far, whether they were in the cache)`.
+async function read(entry, tell) {
+  const cache = await caches.open(CACHE).catch(() => null); // not in private windows of some browsers
+  const stored = await cache?.match(addressOf(entry));
+  if (stored) {
+    tell(entry.bytes, true);
+    return unzipped(await stored.blob());
+  }
+  const response = await fetch(entry.path);
+  if (!response.ok) throw new Error(`${entry.path} is missing (${response.status}); build the page again`);
+  const parts = [];
+  let received = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    received += value.length;
+    tell(Math.min(received, entry.bytes), false);
+  }
+  const blob = new Blob(parts);
+  await cache?.put(addressOf(entry), new Response(blob)).catch(() => null); // the disk may be full
+  return unzipped(blob);
+}
+
+// Files are compressed, since not every server compresses; a server may have unpacked them under way.
+async function unzipped(blob) {
+  const [first, second] = new Uint8Array(await blob.slice(0, 2).arrayBuffer());
+  if (first !== 0x1f || second !== 0x8b) return new Uint8Array(await blob.arrayBuffer());
+  const stream = blob.stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+// Deletes older versions of the files.
+async function forgetOthers() {
+  const cache = await caches.open(CACHE).catch(() => null);
+  const current = [manifest.runtime, ...Object.values(manifest.models).map(({ file }) => file)].map(addressOf);
+  for (const { url } of (await cache?.keys()) ?? []) if (!current.includes(url)) await cache.delete(url);
+}
