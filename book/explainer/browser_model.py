@@ -47,11 +47,13 @@ class BrowserModel(Exportable):
             sizes: height and width of the image in pixels.
 
         Returns:
-            The arrays of :func:`regolite.explaining.packing.arrays_of` for all queries, in float32; ``names`` are their
-            names. Boxes, points and regions are fractions of the image.
+            The arrays of :func:`regolite.explaining.packing.arrays_of` for all queries, and ``class_scores``
+            ``[S, Q, C]``, the scores of all classes for the base detector and each stage; all in float32. ``names`` are
+            their names. Boxes, points and regions are fractions of the image.
         """
         _, trace = self.traced(pixels, sizes)
         arrays = arrays_of(trace, ranked(trace))
+        arrays["class_scores"] = torch.stack([boxes.scores[0] for boxes in trace.by_stage])
         self.names = list(arrays)
         return tuple(values.float() for values in arrays.values())
 

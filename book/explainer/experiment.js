@@ -24,6 +24,7 @@ export function createExperiment(page, app, hooks) {
   let after = new Map(); // the same without each neighbor
   let running = 0; // number of the run in progress, 0 for none
   let runs = 0;
+  let brief = ""; // the result in a sentence
 
   find("again").addEventListener("click", () => {
     reset();
@@ -120,7 +121,7 @@ export function createExperiment(page, app, hooks) {
     const others = neighbors();
     const names = namesOf(scene);
     const query = queryOf(data, boxesOf(scene)[ball]);
-    const shares = query === null ? others.map(() => 0) : sharesOf(data, at, query, boxesOf(scene));
+    const shares = query === null ? names.map(() => 0) : sharesOf(data, at, query, boxesOf(scene));
     const change = (k) => after.get(k)[at] - before[at];
     const done = running === 0;
     const effects = [...after.keys()];
@@ -146,6 +147,9 @@ export function createExperiment(page, app, hooks) {
       map.style.setProperty("--share", done ? shares[k] : 0);
       share.textContent = done ? percent(shares[k]) : "…";
     });
+    brief = done
+      ? `Without the ${names[strongest]} the score changes most, by ${signed(change(strongest))}; the map gives this neighbor ${percent(shares[strongest])} of the attention, and the ${names[largest]} most, ${percent(shares[largest])}.`
+      : "";
     find("again").hidden = !done;
     find("verdict").textContent = done ? verdict() : `Taking away ${after.size + 1} of ${others.length} …`;
     find("overall").textContent = done
@@ -187,7 +191,7 @@ export function createExperiment(page, app, hooks) {
       reset();
     },
     run,
-    verdict: () => find("verdict").textContent,
+    brief: () => brief,
     get ball() {
       return ball;
     },

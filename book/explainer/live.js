@@ -4,13 +4,17 @@ import { connect, supported } from "./model.js";
 
 const NAMES = { photos: "everyday", scenes: "scenes" };
 const MEGABYTE = 1e6;
+const ABSENT = "This copy of the page has its stored examples only: it was built without the model.";
 
 export function createLive(page) {
   const find = (id) => page.getElementById(id);
   const root = page.documentElement;
   const client = connect("./");
-  const impossible = supported();
+  const impossible = supported() ?? (root.dataset.live === "no" ? ABSENT : null);
   const progress = {}; // by mode, the last that was told
+  if (impossible) {
+    for (const node of page.querySelectorAll(".own button, #tools button")) node.setAttribute("aria-disabled", true);
+  }
   let shown = "photos";
   let running = 0;
 

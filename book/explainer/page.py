@@ -81,13 +81,14 @@ SCENES = (42, 53, 22, 1)
 last one the relations point at the decider too."""
 
 
-def write_page(folder: str | os.PathLike[str], book: str | None = None) -> Path:
+def write_page(folder: str | os.PathLike[str], book: str | None = None, live: bool = True) -> Path:
     """Write ``index.html``.
 
     Args:
         folder: where to write it; created if missing.
         book: address of the folder with the book's chapters, such as ``../notebooks/``, which the page links to. By
             default ``$REGOLITE_BOOK/notebooks/``; without this variable the chapters are named and not linked.
+        live: whether the models lie beside the page.
 
     Returns:
         The path of the page.
@@ -104,6 +105,7 @@ def write_page(folder: str | os.PathLike[str], book: str | None = None) -> Path:
         "scenes": "".join(thumbnail(example) for example in scenes),
         "examples": "\n".join(stored(example) for example in [*photos, *scenes]),
         "book": html.escape(book, quote=True),
+        "live": "yes" if live else "no",
     }
     path = Path(folder) / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +149,7 @@ def scene_examples(book: str) -> list[dict[str, Any]]:
         scene = dataset.scene(i)
         image, trace = scene.draw(), traced(model, scene.draw())
         words = ", ".join(f"a {thing.texture} {thing.shape}".replace("  ", " ") for thing in scene.things)
-        texts = {"name": f"Scene {number}", "credit": "drawn, not trained on", "book": book}
+        texts = {"name": f"Scene {number}", "credit": "not trained on; shown four times finer than the detector sees it", "book": book}
         found.append(
             {
                 "id": f"scene-{i}", "alt": words, "thumbnail": png_of(image.resize((88, 88), Image.Resampling.LANCZOS)),
@@ -244,10 +246,10 @@ def thumbnail(example: dict[str, Any]) -> str:
     """The button of an example in the gallery."""
     content = example.pop("thumbnail")
     kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
-    name, alt = html.escape(example["header"]["name"]), html.escape(example.pop("alt"), quote=True)
+    name, alt = html.escape(example["header"]["name"], quote=True), html.escape(example.pop("alt"), quote=True)
     width, height = Image.open(io.BytesIO(content)).size
     image = f'<img src="{address(kind, content)}" alt="{alt}" width="{width}" height="{height}">'
-    return f'<button type="button" class="thumb" data-example="{example["id"]}">{image}<span>{name}</span></button>\n'
+    return f'<button type="button" class="thumb" title="{name}" data-example="{example["id"]}">{image}</button>\n'
 
 
 def stored(example: dict[str, Any]) -> str:

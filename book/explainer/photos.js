@@ -74,9 +74,8 @@ export function listenForPhotos(page, app) {
       button = page.createElement("button");
       Object.assign(button, { type: "button", className: "thumb" });
       button.dataset.example = "own";
-      button.append(page.createElement("canvas"), page.createElement("span"));
-      button.lastChild.textContent = "Your photo";
-      button.firstChild.setAttribute("aria-hidden", "true");
+      Object.assign(button, { title: "Your photo", ariaLabel: "Your photo" });
+      button.append(page.createElement("canvas"));
       button.addEventListener("click", () => app.showData(own));
       thumbs.append(button);
     }

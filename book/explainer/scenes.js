@@ -51,9 +51,13 @@ export function createScenes(page, app) {
       update();
     },
     choose: (k) => select(k),
-    settled: async () => pending,
+    async settled() {
+      while (frame || pending) await (pending ?? new Promise(requestAnimationFrame));
+    },
   });
   app.experiment = experiment;
+  app.select = select;
+  app.store.subscribe(({ pinned }) => layer.classList.toggle("quiet", pinned));
 
   // ------------------------------------------------------------------------------------------------ the scene
 
@@ -97,19 +101,19 @@ export function createScenes(page, app) {
     return false;
   }
 
+  // The image follows at once, the boxes with the answer; what is asked meanwhile is left out by the model's client.
   function edit(things, chosen = selected) {
     scene = { ...scene, things };
     selected = chosen;
-    if (!frame) {
-      frame = requestAnimationFrame(() => {
-        frame = 0;
-        if (!scene) return;
-        paint(scene);
-        app.store.send({ type: "set", name: "stale", value: true });
-      });
-    }
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      if (!scene) return;
+      paint(scene);
+      app.store.send({ type: "set", name: "stale", value: true });
+      pending = ask(scene);
+      pending.catch(() => {}); // it is said beside the image
+    });
     update();
-    pending = ask(scene);
   }
 
   async function ask(asked) {
@@ -126,7 +130,10 @@ export function createScenes(page, app) {
       experiment.set({ scene, data });
       app.say(`Answer in ${answer.seconds.toFixed(1)} s, computed in this browser.`);
     } catch (error) {
-      if (!dropped(error)) app.say(error.message);
+      if (dropped(error)) return;
+      pending = null;
+      app.say(error.message);
+      throw error;
     }
   }
 
@@ -151,7 +158,7 @@ export function createScenes(page, app) {
     layer.querySelector("button")?.focus();
   }
 
-  // A square becomes a star and the other way around; with a ball selected, that which decides it would be ambiguous.
+  // A square becomes a star, and a star a square.
   function swap() {
     if (selected === null || !editable()) return;
     const { shape } = scene.things[selected];

@@ -70,6 +70,6 @@ export function sharesOf(data, stage, query, boxes) {
 // The scores of a query for a class, by stage; zeros where no query stands for the thing.
 export function scoresOf(data, query, label) {
   return [...Array(data.stages + 1).keys()].map((stage) =>
-    query === null ? 0 : part(data.arrays.class_scores, rowOf(data, stage), query)[label],
+    query === null ? 0 : part(data.arrays.class_scores, stage, query)[label],
   );
 }

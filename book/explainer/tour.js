@@ -18,33 +18,43 @@ const CHAPTERS = [
 
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
-// Each step: `set` what the page shows, `target` what is marked, `question`, `look`, `answer` as texts or functions of the
-// state. The object that steps 2, 3, 5 and 6 speak of is the highest-scoring one.
+// Each step: `set` what the page shows, `target` what is marked; `question`, `look` and `answer` are texts, or functions
+// that give them from the numbers of the image.
 function stepsOf(app) {
   const state = () => app.store.state;
-  const choose = (stage, object, show) => async () => {
-    await app.setMode("photos", PHOTO);
-    const best = objects(state().data, { ...state(), stage: state().data.stages })[0];
+  const set = (stage, show) => {
     for (const [name, value] of Object.entries(show)) app.store.send({ type: "show", name, value });
     for (const name of ["head", "level"]) app.store.send({ type: "set", name, value: ALL });
     app.store.send({ type: "clear" });
     app.store.send({ type: "stage", value: stage });
-    app.store.send({ type: "focus", query: object ? best : null });
+  };
+  const choose = (stage, kind, show) => async () => {
+    await app.setMode("photos", PHOTO);
+    const { data, threshold } = state();
+    const last = { stage: data.stages, threshold };
+    const found = objects(data, last).filter((query) => className(data, rowOf(data, data.stages), query) === kind);
+    set(stage, show);
+    app.store.send({ type: "focus", query: found[0] ?? null });
+  };
+  const scene = async (stage, wanted, show) => {
+    await app.setMode("scenes", SCENE);
+    set(stage, show);
+    app.select(state().data.scene.things.findIndex(wanted));
   };
   const all = { reads: true, glimpse: true, relations: true };
   const name = () => className(state().data, rowOf(state().data, state().data.stages), state().object);
 
   return [
     {
-      set: choose(3, false, all),
-      target: "#figure",
+      set: choose(3, null, all),
+      target: "#view",
       question: "What does a detector say about a photograph?",
       look: "Read the label of a box, then the list of objects.",
       answer: () =>
         `Each box is one answer: the box says where, its class says what, and the score, from 0 to 1, says how sure the detector is. Only answers with a score of ${state().threshold.toFixed(2)} or more are shown. Move “Score from” to the left to see the doubtful ones.`,
     },
     {
-      set: choose(0, true, { reads: true, glimpse: false, relations: false }),
+      set: choose(0, "horse", { reads: true, glimpse: false, relations: false }),
       target: "#view",
       question: () => `Where did it look to find this ${name()}?`,
       look: "Each dot is a place where the detector read the image for this one object. The larger the dot, the more it counted.",
@@ -60,7 +70,7 @@ function stepsOf(app) {
       },
     },
     {
-      set: choose(1, true, { reads: false, glimpse: true, relations: false }),
+      set: choose(1, "horse", { reads: false, glimpse: true, relations: false }),
       target: "#view",
       question: "What does a second look see?",
       look: "The bright part is the glimpse of stage 1. The solid box is what the detector makes of it. Then move the slider to stages 2 and 3.",
@@ -70,7 +80,7 @@ function stepsOf(app) {
       },
     },
     {
-      set: choose(0, false, all),
+      set: choose(0, null, all),
       target: "#stages",
       question: "What do the three looks change?",
       look: "This is the base detector, after one look. Move the slider to stage 3. Which boxes come, go, or move?",
@@ -82,44 +92,42 @@ function stepsOf(app) {
     },
     {
       set: async () => {
-        await choose(3, true, all)();
+        await scene(3, ({ texture, shape }) => `${texture} ${shape}` === "checked square", { reads: false, glimpse: true, relations: true });
         app.store.send({ type: "pin", query: state().object });
       },
       target: "#view",
       question: "How does a box find its place?",
-      look: "The path starts at the cross, where the query begins, and ends at the thick box of stage 3.",
+      look: "A drawn scene, and a detector that was trained on such scenes. The path starts at the cross, where the query begins, and ends at the thick box of stage 3.",
       answer: () => {
         const { data, object } = state();
         const path = steps(data).map((step) => [step.name, middle(stepBox(data, step, object))]);
         const moves = path.slice(1).map(([to, [x, y]], n) => [Math.hypot(x - path[n][1][0], y - path[n][1][1]), path[n][0], to]);
         const [far, from, to] = moves.reduce((best, move) => (move[0] > best[0] ? move : best));
-        return `No step searches from the beginning: each adds a small correction to the box before it. The center moves most from ${from} to ${to}: by ${Math.round(far)} of the photograph’s ${data.width} pixels. The list shows how the score changes meanwhile.`;
+        const [near] = moves.at(-1);
+        return `No step searches from the beginning: each adds a correction to the box before it. The longest is from ${from} to ${to}, by ${far.toFixed(1)} of the image’s ${data.width} pixels; the last moves the center by ${near.toFixed(1)}. The list shows how the score changes meanwhile.`;
       },
     },
     {
-      set: choose(3, true, { reads: false, glimpse: false, relations: true }),
+      set: () => scene(3, ({ shape }) => shape === "ball", { reads: false, glimpse: false, relations: true }),
       target: "#view",
       question: "Do objects take notice of each other?",
-      look: "Lines lead to the objects that this one attends to. The thicker the line, the larger the weight.",
+      look: "Lines lead from the ball to the objects that it attends to. The thicker the line, the larger the weight.",
       answer: () => {
         const { others = [], itself = 0 } = relatedTo(state().data, state()) ?? {};
         const row = rowOf(state().data, state().stage - 1);
         const [first] = others;
-        const most = first ? `Most of what goes to other objects, ${percent(first.weight)}, goes to a ${className(state().data, row, first.query)}; ${percent(itself)} goes to itself.` : "";
-        return `Before a stage decides, it mixes what it knows of all objects, weighted by attention. ${most} A weight says what was mixed. It does not say whether that mattered. How could you find out?`;
+        const most = first ? ` The largest share, ${percent(first.weight)}, goes to the ${className(state().data, row, first.query)}; ${percent(itself)} goes to the ball itself.` : "";
+        return `Before a stage answers, it mixes what it knows of all objects, weighted by attention.${most} A weight says what was mixed. It does not say whether that mattered. How could you find out?`;
       },
     },
     {
-      set: async () => {
-        await app.setMode("scenes", SCENE);
-        app.store.send({ type: "stage", value: 3 });
-      },
+      set: () => scene(3, ({ shape }) => shape === "ball", { reads: false, glimpse: true, relations: true }),
       target: "#experiment",
       question: "Which neighbor decides what the ball is?",
       look: "Balls look alike; the nearest square or star gives a ball its name. Pick a neighbor in the list: the page takes each one away and asks the detector again.",
       answer: async () => {
         if (!app.experiment.finished) await app.experiment.run(null);
-        return `${app.experiment.verdict()} A map suggests; only an experiment shows what an answer depends on.`;
+        return `${app.experiment.brief()} A map suggests; an experiment shows what an answer depends on.`;
       },
       links: true,
     },
@@ -166,7 +174,7 @@ export function createTour(page, app) {
     find("tour-reveal").hidden = false;
     find("tour-back").disabled = n === 0;
     find("tour-next").textContent = n === list.length - 1 ? "Finish" : "Next";
-    [...find("tour-dots").children].forEach(({ firstChild }, k) => firstChild.toggleAttribute("aria-current", k === n));
+    [...find("tour-dots").children].forEach(({ firstChild }, k) => firstChild.setAttribute("aria-current", k === n ? "step" : false));
     spot(step.target);
     find("tour-question").focus({ preventScroll: true });
   }
