@@ -2,13 +2,13 @@
 // the score of the ball changes stands beside what the relation map says of the same neighbor.
 
 import { element, match, percent } from "./elements.js";
-import { stageName } from "./look.js";
+import { relationLayers, stageName } from "./look.js";
 import { deciderOf } from "./scene.js";
 import { balls, boxesOf, namesOf, queryOf, scoresOf, sharesOf } from "./things.js";
 
 const PAUSE = 650; // milliseconds for each removal of a stored study, to see what is gone
 const LARGE = 0.1; // a change of the score that is worth mentioning
-const HELD = { effect: 92, map: 36, chance: 30, balls: 206 }; // notebooks/results/relations.json, stage 3
+const HELD = { effect: 92, map: 38, chance: 30, balls: 206 }; // notebooks/results/relations.json, last layer of stage 3
 
 const signed = (change) => `${change < 0 ? "−" : "+"}${Math.abs(change).toFixed(2)}`;
 
@@ -30,10 +30,10 @@ export function createExperiment(page, app, hooks) {
     reset();
     find("choices").querySelector("button")?.focus();
   });
-  let stage = null;
-  app.store.subscribe((state) => {
-    if (state.stage === stage) return;
-    stage = state.stage;
+  let map = ""; // that is chosen: stage and layer
+  app.store.subscribe(({ stage, relations }) => {
+    if (`${stage} ${relations}` === map) return;
+    map = `${stage} ${relations}`;
     if (after.size) showResults();
   });
 
@@ -117,11 +117,12 @@ export function createExperiment(page, app, hooks) {
 
   function showResults() {
     const { scene, data } = given;
-    const at = app.store.state.stage;
+    const { stage: at, relations } = app.store.state;
+    const layer = relations ?? relationLayers(data, at).at(-1);
     const others = neighbors();
     const names = namesOf(scene);
     const query = queryOf(data, boxesOf(scene)[ball]);
-    const shares = query === null ? names.map(() => 0) : sharesOf(data, at, query, boxesOf(scene));
+    const shares = query === null ? names.map(() => 0) : sharesOf(data, at, layer, query, boxesOf(scene));
     const change = (k) => after.get(k)[at] - before[at];
     const done = running === 0;
     const effects = [...after.keys()];
@@ -153,7 +154,7 @@ export function createExperiment(page, app, hooks) {
     find("again").hidden = !done;
     find("verdict").textContent = done ? verdict() : `Taking away ${after.size + 1} of ${others.length} …`;
     find("overall").textContent = done
-      ? `Over ${HELD.balls} balls of unseen scenes, the largest drop names the deciding neighbor for ${HELD.effect} %. The relation map of stage 3 points at it for ${HELD.map} %, with ${HELD.chance} % by chance.`
+      ? `Over ${HELD.balls} balls of unseen scenes, the largest drop names the deciding neighbor for ${HELD.effect} %. The last relation map of stage 3 points at it for ${HELD.map} %, with ${HELD.chance} % by chance.`
       : "";
 
     function verdict() {

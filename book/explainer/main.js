@@ -22,6 +22,7 @@ const app = {
   store,
   live: createLive(document),
   book: root.dataset.book,
+  threshold: store.state.threshold,
   mode: "photos",
 
   say: (text) => (find("answer").textContent = text),

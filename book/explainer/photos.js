@@ -54,7 +54,7 @@ export function listenForPhotos(page, app) {
     await app.setMode("photos", null);
     app.wait(image, "The detector is looking at your photo");
     try {
-      const data = await app.live.detect("photos", image, { name, credit: OWN, book: app.book });
+      const data = await app.live.detect("photos", image, { name, credit: OWN, book: app.book, threshold: app.threshold });
       own = { ...data, image, id: "own" };
       app.showData(own);
       keepThumbnail(image);

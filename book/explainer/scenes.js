@@ -8,6 +8,7 @@ import { balls, boxesOf, frameOf, namesOf, queryOf, scoresOf, without } from "./
 
 const FINE = 4; // pixels of the shown image to one of the detector's
 const STEP = 4; // pixels, of a key; one with Alt
+const PLACES = 40; // that are tried for a new thing in a crowded scene
 const MOVED = 2; // pixels on the screen: less is a click
 const SIGNS = { square: "■", star: "★", triangle: "▲", cross: "✚", ball: "●" };
 const WAYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -123,7 +124,8 @@ export function createScenes(page, app) {
       const answer = await app.live.detect("scenes", drawn(asked, 1), about);
       if (!scene) return;
       const data = { ...answer, image, id: stored.id };
-      const query = selected === null || scene !== asked ? null : queryOf(data, boxesOf(asked)[selected]);
+      const same = selected !== null && asked.things.length === scene.things.length;
+      const query = same ? queryOf(data, boxesOf(asked)[selected]) : null;
       app.store.send({ type: "answer", data, query });
       if (scene !== asked) return app.store.send({ type: "set", name: "stale", value: true });
       pending = null;
@@ -146,9 +148,9 @@ export function createScenes(page, app) {
   function add(shape) {
     if (!editable()) return;
     const texture = TEXTURES[Math.floor(Math.random() * TEXTURES.length)];
-    const more = addThing(scene, shape, texture);
-    if (more) edit(more.things, more.things.length - 1);
-    else app.say(`There is no room for another ${shape}${shape === "ball" ? ", or no square or star for it" : ""}.`);
+    const things = addThing(scene, shape, texture)?.things ?? crowded(scene, shape, texture);
+    if (things) edit(things, things.length - 1);
+    else app.say("A ball needs a square or a star with some room around it.");
   }
 
   function remove() {
@@ -232,6 +234,15 @@ export function createScenes(page, app) {
   }
 
   return { enter, leave };
+}
+
+// The things with one more where a scene has no room by its rules: at the emptiest of some places. A ball gets none.
+function crowded(scene, shape, texture) {
+  const gap = (a, b) => Math.hypot(a.x - b.x, a.y - b.y) - a.radius - b.radius;
+  const room = (thing) => Math.min(...scene.things.map((other) => gap(thing, other)));
+  const places = [...Array(PLACES)].map(() => addThing({ ...scene, things: [] }, shape, texture)?.things[0]);
+  if (!places.every(Boolean)) return null;
+  return [...scene.things, places.reduce((best, place) => (room(place) > room(best) ? place : best))];
 }
 
 const backgrounds = new WeakMap(); // enlarged, by the background that they come from

@@ -51,19 +51,16 @@ export function queryOf(data, box) {
   return on.length ? on.reduce((best, query) => (scoreOf(data, row, query) > scoreOf(data, row, best) ? query : best)) : null;
 }
 
-// The attention of a query to each thing, from 0 to 1: the sum of its weights on the queries whose boxes stand for it,
-// mean over the layers of the stage.
-export function sharesOf(data, stage, query, boxes) {
+// The attention of a query to each thing in a layer of a stage, from 0 to 1: the sum of its weights on the queries whose
+// boxes stand for the thing.
+export function sharesOf(data, stage, layer, query, boxes) {
   const row = rowOf(data, Math.max(stage - 1, 0));
-  const layers = data.relations.filter(([s]) => s === stage).map(([, layer]) => layer);
   const shares = boxes.map(() => 0);
-  for (const layer of layers) {
-    attentionOf(data, stage, layer, query).forEach((weight, other) => {
-      const overlaps = boxes.map((box) => overlap(boxOf(data, row, other), box));
-      const nearest = overlaps.indexOf(Math.max(...overlaps));
-      if (overlaps[nearest] >= SAME) shares[nearest] += weight / layers.length;
-    });
-  }
+  attentionOf(data, stage, layer, query).forEach((weight, other) => {
+    const overlaps = boxes.map((box) => overlap(boxOf(data, row, other), box));
+    const nearest = overlaps.indexOf(Math.max(...overlaps));
+    if (overlaps[nearest] >= SAME) shares[nearest] += weight;
+  });
   return shares;
 }
 
