@@ -10,7 +10,7 @@ const PAUSE = 650; // milliseconds for each removal of a stored study, to see wh
 const LARGE = 0.1; // a change of the score that is worth mentioning
 const HELD = { effect: 92, map: 38, chance: 30, balls: 206 }; // notebooks/results/relations.json, last layer of stage 3
 
-const signed = (change) => `${change < 0 ? "−" : "+"}${Math.abs(change).toFixed(2)}`;
+const signed = (change) => `${change < -0.005 ? "−" : change < 0.005 ? "±" : "+"}${Math.abs(change).toFixed(2)}`;
 
 // `hooks`: measure(k, ball, label) gives the ball's scores for a class without thing k, preview(k) shows this scene (null: all things),
 // highlight(k) marks a thing, choose(k) selects a ball, settled() waits for the answer to the last edit.
@@ -38,8 +38,9 @@ export function createExperiment(page, app, hooks) {
   });
 
   function reset() {
+    const stopped = running > 0;
     [before, after, picked, running] = [null, new Map(), null, 0];
-    hooks.preview(null);
+    if (stopped) hooks.preview(null);
     show();
   }
 
@@ -91,6 +92,7 @@ export function createExperiment(page, app, hooks) {
     try {
       await hooks.settled();
       if (running !== number) return;
+      hooks.choose(ball); // its lines are the map that the changes are compared with
       const { scene, studies } = given;
       const label = labelOf(ball);
       before = studies ? studies[ball].before : scoresOf(given.data, queryOf(given.data, boxesOf(scene)[ball]), label);
@@ -107,6 +109,7 @@ export function createExperiment(page, app, hooks) {
       }
       running = 0;
       hooks.preview(null);
+      hooks.highlight(null);
       showResults();
       find("experiment-news").textContent = find("verdict").textContent;
     } catch (error) {

@@ -62,7 +62,7 @@ const app = {
       for (const [name, value] of Object.entries(shows[mode])) store.send({ type: "show", name, value });
       scenes.leave();
       app.live.show(mode);
-      if (wanted()) app.live.load(mode).catch(() => {});
+      if (root.dataset.ready) load();
     }
     if (examples.has(id) && (id !== store.state.data.id || mode === "scenes")) await app.open(id);
   },
@@ -110,6 +110,10 @@ if (start === "scenes") await app.setMode("scenes");
 if (start === "tour") await tour.go(0);
 root.dataset.ready = "true";
 
+requestAnimationFrame(() => setTimeout(load, 200));
+
 // The model comes when the page is there, unless the visitor saves data: then with the first own image or edit.
-const wanted = () => !app.live.impossible && !navigator.connection?.saveData;
-requestAnimationFrame(() => setTimeout(() => wanted() && app.live.load(app.mode).catch(() => {}), 200));
+function load() {
+  if (app.live.impossible || navigator.connection?.saveData) return;
+  app.live.load(app.mode).catch(() => {}); // the line about the model says what failed
+}

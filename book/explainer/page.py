@@ -149,7 +149,11 @@ def scene_examples(book: str) -> list[dict[str, Any]]:
         scene = dataset.scene(i)
         image, trace = scene.draw(), traced(model, scene.draw())
         words = ", ".join(f"a {thing.texture} {thing.shape}".replace("  ", " ") for thing in scene.things)
-        texts = {"name": f"Scene {number}", "credit": "not trained on; shown four times finer than the detector sees it", "book": book}
+        texts = {
+            "name": f"Scene {number}",
+            "credit": "not trained on; shown four times finer than the detector sees it",
+            "book": book,
+        }
         found.append(
             {
                 "id": f"scene-{i}", "alt": words, "thumbnail": png_of(image.resize((88, 88), Image.Resampling.LANCZOS)),
