@@ -105,6 +105,7 @@ def write_page(folder: str | os.PathLike[str], book: str | None = None, live: bo
         "scenes": "".join(thumbnail(example) for example in scenes),
         "examples": "\n".join(stored(example) for example in [*photos, *scenes]),
         "book": html.escape(book, quote=True),
+        "link": f'<a id="book" href="{html.escape(book, quote=True)}../index.html">The book</a>' if book else "",
         "live": "yes" if live else "no",
     }
     path = Path(folder) / "index.html"

@@ -185,8 +185,9 @@ export function createScenes(page, app) {
     });
     if (!scene.things.length) layer.replaceChildren();
     const swaps = selected !== null && DECIDERS.includes(scene.things[selected].shape);
-    find("swap").setAttribute("aria-disabled", !swaps);
-    find("remove").setAttribute("aria-disabled", selected === null);
+    const fixed = app.live.impossible !== null;
+    find("swap").setAttribute("aria-disabled", fixed || !swaps);
+    find("remove").setAttribute("aria-disabled", fixed || selected === null);
   }
 
   function listen(node) {
