@@ -1,6 +1,7 @@
 """The detector as the browser runs it: one ONNX file whose outputs are the numbers that the page draws.
 
-The outputs are the arrays of :mod:`regolite.explaining.packing` for all queries. The file is optimized when it is written, since a browser would need seconds for it at every visit.
+The outputs are the arrays of :mod:`regolite.explaining.packing` for all queries. The file is optimized when it is
+written, since a browser would need seconds for it at every visit.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from torch import Tensor, nn
 
 from regolite.data.images import ImageSource
 from regolite.explaining.packing import arrays_of, pack, ranked
-from regolite.exporting import OPSET, Exportable, reduce_precision, square
+from regolite.exporting import OPSET, Exportable, halve, square
 from regolite.inference import detect
 from regolite.models.config import config_of
 from regolite.models.detector import as_detector
 from regolite.tracing.recorder import record
 from regolite.utils.modes import evaluating
+
+CHANGE_WEIGHTS = ["ConvMulFusion", "ConvAddFusion", "ConvBNFusion"]
+"""Optimizations that put normalization into the weights of convolutions. The weights of the shipped checkpoints are
+numbers of half precision, which the products are not; the browser does it."""
 
 RECORDS = ("references", "decoder.*", "stage.*")
 """What a page is made of, as :func:`regolite.explain` records it."""
@@ -93,8 +98,8 @@ def write_model(model: nn.Module, file: Path, size: int, image: ImageSource) -> 
         plain = Path(folder) / "plain.onnx"
         converted.save(str(plain))
         _optimize(plain, file)
-    reduce_precision(file, "fp16")
     proto = onnx.load(file)
+    halve(proto.graph, lossless=True)
     if loops := {node.op_type for node in proto.graph.node} & {"Loop", "Scan", "If"}:
         raise ValueError(f"{file.name} has nodes of type {', '.join(sorted(loops))}, which are slow in a browser")
     onnx.helper.set_model_props(proto, {"size": str(size), "header": json.dumps(header_of(model, image))})
@@ -107,4 +112,6 @@ def _optimize(source: Path, file: Path) -> None:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(file)
     options.log_severity_level = 3  # it warns that the file may suit this machine only, which holds for a higher level
-    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        str(source), options, providers=["CPUExecutionProvider"], disabled_optimizers=CHANGE_WEIGHTS
+    )

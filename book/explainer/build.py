@@ -41,8 +41,7 @@ CODE = ("boxes.py", "data", "exporting", "explaining/packing.py", "models", "ops
 
 def build(folder: Path) -> None:
     """Write everything to a folder, over what is there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "models").mkdir(parents=True)
+    (folder / "models").mkdir(parents=True, exist_ok=True)
     for script in HERE.glob("*.js"):
         shutil.copy(script, folder)
     write_runtime(folder / "runtime", BUILD / "npm")
