@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -21,14 +22,11 @@ from regolite.data.images import ImageSource
 from regolite.explaining.packing import arrays_of, pack, ranked
 from regolite.exporting import OPSET, Exportable, halve, square
 from regolite.inference import detect
+from regolite.models.backbone import NormalizedConv2d
 from regolite.models.config import config_of
 from regolite.models.detector import as_detector
 from regolite.tracing.recorder import record
 from regolite.utils.modes import evaluating
-
-CHANGE_WEIGHTS = ["ConvMulFusion", "ConvAddFusion", "ConvBNFusion"]
-"""Optimizations that put normalization into the weights of convolutions. The weights of the shipped checkpoints are
-numbers of half precision, which the products are not; the browser does it."""
 
 RECORDS = ("references", "decoder.*", "stage.*")
 """What a page is made of, as :func:`regolite.explain` records it."""
@@ -99,6 +97,7 @@ def write_model(model: nn.Module, file: Path, size: int, image: ImageSource) -> 
         converted.save(str(plain))
         _optimize(plain, file)
     proto = onnx.load(file)
+    _unscale(proto.graph, module.detector)
     halve(proto.graph, lossless=True)
     if loops := {node.op_type for node in proto.graph.node} & {"Loop", "Scan", "If"}:
         raise ValueError(f"{file.name} has nodes of type {', '.join(sorted(loops))}, which are slow in a browser")
@@ -112,6 +111,25 @@ def _optimize(source: Path, file: Path) -> None:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(file)
     options.log_severity_level = 3  # it warns that the file may suit this machine only, which holds for a higher level
-    onnxruntime.InferenceSession(
-        str(source), options, providers=["CPUExecutionProvider"], disabled_optimizers=CHANGE_WEIGHTS
-    )
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+
+
+def _unscale(graph: Any, detector: nn.Module) -> None:
+    """Store the weights of convolutions without the scale of the normalization, and multiply when a session is created.
+
+    The weights of the shipped checkpoints are numbers of half precision, which the products are not.
+    """
+    convolutions = []
+    for module in detector.modules():
+        if isinstance(module, NormalizedConv2d):
+            scale = module.norm.weight * (module.norm.running_var + module.norm.eps).rsqrt()
+            convolutions.append((module.weight.detach().numpy(), scale[:, None, None, None].numpy()))
+    for tensor in list(graph.initializer):
+        values = onnx.numpy_helper.to_array(tensor)
+        for weight, scale in convolutions:
+            if values.shape == weight.shape and np.allclose(values, weight * scale, rtol=1e-5, atol=0):
+                factors = {f"{tensor.name}.weight": weight, f"{tensor.name}.scale": scale}
+                graph.node.insert(0, onnx.helper.make_node("Mul", list(factors), [tensor.name]))
+                graph.initializer.remove(tensor)
+                graph.initializer.extend(onnx.numpy_helper.from_array(x, name) for name, x in factors.items())
+                break
