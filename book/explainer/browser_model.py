@@ -6,6 +6,7 @@ written, since a browser would need seconds for it at every visit.
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -50,11 +51,13 @@ class BrowserModel(Exportable):
             sizes: height and width of the image in pixels.
 
         Returns:
-            The arrays of :func:`regolite.explaining.packing.arrays_of` for all queries, in float32; ``names`` are their
-            names. Boxes, points and regions are fractions of the image.
+            The arrays of :func:`regolite.explaining.packing.arrays_of` for all queries, and ``class_scores``
+            ``[S, Q, C]``, the scores of all classes for the base detector and each stage; all in float32. ``names`` are
+            their names. Boxes, points and regions are fractions of the image.
         """
         _, trace = self.traced(pixels, sizes)
         arrays = arrays_of(trace, ranked(trace))
+        arrays["class_scores"] = torch.stack([boxes.scores[0] for boxes in trace.by_stage])
         self.names = list(arrays)
         return tuple(values.float() for values in arrays.values())
 
@@ -103,6 +106,14 @@ def write_model(model: nn.Module, file: Path, size: int, image: ImageSource) -> 
         raise ValueError(f"{file.name} has nodes of type {', '.join(sorted(loops))}, which are slow in a browser")
     onnx.helper.set_model_props(proto, {"size": str(size), "header": json.dumps(header_of(model, image))})
     onnx.save(proto, file)
+
+
+def compressed(content: bytes) -> bytes:
+    """A model as a page fetches it: gzip, after all bytes at even places those at odd places.
+
+    Of two bytes of a weight, one is noise; apart from the others they compress better, by half a megabyte.
+    """
+    return gzip.compress(content[0::2] + content[1::2], 9, mtime=0)
 
 
 def _optimize(source: Path, file: Path) -> None:

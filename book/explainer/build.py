@@ -6,12 +6,10 @@ browser, the page's scripts, and ``manifest.json``, which says sizes and hashes 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ import onnx
 import torch
 
 import regolite
-from book.explainer.browser_model import write_model
+from book.explainer.browser_model import compressed, write_model
+from book.explainer.page import write_page
 from book.explainer.runtime import VERSION, write_runtime
 from regolite.data.images import ImageSource
 from regolite.data.scenes import Scenes
@@ -35,32 +34,44 @@ WEIGHTS = {
 SIZES = {"everyday": 320, "scenes": 128}
 """Side of the square that images are padded to: that of training."""
 
+FETCHED = ("worker.js", "resize.js")
+"""Scripts of the worker; all others are in the page."""
+
 CODE = ("boxes.py", "data", "exporting", "explaining/packing.py", "models", "ops", "tracing", "types.py")
 """Modules of the package that the files of the models depend on."""
 
 
-def build(folder: Path) -> None:
-    """Write everything to a folder, over what is there."""
-    (folder / "models").mkdir(parents=True, exist_ok=True)
-    for script in HERE.glob("*.js"):
-        shutil.copy(script, folder)
-    write_runtime(folder / "runtime", BUILD / "npm")
+def build(folder: Path, book: str | None = None) -> None:
+    """Write everything to a folder, over what is there.
+
+    Without npm, and without what it has fetched before, the page has its stored examples and no model.
+
+    Args:
+        folder: for the page and what it fetches.
+        book: address of the book's chapters, as in :func:`book.explainer.page.write_page`.
+    """
+    try:
+        write_runtime(folder / "runtime", BUILD / "npm")
+    except SystemExit as reason:
+        print(f"REGO Explainer shows its stored examples only: {reason}", flush=True)
+        write_page(folder, book, live=False)
+        return
+    write_page(folder, book)
+    for script in FETCHED:
+        shutil.copy(HERE / script, folder)
+    (folder / "models").mkdir(exist_ok=True)
     models = {}
     for name, weights in WEIGHTS.items():
         content = _exported(name, weights).read_bytes()
         about = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
         path = folder / "models" / f"{name}.onnx.gz"
-        path.write_bytes(gzip.compress(content, 9, mtime=0))
+        path.write_bytes(compressed(content))
         models[name] = {
             "file": _described(path, folder), "size": int(about["size"]), "header": json.loads(about["header"])
         }  # fmt: skip
     runtime = _described(folder / "runtime" / "ort.wasm.gz", folder)
     manifest = {"version": regolite.__version__, "onnxruntime-web": VERSION, "runtime": runtime, "models": models}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    if find_spec("book.explainer.page"):
-        from book.explainer.page import write_page
-
-        write_page(folder)
 
 
 def example_of(name: str) -> ImageSource:

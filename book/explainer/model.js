@@ -94,7 +94,7 @@ export function connect(base = "./") {
 // Null, or why no model can run here.
 export function supported() {
   if (location.protocol === "file:") {
-    return "The model runs if the page comes from a server, such as that of `make explainer`, but not from disk.";
+    return "The model runs if the page comes from a server, such as that of “make explainer”, but not from disk.";
   }
   if (typeof Worker === "undefined" || typeof DecompressionStream === "undefined") {
     return "This browser is too old to run the model: it needs module workers and decompression streams.";

@@ -65,7 +65,7 @@ async function create(name, tell) {
   tell({ phase: "prepare", received: total, total, cached });
   ort.env.wasm.wasmBinary ??= runtime;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
-  const session = await ort.InferenceSession.create(model, {
+  const session = await ort.InferenceSession.create(joined(model), {
     executionProviders: ["wasm"],
     graphOptimizationLevel: "extended", // little is left to do: browser_model.py has optimized the file
   });
@@ -113,6 +113,14 @@ async function unzipped(blob) {
   if (first !== 0x1f || second !== 0x8b) return new Uint8Array(await blob.arrayBuffer());
   const stream = blob.stream().pipeThrough(new DecompressionStream("gzip"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+// The file of a model, whose bytes at even places stand before those at odd places (`compressed` in browser_model.py).
+function joined(halves) {
+  const bytes = new Uint8Array(halves.length);
+  const odd = Math.ceil(bytes.length / 2);
+  for (let n = 0; n < bytes.length; n++) bytes[n] = halves[(n >> 1) + (n & 1 ? odd : 0)];
+  return bytes;
 }
 
 // Null where the browser has none, as in some private windows and for servers without HTTPS.

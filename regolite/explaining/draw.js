@@ -42,7 +42,7 @@ export function draw(canvas, data, state) {
   const context = contextOf(canvas, width, height);
   const row = rowOf(data, state.phase);
   const brush = { context, scale: width / data.width, shift: [0, 0], width, height, data, state, row, labels: [] };
-  const { object, show, stage, pinned } = state;
+  const { object, show, stage, pinned, stale } = state;
   const color = stageColor(stage);
   const last = rowOf(data, stage);
 
@@ -51,6 +51,10 @@ export function draw(canvas, data, state) {
   context.drawImage(data.image, 0, 0, width, height);
   context.filter = "none";
   for (const map of maps) drawHeat(brush, map);
+  if (stale) { // the boxes of before stay until the answer comes, faintly and without words
+    for (const query of objects(data, state)) drawBox(brush, boxBetween(data, row, query), color, 1.5, 0.3);
+    return;
+  }
 
   const glimpsed = object !== null && data.arrays.regions && show.glimpse && stage > 0 && !pinned;
   const region = glimpsed ? glimpseOf(data, stage, object).region : null;
