@@ -6,7 +6,6 @@ browser, the page's scripts, and ``manifest.json``, which says sizes and hashes 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import shutil
@@ -18,7 +17,7 @@ import onnx
 import torch
 
 import regolite
-from book.explainer.browser_model import write_model
+from book.explainer.browser_model import compressed, write_model
 from book.explainer.page import write_page
 from book.explainer.runtime import VERSION, write_runtime
 from regolite.data.images import ImageSource
@@ -51,7 +50,6 @@ def build(folder: Path, book: str | None = None) -> None:
         folder: for the page and what it fetches.
         book: address of the book's chapters, as in :func:`book.explainer.page.write_page`.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         write_runtime(folder / "runtime", BUILD / "npm")
     except SystemExit as reason:
@@ -61,13 +59,13 @@ def build(folder: Path, book: str | None = None) -> None:
     write_page(folder, book)
     for script in FETCHED:
         shutil.copy(HERE / script, folder)
-    (folder / "models").mkdir()
+    (folder / "models").mkdir(exist_ok=True)
     models = {}
     for name, weights in WEIGHTS.items():
         content = _exported(name, weights).read_bytes()
         about = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
         path = folder / "models" / f"{name}.onnx.gz"
-        path.write_bytes(gzip.compress(content, 9, mtime=0))
+        path.write_bytes(compressed(content))
         models[name] = {
             "file": _described(path, folder), "size": int(about["size"]), "header": json.loads(about["header"])
         }  # fmt: skip

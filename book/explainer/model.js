@@ -20,11 +20,11 @@ export function connect(base = "./") {
   function start() {
     worker = new Worker(new URL("worker.js", folder), { type: "module" });
     worker.onmessage = ({ data: { id, progress, result, error } }) => {
-      const { resolve, reject, tell } = calls.get(id);
-      if (progress) return tell(progress);
+      const call = calls.get(id);
+      if (progress) return call?.tell(progress); // of a file that still arrives after another one failed
       calls.delete(id);
-      if (error) reject(new Error(error));
-      else resolve(result);
+      if (error) call.reject(new Error(error));
+      else call.resolve(result);
     };
     worker.onerror = (event) => {
       event.preventDefault();

@@ -1,5 +1,6 @@
 // Resizing as the package does it (make_transform): bilinear with antialiasing, in Pillow's fixed-point arithmetic, so
-// that the model gets the same numbers as in Python.
+// that the model gets the same numbers as in Python. Some versions of Pillow resize the columns of an image that is more
+// than twice as high as wide before its rows; there, numbers differ by up to 1/255.
 
 const BITS = 22; // of a coefficient's fraction
 

@@ -20,7 +20,7 @@ FILES = {
     "dist/ort.wasm.bundle.min.mjs": "ort.mjs",
     "dist/ort-wasm-simd-threaded.wasm": "ort.wasm.gz",
 }
-"""The package's files that a page needs, and their names there. A name in .gz is compressed, for servers that do not."""
+"""Files of the package that a page needs, and their names there; .gz is compressed, since not every server does it."""
 
 LICENSE = Path(onnxruntime.__file__).with_name("LICENSE")
 """Of the same project: MIT. The package for browsers states it, but does not contain the text."""
@@ -58,4 +58,5 @@ def _fetch(store: Path) -> None:
     store.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([npm, "pack", f"onnxruntime-web@{VERSION}"], cwd=store, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"npm could not fetch onnxruntime-web {VERSION}: {done.stderr.strip().splitlines()[-1]}")
+        reason = (done.stderr.strip() or "it gave no reason").splitlines()[0]
+        raise SystemExit(f"npm could not fetch onnxruntime-web {VERSION}: {reason}")

@@ -4,7 +4,7 @@
 import * as ort from "./runtime/ort.mjs";
 import { resized } from "./resize.js";
 
-const CACHE = "rego-explainer"; // of the browser; an entry's address ends in the file's hash
+const CACHE = "rego-explainer"; // of the browser
 
 let manifest = null;
 const sessions = new Map(); // by name: { session, provider, seconds }, or the promise of it
@@ -65,9 +65,9 @@ async function create(name, tell) {
   tell({ phase: "prepare", received: total, total, cached });
   ort.env.wasm.wasmBinary ??= runtime;
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
-  const session = await ort.InferenceSession.create(model, {
+  const session = await ort.InferenceSession.create(joined(model), {
     executionProviders: ["wasm"],
-    graphOptimizationLevel: "disabled", // the file is optimized
+    graphOptimizationLevel: "extended", // little is left to do: browser_model.py has optimized the file
   });
   await forgetOthers();
   tell({ phase: "ready", received: total, total, cached });
@@ -80,17 +80,18 @@ async function readManifest() {
   return response.json();
 }
 
+// With the hash, so that no cache gives an older version.
 const addressOf = ({ path, sha256 }) => new URL(`${path}?${sha256}`, self.location.href).href;
 
 // The content of a file, from the browser's cache or the server; `tell(bytes so far, whether they were in the cache)`.
 async function read(entry, tell) {
-  const cache = await caches.open(CACHE).catch(() => null); // not in private windows of some browsers
+  const cache = await openCache();
   const stored = await cache?.match(addressOf(entry));
   if (stored) {
     tell(entry.bytes, true);
     return unzipped(await stored.blob());
   }
-  const response = await fetch(entry.path);
+  const response = await fetch(addressOf(entry));
   if (!response.ok) throw new Error(`${entry.path} is missing (${response.status}); build the page again`);
   const parts = [];
   let received = 0;
@@ -114,9 +115,20 @@ async function unzipped(blob) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
+// The file of a model, whose bytes at even places stand before those at odd places (`compressed` in browser_model.py).
+function joined(halves) {
+  const bytes = new Uint8Array(halves.length);
+  const odd = Math.ceil(bytes.length / 2);
+  for (let n = 0; n < bytes.length; n++) bytes[n] = halves[(n >> 1) + (n & 1 ? odd : 0)];
+  return bytes;
+}
+
+// Null where the browser has none, as in some private windows and for servers without HTTPS.
+const openCache = async () => self.caches?.open(CACHE).catch(() => null);
+
 // Deletes older versions of the files.
 async function forgetOthers() {
-  const cache = await caches.open(CACHE).catch(() => null);
+  const cache = await openCache();
   const current = [manifest.runtime, ...Object.values(manifest.models).map(({ file }) => file)].map(addressOf);
   for (const { url } of (await cache?.keys()) ?? []) if (!current.includes(url)) await cache.delete(url);
 }

@@ -264,19 +264,28 @@ def reduce_precision(file: Path, precision: Precision) -> None:
         quantization.quantize_dynamic(full, file, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
     proto = onnx.load(file)
     if precision == "fp16":
-        _halve(proto.graph, onnx)
+        halve(proto.graph)
     onnx.helper.set_model_props(proto, {**{entry.key: entry.value for entry in about}, "precision": precision})
     onnx.save(proto, file)
 
 
-def _halve(graph: Any, onnx: Any) -> None:
-    """Store large weights in half precision; a Cast, which onnxruntime computes once, gives them back in full."""
+def halve(graph: Any, lossless: bool = False) -> None:
+    """Store large weights in half precision; a Cast, which onnxruntime computes once, gives them back in full.
+
+    Args:
+        graph: of an ONNX model; it is changed.
+        lossless: leave out weights that are no numbers of half precision.
+    """
+    onnx = _library("onnx")
     casts = []
     for tensor in graph.initializer:
         if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < 1024:
             continue
         name, values = tensor.name, onnx.numpy_helper.to_array(tensor)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.fp16"))
+        halves = values.astype(np.float16)
+        if lossless and (halves != values).any():
+            continue
+        tensor.CopyFrom(onnx.numpy_helper.from_array(halves, f"{name}.fp16"))
         casts.append(onnx.helper.make_node("Cast", [f"{name}.fp16"], [name], to=onnx.TensorProto.FLOAT))
     for cast in reversed(casts):
         graph.node.insert(0, cast)
