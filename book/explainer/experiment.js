@@ -2,6 +2,7 @@
 // the score of the ball changes stands beside what the relation map says of the same neighbor.
 
 import { element, match, percent } from "./elements.js";
+import { dropped } from "./live.js";
 import { relationLayers, stageName } from "./look.js";
 import { deciderOf } from "./scene.js";
 import { balls, boxesOf, namesOf, queryOf, scoresOf, sharesOf } from "./things.js";
@@ -58,9 +59,9 @@ export function createExperiment(page, app, hooks) {
           ? "There is no square and no star in this scene. Add one to ask."
           : "The ball marked “?” is a ball of square or a ball of star, and its pixels do not say which. Pick the " +
             "neighbor on which the answer depends.";
-    match(find("balls"), all.length > 1 ? all : [], (k) => {
+    match(find("balls"), all.length > 1 ? all : [], () => {
       const node = element(find("balls"), "button", "plain-button", { type: "button" });
-      node.addEventListener("click", () => hooks.choose(Number(node.dataset.key ?? k)));
+      node.addEventListener("click", () => hooks.choose(Number(node.dataset.key)));
       return node;
     }).forEach((node, n) => {
       node.textContent = names[all[n]];
@@ -114,8 +115,9 @@ export function createExperiment(page, app, hooks) {
       showResults();
       find("experiment-news").textContent = find("verdict").textContent;
     } catch (error) {
-      if (running === number) reset();
-      if (error.name !== "AbortError") app.say(error.message);
+      if (running !== number) return;
+      reset();
+      if (!dropped(error)) app.say(error.message);
     }
   }
 
@@ -132,6 +134,7 @@ export function createExperiment(page, app, hooks) {
     const effects = [...after.keys()];
     const strongest = effects.reduce((best, k) => (best === null || change(k) < change(best) ? k : best), null);
     const largest = others.reduce((best, k) => (shares[k] > shares[best] ? k : best), others[0]);
+    const decides = done && change(strongest) <= -LARGE ? strongest : null;
     const scale = Math.max(0.3, ...effects.map((k) => Math.abs(change(k))));
     find("head-map").textContent = `Attention in ${stageName(at)}`;
     match(find("effects"), others, () => {
@@ -142,9 +145,9 @@ export function createExperiment(page, app, hooks) {
       const k = others[n];
       const [name, bar, number, map, share] = node.children;
       const known = after.has(k);
-      const tags = [k === picked && "your pick", done && k === strongest && "decides"].filter(Boolean);
+      const tags = [k === picked && "your pick", k === decides && "decides"].filter(Boolean);
       name.textContent = [names[k], ...tags].join(" · ");
-      node.classList.toggle("strongest", done && k === strongest);
+      node.classList.toggle("strongest", k === decides);
       bar.style.setProperty("--from", known ? Math.min(0, change(k)) / scale : 0);
       bar.style.setProperty("--size", known ? Math.abs(change(k)) / scale : 0);
       bar.classList.toggle("rises", known && change(k) > 0);
@@ -168,7 +171,7 @@ export function createExperiment(page, app, hooks) {
       const decider = deciderOf(scene, ball);
       const kind = data.classes[labelOf(ball)];
       const [from, to] = [before[at].toFixed(2), after.get(strongest)[at].toFixed(2)];
-      if (change(strongest) > -LARGE) {
+      if (decides === null) {
         const small = `No removal lowers the score for “${kind}” (${from}) by ${LARGE} or more`;
         return `${small}: in ${stageName(at)} the answer depends on no single neighbor.`;
       }
@@ -195,10 +198,7 @@ export function createExperiment(page, app, hooks) {
       given = next;
       reset();
     },
-    // The answer to the present scene, when it comes after an edit.
-    update(data) {
-      given = { ...given, data };
-    },
+    stop: () => (running = 0),
     select(k) {
       if (k === ball || !given) return;
       ball = k;

@@ -38,9 +38,9 @@ export function createScenes(page, app) {
 
   const experiment = createExperiment(page, app, {
     async measure(k, ball, label) {
-      const others = without(scene, k);
-      const answer = await app.live.detect("scenes", drawn(others, 1), { name: stored.name, book: app.book });
-      return scoresOf(answer, queryOf(answer, boxesOf(scene)[ball]), label);
+      const box = boxesOf(scene)[ball];
+      const answer = await app.live.detect("scenes", drawn(without(scene, k), 1), { name: stored.name });
+      return scoresOf(answer, queryOf(answer, box), label);
     },
     preview(k) {
       if (!scene) return;
@@ -73,6 +73,7 @@ export function createScenes(page, app) {
   }
 
   function leave() {
+    experiment.stop();
     layer.hidden = true;
     scene = null;
   }
