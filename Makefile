@@ -6,7 +6,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-TASKS = demo test test-fast coco-table1 lab notebooks book lint format
+TASKS = demo test test-fast coco-table1 lab notebooks book explainer lint format
 
 .PHONY: help python $(TASKS)
 

@@ -411,6 +411,16 @@ def book(args, rest):
     print(f"      open {shown(ROOT / 'build' / 'book' / 'html' / 'index.html')}")
 
 
+def explainer(args, rest):
+    """Make REGO Explainer, a page in which the detectors run in the browser, and serve it on this machine."""
+    python = activate(args, "1/3")
+    folder = ROOT / "build" / "explainer"
+    step("2/3", f"making the page and its models in {shown(folder)} (minutes the first time)")
+    module(python, "book.explainer.build", folder, *rest)
+    step("3/3", "serving it on this machine")
+    module(python, "book.explainer.serve", folder)
+
+
 def lint(args, rest):
     """Check style and types: ruff check, ruff format --check, mypy."""
     python = activate(args, "1/3")
@@ -439,7 +449,7 @@ def main():
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     parsers = {}
-    for task in (demo, test, test_fast, coco_table1, lab, notebooks, book, lint, format):
+    for task in (demo, test, test_fast, coco_table1, lab, notebooks, book, explainer, lint, format):
         name = task.__name__.replace("_", "-")
         parsers[name] = tasks.add_parser(name, help=task.__doc__, description=task.__doc__, allow_abbrev=False)
         parsers[name].add_argument(

@@ -3,7 +3,7 @@
 ``make book`` calls this. Sources are gathered in ``build/book``: notebooks as they are stored, but for what Sphinx has
 to be told (a figure's alternative text, where a module's page is); then Sphinx writes ``build/book/html``, and from
 ``book/slides.md`` the slides in its folder ``slides``. :func:`regolite.explain` makes the page of one photograph,
-``explain/two_cats.html``.
+``explain/two_cats.html``; ``book/explainer`` makes the page in which the detectors run, ``explainer/index.html``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ EXPLAINED = "000000555705.jpg"
 CREDIT = "COCO image 555705, CC BY-SA 2.0, http://farm6.staticflickr.com/5266/5808419943_81314ba194_z.jpg"
 
 LIVE = """**Without a kernel.** <a href="../explain/two_cats.html">The two cats of the front page</a>, live in your
-browser: stages, sampling points, glimpses, relations, and the path of every box."""
+browser: stages, sampling points, glimpses, relations, and the path of every box. In
+<a href="../explainer/index.html">REGO Explainer</a> the detector itself runs in your browser, on your own photographs
+and on <a href="../explainer/index.html#scenes">scenes that you change</a>."""
 """What the book says after a viewer, which needs a kernel."""
 
 LIST = """# {title}
@@ -318,7 +320,16 @@ def main() -> int:
     photograph = ROOT / "data" / "coco_tiny" / "images" / EXPLAINED
     page = regolite.explain(regolite.load(), photograph, name="Two cats", credit=CREDIT, book="../notebooks/")
     page.save(BUILD / "html" / "explain" / "two_cats.html")
+    explainer(BUILD / "html" / "explainer")
     return book or sphinx("revealjs", BUILD / "slides", BUILD / "html" / "slides")
+
+
+def explainer(folder: Path) -> None:
+    """Make REGO Explainer, which links to the chapters of the book around it."""
+    sys.path.insert(0, str(ROOT))  # this file is run as a script
+    from book.explainer.build import build
+
+    build(folder, book="../notebooks/")
 
 
 def sphinx(builder: str, source: Path, output: Path) -> int:

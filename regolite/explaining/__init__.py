@@ -10,16 +10,19 @@ points of its query, its glimpses, its related objects, and the path of its box;
 It takes one recorded forward pass (:func:`regolite.record`), whose numbers are quantized and stored in the page
 (:mod:`regolite.explaining.packing`). Its scripts are plain modules beside this file, written into the page as they are:
 
-==============  ========================================================================================================
-``pack.js``     stored bytes to numbers
-``look.js``     what the numbers say of a choice: pure functions
-``state.js``    the choice, and how actions change it
-``draw.js``     data and state on a canvas
-``view.js``     the page's elements
-``main.js``     puts them together
-==============  ========================================================================================================
+===============  =======================================================================================================
+``pack.js``      stored bytes to numbers
+``look.js``      what the numbers say of a choice: pure functions
+``state.js``     the choice, and how actions change it
+``draw.js``      data and state on a canvas
+``elements.js``  elements, kept by what they stand for
+``view.js``      the page's elements
+``motion.js``    boxes that move from stage to stage, and along their path
+``main.js``      puts them together
+===============  =======================================================================================================
 
-Only ``pack.js`` and ``main.js`` know that the numbers come with the page.
+Only ``pack.js`` and ``main.js`` know that the numbers come with the page. All but ``main.js``, and the parts of
+``page.html``, also serve REGO Explainer (``book/explainer``), where a model in the browser gives the numbers.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import html
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +54,11 @@ from regolite.utils.validation import share
 __all__ = ["Page", "explain", "page_of"]
 
 FOLDER = Path(__file__).parent
-MODULES = ("pack.js", "look.js", "state.js", "draw.js", "view.js", "main.js")
+MODULES = ("pack.js", "look.js", "state.js", "draw.js", "elements.js", "view.js", "motion.js", "main.js")
 """The scripts, each after those that it imports from."""
+
+PARTS = ("figure", "panel", "equations")
+"""The HTML files that pages are composed of."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +163,55 @@ def page_of(
     parts = {
         "title": html.escape(" ".join(name.split())).encode("utf-8", "replace").decode(),
         "css": (FOLDER / "page.css").read_text("utf-8"),
-        "js": "\n".join(_inlined(FOLDER / module) for module in MODULES),
+        "js": script_of([FOLDER / module for module in MODULES]),
         "photo": base64.b64encode(jpeg_of(image)).decode(),
-        "header": json.dumps(header).replace("<", "\\u003c"),  # no text of a header ends its element
+        "header": in_script(json.dumps(header)),
         "numbers": base64.b64encode(numbers).decode(),
     }
-    template = (FOLDER / "page.html").read_text("utf-8")
-    return Page(re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template))
+    return Page(composed(FOLDER / "page.html", parts))
 
 
-def _inlined(module: Path) -> str:
-    """A module without its imports and exports, since all modules become one script."""
-    text = re.sub(r"^import [^;]*;.*\n", "", module.read_text("utf-8"), flags=re.MULTILINE)
-    return re.sub(r"^export ", "", text, flags=re.MULTILINE)
+def composed(template: Path, parts: dict[str, str]) -> str:
+    """A template whose places, such as ``{{css}}``, are filled with texts; those of ``PARTS`` with these files."""
+    parts = {name: (FOLDER / f"{name}.html").read_text("utf-8") for name in PARTS} | parts
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template.read_text("utf-8"))
+
+
+def in_script(text: str) -> str:
+    """JSON as the content of a script element: nothing in it ends the element."""
+    return text.replace("<", "\\u003c")
+
+
+def script_of(modules: Sequence[Path]) -> str:
+    """One script of modules, which also works in a page that is opened from disk, where modules cannot be imported.
+
+    Each module but the last becomes a function of its own that returns what it exports, so that two modules may use
+    the same name.
+
+    Args:
+        modules: files with different names, each after those that it imports from. They import and export names only
+            (``import { a, b as c } from "./x.js";``, ``export const a``, ``export function a``).
+    """
+    *libraries, entry = modules
+    return "\n".join([*map(_enclosed, libraries), _linked(entry.read_text("utf-8"))])
+
+
+def _enclosed(module: Path) -> str:
+    text = _linked(module.read_text("utf-8"))
+    kinds = r"^export (?=(?:async )?(?:function\*?|const|let|class) (\w+))"
+    names = re.findall(kinds, text, flags=re.MULTILINE)
+    body = re.sub(kinds, "", text, flags=re.MULTILINE)
+    return f"const {_variable(module.name)} = (() => {{\n{body}\nreturn {{ {', '.join(names)} }};\n}})();\n"
+
+
+def _linked(text: str) -> str:
+    """The text of a module whose imports read the variables of the modules before it."""
+
+    def linked(found: re.Match[str]) -> str:
+        return f"const {{{found[1].replace(' as ', ': ')}}} = {_variable(found[2])};"
+
+    return re.sub(r'^import \{([^}]*)\} from "\./([\w.]+)";', linked, text, flags=re.MULTILINE)
+
+
+def _variable(file: str) -> str:
+    return "$" + file.removesuffix(".js")

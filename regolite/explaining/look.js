@@ -91,7 +91,8 @@ export function glimpseOf(data, stage, query) {
   return { region, stride: data.glimpse_strides[part(data.arrays.region_levels, stage - 1, query)[0]] };
 }
 
-function overlap(a, b) {
+// The intersection over union of two boxes.
+export function overlap(a, b) {
   const wide = Math.min(a[2], b[2]) - Math.max(a[0], b[0]);
   const high = Math.min(a[3], b[3]) - Math.max(a[1], b[1]);
   if (wide <= 0 || high <= 0) return 0;
@@ -101,13 +102,18 @@ function overlap(a, b) {
 
 export const relationLayers = (data, stage) => data.relations.filter(([s]) => s === stage).map(([, layer]) => layer);
 
+// The attention of a query to all queries, in a layer of a stage's relations; null where there is none.
+export function attentionOf(data, stage, layer, query) {
+  const entry = data.relations.findIndex(([s, l]) => s === stage && l === layer);
+  return entry < 0 ? null : part(data.arrays.relations, entry, kept(data, query));
+}
+
 // A query's attention to the objects of the previous stage, as regolite.plots.stages.related groups it: every query
 // stands for the object that its box overlaps most. { others: [{ query, weight }], itself, nothing }, or null.
 export function relatedTo(data, { stage, object, threshold, relations }) {
   const layer = relations ?? relationLayers(data, stage).at(-1);
-  const entry = data.relations.findIndex(([s, l]) => s === stage && l === layer);
-  if (entry < 0 || object === null) return null;
-  const weights = part(data.arrays.relations, entry, kept(data, object));
+  const weights = object === null ? null : attentionOf(data, stage, layer, object);
+  if (!weights) return null;
   const row = rowOf(data, Math.max(stage - 1, 0));
   const boxes = [...weights].map((_, query) => boxOf(data, row, query));
   const rank = (query) => (query === object ? 2 : scoreOf(data, row, query));

@@ -24,9 +24,12 @@ export function part({ shape, values }, ...indices) {
   return values.subarray(start, start + length);
 }
 
+// Bytes of a text in Base64.
+export const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+
 // What regolite.explain has put into the page.
 export function readPage(page) {
-  const bytes = Uint8Array.from(atob(page.getElementById("numbers").textContent), (letter) => letter.charCodeAt(0));
-  const data = unpack(JSON.parse(page.getElementById("header").textContent), bytes);
+  const numbers = bytesOf(page.getElementById("numbers").textContent);
+  const data = unpack(JSON.parse(page.getElementById("header").textContent), numbers);
   return { ...data, image: page.getElementById("photo") };
 }

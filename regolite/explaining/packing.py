@@ -25,13 +25,17 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from regolite.errors import UserError
-from regolite.tracing.trace import Boxes, Glimpses, References, Sampling, Trace, Weights
+from regolite.tracing.trace import AttentionMap, Boxes, Glimpses, References, Sampling, Trace, Weights
 
 MOST = 100
 """Largest number of queries with rows in the large arrays."""
+
+BITS = {"cells": 8, "region_levels": 8}
+"""Bits of a number, where it is not 16."""
 
 ROOM = 2_800_000
 """Bytes of the large arrays; fewer queries get rows in a model with many heads, layers or cells."""
@@ -69,12 +73,13 @@ class Arrays:
         return b"".join(self._parts)
 
 
-def pack(trace: Trace, index: int = 0) -> tuple[dict[str, Any], bytes]:
+def pack(trace: Trace, index: int = 0, most: int = MOST) -> tuple[dict[str, Any], bytes]:
     """What a trace says of one image, for the page's scripts (``pack.js``).
 
     Args:
         trace: the trace of a detector with queries; what it lacks, the page does not show.
         index: image of the batch.
+        most: largest number of queries with rows in the large arrays; there may be less room.
 
     Returns:
         The header without names and texts, and the arrays.
@@ -82,56 +87,97 @@ def pack(trace: Trace, index: int = 0) -> tuple[dict[str, Any], bytes]:
     Raises:
         UserError: the trace has no predictions.
     """
+    header, arrays = _header(trace, index), Arrays()
+    queries = ranked(trace, index)[: min(most, _room(trace, index))]
+    for name, values in arrays_of(trace, queries, index).items():
+        arrays.add(name, values, BITS.get(name, 16))
+    return {**header, "arrays": arrays.layout}, arrays.content
+
+
+def ranked(trace: Trace, index: int = 0) -> Int[Tensor, "Q"]:
+    """All queries, by their highest score in any layer or stage.
+
+    Raises:
+        UserError: the trace has no predictions.
+    """
+    scores = torch.stack([boxes.best(index)[0] for boxes in _predictions(trace)])
+    return scores.amax(0).argsort(descending=True)
+
+
+def arrays_of(trace: Trace, queries: Int[Tensor, "K"], index: int = 0) -> dict[str, Tensor]:
+    """The arrays of one image, not quantized; ``torch.export`` can trace this function.
+
+    Args:
+        trace: the trace of a detector with queries.
+        queries: those that the large arrays have rows for.
+        index: image of the batch.
+
+    Raises:
+        UserError: the trace has no predictions.
+    """
+    size = trace.frame.original[index].flip(0)
+    scores, labels = (torch.stack(values) for values in zip(*(boxes.best(index) for boxes in _predictions(trace))))
+    boxes = torch.stack([boxes.boxes[index] for boxes in _predictions(trace)])
+    arrays = {"boxes": boxes, "scores": scores, "labels": labels, "queries": queries}
+    for record in _of_kind(trace, "references", References):
+        arrays["references"] = record.references[index]
+    sampled, dense = _reads(trace)
+    if sampled:
+        arrays["points"] = torch.stack([record.points(index)[queries] / size for record in sampled])
+        arrays["weights"] = torch.stack([record.weights[index, queries] for record in sampled])
+        arrays["origins"] = torch.stack([record.reference_points(index)[queries, 0] / size for record in sampled])
+    elif dense:
+        weights = torch.stack([_mean(record, queries, index) for record in dense])
+        arrays["peaks"] = weights.amax(-1)
+        arrays["cells"] = weights / arrays["peaks"].clamp(min=1e-12)[..., None]
+    if glimpses := _glimpses(trace):
+        arrays["regions"] = torch.stack([record.boxes_xyxy(index) for record in glimpses]) / size.repeat(2)
+        arrays["region_levels"] = torch.stack([record.level[index] for record in glimpses])
+    if relations := _relations(trace):
+        arrays["relations"] = torch.stack([_mean(record, queries, index) for _, record in relations])
+    return arrays
+
+
+def _header(trace: Trace, index: int) -> dict[str, Any]:
+    """What the page has to know beside the arrays: sizes, numbers of layers and stages, strides, maps, alphas."""
     height, width = trace.frame.original[index].tolist()
+    layers = len(trace.names("decoder.*.boxes"))
+    (sampled, dense), glimpses = _reads(trace), _glimpses(trace)
+    maps = []
+    for level, (rows, columns) in enumerate(dense[0].shapes if dense else ()):
+        _, right, bottom, _ = dense[0].extent(level, index)
+        maps.append({"rows": rows, "columns": columns, "right": right / width, "bottom": bottom / height})
+    return {
+        "version": 1, "width": width, "height": height,
+        "layers": layers, "stages": len(_predictions(trace)) - layers,
+        "strides": list((sampled or dense)[0].strides) if sampled or dense else [], "maps": maps,
+        "glimpse_strides": list(glimpses[0].strides) if glimpses else [],
+        "alphas": [_alpha(boxes, record, index) for boxes, record in zip(trace.by_stage, glimpses)],
+        "relations": [place for place, _ in _relations(trace)],
+    }  # fmt: skip
+
+
+def _predictions(trace: Trace) -> list[Boxes]:
+    """Those of the decoder's layers, then those of the stages."""
     layers = _of_kind(trace, "decoder.*.boxes", Boxes)
     if not layers:
         raise UserError("the trace has no decoder.*.boxes: record a detector with queries, and its predictions")
-    predictions = [*layers, *trace.by_stage[1:]]
-    size = torch.tensor([float(width), float(height)])
-    arrays = Arrays()
-    scores, labels = (torch.stack(values) for values in zip(*(boxes.best(index) for boxes in predictions)))
-    arrays.add("boxes", torch.stack([boxes.boxes[index] for boxes in predictions]))
-    arrays.add("scores", scores)
-    arrays.add("labels", labels)
-    if "references" in trace:
-        [references] = _of_kind(trace, "references", References)
-        arrays.add("references", references.references[index])
-    header: dict[str, Any] = {
-        "version": 1, "width": width, "height": height, "layers": len(layers), "stages": len(predictions) - len(layers),
-        "strides": [], "maps": [], "glimpse_strides": [], "alphas": [],
-    }  # fmt: skip
+    return [*layers, *trace.by_stage[1:]]
 
+
+def _reads(trace: Trace) -> tuple[list[Sampling], list[Weights]]:
+    """Cross-attention of every layer of the decoder, deformable or dense; both empty if not every layer has it."""
     reads = [trace[name] for name in trace.names("decoder.*.cross")]
     sampled = [record for record in reads if isinstance(record, Sampling)]
     dense: list[Weights] = [record for record in reads if isinstance(record, Weights)]
-    relations = _relations(trace)
-    queries = _queries(scores, sampled, dense, [record for _, record in relations], index)
-    arrays.add("queries", queries)
-    if len(sampled) == len(layers):
-        header["strides"] = list(sampled[0].strides)
-        arrays.add("points", torch.stack([record.points(index)[queries] / size for record in sampled]))
-        arrays.add("weights", torch.stack([record.weights[index, queries] for record in sampled]))
-        arrays.add("origins", torch.stack([record.reference_points(index)[queries, 0] / size for record in sampled]))
-    elif len(dense) == len(layers):
-        header["strides"] = list(dense[0].strides)
-        for level, (rows, columns) in enumerate(dense[0].shapes):
-            _, right, bottom, _ = dense[0].extent(level, index)
-            header["maps"].append({"rows": rows, "columns": columns, "right": right / width, "bottom": bottom / height})
-        weights = torch.stack([_mean(record, queries, index) for record in dense])
-        peaks = weights.amax(-1)
-        arrays.add("cells", weights / peaks.clamp(min=1e-12)[..., None], bits=8)
-        arrays.add("peaks", peaks)
-    glimpses = _of_kind(trace, "stage.*.glimpses", Glimpses)
-    if glimpses and len(glimpses) == header["stages"]:
-        regions = torch.stack([record.boxes_xyxy(index) for record in glimpses])
-        header["glimpse_strides"] = list(glimpses[0].strides)
-        header["alphas"] = [_alpha(boxes, region, index) for boxes, region in zip(trace.by_stage, regions)]
-        arrays.add("regions", regions / size.repeat(2))
-        arrays.add("region_levels", torch.stack([record.level[index] for record in glimpses]), bits=8)
-    header["relations"] = [place for place, _ in relations]
-    if relations:
-        arrays.add("relations", torch.stack([_mean(record, queries, index) for _, record in relations]))
-    return {**header, "arrays": arrays.layout}, arrays.content
+    layers = len(trace.names("decoder.*.boxes"))
+    return sampled if len(sampled) == layers else [], dense if len(dense) == layers else []
+
+
+def _glimpses(trace: Trace) -> list[Glimpses]:
+    """The glimpses of every stage; none if not every stage has them."""
+    found = _of_kind(trace, "stage.*.glimpses", Glimpses)
+    return found if len(found) == len(trace.by_stage) - 1 else []
 
 
 def _of_kind(trace: Trace, pattern: str, kind: type) -> list[Any]:
@@ -149,24 +195,24 @@ def _relations(trace: Trace) -> list[tuple[tuple[int, int], Weights]]:
     return found
 
 
-def _queries(
-    scores: Tensor, sampled: list[Sampling], dense: list[Weights], relations: list[Weights], index: int
-) -> Tensor:
-    """The queries with the highest scores in any layer or stage, as many as there is room for."""
-    count = scores.shape[1]
+def _room(trace: Trace, index: int) -> int:
+    """For how many queries there is room in the large arrays."""
+    sampled, dense = _reads(trace)
     row = sum(6 * record.weights[index, 0].numel() + 4 for record in sampled)
     row += sum(sum(math.prod(shape) for shape in record.shapes) + 2 for record in dense)
-    row += 2 * count * len(relations)
-    return scores.amax(0).argsort(descending=True, stable=True)[: max(1, min(MOST, ROOM // max(row, 1)))]
+    row += sum(2 * record.weights.shape[-1] for _, record in _relations(trace))
+    return max(1, min(MOST, ROOM // max(row, 1)))
 
 
 def _mean(record: Weights, queries: Tensor, index: int) -> Tensor:
     """The weights of queries, mean over the heads."""
+    if isinstance(record, AttentionMap):
+        return record.weights[index][:, queries].mean(0)
     return torch.stack([record.of(query, None, index) for query in queries.tolist()])
 
 
-def _alpha(boxes: Boxes, regions: Tensor, index: int) -> float:
+def _alpha(boxes: Boxes, glimpses: Glimpses, index: int) -> float:
     """By how much the glimpses of a stage are larger than the boxes before it."""
-    before = boxes.boxes_xyxy(index)
+    before, regions = boxes.boxes_xyxy(index), glimpses.boxes_xyxy(index)
     ratios = (regions[:, 2:] - regions[:, :2]) / (before[:, 2:] - before[:, :2]).clamp(min=1e-6)
     return round(ratios.nan_to_num().median().item(), 2)

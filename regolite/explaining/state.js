@@ -29,6 +29,7 @@ export function initialState(data) {
     phase: data.stages, // the stage that is drawn; between two while boxes move
     threshold: data.threshold,
     object: null, // a query, or none: all objects
+    stale: false, // the boxes are of an image before the present one
     pinned: false, // the object stays while the mouse moves on, and its path is drawn
     trail: 0, // how far the path is drawn, in steps
     layer: data.layers - 1, // of the decoder
@@ -43,11 +44,13 @@ export function reduce(state, action) {
   switch (action.type) {
     case "data": // of another image
       return { ...initialState(action.data), show: state.show };
+    case "answer": // of the same image after a change: the choices stay
+      return { ...state, data: action.data, object: action.query, pinned: false, stale: false };
     case "stage":
       return { ...state, stage: action.value, relations: null };
     case "show":
       return { ...state, show: { ...state.show, [action.name]: action.value } };
-    case "set": // threshold, layer, head, level, relations, phase, trail
+    case "set": // threshold, layer, head, level, relations, phase, trail, stale
       return { ...state, [action.name]: action.value };
     case "point": // the mouse is over a box
       return state.pinned || [null, state.object].includes(action.query) ? state : { ...state, object: action.query };

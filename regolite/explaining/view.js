@@ -1,6 +1,7 @@
 // The page's elements: they show the state, and send actions. All names and classes are set as text, never as HTML.
 
 import { draw, drawGlimpse, drawWay, levelColor, stageColor, TOP } from "./draw.js";
+import { element, match, options, percent } from "./elements.js";
 import {
   boxOf, className, glimpseOf, heatOf, labelOf, middle, objectAt, objects, pointsOf, relatedTo, relationLayers, rowOf,
   scoreOf, stageName, stepBox, steps, title,
@@ -8,30 +9,8 @@ import {
 import { ALL } from "./state.js";
 
 const LARGEST = 10; // weights in the sentence about the points
-const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 const whole = (number) => `${Math.round(number)}`.replace("-", "−");
 const sides = ([left, top, right, bottom]) => `${whole(right - left)} × ${whole(bottom - top)}\u00a0px`;
-
-function element(parent, tag, className = "", attributes = {}) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  parent.append(node);
-  return node;
-}
-
-// Children of a parent by key: kept where they are, since one may have the focus; made and removed where needed.
-function match(parent, keys, make) {
-  const known = new Map([...parent.children].map((node) => [node.dataset.key, node]));
-  return keys.map((key, n) => {
-    const node = known.get(String(key)) ?? make(key);
-    known.delete(String(key));
-    node.dataset.key = key;
-    if (parent.children[n] !== node) parent.insertBefore(node, parent.children[n] ?? null);
-    if (n === keys.length - 1) for (const old of known.values()) old.remove();
-    return node;
-  });
-}
 
 export function show(page, store) {
   const find = (id) => page.getElementById(id);
@@ -101,11 +80,17 @@ export function show(page, store) {
       const entry = element(find("legend"), "span", "entry", { style: `--color: ${levelColor(level)}` });
       entry.textContent = `level ${level}, stride ${data.strides[level]}`;
     }
-    for (const cite of page.querySelectorAll("cite:not(:has(a))")) {
-      if (!data.book) continue;
-      const link = element(cite, "a", "", { href: `${data.book}${cite.dataset.chapter}.html` });
-      link.append(cite.firstChild);
-    }
+    if (data.book) for (const node of page.querySelectorAll("[data-chapter], [data-module]")) link(node);
+  }
+
+  // Words that name a chapter or a part of the package become a link to its page of the book.
+  function link(node) {
+    const { chapter, module = "" } = node.dataset;
+    const path = module.split(".").slice(1, -1).join("/");
+    const href = data.book + (chapter ? `${chapter}.html` : `../package/${path}.html#${module}`);
+    const words = node.textContent;
+    node.replaceChildren();
+    element(node, "a", "", { href }).textContent = words;
   }
 
   // What the visitor does.
@@ -385,11 +370,4 @@ export function show(page, store) {
     const at = state.pinned ? Math.floor(state.trail) : all.findIndex(({ row }) => row === rowOf(data, state.stage));
     [...find("steps").children].forEach((node, n) => node.classList.toggle("now", n === at));
   }
-}
-
-function options(select, pairs) {
-  match(select, pairs.map(([value]) => value), () => element(select, "option")).forEach((node, n) => {
-    [node.value, node.textContent] = pairs[n];
-  });
-  if (!pairs.length) select.replaceChildren();
 }

@@ -12,7 +12,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,7 +29,8 @@ from regolite.inference import check_stages, run
 from regolite.models.config import config_of
 from regolite.models.detector import Detector, as_detector
 from regolite.tracing.recorder import record
-from regolite.types import ImageBatch
+from regolite.tracing.trace import Trace
+from regolite.types import ImageBatch, Prediction
 from regolite.utils.devices import constant
 from regolite.utils.files import write_atomic
 from regolite.utils.modes import evaluating
@@ -71,15 +71,7 @@ class Exportable(nn.Module):
             Class logits [R, B, Q, K] and boxes [R, B, Q, 4] (``cxcywh`` in [0, 1] of the image) of the base detector
             and of each stage, R results in all; then the fields of the records, whose names are in ``names``.
         """
-        rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[2:])
-        mask = (rows[None, :, None] >= sizes[:, :1, None]) | (columns[None, None] >= sizes[:, 1:, None])
-        mean, deviation = (
-            constant(v, pixels.device, pixels.dtype)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
-        )
-        images = ImageBatch(((pixels - mean) / deviation).masked_fill(mask[:, None], 0.0), mask, sizes)
-        recorded: Any = record(self.detector, self.records) if self.records else nullcontext({})
-        with recorded as trace:
-            results = run(self.detector, images, self.stages).by_stage
+        results, trace = self.traced(pixels, sizes)
         fields = {
             f"{name}.{field}": value
             for name in trace
@@ -88,6 +80,19 @@ class Exportable(nn.Module):
         }
         self.names = ["logits", "boxes", *fields]
         return torch.stack([p.logits for p in results]), torch.stack([p.boxes for p in results]), *fields.values()
+
+    def traced(self, pixels: Float[Tensor, "B 3 S S"], sizes: Int[Tensor, "B 2"]) -> tuple[list[Prediction], Trace]:
+        """Detect: the predictions of the base detector and of each stage, and the records. Inputs as of the module."""
+        rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[2:])
+        mask = (rows[None, :, None] >= sizes[:, :1, None]) | (columns[None, None] >= sizes[:, 1:, None])
+        mean, deviation = (
+            constant(v, pixels.device, pixels.dtype)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        images = ImageBatch(((pixels - mean) / deviation).masked_fill(mask[:, None], 0.0), mask, sizes)
+        if not self.records:
+            return run(self.detector, images, self.stages).by_stage, Trace()
+        with record(self.detector, self.records) as trace:
+            return run(self.detector, images, self.stages).by_stage, trace
 
 
 def export(
@@ -259,19 +264,28 @@ def reduce_precision(file: Path, precision: Precision) -> None:
         quantization.quantize_dynamic(full, file, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
     proto = onnx.load(file)
     if precision == "fp16":
-        _halve(proto.graph, onnx)
+        halve(proto.graph)
     onnx.helper.set_model_props(proto, {**{entry.key: entry.value for entry in about}, "precision": precision})
     onnx.save(proto, file)
 
 
-def _halve(graph: Any, onnx: Any) -> None:
-    """Store large weights in half precision; a Cast, which onnxruntime computes once, gives them back in full."""
+def halve(graph: Any, lossless: bool = False) -> None:
+    """Store large weights in half precision; a Cast, which onnxruntime computes once, gives them back in full.
+
+    Args:
+        graph: of an ONNX model; it is changed.
+        lossless: leave out weights that are no numbers of half precision.
+    """
+    onnx = _library("onnx")
     casts = []
     for tensor in graph.initializer:
         if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < 1024:
             continue
         name, values = tensor.name, onnx.numpy_helper.to_array(tensor)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.fp16"))
+        halves = values.astype(np.float16)
+        if lossless and (halves != values).any():
+            continue
+        tensor.CopyFrom(onnx.numpy_helper.from_array(halves, f"{name}.fp16"))
         casts.append(onnx.helper.make_node("Cast", [f"{name}.fp16"], [name], to=onnx.TensorProto.FLOAT))
     for cast in reversed(casts):
         graph.node.insert(0, cast)
