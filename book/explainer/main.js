@@ -102,7 +102,6 @@ for (const tab of tabs) {
     app.setMode(other.dataset.mode);
   });
 }
-if (app.book) Object.assign(find("book"), { href: `${app.book}../index.html`, hidden: false });
 app.mark();
 app.live.show("photos");
 const [start] = location.hash.slice(1).split("/"); // #scenes and #tour lead there

@@ -174,9 +174,10 @@ export function createScenes(page, app) {
   function update() {
     if (!scene) return;
     const names = namesOf(scene);
-    match(layer, [...scene.things.keys()], () => listen(element(layer, "button", "thing", { type: "button" }))).forEach((node, k) => {
+    const make = () => listen(element(layer, "button", "thing", { type: "button" }));
+    match(layer, [...scene.things.keys()], make).forEach((node, k) => {
       const [left, top, right, bottom] = frameOf(scene.things[k]).map((value) => (100 * value) / scene.size);
-      Object.assign(node.style, { left: `${left}%`, top: `${top}%`, width: `${right - left}%`, height: `${bottom - top}%` });
+      Object.assign(node.style, { left: `${left}%`, top: `${top}%`, right: `${100 - right}%`, bottom: `${100 - bottom}%` });
       node.tabIndex = k === (selected ?? 0) ? 0 : -1;
       node.setAttribute("aria-pressed", k === selected);
       node.setAttribute("aria-label", `${names[k]}, object ${k + 1} of ${names.length}`);
@@ -185,8 +186,9 @@ export function createScenes(page, app) {
     });
     if (!scene.things.length) layer.replaceChildren();
     const swaps = selected !== null && DECIDERS.includes(scene.things[selected].shape);
-    find("swap").setAttribute("aria-disabled", !swaps);
-    find("remove").setAttribute("aria-disabled", selected === null);
+    const fixed = app.live.impossible !== null;
+    find("swap").setAttribute("aria-disabled", fixed || !swaps);
+    find("remove").setAttribute("aria-disabled", fixed || selected === null);
   }
 
   function listen(node) {
