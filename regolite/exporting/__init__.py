@@ -45,6 +45,9 @@ OPSET = 20
 TOLERANCE = 1e-3
 """Largest difference of a logit or a box coordinate between a file of full precision and PyTorch."""
 
+PHOTOGRAPHS = Path("data/coco_tiny/images")
+"""Two of these check a file where no images are given. The repository has them, an installed package does not."""
+
 
 class Exportable(nn.Module):
     """A detector whose inputs and outputs are plain tensors.
@@ -123,7 +126,8 @@ def export(
             except those of the encoder, which are large.
         precision: ``"fp32"``; ``"fp16"`` stores weights in half precision, half the size, and computes in full
             precision; ``"int8"`` quantizes the weights of matrix products dynamically (ONNX only).
-        images: photographs to check the file with; by default two of random colors.
+        images: photographs to check the file with; by default the first two in :data:`PHOTOGRAPHS`, a path from the
+            working folder, and where it has none, two images of random colors.
         license: license of the weights, for the card and the metadata; by default none is named.
 
     Returns:
@@ -218,7 +222,8 @@ def square(image: ImageSource, size: int) -> tuple[Float[Tensor, "3 S S"], Int[T
 
 def _examples(size: int, images: Sequence[ImageSource] | None) -> tuple[Tensor, Tensor]:
     """Images as input of the module; at least two, since a batch of one would fix the batch size at one."""
-    if images is None:
+    images = images if images is not None else sorted(PHOTOGRAPHS.glob("*.jpg"))[:2]
+    if not images:
         pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         return pixels, torch.tensor([[size, size], [size * 3 // 4, size // 2]])
     found = [square(image, size) for image in list_images(list(images))]
