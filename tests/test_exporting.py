@@ -153,8 +153,8 @@ def test_traces_are_further_outputs(model, tmp_path):
     assert file.exists()
     module = Exportable(model, None, ["decoder.0.cross", "stage.1.glimpses"])
     with torch.no_grad():
-        outputs = module(torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]]))
-    shapes = dict(zip(module.names, (tuple(x.shape) for x in outputs)))
+        outputs = module.outputs(torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]]))
+    shapes = {name: tuple(value.shape) for name, value in outputs.items()}
     assert shapes["stage.1.glimpses.regions"] == (1, 9, 4)
     assert shapes["decoder.0.cross.locations"][:3] == (1, 9, 4)
 
@@ -196,9 +196,9 @@ def test_what_cannot_be_exported_is_named(model, tmp_path):
 def test_a_file_that_says_something_else_is_refused():
     ours, theirs = torch.zeros(2, 3), torch.tensor([[0.0, 0, 0], [0, 0.5, 0]])
     with pytest.raises(UserError, match="has other outputs than the model: boxes differs by 0.5"):
-        exporting._compare(["logits", "boxes"], [ours, ours], [ours, theirs], "fp32")
+        exporting._compare({"logits": ours, "boxes": ours}, [ours, theirs], "fp32")
     with pytest.raises(UserError, match="numbers that are not finite"):
-        exporting._compare(["logits", "boxes"], [ours, ours], [ours, theirs / 0], "int8")
+        exporting._compare({"logits": ours, "boxes": ours}, [ours, theirs / 0], "int8")
 
 
 class NoQueries(Detector):

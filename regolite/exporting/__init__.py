@@ -11,7 +11,7 @@ import importlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -61,9 +61,12 @@ class Exportable(nn.Module):
     def __init__(self, detector: Detector, stages: int | None = None, records: Sequence[str] = ()) -> None:
         super().__init__()
         self.detector, self.stages, self.records = detector, stages, list(records)
-        self.names: list[str] = ["logits", "boxes"]
 
     def forward(self, pixels: Float[Tensor, "B 3 S S"], sizes: Int[Tensor, "B 2"]) -> tuple[Tensor, ...]:
+        """The values of :meth:`outputs`, in this order: PyTorch exports tuples of tensors."""
+        return tuple(self.outputs(pixels, sizes).values())
+
+    def outputs(self, pixels: Float[Tensor, "B 3 S S"], sizes: Int[Tensor, "B 2"]) -> dict[str, Tensor]:
         """Detect.
 
         Args:
@@ -71,8 +74,8 @@ class Exportable(nn.Module):
             sizes: height and width of each image in pixels.
 
         Returns:
-            Class logits [R, B, Q, K] and boxes [R, B, Q, 4] (``cxcywh`` in [0, 1] of the image) of the base detector
-            and of each stage, R results in all; then the fields of the records, whose names are in ``names``.
+            Class ``logits`` [R, B, Q, K] and ``boxes`` [R, B, Q, 4] (``cxcywh`` in [0, 1] of the image) of the base
+            detector and of each stage, R results in all; then the fields of the records.
         """
         rows, columns = (torch.arange(side, device=pixels.device) for side in pixels.shape[2:])
         mask = (rows[None, :, None] >= sizes[:, :1, None]) | (columns[None, None] >= sizes[:, 1:, None])
@@ -89,8 +92,8 @@ class Exportable(nn.Module):
             for field, value in vars(trace[name]).items()
             if isinstance(value, Tensor) and field != "mask"
         }
-        self.names = ["logits", "boxes", *fields]
-        return torch.stack([p.logits for p in results]), torch.stack([p.boxes for p in results]), *fields.values()
+        logits, boxes = torch.stack([p.logits for p in results]), torch.stack([p.boxes for p in results])
+        return {"logits": logits, "boxes": boxes, **fields}
 
 
 def export(
@@ -165,7 +168,7 @@ def export(
     pixels, sizes = _examples(size, images)
     with evaluating(model), torch.no_grad():
         module = Exportable(detector, stages, _names(detector, stages, size) if traces else ())
-        expected = module(pixels, sizes)
+        expected = module.outputs(pixels, sizes)
         program = _program(module, pixels, sizes)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / output.name
@@ -174,11 +177,11 @@ def export(
                 found = torch.export.load(file).module()(pixels, sizes)
             else:
                 about = _about(detector, size, precision, stages, license)
-                _write_onnx(program, file, module.names, about)
+                _write_onnx(program, file, list(expected), about)
                 if precision != "fp32":
                     reduce_precision(file, precision)
                 found = run_onnx(file, pixels, sizes)
-            _compare(module.names, expected, found, precision)
+            _compare(expected, found, precision)
             write_atomic(output, file.read_bytes())
     if format == "onnx":
         write_card(output, about)
@@ -304,14 +307,14 @@ def _stages(detector: Detector, stages: int | None) -> int:
     return detector.num_stages if stages is None else stages
 
 
-def _compare(names: list[str], expected: Sequence[Tensor], found: Sequence[Tensor], precision: Precision) -> None:
+def _compare(expected: Mapping[str, Tensor], found: Sequence[Tensor], precision: Precision) -> None:
     """Check the outputs of a file: each number if it has full precision, else that they are finite.
 
     Raises:
         UserError: the outputs of the file are not the model's.
     """
     if precision == "fp32":
-        for name, ours, theirs in zip(names, expected, found, strict=True):
+        for (name, ours), theirs in zip(expected.items(), found, strict=True):
             if ours.is_floating_point() and not torch.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE):
                 worst = (ours - theirs).abs().max().item()
                 raise UserError(f"the exported file has other outputs than the model: {name} differs by {worst:.2g}")
