@@ -246,9 +246,20 @@ def _program(module: Exportable, pixels: Tensor, sizes: Tensor) -> torch.export.
 
 def _write_onnx(program: torch.export.ExportedProgram, file: Path, names: list[str], about: dict[str, str]) -> None:
     onnx = _library("onnx")
-    converted = torch.onnx.export(
-        program, input_names=["pixels", "sizes"], output_names=names, opset_version=OPSET, dynamo=True, verbose=False
-    )
+    try:
+        converted = torch.onnx.export(
+            program,
+            input_names=["pixels", "sizes"],
+            output_names=names,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # of several libraries; PyTorch 2.6 raises
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot convert this model to ONNX (2.14.1 can): {first}"
+        ) from error
     assert converted is not None  # with dynamo=True and no file name
     converted.save(str(file))
     proto = onnx.load(file)
