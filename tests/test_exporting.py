@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,6 +208,24 @@ class NoQueries(Detector):
     def __init__(self, config):
         super().__init__()
         self.model_config = config
+
+
+def test_a_file_is_checked_with_photographs_of_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    pixels, _ = exporting._examples(64, None)
+    first, second, *_ = sorted(exporting.PHOTOGRAPHS.iterdir())
+    assert torch.equal(pixels, torch.stack([square(first, 64)[0], square(second, 64)[0]]))
+    monkeypatch.chdir(tmp_path)
+    assert exporting._examples(64, None)[1].tolist() == [[64, 64], [48, 32]], "random colors"
+
+
+def test_a_pytorch_that_cannot_convert_is_named(model, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(UserError, match=r"^PyTorch .* cannot convert this model to ONNX .*: no such operator$"):
+        export(model, tmp_path / "model.onnx")
 
 
 def test_without_onnx_there_is_one_line(model, tmp_path, monkeypatch):
