@@ -224,7 +224,7 @@ def test_a_pytorch_that_cannot_convert_is_named(model, tmp_path, monkeypatch):
         raise RuntimeError("no such operator\nand more")
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    with pytest.raises(UserError, match=r"^PyTorch .* cannot convert this model to ONNX .*: no such operator$"):
+    with pytest.raises(UserError, match=r"^PyTorch .* cannot convert this model to ONNX; .*: no such operator$"):
         export(model, tmp_path / "model.onnx")
 
 

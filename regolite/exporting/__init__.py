@@ -258,7 +258,7 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, names: list[s
     except Exception as error:  # of several libraries; PyTorch 2.6 raises
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"PyTorch {torch.__version__} cannot convert this model to ONNX (2.14.1 can): {first}"
+            f"PyTorch {torch.__version__} cannot convert this model to ONNX; 2.14.1 with onnxscript 0.7 can: {first}"
         ) from error
     assert converted is not None  # with dynamo=True and no file name
     converted.save(str(file))
