@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from regolite.evaluation.coco import evaluate
     from regolite.explaining import explain
     from regolite.exporting import export
+    from regolite.hub import from_pretrained, push_to_hub, save_pretrained
     from regolite.inference import detect
     from regolite.loading import load
     from regolite.models.presets import build, configure, presets
@@ -56,10 +57,13 @@ _MODULES = {
     "evaluate": "evaluation.coco",
     "explain": "explaining",
     "export": "exporting",
+    "from_pretrained": "hub",
     "interop": "interop",
     "load": "loading",
     "presets": "models.presets",
+    "push_to_hub": "hub",
     "record": "tracing.recorder",
+    "save_pretrained": "hub",
     "train": "training.loop",
 }
 
@@ -75,10 +79,13 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "from_pretrained",
     "interop",
     "load",
     "presets",
+    "push_to_hub",
     "record",
+    "save_pretrained",
     "train",
 ]
 

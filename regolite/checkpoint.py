@@ -20,6 +20,8 @@ from regolite.utils.files import write_atomic
 from regolite.utils.validation import shown
 
 KEY = "regolite"
+WEIGHTS = "model.safetensors"
+"""The checkpoint in the folder of a run or of a model from the Hugging Face Hub."""
 EVERYDAY = Path(__file__).with_name("weights") / "rego_deformable_detr_everyday.safetensors"
 """The everyday detector: 20 classes of everyday objects in photographs. The default of :func:`regolite.load`."""
 
@@ -43,13 +45,22 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
     write_atomic(path, save(state, metadata={KEY: json.dumps(config.to_dict())}))
 
 
+def weights_file(path: str | Path) -> Path:
+    """The checkpoint itself: a file, or ``model.safetensors`` in a folder."""
+    return Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """Read the configuration in a checkpoint.
+
+    Args:
+        path: the file, or a folder with ``model.safetensors``.
 
     Raises:
         UserError: the file does not exist, or is not a regolite checkpoint.
     """
-    if not Path(path).is_file():
+    path = weights_file(path)
+    if not path.is_file():
         raise UserError(f"no checkpoint at {path}; give the .safetensors file of a run, or train one")
     try:
         with safe_open(path, framework="pt") as file:

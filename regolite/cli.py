@@ -906,7 +906,9 @@ def _prepare_coco_options(parser: Parser) -> None:
 
 def _model_options(parser: Parser, default: Path | None = None) -> None:
     """The options of all commands that load a model, and the checkpoint that is loaded where none is named."""
-    about = "weights: of a run, or a published file" + (f" (default: the shipped {default.name})" if default else "")
+    about = "weights: of a run, its folder, or a published file" + (
+        f" (default: the shipped {default.name})" if default else ""
+    )
     parser.add_argument(
         "--checkpoint", type=Path, required=default is None, default=default, metavar="FILE", help=about
     )

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from regolite import interop
-from regolite.checkpoint import EVERYDAY, KEY, read_config
+from regolite.checkpoint import EVERYDAY, KEY, read_config, weights_file
 from regolite.errors import UserError
 from regolite.models.config import ModelConfig, class_head_names, config_of
 from regolite.models.detector import Detector, as_detector
@@ -25,8 +25,9 @@ def load(path: str | Path = EVERYDAY, device: str | torch.device = "cpu") -> Det
     """Load a model with its weights, in evaluation mode.
 
     Args:
-        path: a ``.safetensors`` file written by a run, or a file that :func:`regolite.interop.load` reads; the
-            everyday detector by default.
+        path: a ``.safetensors`` file written by a run, a folder with ``model.safetensors`` (of a run, or of
+            :func:`regolite.save_pretrained`), or a file that :func:`regolite.interop.load` reads; the everyday detector
+            by default.
         device: device of the model.
 
     Raises:
@@ -35,6 +36,7 @@ def load(path: str | Path = EVERYDAY, device: str | torch.device = "cpu") -> Det
     """
     device = choose_device(device)
     of_kind("path", path, (str, os.PathLike), "the path of a file")
+    path = weights_file(path)
     if not _is_ours(path):
         return interop.load(path).to(device)
     config = read_config(path).without_pretrained()
@@ -49,7 +51,7 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
 
     Args:
         model: the model.
-        path: the checkpoint, or a file that :func:`regolite.interop.load` reads.
+        path: the checkpoint as in :func:`load`.
         new_classes: allow other classes than the checkpoint's, for fine-tuning on custom data. The class heads of the
             base detector and of the stages take the rows of classes with the same name, and keep the model's own rows
             for the others. A pre-trained UP-DETR has no classes: of its file the detector inside is taken.
@@ -62,6 +64,7 @@ def load_weights(model: nn.Module, path: str | Path, new_classes: bool = False, 
     Raises:
         UserError: names or shapes differ; the message gives the first difference.
     """
+    path = weights_file(path)
     classes, stored = _stored(path)
     own = model.state_dict()
     kept: set[str] = set()

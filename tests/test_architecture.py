@@ -26,7 +26,7 @@ LAYERS = (
     {"inference"},
     {"tracing"},
     {"evaluation", "explaining", "exporting"},
-    {"plots"},
+    {"hub", "plots"},
     {"viewers", "training"},
     {"paper"},
     {"course"},

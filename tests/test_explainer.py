@@ -54,10 +54,9 @@ def test_the_outputs_are_the_numbers_of_a_page(models, name, image):
     pixels, size = square(image, build.SIZES[name])
     module = BrowserModel(model).eval()
     with torch.no_grad(), unchecked():
-        outputs = module(pixels[None], size[None])
-    assert all(output.dtype == torch.float32 for output in outputs)
+        found = module.outputs(pixels[None], size[None])
+    assert all(output.dtype == torch.float32 for output in found.values())
     arrays = unpacked(header, content)
-    found = dict(zip(module.names, outputs))
     scores, labels = found.pop("class_scores").max(-1)  # of the base and of each stage, not stored in pages
     assert torch.equal(scores, found["scores"][-len(scores) :]) and torch.equal(labels, found["labels"][-len(scores) :])
     assert set(found) == set(arrays)

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,8 +154,8 @@ def test_traces_are_further_outputs(model, tmp_path):
     assert file.exists()
     module = Exportable(model, None, ["decoder.0.cross", "stage.1.glimpses"])
     with torch.no_grad():
-        outputs = module(torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]]))
-    shapes = dict(zip(module.names, (tuple(x.shape) for x in outputs)))
+        outputs = module.outputs(torch.rand(1, 3, 64, 64), torch.tensor([[64, 64]]))
+    shapes = {name: tuple(value.shape) for name, value in outputs.items()}
     assert shapes["stage.1.glimpses.regions"] == (1, 9, 4)
     assert shapes["decoder.0.cross.locations"][:3] == (1, 9, 4)
 
@@ -196,9 +197,9 @@ def test_what_cannot_be_exported_is_named(model, tmp_path):
 def test_a_file_that_says_something_else_is_refused():
     ours, theirs = torch.zeros(2, 3), torch.tensor([[0.0, 0, 0], [0, 0.5, 0]])
     with pytest.raises(UserError, match="has other outputs than the model: boxes differs by 0.5"):
-        exporting._compare(["logits", "boxes"], [ours, ours], [ours, theirs], "fp32")
+        exporting._compare({"logits": ours, "boxes": ours}, [ours, theirs], "fp32")
     with pytest.raises(UserError, match="numbers that are not finite"):
-        exporting._compare(["logits", "boxes"], [ours, ours], [ours, theirs / 0], "int8")
+        exporting._compare({"logits": ours, "boxes": ours}, [ours, theirs / 0], "int8")
 
 
 class NoQueries(Detector):
@@ -207,6 +208,24 @@ class NoQueries(Detector):
     def __init__(self, config):
         super().__init__()
         self.model_config = config
+
+
+def test_a_file_is_checked_with_photographs_of_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    pixels, _ = exporting._examples(64, None)
+    first, second, *_ = sorted(exporting.PHOTOGRAPHS.iterdir())
+    assert torch.equal(pixels, torch.stack([square(first, 64)[0], square(second, 64)[0]]))
+    monkeypatch.chdir(tmp_path)
+    assert exporting._examples(64, None)[1].tolist() == [[64, 64], [48, 32]], "random colors"
+
+
+def test_a_pytorch_that_cannot_convert_is_named(model, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(UserError, match=r"^PyTorch .* cannot convert this model to ONNX; .*: no such operator$"):
+        export(model, tmp_path / "model.onnx")
 
 
 def test_without_onnx_there_is_one_line(model, tmp_path, monkeypatch):

@@ -395,7 +395,7 @@ def test_tensorboard_gets_every_number(config):
 
 def test_without_tensorboard_nothing_begins(config, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="tensorboard=True needs TensorBoard: pip install 'regolite\[tensorboard\]'"):
+    with pytest.raises(UserError, match=r"tensorboard=True needs TensorBoard: pip install 'regolite\[tensorboard\]'"):
         train(config(tensorboard=True))
     assert not (tmp_path / "run").exists()
 

@@ -43,7 +43,7 @@ class BrowserModel(Exportable):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(as_detector(model), records=RECORDS)
 
-    def forward(self, pixels: Float[Tensor, "1 3 S S"], sizes: Int[Tensor, "1 2"]) -> tuple[Tensor, ...]:
+    def outputs(self, pixels: Float[Tensor, "1 3 S S"], sizes: Int[Tensor, "1 2"]) -> dict[str, Tensor]:
         """Detect.
 
         Args:
@@ -52,14 +52,13 @@ class BrowserModel(Exportable):
 
         Returns:
             The arrays of :func:`regolite.explaining.packing.arrays_of` for all queries, and ``class_scores``
-            ``[S, Q, C]``, the scores of all classes for the base detector and each stage; all in float32. ``names`` are
-            their names. Boxes, points and regions are fractions of the image.
+            ``[S, Q, C]``, the scores of all classes for the base detector and each stage; all in float32.
+            Boxes, points and regions are fractions of the image.
         """
         _, trace = self.traced(pixels, sizes)
         arrays = arrays_of(trace, ranked(trace))
         arrays["class_scores"] = torch.stack([boxes.scores[0] for boxes in trace.by_stage])
-        self.names = list(arrays)
-        return tuple(values.float() for values in arrays.values())
+        return {name: values.float() for name, values in arrays.items()}
 
 
 def header_of(model: nn.Module, image: ImageSource) -> dict[str, Any]:
@@ -88,10 +87,10 @@ def write_model(model: nn.Module, file: Path, size: int, image: ImageSource) -> 
     pixels, shape = (values[None] for values in square(image, size))
     module = BrowserModel(model)
     with evaluating(module), torch.no_grad():
-        module(pixels, shape)  # sets the names
+        names = list(module.outputs(pixels, shape))
         program = torch.export.export(module, (pixels, shape), strict=False)
     converted = torch.onnx.export(
-        program, input_names=["pixels", "sizes"], output_names=module.names, opset_version=OPSET, dynamo=True,
+        program, input_names=["pixels", "sizes"], output_names=names, opset_version=OPSET, dynamo=True,
         verbose=False,
     )  # fmt: skip
     assert converted is not None  # with dynamo=True and no file name

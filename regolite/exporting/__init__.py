@@ -11,7 +11,7 @@ import importlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -45,6 +45,9 @@ OPSET = 20
 TOLERANCE = 1e-3
 """Largest difference of a logit or a box coordinate between a file of full precision and PyTorch."""
 
+PHOTOGRAPHS = Path("data/coco_tiny/images")
+"""Two of these check a file where no images are given. The repository has them, an installed package does not."""
+
 
 class Exportable(nn.Module):
     """A detector whose inputs and outputs are plain tensors.
@@ -58,9 +61,12 @@ class Exportable(nn.Module):
     def __init__(self, detector: Detector, stages: int | None = None, records: Sequence[str] = ()) -> None:
         super().__init__()
         self.detector, self.stages, self.records = detector, stages, list(records)
-        self.names: list[str] = ["logits", "boxes"]
 
     def forward(self, pixels: Float[Tensor, "B 3 S S"], sizes: Int[Tensor, "B 2"]) -> tuple[Tensor, ...]:
+        """The values of :meth:`outputs`, in this order: PyTorch exports tuples of tensors."""
+        return tuple(self.outputs(pixels, sizes).values())
+
+    def outputs(self, pixels: Float[Tensor, "B 3 S S"], sizes: Int[Tensor, "B 2"]) -> dict[str, Tensor]:
         """Detect.
 
         Args:
@@ -68,8 +74,8 @@ class Exportable(nn.Module):
             sizes: height and width of each image in pixels.
 
         Returns:
-            Class logits [R, B, Q, K] and boxes [R, B, Q, 4] (``cxcywh`` in [0, 1] of the image) of the base detector
-            and of each stage, R results in all; then the fields of the records, whose names are in ``names``.
+            Class ``logits`` [R, B, Q, K] and ``boxes`` [R, B, Q, 4] (``cxcywh`` in [0, 1] of the image) of the base
+            detector and of each stage, R results in all; then the fields of the records.
         """
         results, trace = self.traced(pixels, sizes)
         fields = {
@@ -78,8 +84,8 @@ class Exportable(nn.Module):
             for field, value in vars(trace[name]).items()
             if isinstance(value, Tensor) and field != "mask"
         }
-        self.names = ["logits", "boxes", *fields]
-        return torch.stack([p.logits for p in results]), torch.stack([p.boxes for p in results]), *fields.values()
+        logits, boxes = torch.stack([p.logits for p in results]), torch.stack([p.boxes for p in results])
+        return {"logits": logits, "boxes": boxes, **fields}
 
     def traced(self, pixels: Float[Tensor, "B 3 S S"], sizes: Int[Tensor, "B 2"]) -> tuple[list[Prediction], Trace]:
         """Detect: the predictions of the base detector and of each stage, and the records. Inputs as of the module."""
@@ -128,7 +134,8 @@ def export(
             except those of the encoder, which are large.
         precision: ``"fp32"``; ``"fp16"`` stores weights in half precision, half the size, and computes in full
             precision; ``"int8"`` quantizes the weights of matrix products dynamically (ONNX only).
-        images: photographs to check the file with; by default two of random colors.
+        images: photographs to check the file with; by default the first two in :data:`PHOTOGRAPHS`, a path from the
+            working folder, and where it has none, two images of random colors.
         license: license of the weights, for the card and the metadata; by default none is named.
 
     Returns:
@@ -166,7 +173,7 @@ def export(
     pixels, sizes = _examples(size, images)
     with evaluating(model), torch.no_grad():
         module = Exportable(detector, stages, _names(detector, stages, size) if traces else ())
-        expected = module(pixels, sizes)
+        expected = module.outputs(pixels, sizes)
         program = _program(module, pixels, sizes)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / output.name
@@ -175,11 +182,11 @@ def export(
                 found = torch.export.load(file).module()(pixels, sizes)
             else:
                 about = _about(detector, size, precision, stages, license)
-                _write_onnx(program, file, module.names, about)
+                _write_onnx(program, file, list(expected), about)
                 if precision != "fp32":
                     reduce_precision(file, precision)
                 found = run_onnx(file, pixels, sizes)
-            _compare(module.names, expected, found, precision)
+            _compare(expected, found, precision)
             write_atomic(output, file.read_bytes())
     if format == "onnx":
         write_card(output, about)
@@ -223,7 +230,8 @@ def square(image: ImageSource, size: int) -> tuple[Float[Tensor, "3 S S"], Int[T
 
 def _examples(size: int, images: Sequence[ImageSource] | None) -> tuple[Tensor, Tensor]:
     """Images as input of the module; at least two, since a batch of one would fix the batch size at one."""
-    if images is None:
+    images = images if images is not None else sorted(PHOTOGRAPHS.glob("*.jpg"))[:2]
+    if not images:
         pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         return pixels, torch.tensor([[size, size], [size * 3 // 4, size // 2]])
     found = [square(image, size) for image in list_images(list(images))]
@@ -243,9 +251,20 @@ def _program(module: Exportable, pixels: Tensor, sizes: Tensor) -> torch.export.
 
 def _write_onnx(program: torch.export.ExportedProgram, file: Path, names: list[str], about: dict[str, str]) -> None:
     onnx = _library("onnx")
-    converted = torch.onnx.export(
-        program, input_names=["pixels", "sizes"], output_names=names, opset_version=OPSET, dynamo=True, verbose=False
-    )
+    try:
+        converted = torch.onnx.export(
+            program,
+            input_names=["pixels", "sizes"],
+            output_names=names,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # of several libraries; PyTorch 2.6 raises
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot convert this model to ONNX; 2.14.1 with onnxscript 0.7 can: {first}"
+        ) from error
     assert converted is not None  # with dynamo=True and no file name
     converted.save(str(file))
     proto = onnx.load(file)
@@ -313,14 +332,14 @@ def _stages(detector: Detector, stages: int | None) -> int:
     return detector.num_stages if stages is None else stages
 
 
-def _compare(names: list[str], expected: Sequence[Tensor], found: Sequence[Tensor], precision: Precision) -> None:
+def _compare(expected: Mapping[str, Tensor], found: Sequence[Tensor], precision: Precision) -> None:
     """Check the outputs of a file: each number if it has full precision, else that they are finite.
 
     Raises:
         UserError: the outputs of the file are not the model's.
     """
     if precision == "fp32":
-        for name, ours, theirs in zip(names, expected, found, strict=True):
+        for (name, ours), theirs in zip(expected.items(), found, strict=True):
             if ours.is_floating_point() and not torch.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE):
                 worst = (ours - theirs).abs().max().item()
                 raise UserError(f"the exported file has other outputs than the model: {name} differs by {worst:.2g}")
