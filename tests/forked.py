@@ -32,13 +32,15 @@ class Forked:
     Args:
         code: Python code; Ctrl-C is not ignored in it, even where a shell has begun these tests with ``&``.
         words: its arguments.
+        environment: what its environment has besides that of this process.
     """
 
-    def __init__(self, code: str, *words: str) -> None:
+    def __init__(self, code: str, *words: str, **environment: str) -> None:
         folder = tempfile.mkdtemp()
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._said = [Path(folder) / name for name in ("stdout", "stderr")]
-        self._process = _CONTEXT.Process(target=_run, args=(self._said, dict(os.environ), os.getcwd(), code, words))
+        place = {**os.environ, **environment}, os.getcwd()
+        self._process = _CONTEXT.Process(target=_run, args=(self._said, *place, code, words))
         self._process.start()
         self.pid = self._process.pid
 

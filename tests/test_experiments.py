@@ -23,6 +23,7 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import set_seed
+from forked import REGOLITE, Forked
 from scipy.stats import ttest_rel
 
 from regolite import RunConfig, UserError
@@ -261,12 +262,7 @@ def test_a_stopped_queue_stops_its_runs_and_they_go_on_to_the_same_bytes(
 ) -> None:
     (tmp_path / "results").mkdir()
     shutil.copy(uninterrupted / "results" / "rego_encoder.json", tmp_path / "results")  # done, so only rego is left
-    process = subprocess.Popen(
-        [sys.executable, "-m", "regolite", *small_experiment(tmp_path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-    )
+    process = Forked(REGOLITE, *small_experiment(tmp_path))
     place = tmp_path / "runs" / "rego" / "0"
     wait_for(lambda: (place / file).exists())  # so there is something to save
     time.sleep(random.uniform(0, 0.5))  # other moments every time
