@@ -44,6 +44,12 @@ class Forked:
         self._process.start()
         self.pid = self._process.pid
 
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
     @property
     def returncode(self) -> int | None:
         return self._process.exitcode
@@ -57,6 +63,9 @@ class Forked:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def terminate(self) -> None:
+        self._process.terminate()
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
