@@ -27,10 +27,10 @@ SMALL_RUN = RunConfig(
 )  # fmt: skip
 
 
-def ap_of_learned_images(model, folder, data, lr):
-    """AP of a small R-CNN on two images that it has trained on for 160 epochs."""
+def ap_of_learned_images(model, folder, data, lr, epochs):
+    """AP of a small R-CNN on two images that it has trained on."""
     config = RunConfig(
-        data=data, output=str(folder), image_size=96, augment="none", batch_size=2, epochs=160, lr=lr, clip=1.0,
+        data=data, output=str(folder), image_size=96, augment="none", batch_size=2, epochs=epochs, lr=lr, clip=1.0,
         schedule="one_cycle", backbone_lr_mult=1.0, evaluate_every=0, evaluate_train=True, log_every=20, device="cpu",
     )  # fmt: skip
     last = json.loads((train(config, model=model) / "metrics.jsonl").read_text("utf-8").splitlines()[-1])

@@ -11,8 +11,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 from local_server import serve
 from PIL import Image
 
@@ -309,7 +308,7 @@ class TestDownload:
         server.plan = [{"cut": 200_000, "stall": 60}]
         script = "import sys; from regolite.data.prepare import Path, download; "
         script += "download(sys.argv[1], Path(sys.argv[2]), 300_002)"
-        child = subprocess.Popen([sys.executable, "-c", script, server.url + "/file.zip", str(fetch.part)], cwd=ROOT)
+        child = Forked(script, server.url + "/file.zip", str(fetch.part))
         try:
             until = time.monotonic() + 60
             while not (fetch.part.exists() and fetch.part.stat().st_size == 200_000):

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from regolite.checkpoint import EVERYDAY
+from regolite.cli import main
 from regolite.training.metrics import MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,11 +142,11 @@ def coco(place: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(place: Path, coco: Path) -> Path:
     """The run that nothing interrupts, from the command line."""
-    words = ["regolite", "train", "--data", str(coco), "--output", str(place / "whole")]
+    words = ["train", "--data", str(coco), "--output", str(place / "whole")]
     for name, value in SETTINGS.items():
         if value is not None and value is not False:
             words += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
-    finish(start(place, *words))
+    assert main(words) == 0
     return place / "whole"
 
 
@@ -187,8 +188,9 @@ def evaluation(place: Path, coco: Path, mended: Path) -> Path:
     return output
 
 
-def test_the_folder_is_checked_as_coco_is(place: Path, coco: Path):
-    said = finish(start(place, "regolite", "prepare-coco", "--root", str(coco), "--check", "--read-images"))
+def test_the_folder_is_checked_as_coco_is(coco: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["prepare-coco", "--root", str(coco), "--check", "--read-images"]) == 0
+    said = capsys.readouterr().out
     assert "train: 8 images, " in said and "val: 4 images, " in said and said.count(" 80 categories") == 2
     assert "\nnothing is wrong\n" in said
 

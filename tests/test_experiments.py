@@ -23,6 +23,7 @@ import psutil
 import pytest
 import torch
 from accelerate.utils import set_seed
+from forked import REGOLITE, Forked
 from scipy.stats import ttest_rel
 
 from regolite import RunConfig, UserError
@@ -225,11 +226,23 @@ def left_by(place: Path) -> dict[str, Any]:
     return left
 
 
+def do_small_experiment(place: Path) -> None:
+    """Do or resume it in this process, whose runs are forked; :func:`queue.spawn` is for the one that is stopped."""
+
+    def start(arm: str, seed: int, folder: Path, small: bool) -> Forked:
+        code = "import sys; from regolite.paper import queue; queue._main(*sys.argv[1:])"
+        return Forked(code, arm, str(seed), str(folder), str(int(small)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue, "_start", start)
+        assert main(small_experiment(place)) == 0
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("uninterrupted")
     with open(place / "said.txt", "w") as file, contextlib.redirect_stdout(file):
-        assert main(small_experiment(place)) == 0
+        do_small_experiment(place)
     return place
 
 
@@ -261,12 +274,7 @@ def test_a_stopped_queue_stops_its_runs_and_they_go_on_to_the_same_bytes(
 ) -> None:
     (tmp_path / "results").mkdir()
     shutil.copy(uninterrupted / "results" / "rego_encoder.json", tmp_path / "results")  # done, so only rego is left
-    process = subprocess.Popen(
-        [sys.executable, "-m", "regolite", *small_experiment(tmp_path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-    )
+    process = Forked(REGOLITE, *small_experiment(tmp_path))
     place = tmp_path / "runs" / "rego" / "0"
     wait_for(lambda: (place / file).exists())  # so there is something to save
     time.sleep(random.uniform(0, 0.5))  # other moments every time
@@ -278,7 +286,7 @@ def test_a_stopped_queue_stops_its_runs_and_they_go_on_to_the_same_bytes(
     wait_for(lambda: not any(is_alive(run) for run in runs))
     if by != "SIGKILL to all":
         assert any((place / "checkpoints").iterdir())
-    assert main(small_experiment(tmp_path)) == 0
+    do_small_experiment(tmp_path)
     wanted = {name: left for name, left in left_by(uninterrupted).items() if not name.startswith("runs/rego_encoder")}
     assert left_by(tmp_path) == wanted and len(wanted) >= 5
 

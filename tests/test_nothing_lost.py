@@ -15,7 +15,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import REGOLITE, Forked
 from PIL import Image
 from safetensors import safe_open
 from small_runs import SMALL_RUN
@@ -35,7 +35,6 @@ from regolite.training.folder import RunFolder
 from regolite.training.metrics import MEASURED
 from regolite.utils.interrupts import RunStopped, StopSignals, leave_signals_to_parent, stop
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
 CONFIG = replace(SMALL_RUN, epochs=STEPS // 3, lr=1e-3, schedule="one_cycle", evaluate_every=2, ema=0.5)
 
@@ -107,23 +106,8 @@ def command(config, *more):
     return [*words, *more]
 
 
-# `python -m regolite`, deaf to a shell that has begun these tests with `&` and so made its children ignore Ctrl-C.
-MAIN = """
-import runpy, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("regolite", run_name="__main__", alter_sys=True)
-"""
-
-
 def start(config, *more):
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen(
-        [sys.executable, "-c", MAIN, *command(config, *more)],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Forked(REGOLITE, *command(config, *more))
 
 
 def wait_for(step, config, running):
@@ -177,9 +161,8 @@ def test_stopped_from_outside(config, whole, signum, code, capsys):
 
 # `python -m regolite` that is sent a signal in the middle of an evaluation, before one of its batches.
 IN_EVALUATION = """
-import os, runpy, signal, sys
+import os, runpy, sys
 from regolite.evaluation import coco
-signal.signal(signal.SIGINT, signal.default_int_handler)
 signum, batches, detect = int(sys.argv.pop(1)), int(sys.argv.pop(1)), coco.detections_by_stage
 def detections_by_stage(*args):
     global batches
@@ -193,10 +176,9 @@ runpy.run_module("regolite", run_name="__main__", alter_sys=True)
 
 
 def killed_in_evaluation(signum, batch, words):
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    words = [sys.executable, "-c", IN_EVALUATION, str(int(signum)), str(batch), *words]
-    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode in (-signum, 128 + signum), done.stderr
+    running = Forked(IN_EVALUATION, str(int(signum)), str(batch), *words)
+    _, said = running.communicate()
+    assert running.returncode in (-signum, 128 + signum), said
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from small_models import CLASSES, DETECTORS, batch, unchecked
 from torch.utils._pytree import tree_leaves
@@ -466,9 +467,7 @@ def test_two_tasks_of_slurm_in_parts_train_as_one(config, tmp_path):
     for rank in "01":
         slurm = SLURM | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2"}
         slurm |= {"SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **slurm, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", code, str(tmp_path / "plan.json")]
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        started.append(Forked(code, str(tmp_path / "plan.json"), **slurm))
     for process in started:
         process.wait(timeout=300)  # by its result and not by its code: gloo may abort when Python ends
     same(folder, whole, steps=4)
