@@ -533,19 +533,21 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def experiment(arguments: argparse.Namespace) -> int:
     """Ask the paper's questions at laptop scale: train what is missing, and print the verdicts."""
-    from regolite.paper import cost, experiments, queue, recipe_study, report, statistics
+    from regolite.paper import cost, experiments, queue, real_study, recipe_study, report, statistics
 
     small = "runs/experiments_small/results" if arguments.small else "experiments/results"
     results = arguments.results or Path(small)
     if not arguments.names:
         print(report.overview(statistics.read_results(results) if any(results.glob("*.json")) else {}))
         return 0
-    named = [name for name in arguments.names if name not in ("cost", "recipe")]
+    named = [name for name in arguments.names if name not in ("cost", "real", "recipe")]
     wanted = list(experiments.EXPERIMENTS) if "all" in arguments.names else named
     for name in wanted:
         experiments.experiment(name)
-    if "recipe" not in arguments.names and (arguments.data or arguments.weights or arguments.arms):
-        raise UserError("--data, --weights and --arms are options of the experiment recipe: name it, or leave them out")
+    if not {"real", "recipe"} & {*arguments.names} and (arguments.data or arguments.weights or arguments.arms):
+        raise UserError(
+            "--data, --weights and --arms are options of the experiments real and recipe: name one, or leave them out"
+        )
     folder = arguments.output or Path("runs/experiments_small" if arguments.small else "runs/experiments")
     if wanted:
         queue.conduct(wanted, arguments.seeds, folder, results, arguments.jobs, arguments.small)
@@ -563,6 +565,13 @@ def experiment(arguments: argparse.Namespace) -> int:
         finally:  # runs may be missing, or have failed: those that are done are worth a look
             if studied := recipe_study.read(results / "recipe"):
                 print(recipe_study.report(studied))
+    if "real" in arguments.names:
+        options = (arguments.seeds, folder / "real", results / "real", arguments.jobs, arguments.small)
+        try:
+            if arguments.data or arguments.arms:
+                real_study.conduct(_by_name(arguments.data), arguments.arms, *options)
+        finally:  # as above
+            print(real_study.report(real_study.read(results / "real"), results / "real"))
     return 0
 
 
@@ -863,7 +872,9 @@ def _compare_options(parser: Parser) -> None:
 
 
 def _experiment_options(parser: Parser) -> None:
-    about = "experiments, `all`, `cost` for times of steps, or `recipe`, the study of training recipes on real images"
+    about = (
+        "experiments, `all`, `cost` for times of steps, `real`, the study on real images, or `recipe`, that of recipes"
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{about} (default: list them, with what is done)")
     about = "seeds of the runs (default: 0 to 2, and 0 to 4 in the main comparison)"
     parser.add_argument("--seeds", type=whole_number, nargs="+", metavar="N", help=about)
@@ -874,11 +885,16 @@ def _experiment_options(parser: Parser) -> None:
     parser.add_argument("--results", type=Path, metavar="DIR", help=about)
     about = "tiny runs in folders of their own, which only show that everything works"
     parser.add_argument("--small", action="store_true", help=about)
-    about = "recipe: folders of its data sets, in COCO format: cards=DIR everyday=DIR"
+    about = "real, recipe: folders of the data sets, in COCO format: cards=DIR everyday=DIR"
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=DIR", help=about)
     about = "recipe: weights of the baseline's backbone (default: the bundled ones, trained on COCO)"
     parser.add_argument("--weights", metavar="FILE", help=about)
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="recipe: only these arms (default: all)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="recipe, real: only these arms (default: all); real: SETTING or SETTING/ARM",
+    )
 
 
 def _data_options(parser: Parser) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -217,6 +218,16 @@ def smaller(arm: Arm) -> Arm:
     """The same arm on 32 scenes for two epochs, as a smoke test or demonstration; its results are meaningless."""
     drop = {"drop_epochs": (1,), "epochs": 2}
     return replace(arm, recipe={**arm.recipe, **drop, "data": "scenes:32:val=8:size=96:max_objects=6"})
+
+
+def code_version() -> str:
+    """The package's commit, marked if files are modified; without git its version."""
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return version("regolite")
+    return done.stdout.strip()
 
 
 def _check(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
