@@ -19,7 +19,7 @@ from regolite.data import open_data
 from regolite.evaluation.coco import average_precision
 from regolite.evaluation.object_size import ap_by_relative_size
 from regolite.models.presets import configure
-from regolite.paper import queue, real_study, runner
+from regolite.paper import queue, real_study
 from regolite.paper.real_study import ARMS, BLOCKS, CLAIMS, SETTINGS, TUNING_SEED, convergence, crossing, plan, tuned
 from regolite.paper.statistics import Estimate
 from regolite.training.setup import parse_overrides
@@ -70,9 +70,8 @@ def test_what_decides_most_comes_first() -> None:
 
 
 def test_named_runs_bring_the_tuning_that_they_need() -> None:
-    assert {name for name, _ in plan(["converged_cards"])} == {
-        "converged_cards/base", "converged_cards/rego", *(f"cards/tune_base_{rate:g}" for rate in real_study.RATES["base"])
-    }  # fmt: skip
+    tuning = {f"cards/tune_base_{rate:g}" for rate in real_study.RATES["base"]}
+    assert {name for name, _ in plan(["converged_cards"])} == tuning | {"converged_cards/base", "converged_cards/rego"}
     assert [seed for name, seed in plan(["cards/rego"], [7]) if name == "cards/rego"] == [7]
     assert not any("tune" in name for name, _ in plan(["objects_10"]))
     with pytest.raises(UserError, match="has no 'cards/reg'; did you mean 'cards/rego'"):
@@ -180,10 +179,8 @@ def test_committed_results_come_from_code_that_held_the_rule() -> None:
 def test_relative_size_does_not_depend_on_the_pixels() -> None:
     """Perfect detections of all objects but the smallest: every other bin has AP 100."""
     truth = open_data(TINY, "val").coco
-    share = {
-        i: np.sqrt(a["bbox"][2] * a["bbox"][3] / truth.imgs[a["image_id"]]["width"] / truth.imgs[a["image_id"]]["height"])
-        for i, a in truth.anns.items()
-    }  # fmt: skip
+    areas = {i: image["width"] * image["height"] for i, image in truth.imgs.items()}
+    share = {i: np.sqrt(a["bbox"][2] * a["bbox"][3] / areas[a["image_id"]]) for i, a in truth.anns.items()}
     perfect = [
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9}
         for i, a in truth.anns.items()
