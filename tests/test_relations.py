@@ -16,14 +16,15 @@ from regolite.data import Scenes, collate, open_data
 from regolite.data.scenes import CLASSES, Scene, Thing
 from regolite.evaluation.relation_benchmark import as_text as benchmark_as_text
 from regolite.evaluation.relation_benchmark import benchmark, shuffled
-from regolite.evaluation.relations import interval, relation_cases, relation_score, stand_for, summary
+from regolite.evaluation.relations import interval, percent, relation_cases, relation_score, stand_for, summary
 from regolite.evaluation.removal import removal, swapped, without
 from regolite.models.presets import configure
 from regolite.paper import relation_study
 from regolite.tracing.trace import AttentionMap, Boxes, Frame
 from regolite.types import DetectorOutput, FeatureMap, Prediction, Target
 
-RESULTS = Path(__file__).parents[1] / "experiments" / "results" / "relations"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results" / "relations"
 HEADS = 2
 FRAME = Frame((100, 100), torch.tensor([[100, 100]]), torch.tensor([[100, 100]]))
 # Object 0 is the ball and 1 decides it, 2 is the nearest one, 3 is far off.
@@ -490,6 +491,27 @@ def test_the_study_refuses_unknown_arms_and_prints_what_is_there(tmp_path):
     assert relation_study.report(tmp_path) == "no detector is measured yet"
     said = relation_study.report(RESULTS)
     assert "the shipped REGO" in said and "stage.3.relations.*" in said
+
+
+def test_texts_give_the_figures_of_the_stored_benchmark():
+    [one] = json.loads((RESULTS / "shipped.json").read_text("utf-8"))["runs"]
+    plain, nearer = (one["benchmark"][kind] for kind in ("plain", "nearer"))
+    rows, plain_rows = ({row["name"]: row for row in found["rows"]} for found in (nearer, plain))
+    second, third = rows["stage.2.decoder.*.self"], rows["stage.3.relations.*"]
+    best, random, chance = (percent(value) for value in (second["pointing"], second["shuffled"], nearer["chance"]))
+    chapter = (ROOT / "notebooks" / "13_look_inside.ipynb").read_text("utf-8")
+    said = f"for {best.replace(' [', ' % [')} of {nearer['cases']} balls, where chance is {chance.split()[0]} %"
+    assert said in chapter and f"reaches {random.replace(' [', ' % [')}" in chapter
+    changes = [round(-100 * row["decider_swapped"]["mean"]) for row in (third, plain_rows["stage.3.relations.*"])]
+    assert f"by {changes[0]} points ({changes[1]} on plain scenes)" in chapter
+
+    page = " ".join((ROOT / "book" / "docs" / "looking-inside.md").read_text("utf-8").split())
+    was, shown = (percent(plain_rows[name]["pointing"]).split()[0] for name in (second["name"], third["name"]))
+    shuffled_share = percent(plain_rows[third["name"]]["shuffled"]).split()[0]
+    assert f"({shuffled_share} % and {shown} %)" in page and f"by {changes[0]} points" in page
+    assert f"falls from {was} to {best.split()[0]} %" in page and f"right for {percent(nearer['nearest'])[0]} %" in page
+    better = [name for name, row in rows.items() if row["pointing"]["mean"] > row["shuffled"]["mean"] + 0.02]
+    assert not better, "the page says that no map is better than with shuffled weights"
 
 
 def test_command(monkeypatch, tmp_path, capsys, world):
