@@ -414,7 +414,8 @@ def test_a_family_of_claims_is_adjusted_together() -> None:
     assert alone.word == "reproduced" and alone.adjusted == alone.p
     assert among.word == "undecided" and among.adjusted == pytest.approx(21 * among.p) and among.seeds_needed > 3
     without_runs = [replace(one, ours=Side("missing")) for one in noise]
-    assert statistics.judge_family([claim(), *without_runs], results)[0].word == "reproduced"
+    unfinished = statistics.judge_family([claim(), *without_runs], results)[0]
+    assert unfinished.adjusted == pytest.approx(21 * unfinished.p), "a study that is not finished is judged as strictly"
 
 
 def test_a_rival_that_has_not_learned_tests_nothing() -> None:

@@ -244,7 +244,7 @@ def as_text(steps: Sequence[Planned], judged: Sequence[Verdict], data: str, fold
         f"{len(CLAIMS)} claims whose interval lies in their range, before Holm's adjustment, if the paper's "
         f"differences are true and runs have a standard deviation of {NOISE} AP. Both are assumptions.",
         "Verdicts are computed from FOLDER/RECIPE/SEED/metrics.jsonl of the finished runs: AP of the last evaluation "
-        "by stage, differences paired by seed, p by Holm over all claims that have runs.",
+        "by stage, differences paired by seed, p by Holm over all claims.",
     )
     lines += ["", *(textwrap.fill(note, 112) for note in notes), ""]
     return "\n".join([*lines, *(f"{verdict.claim.text}\n    {said(verdict)}" for verdict in judged)])

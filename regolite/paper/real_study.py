@@ -59,7 +59,7 @@ DRAWS = 100
 """Bootstrap samples of the test images that every run keeps."""
 
 TUNING_SEED = 100
-RATES = {"base": (1e-3, 5e-4, 2e-3), "star": (1e-4, 3e-4)}
+RATES: dict[Literal["base", "star"], tuple[float, ...]] = {"base": (1e-3, 5e-4, 2e-3), "star": (1e-4, 3e-4)}
 """Learning rates that are tried, by base detector."""
 
 LONGER = 1.4
@@ -253,6 +253,7 @@ def settings(setting: str, arm: str, lr: float) -> dict[str, Any]:
         lr: the tuned learning rate; settings with a rate of their own ignore it.
     """
     where, one = SETTINGS[setting], ARMS[arm]
+    own: tuple[str, ...]
     if one.base == "star":
         base, own = "detr_star_tiny", ("weights=bundled_coco",)
     elif where.laptop:
@@ -298,7 +299,7 @@ def plan(names: Sequence[str] | None = None, seeds: Sequence[int] | None = None)
     return pairs
 
 
-def tuned(setting: str, base: str, results: str | Path) -> float | None:
+def tuned(setting: str, base: Literal["base", "star"], results: str | Path) -> float | None:
     """The learning rate of a base detector with the highest AP on validation images; None if runs are missing."""
     where = SETTINGS[setting]
     if "lr" in where.recipe:

@@ -96,16 +96,17 @@ class Estimate:
     @property
     def low(self) -> float:
         """Lower end of the interval; minus infinity without one."""
-        return self.mean - self.half()
+        return self.mean - self.half
 
     @property
     def high(self) -> float:
         """Upper end of the interval; infinity without one."""
-        return self.mean + self.half()
+        return self.mean + self.half
 
-    def half(self, level: float = LEVEL) -> float:
-        """Half the width of the interval at a level of error."""
-        return float(t.ppf(1 - level / 2, self.freedom)) * self.error if self.bounded else math.inf
+    @property
+    def half(self) -> float:
+        """Half the width of the interval; infinity without one."""
+        return float(t.ppf(1 - LEVEL / 2, self.freedom)) * self.error if self.bounded else math.inf
 
     def p(self, least: float, most: float) -> float:
         """Twice the larger one-sided p of the two tests that the true value is above ``least`` and below ``most``."""
@@ -249,16 +250,14 @@ def judge_family(claims: Sequence[Claim], results: Results) -> list[Verdict]:
     """The verdicts on the claims of a study, by the rule in the module docstring.
 
     Args:
-        claims: all claims of the study, which share the familywise error rate. Those without runs do not count.
+        claims: all claims of the study, which share the familywise error rate. Those without runs count too, so
+            that a study that is not finished is judged as strictly as it will be.
         results: results by arm and seed.
     """
     compared = [compare(claim, results) for claim in claims]
     ps = [1.0 if found is None else found.p(*_range(claim)) for claim, (_, found, _) in zip(claims, compared)]
-    there = [n for n, (_, found, _) in enumerate(compared) if found is not None]
-    adjusted = dict(zip(there, holm([ps[n] for n in there])))
     return [
-        _verdict(claim, *one, p, adjusted.get(n, 1.0), results)
-        for n, (claim, one, p) in enumerate(zip(claims, compared, ps))
+        _verdict(claim, *one, p, adjusted, results) for claim, one, p, adjusted in zip(claims, compared, ps, holm(ps))
     ]
 
 
