@@ -1,12 +1,13 @@
 # `make` lists the tasks; tasks.py does them (on Windows: `py tasks.py demo`). Needs Python >= 3.10, nothing else.
 #   make demo [MINUTES=5] [DATA=data/coco_tiny] [MODEL=preset] [RUN=runs/name]
 #   make coco-table1 [DATA=folder of COCO] [ARGS="--processes 4 --tflops 20"]
+#   make coco-study [PRINT=1] [DATA=folder of COCO] [ARGS="--processes 4"]
 #   make PYTHON=python3.12 test ARGS="-k boxes"
 #   make demo ARGS=--cpu        (or --gpu: the build of PyTorch that a new environment on Linux gets)
 PYTHON ?= python3
 ARGS ?=
 
-TASKS = demo test test-fast coco-table1 lab notebooks book explainer lint format
+TASKS = demo test test-fast coco-study coco-table1 lab notebooks book explainer lint format
 
 .PHONY: help python $(TASKS)
 
@@ -18,6 +19,8 @@ $(TASKS): python
 
 demo: OPTIONS = $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(DATA),--data "$(DATA)") \
 	$(if $(MODEL),--model "$(MODEL)") $(if $(RUN),--run "$(RUN)")
+
+coco-study: OPTIONS = $(if $(DATA),--data "$(DATA)") $(if $(PRINT),--print)
 
 coco-table1: OPTIONS = $(if $(DATA),--data "$(DATA)")
 

@@ -33,6 +33,7 @@ EXTRAS = ("book", "convert", "course", "export", "fast-eval", "tensorboard", "te
 NEEDS = {
     "demo": ("course",),
     "lab": ("convert", "course", "transformers"),  # what the chapters import
+    "coco-study": (),
     "coco-table1": (),
     "lint": ("course", "test"),  # mypy reads the types of what the course imports
     "format": ("test",),
@@ -395,6 +396,13 @@ def coco_table1(args, rest):
     module(python, "regolite", "recipes", *rest)
 
 
+def coco_study(args, rest):
+    """Train the paper's claims on full COCO, what decides most per GPU hour first; with --print only list the runs."""
+    python = activate(args, "1/2")
+    step("2/2", "counting what each run takes (half a minute)")
+    module(python, "regolite", "coco-study", *rest)
+
+
 def lab(args, rest):
     """Open JupyterLab on the course."""
     python = activate(args, "1/2")
@@ -449,7 +457,7 @@ def main():
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     parsers = {}
-    for task in (demo, test, test_fast, coco_table1, lab, notebooks, book, explainer, lint, format):
+    for task in (demo, test, test_fast, coco_study, coco_table1, lab, notebooks, book, explainer, lint, format):
         name = task.__name__.replace("_", "-")
         parsers[name] = tasks.add_parser(name, help=task.__doc__, description=task.__doc__, allow_abbrev=False)
         parsers[name].add_argument(

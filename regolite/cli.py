@@ -370,12 +370,14 @@ def explain(arguments: argparse.Namespace) -> int:
 def relations(arguments: argparse.Namespace) -> int:
     """Measure how often attention points at the object that decides the class, and what follows when it is removed."""
     from regolite.data import Scenes
-    from regolite.evaluation import relations, removal
+    from regolite.evaluation import relation_benchmark, relations, removal
     from regolite.utils.files import write_atomic
 
+    if (arguments.model is None) == (arguments.checkpoint is None):
+        raise UserError("give either --checkpoint or --model, the detector to measure")
     _prepare(arguments.json)
-    model = _load(arguments)
-    data = _open(arguments.data, arguments.split, model, arguments.limit_images)
+    model = _load(arguments) if arguments.model is None else _adapted(arguments)
+    data = _open(arguments.data, arguments.split, model, arguments.limit_images, arguments.image_size)
     if arguments.removal and not isinstance(data, Scenes):
         raise UserError(f"{arguments.data}: images in files cannot be drawn again; give scenes, or --no-removal")
     figures, cases = relations.relation_score(model, data, arguments.stages, arguments.batch_size)
@@ -383,8 +385,16 @@ def relations(arguments: argparse.Namespace) -> int:
     if arguments.removal:
         figures["removal"] = removal.removal(model, data, cases, arguments.stages)
         print(f"\n{removal.as_text(figures['removal'])}")
+    figures["benchmark"] = relation_benchmark.benchmark(
+        model, data, cases, figures.get("removal"), arguments.stages, arguments.batch_size
+    )
+    print(f"\n{relation_benchmark.as_text(figures['benchmark'])}")
     if arguments.json is not None:
-        about = {"checkpoint": str(arguments.checkpoint), "data": arguments.data, "split": arguments.split}
+        about = {
+            "checkpoint": str(arguments.model or arguments.checkpoint),
+            "data": arguments.data,
+            "split": arguments.split,
+        }
         write_atomic(arguments.json, json.dumps({**about, **figures}, indent=2).encode())
     return 0
 
@@ -407,6 +417,24 @@ def _load(arguments: argparse.Namespace) -> Detector:
         has = f"has 0 to {stages}" if stages else "has no REGO: give 0, or leave it out"
         raise UserError(f"--stages {arguments.stages}: {arguments.checkpoint} {has}")
     return model
+
+
+def _adapted(arguments: argparse.Namespace) -> Detector:
+    """The model of transformers of ``--model`` on ``--device``."""
+    from regolite.interop import adapt
+    from regolite.utils.devices import choose_device
+
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--model needs Hugging Face's transformers: pip install 'regolite[transformers]'") from None
+    if arguments.stages is not None:
+        raise UserError("--stages is for detectors with REGO; leave it out with --model")
+    try:
+        model = transformers.AutoModelForObjectDetection.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {arguments.model}: transformers can't load it ({error})") from error
+    return adapt(model).to(choose_device(arguments.device)).eval()
 
 
 def _open(root: str, split: str, model: Detector, limit: int | None, size: int | None = None) -> DetectionDataset:
@@ -514,6 +542,17 @@ def recipes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def coco_study(arguments: argparse.Namespace) -> int:
+    """Train the paper's claims on full COCO, or print the runs with GPU hours, their order, and the verdicts so far."""
+    from regolite.paper import coco_study as study
+
+    if not arguments.print:
+        study.conduct(arguments.data, arguments.output, arguments.processes, arguments.tflops)
+    steps, judged = study.order(arguments.tflops), study.verdicts(arguments.output)
+    print(study.as_text(steps, judged, arguments.data, arguments.output, arguments.processes))
+    return 0
+
+
 def compare(arguments: argparse.Namespace) -> int:
     """Print how far runs have come, in how much training, and in what they differ."""
     from regolite.evaluation.run_comparison import Comparison, as_text, differences, differences_as_text, rows
@@ -533,19 +572,23 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def experiment(arguments: argparse.Namespace) -> int:
     """Ask the paper's questions at laptop scale: train what is missing, and print the verdicts."""
-    from regolite.paper import cost, experiments, queue, recipe_study, report, statistics
+    from regolite.paper import cost, experiments, queue, real_study, recipe_study, relation_study, report, statistics
 
     small = "runs/experiments_small/results" if arguments.small else "experiments/results"
     results = arguments.results or Path(small)
     if not arguments.names:
         print(report.overview(statistics.read_results(results) if any(results.glob("*.json")) else {}))
         return 0
-    named = [name for name in arguments.names if name not in ("cost", "recipe")]
+    named = [name for name in arguments.names if name not in ("cost", "real", "recipe", "relations")]
     wanted = list(experiments.EXPERIMENTS) if "all" in arguments.names else named
     for name in wanted:
         experiments.experiment(name)
-    if "recipe" not in arguments.names and (arguments.data or arguments.weights or arguments.arms):
-        raise UserError("--data, --weights and --arms are options of the experiment recipe: name it, or leave them out")
+    studies = {"real", "recipe", "relations"} & {*arguments.names}
+    if not studies and (arguments.data or arguments.weights or arguments.arms):
+        raise UserError(
+            "--data, --weights and --arms are options of the studies real, recipe and relations: name one of them, or "
+            "leave the options out"
+        )
     folder = arguments.output or Path("runs/experiments_small" if arguments.small else "runs/experiments")
     if wanted:
         queue.conduct(wanted, arguments.seeds, folder, results, arguments.jobs, arguments.small)
@@ -563,6 +606,19 @@ def experiment(arguments: argparse.Namespace) -> int:
         finally:  # runs may be missing, or have failed: those that are done are worth a look
             if studied := recipe_study.read(results / "recipe"):
                 print(recipe_study.report(studied))
+    if "real" in arguments.names:
+        options = (arguments.seeds, folder / "real", results / "real", arguments.jobs, arguments.small)
+        try:
+            if arguments.data or arguments.arms:
+                real_study.conduct(_by_name(arguments.data), arguments.arms, *options)
+        finally:  # as above
+            print(real_study.report(real_study.read(results / "real"), results / "real"))
+    if "relations" in arguments.names:
+        options = (arguments.seeds, folder / "relations", results / "relations", arguments.jobs, arguments.small)
+        try:
+            relation_study.conduct(arguments.arms, *options)
+        finally:
+            print(relation_study.report(results / "relations"))
     return 0
 
 
@@ -679,6 +735,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         (compare, _compare_options),
         (recipes, _recipes_options),
         (experiment, _experiment_options),
+        (coco_study, _coco_study_options),
         (progress, lambda parser: None),
     ):
         name, about = command.__name__.replace("_", "-"), command.__doc__
@@ -770,10 +827,15 @@ def _evaluate_options(parser: Parser) -> None:
 
 
 def _relations_options(parser: Parser) -> None:
-    _model_options(parser)
+    about = "a detector of transformers, by name or folder, with the classes of the data, in place of --checkpoint"
+    parser.add_argument("--model", metavar="NAME_OR_FOLDER", help=about)
+    _model_options(parser, required=False)
     about = "scenes, as scenes:200; with --no-removal also a folder with decided_by"
     parser.add_argument("--data", required=True, metavar="DATA", help=about)
     parser.add_argument("--split", choices=("val", "train"), default="val", help="which images (default: val)")
+    parser.add_argument(
+        "--image-size", type=positive, metavar="N", help="size of the images; the model's own by default"
+    )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at a time (default: 8)")
     about = "use only the first N images"
     parser.add_argument("--limit-images", "--limit", type=positive, metavar="N", help=about)
@@ -863,7 +925,7 @@ def _compare_options(parser: Parser) -> None:
 
 
 def _experiment_options(parser: Parser) -> None:
-    about = "experiments, `all`, `cost` for times of steps, or `recipe`, the study of training recipes on real images"
+    about = "experiments, `all`, `cost` (times of steps), or a study: `real`, `recipe` or `relations`"
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{about} (default: list them, with what is done)")
     about = "seeds of the runs (default: 0 to 2, and 0 to 4 in the main comparison)"
     parser.add_argument("--seeds", type=whole_number, nargs="+", metavar="N", help=about)
@@ -874,11 +936,29 @@ def _experiment_options(parser: Parser) -> None:
     parser.add_argument("--results", type=Path, metavar="DIR", help=about)
     about = "tiny runs in folders of their own, which only show that everything works"
     parser.add_argument("--small", action="store_true", help=about)
-    about = "recipe: folders of its data sets, in COCO format: cards=DIR everyday=DIR"
+    about = "real, recipe: folders of the data sets, in COCO format: cards=DIR everyday=DIR"
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=DIR", help=about)
     about = "recipe: weights of the baseline's backbone (default: the bundled ones, trained on COCO)"
     parser.add_argument("--weights", metavar="FILE", help=about)
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="recipe: only these arms (default: all)")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="studies: only these arms (default: all); real: SETTING or SETTING/ARM",
+    )
+
+
+def _coco_study_options(parser: Parser) -> None:
+    from regolite.paper.estimates import TFLOPS
+
+    parser.add_argument("--print", action="store_true", help="print runs, hours, order and verdicts, and train nothing")
+    parser.add_argument("--data", default="COCO", metavar="DIR", help="folder of COCO (default: COCO)")
+    about = "folder of the runs (default: runs/coco_study)"
+    parser.add_argument("--output", default="runs/coco_study", metavar="DIR", help=about)
+    about = "processes of a run, one a GPU (default: 8)"
+    parser.add_argument("--processes", type=positive, default=8, metavar="N", help=about)
+    about = f"what a GPU sustains, 10^12 operations a second (default: {TFLOPS}, a V100 in float32)"
+    parser.add_argument("--tflops", type=number, default=TFLOPS, metavar="X", help=about)
 
 
 def _data_options(parser: Parser) -> None:
@@ -904,14 +984,13 @@ def _prepare_coco_options(parser: Parser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to this file")
 
 
-def _model_options(parser: Parser, default: Path | None = None) -> None:
+def _model_options(parser: Parser, default: Path | None = None, required: bool = True) -> None:
     """The options of all commands that load a model, and the checkpoint that is loaded where none is named."""
     about = "weights: of a run, its folder, or a published file" + (
         f" (default: the shipped {default.name})" if default else ""
     )
-    parser.add_argument(
-        "--checkpoint", type=Path, required=default is None, default=default, metavar="FILE", help=about
-    )
+    required = required and default is None
+    parser.add_argument("--checkpoint", type=Path, required=required, default=default, metavar="FILE", help=about)
     parser.add_argument("--stages", type=whole_number, metavar="N", help="use N REGO stages, 0 for none (default: all)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute (default: auto)"

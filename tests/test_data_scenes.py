@@ -117,6 +117,32 @@ def test_only_the_neighbor_tells_a_balls_class(scenes):
     assert swapped > COUNT / 3
 
 
+def test_nearer_objects_take_the_nearest_place_from_deciders():
+    """And the nearest square or star still decides."""
+    places = []
+    for i in range(60):
+        scene = (scenes := Scenes(60, size=96, max_objects=6, nearer=1)).scene(i)
+        for ball in (thing for thing in scene.things if thing.decider is not None):
+            gaps = [ball.gap(thing) if thing is not ball else np.inf for thing in scene.things]
+            places.append(int(np.argmin(gaps)) == ball.decider)
+            deciding = [k for k, thing in enumerate(scene.things) if thing.shape in DECIDERS]
+            assert min(deciding, key=gaps.__getitem__) == ball.decider
+    assert len(places) > 20 and np.mean(places) < 0.1
+    assert len(scenes) == 60
+
+
+def test_scale_changes_the_size_of_all_objects_and_1_is_the_default():
+    def extent(**options):
+        scenes = Scenes(30, size=128, context=0, **options)
+        return np.median([np.sqrt(box[2] * box[3]) for i in range(30) for box in scenes.objects(i).boxes])
+
+    assert extent(scale=0.5) == pytest.approx(0.5 * extent(), rel=0.1)
+    one, two = Scenes(3, size=96), Scenes(3, size=96, scale=1.0, nearer=0.0)
+    assert all(np.array_equal(np.asarray(one.image(i)), np.asarray(two.image(i))) for i in range(3))
+    with pytest.raises(UserError, match=r"scenes with scale 3: give 0\.1 to 2"):
+        Scenes(3, scale=3)
+
+
 def test_decider_is_clearly_the_nearest(scenes):
     """By what is seen alone: the square or star whose visible pixels come nearest to the ball is its decider."""
     for i in range(COUNT):

@@ -24,7 +24,7 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 from forked import REGOLITE, Forked
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
 from regolite import RunConfig, UserError
 from regolite.cli import main
@@ -334,7 +334,9 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
         ("same", [0.1, -0.1, 0.0], "reproduced"),
         ("same", [5.0, 6.0, 7.0], "not reproduced"),
         ("same", [-5.0, -6.0, -7.0], "not reproduced"),
-        ("same", [0.9, 1.0, 1.1], "undecided"),
+        ("same", [0.9, 1.0, 1.1], "not reproduced"),  # a difference, and not shown to be within the margin
+        ("same", [0.5, 0.55, 0.6], "reproduced"),  # a difference, but within the margin
+        ("same", [-2.0, 0.1, 2.0], "undecided"),
         ("not less", [5.0, 6.0, 7.0], "reproduced"),
         ("not less", [-0.1, 0.0, 0.1], "reproduced"),
         ("not less", [-5.0, -6.0, -7.0], "not reproduced"),
@@ -350,8 +352,10 @@ def test_where_the_paper_finds_no_effect_a_large_one_is_not_reproduced() -> None
     """A claim of indifference must fail in both directions, however small the paper's difference is."""
     indifferent = [c for one in EXPERIMENTS.values() for c in one.claims if c.paper is not None and "hardly" in c.text]
     assert len(indifferent) == 3 and all(c.expects == "same" and abs(c.paper) < c.margin for c in indifferent)
-    results = statistics.read_results(RESULTS)
-    assert [judge(c, results).word for c in EXPERIMENTS["scale"].claims] == ["not reproduced"] * 2
+    judged = statistics.judge_all(statistics.read_results(RESULTS))
+    assert [verdict.word for verdict in judged["scale"]] == ["not reproduced"] * 2
+    [fourth] = [verdict for verdict in judged["stages"] if verdict.claim.ours.arm == "rego_4_stages"]
+    assert fourth.word == "not reproduced" and fourth.difference.low < -fourth.claim.margin < fourth.difference.high < 0
 
 
 def test_the_interval_is_compared_with_the_papers_difference() -> None:
@@ -366,7 +370,7 @@ def test_the_interval_is_compared_with_the_papers_difference() -> None:
 
 def test_how_many_seeds_an_undecided_claim_would_take() -> None:
     differences = [-1.0, 0.5, 3.0]
-    verdict = judge(claim(), results_of(rego=differences, base=[0.0] * 3))
+    verdict = judge(claim(), results_of(rego=[20 + d for d in differences], base=[20.0] * 3))
     mean, spread = np.mean(differences), np.std(differences, ddof=1)
 
     def decided(count: int) -> bool:
@@ -376,8 +380,88 @@ def test_how_many_seeds_an_undecided_claim_would_take() -> None:
         return Estimate.of(values.tolist()).low > 0
 
     assert decided(verdict.seeds_needed) and not decided(verdict.seeds_needed - 1)
-    assert judge(claim(), results_of(rego=[1.0, -1.0], base=[0.0] * 2)).seeds_needed is None
-    assert "more than 100 seeds" in report.said(judge(claim(), results_of(rego=[1.0, -1.0], base=[0.0] * 2)))
+    assert judge(claim(), results_of(rego=[21.0, 19.0], base=[20.0] * 2)).seeds_needed is None
+    assert "more than 100 seeds" in report.said(judge(claim(), results_of(rego=[21.0, 19.0], base=[20.0] * 2)))
+
+
+def test_p_is_twice_that_of_one_sided_t_tests() -> None:
+    differences = [0.9, -0.2, 0.4, 0.7]
+    found, above = Estimate.of(differences), ttest_1samp(differences, 0, alternative="greater").pvalue
+    assert found.p(0.0, math.inf) == pytest.approx(2 * above)
+    least = ttest_1samp(differences, -2, alternative="greater").pvalue
+    most = ttest_1samp(differences, 2, alternative="less").pvalue
+    assert found.p(-2.0, 2.0) == pytest.approx(2 * max(least, most))
+    assert (found.p(0.0, math.inf) < 0.05) == (found.low > 0)
+    assert Estimate.of([1.0]).p(0.0, math.inf) == 1.0
+    assert Estimate.of([1.0, 1.0]).p(0.0, math.inf) == 0.0 and Estimate.of([1.0, 1.0]).p(1.0, math.inf) == 1.0
+
+
+def test_arms_without_common_seeds_are_compared_by_welch() -> None:
+    ours, theirs = [20.0, 24.0, 23.0], [15.0, 15.5, 14.8, 15.2]
+    results = results_of(rego=ours)
+    results["base"] = {10 + seed: {"stages": [{"AP": ap}]} for seed, ap in enumerate(theirs)}
+    verdict, wanted = judge(claim(), results), ttest_ind(ours, theirs, equal_var=False)
+    interval = wanted.confidence_interval(0.95)
+    assert (verdict.difference.low, verdict.difference.high) == pytest.approx((interval.low, interval.high))
+    assert verdict.difference.freedom == pytest.approx(wanted.df) and verdict.p == pytest.approx(wanted.pvalue)
+    assert "by Welch's interval" in report.said(verdict)
+
+
+def test_holm_by_hand_and_its_error_rate() -> None:
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    rng = np.random.default_rng(0)
+    families = rng.uniform(size=(2000, 10))  # claims without any effect
+    wrong = np.mean([min(statistics.holm(ps)) < 0.05 for ps in families.tolist()])
+    assert wrong == pytest.approx(0.05, abs=0.015) and np.mean(families.min(1) < 0.05) > 0.3
+
+
+def test_a_family_of_claims_is_adjusted_together() -> None:
+    results = results_of(rego=[22.0, 23.5, 22.4], base=[20.0] * 3, other=[20.0, 20.9, 19.2])
+    noise = [Claim(str(n), "", Side("other"), Side("base")) for n in range(20)]
+    alone, among = judge(claim(), results), statistics.judge_family([claim(), *noise], results)[0]
+    assert alone.word == "reproduced" and alone.adjusted == alone.p
+    assert among.word == "undecided" and among.adjusted == pytest.approx(21 * among.p) and among.seeds_needed > 3
+    without_runs = [replace(one, ours=Side("missing")) for one in noise]
+    unfinished = statistics.judge_family([claim(), *without_runs], results)[0]
+    assert unfinished.adjusted == pytest.approx(21 * unfinished.p), "a study that is not finished is judged as strictly"
+
+
+def test_a_rival_that_has_not_learned_tests_nothing() -> None:
+    verdict = judge(claim(), results_of(rego=[25.0, 26.0, 27.0], base=[0.3, 0.4, 0.5]))
+    assert verdict.word == "undecided" and "has AP 0.4 and has not learned" in report.said(verdict)
+
+
+def resampled_results(rng: np.random.Generator, seeds: int, images: int) -> dict[str, Any]:
+    """Two arms without a difference, whose seeds and images both vary; the same samples of images for all runs."""
+    samples = rng.integers(images, size=(100, images))
+    results: dict[str, Any] = {"rego": {}, "base": {}}
+    by_image = {arm: rng.normal(20, 8, images) for arm in results}  # an image is easier for one arm than for the other
+    for arm, runs in results.items():
+        for seed in range(seeds):
+            values = by_image[arm] + rng.normal(0, 1) + rng.normal(0, 4, images)
+            drawn = {"images": images, "AP": [values[samples].mean(1).tolist()]}
+            runs[seed] = {"stages": [{"AP": values.mean()}], "resampled": drawn}
+    return results
+
+
+def test_intervals_over_seeds_and_images_keep_their_promise() -> None:
+    """Those over seeds alone are too narrow for other images, and so are percentiles when seeds are resampled too."""
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(300):
+        results = resampled_results(rng, seeds=3, images=60)
+        both = judge(claim(), results).difference
+        ours, theirs = ([run["stages"][0]["AP"] for run in results[arm].values()] for arm in ("rego", "base"))
+        alone = Estimate.of(np.subtract(ours, theirs).tolist())
+        rows = [
+            np.subtract(results["rego"][seed]["resampled"]["AP"][0], results["base"][seed]["resampled"]["AP"][0])
+            for seed in range(3)
+        ]
+        seeds = rng.integers(3, size=(100, 3))
+        hierarchical = np.quantile(np.array(rows).T[np.arange(100)[:, None], seeds].mean(1), (0.025, 0.975))
+        intervals = ((both.low, both.high), (alone.low, alone.high), hierarchical)
+        covered.append([low < 0 < high for low, high in intervals])
+    both, alone, hierarchical = np.mean(covered, axis=0)
+    assert both >= 0.93 and alone < 0.9 and hierarchical < 0.93
 
 
 def test_only_seeds_that_both_sides_have_are_compared() -> None:
@@ -431,20 +515,34 @@ def test_the_page_of_measurements_says_what_the_results_say() -> None:
         .split("\n## ")[0]
     )
     results = statistics.read_results(RESULTS)
-    verdicts = [judge(claim, results) for one in EXPERIMENTS.values() for claim in one.claims]
+    verdicts = [verdict for several in statistics.judge_all(results).values() for verdict in several]
     words = [verdict.word for verdict in verdicts]
     counts = [words.count(word) for word in ("reproduced", "not reproduced", "undecided")]
-    assert "{} are reproduced, {} are not, {} are undecided".format(*counts) in " ".join(text.split())
+    chapter = nbformat.read(ROOT / "notebooks" / "14_paper_in_miniature.ipynb", as_version=4)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for place in (text, readme):
+        assert "{} are reproduced, {} are not, {} are undecided".format(*counts) in " ".join(place.split())
+    prose = " ".join(cell.source for cell in chapter.cells if cell.cell_type == "markdown")
+    assert "{} are reproduced in direction, {} are not, {} are undecided".format(*counts) in prose
+    shown = "".join(
+        output.text
+        for cell in chapter.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type == "stream"
+    )
+    assert "{} reproduced, {} not reproduced, {} undecided of {} claims".format(*counts, len(words)) in shown
+    for verdict in verdicts:
+        assert report.said(verdict) in shown, f"chapter 14 stores another verdict on {verdict.claim.text!r}"
     runs = sum(len(by_seed) for by_seed in results.values())
     hours = statistics.minutes(results, list(ARMS)) / 60
     assert f"{runs} runs, {hours:.1f} hours of one core" in " ".join(text.split())
 
     known = set()
     for verdict in verdicts:
-        low, mean, high = verdict.difference.low, verdict.difference.mean, verdict.difference.high
-        for found in (Estimate((), mean, low, high), Estimate((), -mean, -high, -low)):
-            interval = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}], {len(verdict.seeds)} seeds"
-            known.add((interval, verdict.word))
+        found = verdict.difference
+        for one in (found, Estimate((), -found.mean, found.error, found.freedom)):
+            known.add((f"{one}, {len(verdict.seeds)} seeds", verdict.word))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) > 5
     assert {(ours, word) for _, ours, _, word in rows[2:]} <= known

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,17 @@ from regolite import Rego, Trace, UserError, record
 from regolite.cli import main
 from regolite.data import Scenes, collate, open_data
 from regolite.data.scenes import CLASSES, Scene, Thing
-from regolite.evaluation.relations import interval, relation_cases, relation_score, stand_for, summary
+from regolite.evaluation.relation_benchmark import as_text as benchmark_as_text
+from regolite.evaluation.relation_benchmark import benchmark, shuffled
+from regolite.evaluation.relations import interval, percent, relation_cases, relation_score, stand_for, summary
 from regolite.evaluation.removal import removal, swapped, without
 from regolite.models.presets import configure
+from regolite.paper import relation_study
 from regolite.tracing.trace import AttentionMap, Boxes, Frame
 from regolite.types import DetectorOutput, FeatureMap, Prediction, Target
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results" / "relations"
 HEADS = 2
 FRAME = Frame((100, 100), torch.tensor([[100, 100]]), torch.tensor([[100, 100]]))
 # Object 0 is the ball and 1 decides it, 2 is the nearest one, 3 is far off.
@@ -407,6 +413,105 @@ def test_what_cannot_be_scored_is_refused(world):
     blind.cause = "ball"  # which is never red: the ball is never found
     with pytest.raises(UserError, match="train it longer"):
         relation_score(blind, world, progress=False)
+
+
+# The benchmark.
+
+
+def test_the_benchmark_compares_with_shuffled_weights_and_effects(world):
+    model = Knower()
+    figures, cases = relation_score(model, world, progress=False)
+    found = benchmark(model, world, cases, removal(model, world, cases, progress=False), progress=False)
+    [row] = found["rows"]
+    assert (found["cases"], found["matched"], row["matched"]) == (6, 0, None), "the decider is always the nearest"
+    assert row["pointing"]["mean"] == 1.0 and found["nearest"]["mean"] == 1.0
+    assert row["decider_removed"]["mean"] == pytest.approx(-0.25) and row["other_removed"]["mean"] == pytest.approx(0.0)
+    wanted = relation_score(shuffled(model), world, progress=False)[0]["maps"][0]["score"]["mean"]
+    assert row["shuffled"]["mean"] == wanted
+
+
+def test_matched_balls_have_a_nearer_object(monkeypatch):
+    """Object 2 is nearer than the decider: the map that points at the decider is right, the nearest object is wrong."""
+    weights = [0.1, 0.7, 0.1, 0.1]
+    cases = relation_cases(planted([0, 1, 2, 3], {"decoder.0.self": looking_at(4, 0, weights)}), target(), RELATIONS)
+    other = relation_cases(planted([0, 1, 2, 3], {"decoder.0.self": uniform(4)}), target(), RELATIONS)
+    monkeypatch.setattr("regolite.evaluation.relation_benchmark.relation_score", lambda *_: ({}, other))
+    found = benchmark(nn.Identity(), Scenes(1), cases)
+    assert found["matched"] == 1 and found["nearest"]["mean"] == 0.0
+    assert found["rows"][0]["matched"]["mean"] == 1.0
+    assert found["rows"][0]["shuffled_matched"]["mean"] == pytest.approx(1 / 3)
+    assert "1 balls, 1 matched" in benchmark_as_text(found) and "removed" not in benchmark_as_text(found)
+
+
+def test_maps_of_another_model_are_scored_for_the_same_balls(world):
+    elsewhere = Knower(weights=((0.1, 0.1, 0.7, 0.1),) * 2)
+    figures, cases = relation_score(Knower(), world, progress=False, attention_of=elsewhere)
+    assert [row["score"]["mean"] for row in figures["maps"]] == [0.0, 0.0] and len(cases) == 6
+
+
+def test_shuffled_weights_are_the_same_numbers_in_another_order():
+    model = nn.Linear(20, 20)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    one, two, other = shuffled(model), shuffled(model), shuffled(model, 1)
+    for name, value in one.named_parameters():
+        assert torch.equal(model.get_parameter(name), before[name]) and torch.equal(value, two.get_parameter(name))
+        assert not torch.equal(value, before[name]) and not torch.equal(value, other.get_parameter(name))
+        assert torch.equal(value.flatten().sort()[0], before[name].flatten().sort()[0])
+
+
+def test_command_takes_a_model_of_transformers(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    del transformers
+    relation_study.ARMS["detr_hf"].build().model.save_pretrained(tmp_path)
+    words = ["relations", "--data", "scenes:9:val=2:size=64", "--image-size", "64", "--device", "cpu", "--limit", "2"]
+    assert main([*words, "--model", str(tmp_path)]) == 2
+    assert "lacks" in (said := capsys.readouterr().err) or "train it longer" in said
+    assert main([*words, "--model", str(tmp_path), "--checkpoint", "x"]) == 2
+    assert "give either --checkpoint or --model" in capsys.readouterr().err
+    assert main([*words, "--model", str(tmp_path), "--stages", "1"]) == 2
+
+
+# The study.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, arm in relation_study.ARMS.items() if arm.build])
+def test_every_detector_of_the_study_trains_and_goes_on(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *_: [])
+    found = relation_study.run(name, 0, tmp_path, small=True)
+    assert found["config"]["model"] == name and set(found["benchmark"]) == set(relation_study.TESTS)
+    (tmp_path / name / "0" / "result.json").unlink()
+    again = relation_study.run(name, 0, tmp_path, small=True)  # the training is over, and is not started again
+    assert again["stages"] == found["stages"]
+
+
+def test_the_study_refuses_unknown_arms_and_prints_what_is_there(tmp_path):
+    with pytest.raises(UserError, match="no arm 'detr_hff'; did you mean 'detr_hf'"):
+        relation_study.conduct(["detr_hff"], folder=tmp_path, results=tmp_path)
+    assert relation_study.report(tmp_path) == "no detector is measured yet"
+    said = relation_study.report(RESULTS)
+    assert "the shipped REGO" in said and "stage.3.relations.*" in said
+
+
+def test_texts_give_the_figures_of_the_stored_benchmark():
+    [one] = json.loads((RESULTS / "shipped.json").read_text("utf-8"))["runs"]
+    plain, nearer = (one["benchmark"][kind] for kind in ("plain", "nearer"))
+    rows, plain_rows = ({row["name"]: row for row in found["rows"]} for found in (nearer, plain))
+    second, third = rows["stage.2.decoder.*.self"], rows["stage.3.relations.*"]
+    best, random, chance = (percent(value) for value in (second["pointing"], second["shuffled"], nearer["chance"]))
+    chapter = (ROOT / "notebooks" / "13_look_inside.ipynb").read_text("utf-8")
+    said = f"for {best.replace(' [', ' % [')} of {nearer['cases']} balls, where chance is {chance.split()[0]} %"
+    assert said in chapter and f"reaches {random.replace(' [', ' % [')}" in chapter
+    changes = [round(-100 * row["decider_swapped"]["mean"]) for row in (third, plain_rows["stage.3.relations.*"])]
+    assert f"by {changes[0]} points ({changes[1]} on plain scenes)" in chapter
+
+    page = " ".join((ROOT / "book" / "docs" / "looking-inside.md").read_text("utf-8").split())
+    was, shown = (percent(plain_rows[name]["pointing"]).split()[0] for name in (second["name"], third["name"]))
+    shuffled_share = percent(plain_rows[third["name"]]["shuffled"]).split()[0]
+    assert f"({shuffled_share} % and {shown} %)" in page and f"by {changes[0]} points" in page
+    assert f"falls from {was} to {best.split()[0]} %" in page and f"right for {percent(nearer['nearest'])[0]} %" in page
+    better = [name for name, row in rows.items() if row["pointing"]["mean"] > row["shuffled"]["mean"] + 0.02]
+    assert not better, "the page says that no map is better than with shuffled weights"
 
 
 def test_command(monkeypatch, tmp_path, capsys, world):

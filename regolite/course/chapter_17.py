@@ -172,7 +172,7 @@ def reveal(claim: Claim, results: Results, file: str | Path | None = None) -> Ve
         raise UserError("the two arms have no seed in common: run both with the same seeds")
     if prediction["result"] is None:
         found = verdict.difference
-        ends = [None if len(found.values) < 2 else round(end, 2) for end in (found.low, found.high)]
+        ends = [round(end, 2) if found.bounded else None for end in (found.low, found.high)]
         prediction["result"] = {
             "day": time.strftime("%Y-%m-%d"), "seeds": list(verdict.seeds), "mean": round(found.mean, 2),
             "low": ends[0], "high": ends[1], "verdict": verdict.word,

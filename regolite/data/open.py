@@ -19,6 +19,8 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "size": int,
     "max_objects": int,
     "context": float,
+    "scale": float,
+    "nearer": float,
 }
 
 
@@ -34,9 +36,9 @@ def open_data(
     Args:
         root: a folder, or ``scenes[:N][:option=value]...``: N training images (2000 by default), and the options
             ``val`` (number of images in the split ``val``, by default a tenth of N), ``seed``, ``size``,
-            ``max_objects`` and ``context`` of ``Scenes``. Examples: ``data/coco_tiny``, ``scenes``,
-            ``scenes:500:seed=3:context=0``. A folder with that name is ``./scenes``. ``DIR:every=10`` uses every tenth
-            training image of a folder; other splits stay complete.
+            ``max_objects``, ``context``, ``scale`` and ``nearer`` of ``Scenes``. Examples: ``data/coco_tiny``,
+            ``scenes``, ``scenes:500:seed=3:context=0``. A folder with that name is ``./scenes``. ``DIR:every=10`` uses
+            every tenth training image of a folder; other splits stay complete.
         split: ``train``, ``val`` or ``test``, or several as in ``train+val``; a folder needs an annotation file for
             each.
         transform: called with the image and its boxes and labels; None only normalizes.

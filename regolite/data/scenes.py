@@ -231,28 +231,47 @@ def _stretch(grid: Float[np.ndarray, "n n c"], size: int) -> Float[np.ndarray, "
 
 
 def compose(
-    rng: np.random.Generator, size: int, max_objects: int, context: float | int, noise: tuple[int, ...]
+    rng: np.random.Generator,
+    size: int,
+    max_objects: int,
+    context: float | int,
+    noise: tuple[int, ...],
+    scale: float | int = 1.0,
+    nearer: float | int = 0.0,
 ) -> Scene:
-    """Sample a scene: 2 to ``max_objects`` things, some of them pairs of a ball and its decider."""
+    """Sample a scene: 2 to ``max_objects`` things, some of them pairs of a ball and its decider.
+
+    Args:
+        rng: random numbers.
+        size: side of the image in pixels.
+        max_objects: most objects, without those that stand nearer to a ball than its decider.
+        context: probability of a pair.
+        noise: seed of the background.
+        scale: factor of the size of all things.
+        nearer: probability that a triangle or cross stands nearer to a ball than its decider.
+    """
     scene = Scene(size, noise)
     count = int(rng.integers(min(2, max_objects), max_objects + 1))
     pairs = int(rng.binomial(count // 2, context))
     events = rng.permutation([True] * pairs + [False] * (count - 2 * pairs))
     for paired in events.tolist():
-        decider = _put_shape(rng, scene, DECIDERS if paired else tuple(SHAPES))
+        decider = _put_shape(rng, scene, DECIDERS if paired else tuple(SHAPES), scale)
         if paired and decider is not None:
-            _put_ball(rng, scene, decider)
+            farther = nearer > 0 and rng.random() < nearer
+            ball = _put_ball(rng, scene, decider, scale, farther)
+            if farther and ball is not None:
+                _put_nearer(rng, scene, ball, scale)
     return scene
 
 
-def _put_shape(rng: np.random.Generator, scene: Scene, shapes: tuple[str, ...]) -> int | None:
+def _put_shape(rng: np.random.Generator, scene: Scene, shapes: tuple[str, ...], scale: float | int) -> int | None:
     """Try to place a random thing of one of the shapes; return its index, or None if no valid place was found."""
     size = scene.size
     shape, texture = rng.choice(shapes), rng.choice(TEXTURES)
-    radius = 0.09 * size * 2.2 ** rng.random()
+    radius = 0.09 * size * scale * 2.2 ** rng.random()
     colors = _colors(rng)
     angle, *phase = rng.random(3).tolist()
-    period = size * rng.uniform(0.05, 0.075)
+    period = size * scale * rng.uniform(0.05, 0.075)
     for _ in range(20):
         x, y = rng.uniform(radius + 3, size - radius - 3, 2).tolist()
         thing = Thing(str(shape), str(texture), x, y, radius, 2 * math.pi * angle, colors, period, tuple(phase))
@@ -261,19 +280,42 @@ def _put_shape(rng: np.random.Generator, scene: Scene, shapes: tuple[str, ...]) 
     return None
 
 
-def _put_ball(rng: np.random.Generator, scene: Scene, decider: int) -> None:
-    """Try to place a ball beside its decider. The ball depends on the decider's position only, not on its shape."""
+def _put_ball(rng: np.random.Generator, scene: Scene, decider: int, scale: float | int, farther: bool) -> int | None:
+    """Try to place a ball beside its decider, or farther away; return its index, or None.
+
+    The ball depends on the decider's position only, not on its shape.
+    """
     beside, size = scene.things[decider], scene.size
-    radius = size * rng.uniform(0.06, 0.085)
+    radius = size * scale * rng.uniform(0.06, 0.085)
     gray = rng.uniform(-20, 20)
     colors = ((225.0 + gray,) * 3, (70.0 + gray,) * 3)
     for _ in range(20):
         # the circumscribed circle of the decider stays outside the ball's box, so that no corner reveals its shape
         distance = beside.radius + math.sqrt(2) * (radius + _EDGE) + size * rng.uniform(0, 0.03)
+        if farther:
+            distance += size * scale * rng.uniform(0.06, 0.12)
         angle = rng.uniform(0, 2 * math.pi)
         x, y = beside.x + distance * math.cos(angle), beside.y + distance * math.sin(angle)
         inside = radius + 3 <= min(x, y) and max(x, y) <= size - radius - 3
         if inside and scene.put(Thing("ball", "", x, y, radius, colors=colors, decider=decider)):
+            return len(scene.things) - 1
+    return None
+
+
+def _put_nearer(rng: np.random.Generator, scene: Scene, ball: int, scale: float | int) -> None:
+    """Try to place a small triangle or cross nearer to a ball than its decider."""
+    size, beside = scene.size, scene.things[ball]
+    shape, texture = rng.choice(tuple(s for s in SHAPES if s not in DECIDERS)), rng.choice(TEXTURES)
+    radius = size * scale * rng.uniform(0.07, 0.09)
+    colors = _colors(rng)
+    turn, *phase = rng.random(3).tolist()
+    period = size * scale * rng.uniform(0.05, 0.075)
+    distance = radius + math.sqrt(2) * (beside.radius + _EDGE)
+    for _ in range(40):
+        angle = rng.uniform(0, 2 * math.pi)
+        x, y = beside.x + distance * math.cos(angle), beside.y + distance * math.sin(angle)
+        thing = Thing(str(shape), str(texture), x, y, radius, 2 * math.pi * turn, colors, period, tuple(phase))
+        if radius + 3 <= min(x, y) and max(x, y) <= size - radius - 3 and scene.put(thing):
             return
 
 
@@ -299,6 +341,9 @@ class Scenes(DetectionDataset):
         size: side of the square images in pixels.
         max_objects: most objects in an image; the least is 2.
         context: probability that two objects are a ball and its decider; 0 gives no balls, 1 mostly pairs.
+        scale: factor of the size of all objects; at 1, half of them are wider than a fifth of the image.
+        nearer: probability that a ball stands farther from its decider, with a triangle or cross between the two
+            distances, so that the nearest object does not decide.
         transform: called with the image and its boxes and labels (``regolite.data.transforms``); None only
             normalizes. Random crops may remove a decider and keep its ball: prefer transforms without crops.
         split: ``train``, ``val`` or any other name; each split has its own images.
@@ -319,6 +364,8 @@ class Scenes(DetectionDataset):
         size: int = 128,
         max_objects: int = 8,
         context: float | int = 0.5,
+        scale: float | int = 1.0,
+        nearer: float | int = 0.0,
         transform: Callable[..., Any] | None = None,
         split: str = "train",
     ) -> None:
@@ -328,10 +375,16 @@ class Scenes(DetectionDataset):
             ("size", size, 64, 4096),
             ("max_objects", max_objects, 1, 50),
             ("context", context, 0, 1),
+            ("scale", scale, 0.1, 2),
+            ("nearer", nearer, 0, 1),
         ):
-            if not fits(plain(value), float if name == "context" else int) or not low <= value <= high:
+            if (
+                not fits(plain(value), float if name in ("context", "scale", "nearer") else int)
+                or not low <= value <= high
+            ):
                 raise UserError(f"scenes with {name} {value}: give {low} to {high}")
         self.seed, self.side, self.max_objects, self.context, self.split = seed, size, max_objects, context, split
+        self.scale, self.nearer = scale, nearer
         self.transform = transform
         self.classes = CLASSES
         self.category_ids = tuple(range(1, len(CLASSES) + 1))
@@ -344,7 +397,10 @@ class Scenes(DetectionDataset):
         if self._latest is None or self._latest[0] != i:  # cached, since image and objects are read in succession
             seeds = (self.seed, zlib.crc32(self.split.encode()), i)
             rng = np.random.default_rng(seeds)
-            self._latest = i, compose(rng, self.side, self.max_objects, self.context, noise=(*seeds, 1))
+            self._latest = (
+                i,
+                compose(rng, self.side, self.max_objects, self.context, (*seeds, 1), self.scale, self.nearer),
+            )
         return self._latest[1]
 
     def image(self, i: int) -> Image.Image:

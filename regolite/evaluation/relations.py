@@ -122,7 +122,9 @@ def stand_for(
     return owner, best.where(on.any(0), -1)
 
 
-def relation_cases(trace: Trace, target: Target, relations: Sequence[tuple[int, int]], image: int = 0) -> list[Case]:
+def relation_cases(
+    trace: Trace, target: Target, relations: Sequence[tuple[int, int]], image: int = 0, attention: Trace | None = None
+) -> list[Case]:
     """The cases of one image.
 
     Args:
@@ -130,15 +132,17 @@ def relation_cases(trace: Trace, target: Target, relations: Sequence[tuple[int, 
         target: the objects of the image.
         relations: pairs (ball, decider) of objects, as returned by ``dataset.relations(i)``.
         image: index of the image in the batch.
+        attention: a recording of the same images by another model, whose maps are scored in place of the trace's.
     """
+    source = trace if attention is None else attention
     last = trace.by_stage[-1]
     objects = to_xyxy(target.boxes)
     owner, query = stand_for(to_xyxy(last.boxes[image]), last.scores[image], objects)
     assigned = F.one_hot(owner + 1, len(objects) + 1)[:, 1:]  # [Q, N]
     maps = {
-        name: attention.weights
-        for name in trace.names()
-        if isinstance(attention := trace[name], AttentionMap) and not attention.shapes
+        name: found.weights
+        for name in source.names()
+        if isinstance(found := source[name], AttentionMap) and not found.shapes
     }
     cases = []
     for ball, decider in relations:
@@ -146,7 +150,7 @@ def relation_cases(trace: Trace, target: Target, relations: Sequence[tuple[int, 
         candidates[ball] = False
         if query[ball] < 0 or not candidates[decider] or candidates.sum() < 2:
             continue
-        weights = {name: attention[image, :, query[ball]] @ assigned.float() for name, attention in maps.items()}
+        weights = {name: found[image, :, query[ball]] @ assigned.float() for name, found in maps.items()}
         gaps = _gaps(objects[ball], objects, target.size)
         cases.append(Case(target.image_id, ball, decider, candidates, assigned.sum(0), gaps, weights))
     return cases
@@ -161,6 +165,7 @@ def relation_score(
     samples: int = 2000,
     seed: int = 0,
     progress: bool = True,
+    attention_of: nn.Module | None = None,
 ) -> tuple[dict[str, Any], list[Case]]:
     """Compute the relation scores of all query-to-query maps.
 
@@ -173,6 +178,8 @@ def relation_score(
         samples: number of bootstrap samples for an interval.
         seed: seed of the bootstrap.
         progress: show a progress bar.
+        attention_of: a model of the same architecture, whose maps are scored in place of the model's own; the model
+            still assigns the queries to the objects.
 
     Returns:
         The figures of :func:`summary` with the number of ``images`` and ``balls``; and the cases, for
@@ -198,8 +205,12 @@ def relation_score(
             images, targets = collate([dataset[i] for i in batch.tolist()], multiple=32)
             with record(model, patterns) as trace:
                 run(model, images.to(device), stages)
+            attention = None
+            if attention_of is not None:
+                with evaluating(attention_of), record(attention_of, patterns) as attention:
+                    run(attention_of, images.to(device), stages)
             for image, (i, target) in enumerate(zip(batch.tolist(), targets)):
-                cases += relation_cases(trace, target, relations[i], image)
+                cases += relation_cases(trace, target, relations[i], image, attention)
     if not cases:
         raise UserError(
             "the model finds no ball together with its decider and one more object, so there are no relations to score;"

@@ -181,9 +181,9 @@ def plot_arms(results: Results, panels: Mapping[str, Mapping[str, Side]]) -> Fig
 def plot_claims(verdicts: Mapping[str, Iterable[Verdict]]) -> Figure:
     """A forest plot: for every claim the difference with its interval, the range that it must lie in, and the verdict.
 
-    A claim is reproduced if the whole interval lies in the pale green range: above 0, or within the margin. A hollow
-    diamond is the paper's difference, on COCO. An arrow marks an interval that extends beyond the axis; one seed has no
-    interval. With large differences the axis is logarithmic beyond 3, so that small ones remain readable.
+    A claim is reproduced only if the whole interval lies in the pale green range: above 0, or within the margin. A
+    hollow diamond is the paper's difference, on COCO. An arrow marks an interval that extends beyond the axis; one seed
+    has no interval. With large differences the axis is logarithmic beyond 3, so that small ones remain readable.
 
     Args:
         verdicts: verdicts by experiment.
@@ -221,7 +221,7 @@ def plot_claims(verdicts: Mapping[str, Iterable[Verdict]]) -> Figure:
         Line2D([], [], color=color, marker=marker, label=word) for word, (color, marker) in WORDS.items()
     ]
     handles += [Line2D([], [], linestyle="", marker="d", color="white", markeredgecolor=INK, markersize=7,
-                       label="paper, on COCO"), Patch(color=PALE, label="reproduced if all in here")]  # fmt: skip
+                       label="paper, on COCO"), Patch(color=PALE, label="reproduced only if all in here")]  # fmt: skip
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=8.5)
     return figure
 
@@ -240,7 +240,7 @@ def _draw_claim(ax: Axes, verdict: Verdict, row: float, left: float, right: floa
         ax.plot(claim.paper, row, "d", color="white", markeredgecolor=INK, markersize=7, zorder=3)
     if found is None:
         return
-    if len(found.values) > 1:
+    if found.bounded:
         ends = max(found.low, left), min(found.high, right)
         ax.plot(ends, [row, row], color=color, linewidth=2, solid_capstyle="butt", zorder=2)
         for end, beyond, arrow in ((left, found.low < left, "<"), (right, found.high > right, ">")):

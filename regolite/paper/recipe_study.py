@@ -23,7 +23,6 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,7 +225,7 @@ def run(
     inputs = {split: find_annotations(Path(root), split) for split in ("train", "val")}
     inputs["weights"] = BUNDLED.get(own_weights, Path(own_weights))
     sums = {what: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for what, file in inputs.items()}
-    code = _code_version()  # before training, during which the code may change
+    code = runner.code_version()  # before training, during which the code may change
 
     def describe(config: RunConfig) -> dict[str, Any]:
         """As :func:`regolite.paper.runner.described`, without this machine's paths."""
@@ -254,16 +253,6 @@ def run(
 def _root(name: str, data: Mapping[str, str]) -> str:
     """The name of a data set for :func:`regolite.data.open_data`, with the stride of its training images."""
     return data[name] if DATA[name] == 1 else f"{data[name]}:every={DATA[name]}"
-
-
-def _code_version() -> str:
-    """The package's commit, marked if files are modified; without git its version."""
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return version("regolite")
-    return done.stdout.strip()
 
 
 # -------------------------------------------------------------------------------------------------------- verdicts

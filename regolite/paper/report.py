@@ -34,7 +34,8 @@ def as_text(experiment: Experiment, results: Results) -> str:
         figures = (estimate(results, Side(arm, metric=m)) for m in ("AP", "AP50", "AP75", "balls", "others"))
         values = ["-" if found is None else f"{found.mean:.1f}" for found in figures]
         lines.append(_row(ARMS[arm].about, str(len(results[arm])), values))
-    for verdict in judge_all(experiment, results):
+    [verdicts] = [found for name, found in judge_all(results).items() if EXPERIMENTS[name] is experiment]
+    for verdict in verdicts:
         lines += ["", *textwrap.wrap(f"{verdict.claim.text} ({verdict.claim.source})", 100), f"    {said(verdict)}"]
     return "\n".join(lines)
 
@@ -48,11 +49,18 @@ def said(verdict: Verdict) -> str:
     if verdict.covers_paper is not None:
         paper += " (inside the interval)" if verdict.covers_paper else " (outside the interval)"
     count, needed = len(verdict.seeds), ""
-    if count == 1:
+    if not verdict.difference.bounded:
         return f"undecided with 1 seed, which has no interval: {verdict.difference} {unit}{paper}"
-    if verdict.word == "undecided":
+    evidence = f", p {_p(verdict.p)}, by Holm {_p(verdict.adjusted)}"
+    note = f" ({verdict.note})" if verdict.note else ""
+    if verdict.word == "undecided" and not note.startswith(" (not tested"):
         needed = f"; it would take {verdict.seeds_needed or 'more than 100'} seeds"
-    return f"{verdict.word} with {count} seeds: {verdict.difference} {unit}{paper}{needed}"
+    return f"{verdict.word} with {count} seeds{note}: {verdict.difference} {unit}{evidence}{paper}{needed}"
+
+
+def _p(p: float) -> str:
+    """A p value with one significant digit, two below 0.1."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.1f}"
 
 
 def _row(name: str, seeds: str, values: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from pycocotools.coco import COCO
 
 from regolite.data import Scenes, open_data
@@ -27,7 +29,7 @@ from regolite.evaluation.coco import detect_all, measure
 from regolite.evaluation.error_types import judge
 from regolite.evaluation.relations import BASE, relation_score
 from regolite.loading import load
-from regolite.models.detector import as_detector
+from regolite.models.detector import Detector, as_detector
 from regolite.paper.experiments import TEST, Arm
 from regolite.training import RunConfig, train
 from regolite.training.folder import read_config
@@ -82,6 +84,7 @@ def once(
     config: RunConfig,
     describe: Callable[[RunConfig], dict[str, Any]],
     measure: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    build: Callable[[], Detector] | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate, resume that, or read the result.
 
@@ -89,6 +92,7 @@ def once(
         config: configuration of the training, with ``resume`` set.
         describe: gives the part of a configuration that affects the results.
         measure: gives the results of the trained model in ``config.output``, from its lines of metrics.
+        build: makes the untrained model; by default the preset of the configuration is trained.
 
     Returns:
         The content of ``result.json`` in ``config.output``.
@@ -105,7 +109,11 @@ def once(
         return found
     if "run" in (before := read_config(place)):
         _check(describe(RunConfig.of(before["run"])), about, place)
-    train(config)
+    if build is None:
+        train(config)
+    else:
+        set_seed(config.seed)
+        train(config, model=build())
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     found = {
         "seed": config.seed,
@@ -217,6 +225,16 @@ def smaller(arm: Arm) -> Arm:
     """The same arm on 32 scenes for two epochs, as a smoke test or demonstration; its results are meaningless."""
     drop = {"drop_epochs": (1,), "epochs": 2}
     return replace(arm, recipe={**arm.recipe, **drop, "data": "scenes:32:val=8:size=96:max_objects=6"})
+
+
+def code_version() -> str:
+    """The package's commit, marked if files are modified; without git its version."""
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return version("regolite")
+    return done.stdout.strip()
 
 
 def _check(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
