@@ -7,7 +7,7 @@ import { resized } from "./resize.js";
 const CACHE = "rego-explainer"; // of the browser
 
 let manifest = null;
-const sessions = new Map(); // by name: { session, provider, seconds }, or the promise of it
+const sessions = new Map(); // by name: the promise of { session, size, provider, seconds }
 
 self.onmessage = async ({ data: { id, call, ...given } }) => {
   try {
@@ -75,13 +75,21 @@ async function create(name, tell) {
 }
 
 async function readManifest() {
-  const response = await fetch("manifest.json", { cache: "no-cache" });
-  if (!response.ok) throw new Error(`manifest.json is missing (${response.status}); build the page again`);
+  const response = await fetched("manifest.json", { cache: "no-cache" });
   return response.json();
 }
 
+async function fetched(address, options = {}) {
+  const name = address.split("?")[0];
+  const response = await fetch(address, options).catch(() => {
+    throw new Error(`${name} could not be fetched: the server does not answer.`);
+  });
+  if (!response.ok) throw new Error(`${name} is missing (${response.status}): build the page again.`);
+  return response;
+}
+
 // With the hash, so that no cache gives an older version.
-const addressOf = ({ path, sha256 }) => new URL(`${path}?${sha256}`, self.location.href).href;
+const addressOf = ({ path, sha256 }) => `${path}?${sha256}`;
 
 // The content of a file, from the browser's cache or the server; `tell(bytes so far, whether they were in the cache)`.
 async function read(entry, tell) {
@@ -91,8 +99,7 @@ async function read(entry, tell) {
     tell(entry.bytes, true);
     return unzipped(await stored.blob());
   }
-  const response = await fetch(addressOf(entry));
-  if (!response.ok) throw new Error(`${entry.path} is missing (${response.status}); build the page again`);
+  const response = await fetched(addressOf(entry));
   const parts = [];
   let received = 0;
   for (const reader = response.body.getReader(); ; ) {
@@ -130,5 +137,7 @@ const openCache = async () => self.caches?.open(CACHE).catch(() => null);
 async function forgetOthers() {
   const cache = await openCache();
   const current = [manifest.runtime, ...Object.values(manifest.models).map(({ file }) => file)].map(addressOf);
-  for (const { url } of (await cache?.keys()) ?? []) if (!current.includes(url)) await cache.delete(url);
+  for (const request of (await cache?.keys()) ?? []) {
+    if (!current.some((address) => request.url.endsWith(`/${address}`))) await cache.delete(request);
+  }
 }

@@ -246,7 +246,7 @@ def test_errors_are_one_sentence(visit, server, browser, folder, tmp_path):
     assert said == "The image is not loaded yet, or it is no image."
     page.context.route("**/models/scenes.onnx.gz?*", lambda route: route.fulfill(status=404))
     said = page.evaluate("model.load('scenes').catch((error) => error.message)")
-    assert said == "models/scenes.onnx.gz is missing (404); build the page again"
+    assert said == "models/scenes.onnx.gz is missing (404): build the page again."
     page.context.unroute("**/models/scenes.onnx.gz?*")
     assert load(page, "scenes")["provider"] == "wasm"  # the next call tries again
     assert page.evaluate("model.supported()") is None
