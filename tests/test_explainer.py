@@ -192,7 +192,7 @@ def test_the_manifest_describes_the_files(tmp_path, monkeypatch):
         return file
 
     def small_runtime(folder, store):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "ort.wasm.gz").write_bytes(b"wasm")
 
     monkeypatch.setattr(build, "_exported", small_model)

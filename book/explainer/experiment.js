@@ -2,6 +2,7 @@
 // the score of the ball changes stands beside what the relation map says of the same neighbor.
 
 import { element, match, percent } from "./elements.js";
+import { dropped } from "./live.js";
 import { relationLayers, stageName } from "./look.js";
 import { deciderOf } from "./scene.js";
 import { balls, boxesOf, namesOf, queryOf, scoresOf, sharesOf } from "./things.js";
@@ -12,8 +13,8 @@ const HELD = { effect: 92, map: 38, chance: 30, balls: 206 }; // notebooks/resul
 
 const signed = (change) => `${change < -0.005 ? "−" : change < 0.005 ? "±" : "+"}${Math.abs(change).toFixed(2)}`;
 
-// `hooks`: measure(k, ball, label) gives the ball's scores for a class without thing k, preview(k) shows this scene (null: all things),
-// highlight(k) marks a thing, choose(k) selects a ball, settled() waits for the answer to the last edit.
+// `hooks`: measure(k, ball, label) gives the ball's scores for a class without thing k, preview(k) shows this scene
+// (null: all things), highlight(k) marks a thing, choose(k) selects a ball, settled() waits for the answer to the last edit.
 export function createExperiment(page, app, hooks) {
   const find = (id) => page.getElementById(id);
   const still = matchMedia("(prefers-reduced-motion: reduce)");
@@ -55,11 +56,12 @@ export function createExperiment(page, app, hooks) {
       ball === null
         ? "Add a ball to ask about it: its class depends on the nearest square or star."
         : decider === null
-          ? "This ball has no square or star around it, or two that are equally near. Add or move one to ask."
-          : "The ball marked “?” is a ball of square or a ball of star, and its pixels do not say which. Pick the neighbor on which the answer depends.";
-    match(find("balls"), all.length > 1 ? all : [], (k) => {
+          ? "There is no square and no star in this scene. Add one to ask."
+          : "The ball marked “?” is a ball of square or a ball of star, and its pixels do not say which. Pick the " +
+            "neighbor on which the answer depends.";
+    match(find("balls"), all.length > 1 ? all : [], () => {
       const node = element(find("balls"), "button", "plain-button", { type: "button" });
-      node.addEventListener("click", () => hooks.choose(Number(node.dataset.key ?? k)));
+      node.addEventListener("click", () => hooks.choose(Number(node.dataset.key)));
       return node;
     }).forEach((node, n) => {
       node.textContent = names[all[n]];
@@ -113,8 +115,9 @@ export function createExperiment(page, app, hooks) {
       showResults();
       find("experiment-news").textContent = find("verdict").textContent;
     } catch (error) {
-      if (running === number) reset();
-      if (error.name !== "AbortError") app.say(error.message);
+      if (running !== number) return;
+      reset();
+      if (!dropped(error)) app.say(error.message);
     }
   }
 
@@ -131,6 +134,7 @@ export function createExperiment(page, app, hooks) {
     const effects = [...after.keys()];
     const strongest = effects.reduce((best, k) => (best === null || change(k) < change(best) ? k : best), null);
     const largest = others.reduce((best, k) => (shares[k] > shares[best] ? k : best), others[0]);
+    const decides = done && change(strongest) <= -LARGE ? strongest : null;
     const scale = Math.max(0.3, ...effects.map((k) => Math.abs(change(k))));
     find("head-map").textContent = `Attention in ${stageName(at)}`;
     match(find("effects"), others, () => {
@@ -141,9 +145,9 @@ export function createExperiment(page, app, hooks) {
       const k = others[n];
       const [name, bar, number, map, share] = node.children;
       const known = after.has(k);
-      const tags = [k === picked && "your pick", done && k === strongest && "decides"].filter(Boolean);
+      const tags = [k === picked && "your pick", k === decides && "decides"].filter(Boolean);
       name.textContent = [names[k], ...tags].join(" · ");
-      node.classList.toggle("strongest", done && k === strongest);
+      node.classList.toggle("strongest", k === decides);
       bar.style.setProperty("--from", known ? Math.min(0, change(k)) / scale : 0);
       bar.style.setProperty("--size", known ? Math.abs(change(k)) / scale : 0);
       bar.classList.toggle("rises", known && change(k) > 0);
@@ -152,30 +156,39 @@ export function createExperiment(page, app, hooks) {
       share.textContent = done ? percent(shares[k]) : "…";
     });
     brief = done
-      ? `Without the ${names[strongest]} the score changes most, by ${signed(change(strongest))}; the map gives this neighbor ${percent(shares[strongest])} of the attention, and the ${names[largest]} most, ${percent(shares[largest])}.`
+      ? `Without the ${names[strongest]} the score changes most, by ${signed(change(strongest))}; the map gives ` +
+        `this neighbor ${percent(shares[strongest])} of the attention, and the ${names[largest]} most, ` +
+        `${percent(shares[largest])}.`
       : "";
     find("again").hidden = !done;
     find("verdict").textContent = done ? verdict() : `Taking away ${after.size + 1} of ${others.length} …`;
     find("overall").textContent = done
-      ? `Over ${HELD.balls} balls of unseen scenes, the largest drop names the deciding neighbor for ${HELD.effect} %. The last relation map of stage 3 points at it for ${HELD.map} %, with ${HELD.chance} % by chance.`
+      ? `Over ${HELD.balls} balls of unseen scenes, the largest drop names the deciding neighbor for ` +
+        `${HELD.effect} %. The last relation map of stage 3 points at it for ${HELD.map} %; chance: ${HELD.chance} %.`
       : "";
 
     function verdict() {
       const decider = deciderOf(scene, ball);
       const kind = data.classes[labelOf(ball)];
       const [from, to] = [before[at].toFixed(2), after.get(strongest)[at].toFixed(2)];
-      if (change(strongest) > -LARGE) {
-        return `No removal lowers the score for “${kind}” (${from}) by ${LARGE} or more: in ${stageName(at)} the answer depends on no single neighbor.`;
+      if (decides === null) {
+        const small = `No removal lowers the score for “${kind}” (${from}) by ${LARGE} or more`;
+        return `${small}: in ${stageName(at)} the answer depends on no single neighbor.`;
       }
-      const found = `Without the ${names[strongest]} the score for “${kind}” falls from ${from} to ${to}: the answer depends on it.`;
-      const rule = strongest === decider ? "" : ` By the rule of these scenes it should depend on the ${names[decider]}.`;
-      const guess =
-        picked === null ? "" : picked === strongest ? " You were right." : ` Your pick, the ${names[picked]}, changes it by ${signed(change(picked))}.`;
-      const map =
+      const said = [
+        `Without the ${names[strongest]} the score for “${kind}” falls from ${from} to ${to}: the answer depends on this.`,
+      ];
+      if (strongest !== decider) said.push(`By the rule of these scenes it should depend on the ${names[decider]}.`);
+      if (picked === strongest) said.push("You were right.");
+      else if (picked !== null) said.push(`Your pick, the ${names[picked]}, changes it by ${signed(change(picked))}.`);
+      const most = percent(shares[largest]);
+      said.push(
         largest === strongest
-          ? ` Here the map agrees: it gives this neighbor the most attention, ${percent(shares[largest])}.`
-          : ` The map points elsewhere: most attention, ${percent(shares[largest])}, goes to the ${names[largest]}, whose removal changes the score by ${signed(change(largest))}.`;
-      return found + rule + guess + map;
+          ? `Here the map agrees: it gives this neighbor the most attention, ${most}.`
+          : `The map points elsewhere: most attention, ${most}, goes to the ${names[largest]}, whose removal changes ` +
+            `the score by ${signed(change(largest))}.`,
+      );
+      return said.join(" ");
     }
   }
 
@@ -185,10 +198,7 @@ export function createExperiment(page, app, hooks) {
       given = next;
       reset();
     },
-    // The answer to the present scene, when it comes after an edit.
-    update(data) {
-      given = { ...given, data };
-    },
+    stop: () => (running = 0),
     select(k) {
       if (k === ball || !given) return;
       ball = k;

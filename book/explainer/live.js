@@ -2,7 +2,7 @@
 
 import { connect, supported } from "./model.js";
 
-const NAMES = { photos: "everyday", scenes: "scenes" };
+const NAMES = { photos: "everyday", scenes: "scenes" }; // of the models, by mode
 const MEGABYTE = 1e6;
 const ABSENT = "This copy of the page has its stored examples only: it was built without the model.";
 
@@ -72,7 +72,7 @@ export function createLive(page) {
       root.dataset.busy = "true";
       try {
         load(mode).catch(() => {}); // its progress; detect says itself what failed
-        return await client.detect(NAMES[mode], source, about);
+        return await client.detect(NAMES[mode], source, { model: `${NAMES[mode]} detector`, ...about });
       } finally {
         running -= 1;
         if (!running) delete root.dataset.busy;

@@ -1,4 +1,4 @@
-// The visitor's own photo: chosen, dropped, pasted, or a frame of the webcam. It goes to the model in this browser only.
+// The visitor's own photo: chosen, dropped, pasted, or a frame of the webcam; only the model in this browser gets it.
 
 import { dropped } from "./live.js";
 
@@ -54,7 +54,8 @@ export function listenForPhotos(page, app) {
     await app.setMode("photos", null);
     app.wait(image, "The detector is looking at your photo");
     try {
-      const data = await app.live.detect("photos", image, { name, credit: OWN, book: app.book, threshold: app.threshold });
+      const about = { name, credit: OWN, book: app.book, threshold: app.threshold };
+      const data = await app.live.detect("photos", image, about);
       own = { ...data, image, id: "own" };
       app.showData(own);
       keepThumbnail(image);

@@ -38,9 +38,9 @@ export function createScenes(page, app) {
 
   const experiment = createExperiment(page, app, {
     async measure(k, ball, label) {
-      const others = without(scene, k);
-      const answer = await app.live.detect("scenes", drawn(others, 1), { name: stored.name, book: app.book });
-      return scoresOf(answer, queryOf(answer, boxesOf(scene)[ball]), label);
+      const box = boxesOf(scene)[ball];
+      const answer = await app.live.detect("scenes", drawn(without(scene, k), 1), { name: stored.name });
+      return scoresOf(answer, queryOf(answer, box), label);
     },
     preview(k) {
       if (!scene) return;
@@ -73,6 +73,7 @@ export function createScenes(page, app) {
   }
 
   function leave() {
+    experiment.stop();
     layer.hidden = true;
     scene = null;
   }
@@ -174,9 +175,10 @@ export function createScenes(page, app) {
   function update() {
     if (!scene) return;
     const names = namesOf(scene);
-    match(layer, [...scene.things.keys()], () => listen(element(layer, "button", "thing", { type: "button" }))).forEach((node, k) => {
+    const make = () => listen(element(layer, "button", "thing", { type: "button" }));
+    match(layer, [...scene.things.keys()], make).forEach((node, k) => {
       const [left, top, right, bottom] = frameOf(scene.things[k]).map((value) => (100 * value) / scene.size);
-      Object.assign(node.style, { left: `${left}%`, top: `${top}%`, width: `${right - left}%`, height: `${bottom - top}%` });
+      Object.assign(node.style, { left: `${left}%`, top: `${top}%`, right: `${100 - right}%`, bottom: `${100 - bottom}%` });
       node.tabIndex = k === (selected ?? 0) ? 0 : -1;
       node.setAttribute("aria-pressed", k === selected);
       node.setAttribute("aria-label", `${names[k]}, object ${k + 1} of ${names.length}`);

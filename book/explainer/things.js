@@ -43,16 +43,16 @@ function placeOf(scene, k, alike) {
   return order === alike.length - 1 ? ends[1] : `middle (${order + 1})`;
 }
 
-// The query that stands for a thing: of those whose box in the last stage overlaps the thing's, the one with the highest
-// score, or null. `box` is the visible box of the thing.
+// The query that stands for a thing: of those whose box in the last stage overlaps it, the highest-scoring one, or null. `box` is the visible box of the thing.
 export function queryOf(data, box) {
   const row = rowOf(data, data.stages);
   const on = [...data.arrays.queries.values].filter((query) => overlap(boxOf(data, row, query), box) >= SAME);
-  return on.length ? on.reduce((best, query) => (scoreOf(data, row, query) > scoreOf(data, row, best) ? query : best)) : null;
+  const score = (query) => scoreOf(data, row, query);
+  return on.reduce((best, query) => (best === null || score(query) > score(best) ? query : best), null);
 }
 
-// The attention of a query to each thing in a layer of a stage, from 0 to 1: the sum of its weights on the queries whose
-// boxes stand for the thing.
+// The attention of a query to each thing in a layer of a stage, from 0 to 1: the sum of its weights on the queries that
+// stand for the thing.
 export function sharesOf(data, stage, layer, query, boxes) {
   const row = rowOf(data, Math.max(stage - 1, 0));
   const shares = boxes.map(() => 0);

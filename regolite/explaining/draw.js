@@ -5,6 +5,7 @@ import {
   stepBox, steps, title,
 } from "./look.js";
 
+const NARROW = 480; // pixels of an image with short labels
 export const TOP = 4; // related objects that are drawn
 
 // The colors of regolite.plots.drawing: by stage from cold to warm, and by level.
@@ -177,7 +178,8 @@ function drawRelations(brush, color) {
       context.stroke();
     }
     drawBox(brush, box, INK, 1.5);
-    brush.labels.push([box, `${className(data, row, query)} ${Math.round(100 * weight)}\u00a0%`, INK]);
+    const share = `${Math.round(100 * weight)}\u00a0%`;
+    brush.labels.push([box, brush.width < NARROW ? share : `${className(data, row, query)} ${share}`, INK]);
   }
 }
 
@@ -239,7 +241,7 @@ const within = (shift, most) => (most < 0 ? most / 2 : Math.max(0, Math.min(shif
 // Labels at the corners of their boxes, where they hide least of the labels before and are moved least.
 function drawLabels(brush) {
   const { context, width, height } = brush;
-  const narrow = width < 480;
+  const narrow = width < NARROW;
   const size = narrow ? 10 : 13;
   context.font = `600 ${size}px ${getComputedStyle(context.canvas).fontFamily}`;
   context.textBaseline = "middle";

@@ -73,12 +73,13 @@ class Arrays:
         return b"".join(self._parts)
 
 
-def pack(trace: Trace, index: int = 0) -> tuple[dict[str, Any], bytes]:
+def pack(trace: Trace, index: int = 0, most: int = MOST) -> tuple[dict[str, Any], bytes]:
     """What a trace says of one image, for the page's scripts (``pack.js``).
 
     Args:
         trace: the trace of a detector with queries; what it lacks, the page does not show.
         index: image of the batch.
+        most: largest number of queries with rows in the large arrays; there may be less room.
 
     Returns:
         The header without names and texts, and the arrays.
@@ -87,7 +88,7 @@ def pack(trace: Trace, index: int = 0) -> tuple[dict[str, Any], bytes]:
         UserError: the trace has no predictions.
     """
     header, arrays = _header(trace, index), Arrays()
-    queries = ranked(trace, index)[: _room(trace, index)]
+    queries = ranked(trace, index)[: min(most, _room(trace, index))]
     for name, values in arrays_of(trace, queries, index).items():
         arrays.add(name, values, BITS.get(name, 16))
     return {**header, "arrays": arrays.layout}, arrays.content

@@ -3,6 +3,7 @@
 import base64
 import functools
 import gzip
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_viewers_browser import CHROMIUM, FLAGS, missing
 
 import regolite
@@ -44,7 +46,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("explainer") / "page"
     build.build(folder)
     shutil.copy(ROOT / "book/explainer/model.js", folder)  # which the page has inside
-    (folder / "blank.html").write_text("<!doctype html><meta charset=utf-8><title>Test</title>")
+    (folder / "blank.html").write_text("<!doctype html><link rel=icon href=data:,><title>Test</title>")
     return folder
 
 
@@ -133,6 +135,11 @@ def detect(page, name, media_type, content):
     return found, arrays
 
 
+def image_of(header):
+    """The image as the browser has decoded it, which is not to the last bit as Pillow does."""
+    return Image.open(io.BytesIO(base64.b64decode(header["image"].split(",")[1]))).convert("RGB")
+
+
 def expected(model, image):
     with record(model, RECORDS) as trace:
         regolite.detect(model, image)
@@ -158,26 +165,26 @@ def compare(found, wanted, size):
     return worst
 
 
-def test_photographs(visit, tmp_path):
+def test_photographs(visit):
     page, model = visit(), regolite.load()
     loaded = load(page, "everyday")
     assert loaded["provider"] == "wasm"
     print(f"\neveryday: ready after {loaded['seconds']:.1f} s")
     for photo in PHOTOS:
         header, found = detect(page, "everyday", "image/jpeg", photo.read_bytes())
-        image = read_image(photo)
-        assert (header["width"], header["height"]) == image.size
+        assert (header["width"], header["height"]) == read_image(photo).size
+        image = image_of(header)
         assert header["classes"] == list(model.model_config.classes)
-        wanted, trace = expected(model, image)
+        wanted, _ = expected(model, image)
         worst = compare(found, wanted, image.size)
         print(f"{photo.name}: {header['seconds']:.2f} s, boxes differ by at most {worst:.3f} pixels")
-        assert worst < 0.5
+        assert worst < 0.05
         assert {name: found[name].shape for name in wanted} == {name: values.shape for name, values in wanted.items()}
         best = int(wanted["queries"][0])  # the numbers of one query, whose row does not depend on the others' order
         assert int(found["queries"][0]) == best
         for name in ("points", "weights", "origins"):
-            assert (found[name][:, 0] - wanted[name][:, 0]).abs().max() < 0.01, name
-        assert (found["regions"][:, best] - wanted["regions"][:, best]).abs().max() < 0.01
+            assert (found[name][:, 0] - wanted[name][:, 0]).abs().max() < 1e-3, name
+        assert (found["regions"][:, best] - wanted["regions"][:, best]).abs().max() < 1e-3
 
 
 def test_scenes(visit, tmp_path):
@@ -189,9 +196,9 @@ def test_scenes(visit, tmp_path):
         wanted, _ = expected(model, SCENES.image(i))
         worst = compare(found, wanted, (128, 128))
         print(f"scene {i}: {header['seconds']:.2f} s, boxes differ by at most {worst:.3f} pixels")
-        assert worst < 0.5
+        assert worst < 0.05
         for name in ("points", "weights", "regions", "relations"):
-            assert (found[name] - wanted[name]).abs().max() < 0.01, name
+            assert (found[name] - wanted[name]).abs().max() < 1e-3, name
 
 
 def test_files_are_fetched_once_and_are_small(visit, folder):
@@ -260,8 +267,8 @@ def test_threads_are_used_where_the_server_allows(visit, server):
         print(f"\nthreads: ready after {load(page, 'everyday')['seconds']:.1f} s")
         for _ in range(2):
             header, found = detect(page, "everyday", "image/jpeg", PHOTOS[0].read_bytes())
-        image = read_image(PHOTOS[0])
+        image = image_of(header)
         print(f"{header['seconds']:.2f} s")
-        assert compare(found, expected(regolite.load(), image)[0], image.size) < 0.5
+        assert compare(found, expected(regolite.load(), image)[0], image.size) < 0.05
     finally:
         server.isolated = False
