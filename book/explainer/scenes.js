@@ -32,8 +32,8 @@ export function createScenes(page, app) {
     Object.assign(button, { textContent: sign, title: label, ariaLabel: label });
     button.addEventListener("click", () => add(shape));
   }
-  find("swap").addEventListener("click", swap);
-  find("remove").addEventListener("click", remove);
+  find("swap").addEventListener("click", () => swap(selected));
+  find("remove").addEventListener("click", () => remove(selected));
   find("restore").addEventListener("click", () => enter(stored));
 
   const experiment = createExperiment(page, app, {
@@ -154,20 +154,19 @@ export function createScenes(page, app) {
     else app.say("A ball needs a square or a star with some room around it.");
   }
 
-  function remove() {
-    if (selected === null || !editable()) return;
-    const gone = selected;
-    edit(scene.things.filter((_, k) => k !== gone), null);
-    layer.querySelector("button")?.focus();
+  function remove(k) {
+    if (k === null || !editable()) return;
+    edit(scene.things.filter((_, n) => n !== k), null);
+    (layer.querySelector("button") ?? find("tools").querySelector("button")).focus();
   }
 
   // A square becomes a star, and a star a square.
-  function swap() {
-    if (selected === null || !editable()) return;
-    const { shape } = scene.things[selected];
+  function swap(k) {
+    if (k === null || !editable()) return;
+    const { shape } = scene.things[k];
     if (!DECIDERS.includes(shape)) return app.say("Select a square or a star to swap it.");
     const other = DECIDERS[1 - DECIDERS.indexOf(shape)];
-    edit(scene.things.map((thing, k) => (k === selected ? { ...thing, shape: other } : thing)));
+    edit(scene.things.map((thing, n) => (n === k ? { ...thing, shape: other } : thing)), k);
   }
 
   // ------------------------------------------------------------------------------------------------ elements
@@ -228,8 +227,8 @@ export function createScenes(page, app) {
         const count = scene.things.length;
         select((index() + way[0] + way[1] + count) % count);
         layer.children[selected].focus();
-      } else if (event.key === "Delete" || event.key === "Backspace") remove();
-      else if (event.key === "s") swap();
+      } else if (event.key === "Delete" || event.key === "Backspace") remove(index());
+      else if (event.key === "s") swap(index());
       else return;
       event.preventDefault();
     });

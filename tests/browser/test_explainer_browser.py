@@ -1,5 +1,6 @@
 """REGO Explainer in real browsers, as visitors use it: stored examples at once, then live answers equal to torch's."""
 
+import gzip
 import re
 import shutil
 import time
@@ -24,9 +25,10 @@ from book.explainer.build import WEIGHTS  # noqa: E402
 from book.explainer.page import PHOTOS, SCENES, THRESHOLD, studies, traced  # noqa: E402
 
 IMAGES = Path(__file__).parents[2] / "data/coco_tiny/images"
-OWN = (471, 418281)  # two photographs that are not among the examples
+OWN = (433998, 565248)  # two photographs that are not among the examples
 SCENE = 42
 NEAR = 0.5  # pixels
+MOST = 25e6  # bytes of the folder, compressed
 WAIT = 60_000  # milliseconds; two slow cores may be shared
 FIRST, LATER = 15, {"photos": 3, "scenes": 1.5}  # seconds on two cores that are not shared; four times as long may pass
 WINDOW = {"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce"}
@@ -64,7 +66,8 @@ def wanted(trace, stage, size, threshold=THRESHOLD):
     boxes = predictions(trace, stage)
     scores, labels = boxes.best()
     corners = boxes.boxes_xyxy().clamp(min=0).minimum(boxes.boxes.new_tensor([*size, *size]))
-    return [(class_name(trace, int(labels[q])), corners[q].tolist()) for q in (scores >= threshold).nonzero()[:, 0]]
+    found = (scores >= threshold).nonzero()[:, 0].tolist() or [int(scores.argmax())]  # the best one if none is good
+    return [(class_name(trace, int(labels[q])), corners[q].tolist()) for q in found]
 
 
 # --------------------------------------------------------------------------------------------------- what a page shows
@@ -303,10 +306,9 @@ def test_it_fits_every_screen_and_anyone_can_use_it(stored, width, scheme):
     def check(when):
         assert page.evaluate("document.documentElement.scrollWidth") <= width, when
         found = Axe().run(page)
-        serious = [found_ for found_ in found.response["violations"] if found_["impact"] in ("serious", "critical")]
-        assert not serious, f"{when}: {found.generate_report()}"
+        impacts = {violation["impact"] for violation in found.response["violations"]}
+        assert not impacts & {"serious", "critical"}, f"{when}: {found.generate_report()}"
 
-    assert page.evaluate("getComputedStyle(document.body).colorScheme || 'light'")
     check("photos")
     page.locator("#list button").first.click()
     page.locator("#path").click()
@@ -324,6 +326,13 @@ def test_it_fits_every_screen_and_anyone_can_use_it(stored, width, scheme):
 
 
 # ---------------------------------------------------------------------------------------------------- live, in Chromium
+
+
+def test_the_folder_is_small(explainer):
+    files = [path for path in explainer.rglob("*") if path.is_file()]
+    size = sum(len(path.read_bytes() if path.suffix == ".gz" else gzip.compress(path.read_bytes())) for path in files)
+    print(f"\n{size / 1e6:.1f} MB in {len(files)} files")
+    assert size <= MOST
 
 
 def test_the_first_answer_comes_soon_and_the_model_is_fetched_once(visitor, server, photo, models):
@@ -345,9 +354,7 @@ def test_the_first_answer_comes_soon_and_the_model_is_fetched_once(visitor, serv
         page.wait_for_selector(MODEL_READY)
         again = time.monotonic() - start
         assert not [path for path in server.asked if ".gz" in path]
-    print(
-        f"\nusable after {usable:.1f} s, first answer after {first:.1f} s, at the second visit ready after {again:.1f} s"
-    )
+    print(f"\nusable after {usable:.1f} s, first answer after {first:.1f} s, ready at the second visit {again:.1f} s")
     print(f"boxes differ from torch's by at most {worst:.4f} pixels")
     assert first < 4 * FIRST
 
@@ -479,7 +486,8 @@ def test_editing_a_scene_by_keyboard(scenes, models, scene):
         page.keyboard.press("Delete")
         page.wait_for_function("(count) => document.querySelectorAll('#things .thing').length === count", arg=left)
     answered(page)
-    page.get_by_role("button", name="Add a square").click()
+    page.wait_for_selector("#tools button:focus")
+    page.keyboard.press("Enter")  # adds a square
     answered(page)
     assert page.locator("#things .thing").count() == 1
 
@@ -523,6 +531,7 @@ def test_it_answers_offline_once_it_is_loaded(scenes, photos, tmp_path):
 
 @pytest.mark.parametrize("way", ["forbidden", "absent", "no model"])
 def test_where_no_model_runs_that_is_said_and_examples_are_shown(visitor, server, headers, scene, way):
+    server.asked.clear()
     with visitor() as context:
         page = context.new_page()
         if way == "forbidden":
@@ -552,7 +561,6 @@ def test_where_no_model_runs_that_is_said_and_examples_are_shown(visitor, server
         page.locator("#choices button").first.click()
         page.locator("#again").wait_for()
         assert not [path for path in server.asked if path.startswith("/worker")]
-        server.asked.clear()
 
 
 # ------------------------------------------------------------------------------------------------------------- Firefox
