@@ -25,6 +25,7 @@ export function createScenes(page, app) {
   let marked = null; // a thing that the experiment speaks of
   let pending = null; // the promise of the answer to the last edit
   let frame = 0;
+  let visits = 0; // of scenes: answers to edits of an earlier one are not shown
 
   for (const [shape, sign] of Object.entries(SIGNS)) {
     const label = `Add a ${shape}`;
@@ -63,6 +64,7 @@ export function createScenes(page, app) {
   // ------------------------------------------------------------------------------------------------ the scene
 
   function enter(data) {
+    leave();
     stored = data;
     [scene, selected, marked, pending] = [data.scene, null, null, null];
     paint(scene);
@@ -74,6 +76,9 @@ export function createScenes(page, app) {
 
   function leave() {
     experiment.stop();
+    cancelAnimationFrame(frame);
+    frame = 0;
+    visits += 1;
     layer.hidden = true;
     scene = null;
   }
@@ -109,7 +114,6 @@ export function createScenes(page, app) {
     selected = chosen;
     frame ||= requestAnimationFrame(() => {
       frame = 0;
-      if (!scene) return;
       paint(scene);
       app.store.send({ type: "set", name: "stale", value: true });
       pending = ask(scene);
@@ -119,11 +123,12 @@ export function createScenes(page, app) {
   }
 
   async function ask(asked) {
+    const visit = visits;
     try {
       if (page.documentElement.dataset.model !== "ready") app.say("The model is loading; its answer follows.");
       const about = { name: stored.name, credit: "changed by you", book: app.book };
       const answer = await app.live.detect("scenes", drawn(asked, 1), about);
-      if (!scene) return;
+      if (visit !== visits) return;
       const data = { ...answer, image, id: stored.id };
       const same = selected !== null && asked.things.length === scene.things.length;
       const query = same ? queryOf(data, boxesOf(asked)[selected]) : null;
@@ -133,7 +138,7 @@ export function createScenes(page, app) {
       experiment.set({ scene, data });
       app.say(`Answer in ${answer.seconds.toFixed(1)} s, computed in this browser.`);
     } catch (error) {
-      if (dropped(error)) return;
+      if (dropped(error) || visit !== visits) return;
       pending = null;
       app.say(error.message);
       throw error;
