@@ -63,7 +63,7 @@ class Handler(SimpleHTTPRequestHandler):
 def server(explainer):
     """A static server like any other: `headers` are sent with every file, `asked` are the paths of all requests."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=explainer))
-    server.headers, server.asked, server.folder = {}, [], explainer
+    server.headers, server.asked = {}, []
     server.address = f"http://127.0.0.1:{server.server_port}/"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server

@@ -8,7 +8,7 @@ import time
 
 import websocket
 
-KEYS = {"ArrowLeft": "\ue012", "ArrowRight": "\ue014", "Enter": "\ue007", "Escape": "\ue00c", "Tab": "\ue004"}
+ARROW_LEFT = "\ue012"
 ADDRESS = re.compile(r"WebDriver BiDi listening on (ws://\S+)")
 SETTINGS = {
     "network.proxy.type": 1,  # a proxy that nobody runs: Firefox itself reaches nothing; this machine needs none
@@ -85,9 +85,8 @@ class Firefox:
             assert time.monotonic() < end, expression
             time.sleep(0.05)
 
-    def press(self, key):
-        """Press and release a key."""
-        value = KEYS.get(key, key)
+    def press(self, value):
+        """Press and release a key, a character of the standard's table."""
         strokes = [{"type": "keyDown", "value": value}, {"type": "keyUp", "value": value}]
         actions = [{"type": "key", "id": "keyboard", "actions": strokes}]
         self.call("input.performActions", context=self.context, actions=actions)

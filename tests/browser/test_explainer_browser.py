@@ -5,7 +5,7 @@ import gzip
 import re
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -72,12 +72,12 @@ def changed(scene, k, **values):
     return Scene(scene.size, scene.noise, things)
 
 
-def wanted(trace, stage, size, threshold=THRESHOLD):
+def wanted(trace, stage, size):
     """Class and box, in pixels, of each object of a stage."""
     boxes = predictions(trace, stage)
     scores, labels = boxes.best()
     corners = boxes.boxes_xyxy().clamp(min=0).minimum(boxes.boxes.new_tensor([*size, *size]))
-    found = (scores >= threshold).nonzero()[:, 0].tolist() or [int(scores.argmax())]  # the best one if none is good
+    found = (scores >= THRESHOLD).nonzero()[:, 0].tolist() or [int(scores.argmax())]  # the best one if none is good
     return [(class_name(trace, int(labels[q])), corners[q].tolist()) for q in found]
 
 
@@ -131,22 +131,27 @@ def seconds_of(said):
     return float(match[1])
 
 
+def wait_for_name(page, name):
+    """Wait until the image of this name is shown."""
+    page.wait_for_function("(name) => document.querySelector('#name').textContent === name", arg=name)
+
+
 def upload(page, file):
     """Choose a photo and wait for the answer; the seconds that the model took."""
     with page.expect_file_chooser() as chooser:
         page.locator("#file").click()
     chooser.value.set_files(file)
-    page.wait_for_function("(name) => document.querySelector('#name').textContent === name", arg=file.name)
+    wait_for_name(page, file.name)
     return answered(page)
 
 
-def tab_to(page, selector, most=40):
+def tab_to(page, selector, key="Tab"):
     """Press Tab until an element has the focus."""
-    for _ in range(most):
+    for _ in range(80):
         if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
             return
-        page.keyboard.press("Tab")
-    pytest.fail(f"Tab does not lead to {selector}")
+        page.keyboard.press(key)
+    pytest.fail(f"{key} does not lead to {selector}")
 
 
 # --------------------------------------------------------------------------------------------------------- the visitor
@@ -202,15 +207,9 @@ def opened(context, address):
 @pytest.fixture
 def stored(visitor, explainer):
     """Open the page from disk, where it has its stored examples."""
-    visits = []
-
-    def stored(part="", **options):
-        visits.append(visitor(**options))
-        return opened(visits[-1].__enter__(), f"{(explainer / 'index.html').as_uri()}{part}")
-
-    yield stored
-    for visit in visits:
-        visit.__exit__(None, None, None)
+    with ExitStack() as visits:
+        address = (explainer / "index.html").as_uri()
+        yield lambda **options: opened(visits.enter_context(visitor(**options)), address)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +269,7 @@ def test_the_page_is_usable_from_disk(stored, models, scene):
     assert page.locator(".thumb:visible").count() == len(PHOTOS)
     for photo in PHOTOS:
         page.locator(f".thumb[data-example=photo-{photo.id}]").click()
-        page.wait_for_function("(name) => document.querySelector('#name').textContent === name", arg=photo.name)
+        wait_for_name(page, photo.name)
         image = read_image(IMAGES / f"{photo.id:012}.jpg")
         check_boxes(page, traced(models["everyday"], image), image.size)
     page.locator("#tab-scenes").click()
@@ -296,11 +295,10 @@ def test_the_tour_by_keyboard_alone(stored):
         asked.add(page.locator("#tour-question").inner_text())
         before = settled(page)
         if step == 4:  # it asks for the slider
-            page.locator("#stage").focus()
+            tab_to(page, "#stage", "Shift+Tab")
             for _ in range(3):
                 page.keyboard.press("ArrowRight")
             assert page.locator("#stage").input_value() == "3" and settled(page) != before
-            page.locator("#tour-question").focus()
         tab_to(page, "#tour-reveal")
         page.keyboard.press("Enter")
         page.wait_for_selector("#tour-answer p")
@@ -320,13 +318,12 @@ def test_the_tour_by_keyboard_alone(stored):
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1400, "light"), (1400, "dark")])
 def test_it_fits_every_screen_and_anyone_can_use_it(stored, width, scheme):
-    from axe_playwright_python.sync_playwright import Axe
-
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = stored(viewport={"width": width, "height": 740}, color_scheme=scheme)
 
     def check(when):
         assert page.evaluate("document.documentElement.scrollWidth") <= width, when
-        found = Axe().run(page)
+        found = axe.run(page)
         impacts = {violation["impact"] for violation in found.response["violations"]}
         assert not impacts & {"serious", "critical"}, f"{when}: {found.generate_report()}"
 
@@ -380,6 +377,23 @@ def test_the_first_answer_comes_soon_and_the_model_is_fetched_once(visitor, serv
     assert first < 4 * FIRST
 
 
+def test_the_page_stays_in_place_while_the_model_loads(returning, server):
+    page = returning.new_page()
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.add_init_script("""
+      window.tops = new Set();
+      requestAnimationFrame(function look() {
+        if (document.documentElement.dataset.ready) tops.add(document.querySelector("#view").getBoundingClientRect().top);
+        requestAnimationFrame(look);
+      });
+    """)
+    page.goto(server.address)
+    page.wait_for_selector(MODEL_READY)
+    idle(page)
+    assert page.evaluate("tops.size") == 1
+    page.close()
+
+
 def test_photos_of_ones_own(photos, models, tmp_path):
     page, file = photos, as_png(OWN[1], tmp_path)
     seconds = upload(page, file)
@@ -394,15 +408,15 @@ def test_photos_of_ones_own(photos, models, tmp_path):
     page.locator("#camera").click()
     page.wait_for_function("document.querySelector('#video').videoWidth > 0")
     page.locator("#webcam-take").click()
-    page.wait_for_function("document.querySelector('#name').textContent === 'Webcam'")
+    wait_for_name(page, "Webcam")
     answered(page)
     assert page.evaluate("document.querySelector('#video').srcObject") is None
     content = base64.b64encode(as_png(OWN[0], tmp_path).read_bytes()).decode()
     page.evaluate(PASTE, ["dropped.png", content, "drop"])
-    page.wait_for_function("document.querySelector('#name').textContent === 'dropped.png'")
+    wait_for_name(page, "dropped.png")
     answered(page)
     page.evaluate(PASTE, ["pasted.png", content, "paste"])  # the photo that the fixture shows
-    page.wait_for_function("document.querySelector('#name').textContent === 'pasted.png'")
+    wait_for_name(page, "pasted.png")
     answered(page)
 
 
@@ -549,7 +563,7 @@ def test_visitors_may_change_their_minds(scenes, photos, photo, models, scene):
     scenes.locator("#things .thing").first.focus()
     scenes.keyboard.press("Shift+ArrowUp")
     scenes.locator(other).click()
-    scenes.wait_for_function("document.querySelector('#name').textContent === 'Scene 2'")
+    wait_for_name(scenes, "Scene 2")
     before = scenes.evaluate(BOXES)
     idle(scenes)
     assert scenes.evaluate(BOXES) == before and scenes.locator("#answer").inner_text() == ""
@@ -561,7 +575,7 @@ def test_visitors_may_change_their_minds(scenes, photos, photo, models, scene):
     scenes.locator("#tab-photos").click()
     scenes.locator("#stage").fill("1")
     scenes.locator("#tab-scenes").click()
-    scenes.wait_for_function("document.querySelector('#name').textContent === 'Scene 2'")
+    wait_for_name(scenes, "Scene 2")
     assert scenes.evaluate(BOXES) == before
     # A photo that is answered while the visitor looks at a scene.
     with photos.expect_file_chooser() as chooser:
@@ -572,7 +586,7 @@ def test_visitors_may_change_their_minds(scenes, photos, photo, models, scene):
     idle(photos)
     assert photos.locator("#waiting").count() == 0 and photos.locator("#name").inner_text().startswith("Scene")
     photos.locator("#tab-photos").click()
-    photos.wait_for_function("(name) => document.querySelector('#name').textContent === name", arg=photo.name)
+    wait_for_name(photos, photo.name)
     image = read_image(photo)
     check_boxes(photos, traced(models["everyday"], image), image.size, [3])
 
@@ -591,7 +605,7 @@ def test_it_answers_offline_once_it_is_loaded(scenes, photos, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["forbidden", "absent", "no model"])
-def test_where_no_model_runs_that_is_said_and_examples_are_shown(visitor, server, headers, scene, way):
+def test_where_no_model_runs_that_is_said_and_examples_are_shown(visitor, explainer, server, headers, way):
     server.asked.clear()
     with visitor() as context:
         page = context.new_page()
@@ -600,9 +614,7 @@ def test_where_no_model_runs_that_is_said_and_examples_are_shown(visitor, server
         elif way == "absent":
             page.add_init_script("delete globalThis.WebAssembly")
         else:
-            content = (
-                (Path(server.folder) / "index.html").read_text("utf-8").replace('data-live="yes"', 'data-live="no"')
-            )
+            content = (explainer / "index.html").read_text("utf-8").replace('data-live="yes"', 'data-live="no"')
             page.route(server.address, lambda route: route.fulfill(body=content, content_type="text/html"))
         page.goto(server.address)
         page.wait_for_selector(READY)
@@ -630,7 +642,7 @@ def test_where_no_model_runs_that_is_said_and_examples_are_shown(visitor, server
 def test_firefox_answers_as_torch_does(server, photo, models, tmp_path):
     if shutil.which("firefox") is None:
         pytest.skip("no Firefox here: install firefox (firefox-esr in Debian) to test the page in it")
-    from firefox import Firefox
+    from firefox import ARROW_LEFT, Firefox
 
     image = read_image(photo)
     trace = traced(models["everyday"], image)
@@ -652,7 +664,7 @@ def test_firefox_answers_as_torch_does(server, photo, models, tmp_path):
             assert firefox.evaluate("document.querySelector('#stage').value") == str(stage)
             found = objects(firefox.evaluate(BOXES), image.size)
             worst = max(worst, distance(found, wanted(trace, stage, image.size)))
-            firefox.press("ArrowLeft")
+            firefox.press(ARROW_LEFT)
         print(f"boxes differ from torch's by at most {worst:.4f} pixels")
         assert worst < NEAR
     finally:
