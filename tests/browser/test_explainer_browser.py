@@ -383,7 +383,8 @@ def test_the_page_stays_in_place_while_the_model_loads(returning, server):
     page.add_init_script("""
       window.tops = new Set();
       requestAnimationFrame(function look() {
-        if (document.documentElement.dataset.ready) tops.add(document.querySelector("#view").getBoundingClientRect().top);
+        const view = document.querySelector("html[data-ready] #view");
+        if (view) tops.add(view.getBoundingClientRect().top);
         requestAnimationFrame(look);
       });
     """)
