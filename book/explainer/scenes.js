@@ -66,7 +66,7 @@ export function createScenes(page, app) {
   function enter(data) {
     leave();
     stored = data;
-    [scene, selected, marked, pending] = [data.scene, null, null, null];
+    [scene, selected, marked] = [data.scene, null, null];
     paint(scene);
     layer.hidden = false;
     app.showData({ ...data, image });
@@ -80,7 +80,7 @@ export function createScenes(page, app) {
     frame = 0;
     visits += 1;
     layer.hidden = true;
-    scene = null;
+    [scene, pending] = [null, null];
   }
 
   function paint(shown) {

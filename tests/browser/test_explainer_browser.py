@@ -578,6 +578,18 @@ def test_visitors_may_change_their_minds(scenes, photos, photo, models, scene):
     scenes.locator("#tab-scenes").click()
     wait_for_name(scenes, "Scene 2")
     assert scenes.evaluate(BOXES) == before
+    # An experiment that waits for the answer to an edit, when the visitor leaves.
+    busy = scenes.evaluate("""async () => {
+      document.querySelector("#tools .sign").click();
+      while (!document.documentElement.dataset.busy) await new Promise(requestAnimationFrame);
+      document.querySelector("#choices button").click();
+      document.querySelector("#tab-photos").click();
+      return document.documentElement.dataset.busy;
+    }""")
+    assert busy
+    idle(scenes)
+    scenes.locator("#tab-scenes").click()
+    wait_for_name(scenes, "Scene 2")
     # A photo that is answered while the visitor looks at a scene.
     with photos.expect_file_chooser() as chooser:
         photos.locator("#file").click()
