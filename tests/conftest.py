@@ -26,10 +26,10 @@ matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit
 # Files that take from half a minute to two minutes. They are tested first, so that no worker is left with one of them
 # at the end, while the other has nothing to do.
 LONG = (
-    "test_experiments", "test_dry_run", "16_your_own_data", "test_viewers_browser", "12_train_rego", "test_course",
-    "test_nothing_lost", "test_orphans", "06_detr", "test_shipped", "test_complexity", "test_recipes", "test_scale",
-    "test_adapter", "test_chapter_12", "00_start_here", "11_recurrent_decoder", "18_from_detr_to_today",
-    "20_train_coco", "21_evaluate_coco",
+    "test_experiments", "test_dry_run", "16_your_own_data", "test_viewers_browser", "test_explainer_browser",
+    "12_train_rego", "test_course", "test_nothing_lost", "test_orphans", "06_detr", "test_shipped", "test_complexity",
+    "test_recipes", "test_scale", "test_adapter", "test_chapter_12", "00_start_here", "11_recurrent_decoder",
+    "18_from_detr_to_today", "20_train_coco", "21_evaluate_coco",
 )  # fmt: skip
 
 LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")

@@ -198,7 +198,9 @@ export function createExperiment(page, app, hooks) {
       given = next;
       reset();
     },
-    stop: () => (running = 0),
+    stop() {
+      [running, after] = [0, new Map()];
+    },
     select(k) {
       if (k === ball || !given) return;
       ball = k;

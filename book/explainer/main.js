@@ -20,6 +20,7 @@ const tabs = [find("tab-photos"), find("tab-scenes")];
 const store = createStore(initialState(await examples.get(ids.photos).read()));
 const app = {
   store,
+  examples,
   live: createLive(document),
   book: root.dataset.book,
   threshold: store.state.threshold,
@@ -27,9 +28,10 @@ const app = {
 
   say: (text) => (find("answer").textContent = text),
 
-  // Another image with what the detector made of it.
-  showData(data) {
-    ids[app.mode] = data.id;
+  // Another image with what the detector made of it; the visitor may have gone to the other mode meanwhile.
+  showData(data, mode = app.mode) {
+    ids[mode] = data.id;
+    if (mode !== app.mode) return;
     app.say("");
     store.send({ type: "data", data });
     app.mark();
@@ -48,7 +50,7 @@ const app = {
     else app.showData(data);
   },
 
-  // Show a mode and one of its examples; null leaves the image to the caller.
+  // Show a mode and one of its examples.
   async setMode(mode, id = ids[mode]) {
     if (mode !== app.mode) {
       shows[app.mode] = store.state.show;
@@ -61,10 +63,11 @@ const app = {
       for (const node of document.querySelectorAll("[data-of]")) node.hidden = node.dataset.of !== mode;
       for (const [name, value] of Object.entries(shows[mode])) store.send({ type: "show", name, value });
       scenes.leave();
+      app.wait(null);
       app.live.show(mode);
       if (root.dataset.ready) load();
     }
-    if (examples.has(id) && (id !== store.state.data.id || mode === "scenes")) await app.open(id);
+    if (id !== store.state.data.id || mode === "scenes") await app.open(id);
   },
 
   // A photo that is being looked at, over the one before; null when it is done.

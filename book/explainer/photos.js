@@ -10,7 +10,6 @@ export function listenForPhotos(page, app) {
   const input = find("file-input");
   const dialog = find("webcam");
   const video = find("video");
-  let own = null; // the last own photo
 
   find("file").addEventListener("click", () => (app.live.impossible ? app.say(app.live.impossible) : input.click()));
   input.addEventListener("change", () => {
@@ -51,17 +50,18 @@ export function listenForPhotos(page, app) {
 
   async function answer(source, name) {
     const image = kept(source);
-    await app.setMode("photos", null);
+    await app.setMode("photos");
     app.wait(image, "The detector is looking at your photo");
     try {
       const about = { name, credit: OWN, book: app.book, threshold: app.threshold };
       const data = await app.live.detect("photos", image, about);
-      own = { ...data, image, id: "own" };
-      app.showData(own);
+      const own = { ...data, image, id: "own" };
+      app.examples.set("own", { mode: "photos", read: async () => own });
       keepThumbnail(image);
-      app.say(`Answer in ${data.seconds.toFixed(1)} s, computed in this browser.`);
+      app.showData(own, "photos");
+      if (app.mode === "photos") app.say(`Answer in ${data.seconds.toFixed(1)} s, computed in this browser.`);
     } catch (error) {
-      if (!dropped(error)) app.say(error.message);
+      if (app.mode === "photos" && !dropped(error)) app.say(error.message);
     } finally {
       app.wait(null);
     }
@@ -77,7 +77,7 @@ export function listenForPhotos(page, app) {
       button.dataset.example = "own";
       Object.assign(button, { title: "Your photo", ariaLabel: "Your photo" });
       button.append(page.createElement("canvas"));
-      button.addEventListener("click", () => app.showData(own));
+      button.addEventListener("click", () => app.open("own"));
       thumbs.append(button);
     }
     const canvas = button.firstChild;

@@ -25,6 +25,7 @@ export function createScenes(page, app) {
   let marked = null; // a thing that the experiment speaks of
   let pending = null; // the promise of the answer to the last edit
   let frame = 0;
+  let visits = 0; // of scenes: answers to edits of an earlier one are not shown
 
   for (const [shape, sign] of Object.entries(SIGNS)) {
     const label = `Add a ${shape}`;
@@ -32,8 +33,8 @@ export function createScenes(page, app) {
     Object.assign(button, { textContent: sign, title: label, ariaLabel: label });
     button.addEventListener("click", () => add(shape));
   }
-  find("swap").addEventListener("click", swap);
-  find("remove").addEventListener("click", remove);
+  find("swap").addEventListener("click", () => swap(selected));
+  find("remove").addEventListener("click", () => remove(selected));
   find("restore").addEventListener("click", () => enter(stored));
 
   const experiment = createExperiment(page, app, {
@@ -63,8 +64,9 @@ export function createScenes(page, app) {
   // ------------------------------------------------------------------------------------------------ the scene
 
   function enter(data) {
+    leave();
     stored = data;
-    [scene, selected, marked, pending] = [data.scene, null, null, null];
+    [scene, selected, marked] = [data.scene, null, null];
     paint(scene);
     layer.hidden = false;
     app.showData({ ...data, image });
@@ -74,8 +76,11 @@ export function createScenes(page, app) {
 
   function leave() {
     experiment.stop();
+    cancelAnimationFrame(frame);
+    frame = 0;
+    visits += 1;
     layer.hidden = true;
-    scene = null;
+    [scene, pending] = [null, null];
   }
 
   function paint(shown) {
@@ -109,7 +114,6 @@ export function createScenes(page, app) {
     selected = chosen;
     frame ||= requestAnimationFrame(() => {
       frame = 0;
-      if (!scene) return;
       paint(scene);
       app.store.send({ type: "set", name: "stale", value: true });
       pending = ask(scene);
@@ -119,11 +123,12 @@ export function createScenes(page, app) {
   }
 
   async function ask(asked) {
+    const visit = visits;
     try {
       if (page.documentElement.dataset.model !== "ready") app.say("The model is loading; its answer follows.");
       const about = { name: stored.name, credit: "changed by you", book: app.book };
       const answer = await app.live.detect("scenes", drawn(asked, 1), about);
-      if (!scene) return;
+      if (visit !== visits) return;
       const data = { ...answer, image, id: stored.id };
       const same = selected !== null && asked.things.length === scene.things.length;
       const query = same ? queryOf(data, boxesOf(asked)[selected]) : null;
@@ -133,7 +138,7 @@ export function createScenes(page, app) {
       experiment.set({ scene, data });
       app.say(`Answer in ${answer.seconds.toFixed(1)} s, computed in this browser.`);
     } catch (error) {
-      if (dropped(error)) return;
+      if (dropped(error) || visit !== visits) return;
       pending = null;
       app.say(error.message);
       throw error;
@@ -154,20 +159,19 @@ export function createScenes(page, app) {
     else app.say("A ball needs a square or a star with some room around it.");
   }
 
-  function remove() {
-    if (selected === null || !editable()) return;
-    const gone = selected;
-    edit(scene.things.filter((_, k) => k !== gone), null);
-    layer.querySelector("button")?.focus();
+  function remove(k) {
+    if (k === null || !editable()) return;
+    edit(scene.things.filter((_, n) => n !== k), null);
+    (layer.querySelector("button") ?? find("tools").querySelector("button")).focus();
   }
 
   // A square becomes a star, and a star a square.
-  function swap() {
-    if (selected === null || !editable()) return;
-    const { shape } = scene.things[selected];
+  function swap(k) {
+    if (k === null || !editable()) return;
+    const { shape } = scene.things[k];
     if (!DECIDERS.includes(shape)) return app.say("Select a square or a star to swap it.");
     const other = DECIDERS[1 - DECIDERS.indexOf(shape)];
-    edit(scene.things.map((thing, k) => (k === selected ? { ...thing, shape: other } : thing)));
+    edit(scene.things.map((thing, n) => (n === k ? { ...thing, shape: other } : thing)), k);
   }
 
   // ------------------------------------------------------------------------------------------------ elements
@@ -228,8 +232,8 @@ export function createScenes(page, app) {
         const count = scene.things.length;
         select((index() + way[0] + way[1] + count) % count);
         layer.children[selected].focus();
-      } else if (event.key === "Delete" || event.key === "Backspace") remove();
-      else if (event.key === "s") swap();
+      } else if (event.key === "Delete" || event.key === "Backspace") remove(index());
+      else if (event.key === "s") swap(index());
       else return;
       event.preventDefault();
     });

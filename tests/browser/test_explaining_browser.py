@@ -1,12 +1,10 @@
 """The page of explain in a real browser, from disk: what it shows is what the trace says, by mouse and by keyboard."""
 
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_viewers_browser import CHROMIUM, FLAGS, missing
 
 import regolite
 from regolite import Trace
@@ -20,19 +18,6 @@ THRESHOLD = 0.3
 HOSTILE = '</script><img src=x onerror="alert(1)">&\n\u05e9\u05dc\u05d5\u05dd'
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if missing():
-        # In continuous integration a browser test that is not run is a failure.
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing())
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +83,16 @@ def weights(page):
     return [re.sub(r"\s+", " ", row).replace("\u2068", "").replace("\u2069", "") for row in rows]
 
 
-def expected_weights(trace, query, stage):
-    found = related(trace, query=query, stage=stage, threshold=THRESHOLD)
+def expected_weights(trace, query, stage, threshold):
+    found = related(trace, query=query, stage=stage, threshold=threshold)
     labels = predictions(trace, max(stage - 1, 0)).best()[1].tolist()
     names = [class_name(trace, labels[q]) for q in found.queries[:4].tolist()]
     shares = [*found.weights[:4].tolist(), found.itself, found.nothing]
     return [*names, "itself", "no object"], shares
 
 
-def check_weights(page, trace, query, stage):
-    names, shares = expected_weights(trace, query, stage)
+def check_weights(page, trace, query, stage, threshold=THRESHOLD):
+    names, shares = expected_weights(trace, query, stage, threshold)
     rows = [row.rsplit(" ", 2) for row in weights(page)]
     assert [name for name, _, _ in rows] == names
     np.testing.assert_allclose([float(share) for _, share, _ in rows], 100 * np.array(shares), atol=0.51)
