@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx
 import torch
+from filelock import FileLock
 
 import regolite
 from book.explainer.browser_model import compressed, write_model
@@ -89,8 +90,10 @@ def _exported(name: str, weights: Path) -> Path:
     for module in [*modules, HERE / "browser_model.py"]:
         key.update(module.read_bytes())
     file = BUILD / "explainer-models" / f"{name}-{key.hexdigest()[:16]}.onnx"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # tests in several processes export once
+        if file.exists():
+            return file
         for old in file.parent.glob(f"{name}-*.onnx"):
             old.unlink()
         print(f"exporting the model {name} ...", flush=True)

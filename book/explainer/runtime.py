@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import onnxruntime
+from filelock import FileLock
 
 VERSION = "1.30.0"
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
@@ -37,8 +38,10 @@ def write_runtime(folder: Path, store: Path) -> None:
         SystemExit: npm is missing or cannot fetch the package, or the package is another.
     """
     package = store / f"onnxruntime-web-{VERSION}.tgz"
-    if not package.exists():
-        _fetch(store)
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(store / "lock"):  # tests in several processes fetch once
+        if not package.exists():
+            _fetch(store)
     found = base64.b64encode(hashlib.sha512(package.read_bytes()).digest()).decode()
     if f"sha512-{found}" != INTEGRITY:
         package.unlink()
@@ -55,7 +58,6 @@ def _fetch(store: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise SystemExit("npm is missing: install Node.js, which brings it; the page's runtime is fetched with it")
-    store.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([npm, "pack", f"onnxruntime-web@{VERSION}"], cwd=store, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or "it gave no reason").splitlines()[0]
