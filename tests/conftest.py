@@ -24,12 +24,13 @@ torch.set_num_threads(1)
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit it and show no images
 
 # Files that take from half a minute to two minutes. They are tested first, so that no worker is left with one of them
-# at the end, while the other has nothing to do.
+# at the end, while the other has nothing to do. The book of test_course and the browser tests of REGO Explainer, which
+# need the same exported models, are apart.
 LONG = (
-    "test_experiments", "test_dry_run", "16_your_own_data", "test_viewers_browser", "test_explainer_browser",
-    "12_train_rego", "test_course", "test_nothing_lost", "test_orphans", "06_detr", "test_shipped", "test_complexity",
-    "test_recipes", "test_scale", "test_adapter", "test_chapter_12", "00_start_here", "11_recurrent_decoder",
-    "18_from_detr_to_today", "20_train_coco", "21_evaluate_coco",
+    "test_experiments", "test_dry_run", "16_your_own_data", "test_viewers_browser", "12_train_rego", "test_course",
+    "test_nothing_lost", "test_orphans", "06_detr", "test_shipped", "test_complexity", "test_explainer_browser",
+    "test_explainer_engine", "test_recipes", "test_scale", "test_adapter", "test_chapter_12", "00_start_here",
+    "11_recurrent_decoder", "18_from_detr_to_today", "20_train_coco", "21_evaluate_coco",
 )  # fmt: skip
 
 LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")

@@ -542,7 +542,8 @@ def _gain(curve: Sequence[Mapping[str, Any]]) -> float:
     if len(points) < 2:
         return math.inf
     x, y = ([float(p["epoch"]) for p in points], [float(p["AP"][-1]) for p in points])
-    return float(np.polyfit(x, y, 1)[0]) * (x[-1] - x[0])
+    gain = float(np.polyfit(x, y, 1)[0]) * (x[-1] - x[0])
+    return round(gain, 9)  # what rounding leaves of a flat curve is no gain
 
 
 def _reach(curve: Sequence[Mapping[str, Any]], goal: float, unit: str) -> float | None:
