@@ -6,6 +6,7 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from filelock import FileLock
 
 
 def lacks(reason):
@@ -36,14 +37,18 @@ def explainer(tmp_path_factory):
         pytest.importorskip(module)
     from book.explainer import build, runtime
 
-    folder = tmp_path_factory.mktemp("explainer") / "page"
-    try:
-        runtime.write_runtime(folder / "runtime", build.BUILD / "npm")
-    except SystemExit as reason:
-        if "npm" not in str(reason):
-            raise
-        pytest.skip(str(reason))  # also in continuous integration: a registry may be out of reach for a while
-    build.build(folder)
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # one folder for all workers
+    folder = root / "explainer"
+    with FileLock(root / "explainer.lock"):
+        try:
+            runtime.write_runtime(folder / "runtime", build.BUILD / "npm")
+        except SystemExit as reason:
+            if "npm" not in str(reason):
+                raise
+            pytest.skip(str(reason))  # also in continuous integration: a registry may be out of reach for a while
+        if not (folder / "manifest.json").exists():
+            build.build(folder)
     return folder
 
 
