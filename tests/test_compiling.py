@@ -1,4 +1,4 @@
-"""torch.compile and strict torch.export: every family of detectors is one graph, and so is REGO."""
+"""Strict torch.export of every family of detectors; torch.compile of some, with REGO, as one graph."""
 
 import subprocess
 import sys
