@@ -572,22 +572,32 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def experiment(arguments: argparse.Namespace) -> int:
     """Ask the paper's questions at laptop scale: train what is missing, and print the verdicts."""
-    from regolite.paper import cost, experiments, queue, real_study, recipe_study, relation_study, report, statistics
+    from regolite.paper import (
+        cost,
+        experiments,
+        newer_study,
+        queue,
+        real_study,
+        recipe_study,
+        relation_study,
+        report,
+        statistics,
+    )
 
     small = "runs/experiments_small/results" if arguments.small else "experiments/results"
     results = arguments.results or Path(small)
     if not arguments.names:
         print(report.overview(statistics.read_results(results) if any(results.glob("*.json")) else {}))
         return 0
-    named = [name for name in arguments.names if name not in ("cost", "real", "recipe", "relations")]
+    named = [name for name in arguments.names if name not in ("cost", "newer", "real", "recipe", "relations")]
     wanted = list(experiments.EXPERIMENTS) if "all" in arguments.names else named
     for name in wanted:
         experiments.experiment(name)
-    studies = {"real", "recipe", "relations"} & {*arguments.names}
+    studies = {"newer", "real", "recipe", "relations"} & {*arguments.names}
     if not studies and (arguments.data or arguments.weights or arguments.arms):
         raise UserError(
-            "--data, --weights and --arms are options of the studies real, recipe and relations: name one of them, or "
-            "leave the options out"
+            "--data, --weights and --arms are options of the studies newer, real, recipe and relations: name one of "
+            "them, or leave the options out"
         )
     folder = arguments.output or Path("runs/experiments_small" if arguments.small else "runs/experiments")
     if wanted:
@@ -613,6 +623,12 @@ def experiment(arguments: argparse.Namespace) -> int:
                 real_study.conduct(_by_name(arguments.data), arguments.arms, *options)
         finally:  # as above
             print(real_study.report(real_study.read(results / "real"), results / "real"))
+    if "newer" in arguments.names:
+        options = (arguments.seeds, folder / "newer", results / "newer", arguments.jobs, arguments.small)
+        try:
+            newer_study.conduct(_by_name(arguments.data), arguments.arms, *options)
+        finally:
+            print(newer_study.report(results / "newer"))
     if "relations" in arguments.names:
         options = (arguments.seeds, folder / "relations", results / "relations", arguments.jobs, arguments.small)
         try:
@@ -925,7 +941,7 @@ def _compare_options(parser: Parser) -> None:
 
 
 def _experiment_options(parser: Parser) -> None:
-    about = "experiments, `all`, `cost` (times of steps), or a study: `real`, `recipe` or `relations`"
+    about = "experiments, `all`, `cost` (times of steps), or a study: `newer`, `real`, `recipe` or `relations`"
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{about} (default: list them, with what is done)")
     about = "seeds of the runs (default: 0 to 2, and 0 to 4 in the main comparison)"
     parser.add_argument("--seeds", type=whole_number, nargs="+", metavar="N", help=about)
@@ -936,7 +952,7 @@ def _experiment_options(parser: Parser) -> None:
     parser.add_argument("--results", type=Path, metavar="DIR", help=about)
     about = "tiny runs in folders of their own, which only show that everything works"
     parser.add_argument("--small", action="store_true", help=about)
-    about = "real, recipe: folders of the data sets, in COCO format: cards=DIR everyday=DIR"
+    about = "newer, real, recipe: folders of the data sets, in COCO format: cards=DIR everyday=DIR"
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=DIR", help=about)
     about = "recipe: weights of the baseline's backbone (default: the bundled ones, trained on COCO)"
     parser.add_argument("--weights", metavar="FILE", help=about)
