@@ -169,7 +169,7 @@ def test_wrong_input_is_one_clear_error(
 
 def test_options_of_the_study_are_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment", "stages", "--arms", "ema"]) == 2
-    assert "options of the studies real, recipe and relations" in capsys.readouterr().err
+    assert "options of the studies newer, real, recipe and relations" in capsys.readouterr().err
 
 
 @pytest.mark.slow

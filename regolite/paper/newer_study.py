@@ -20,10 +20,13 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from regolite.data import open_data
 from regolite.data.coco import find_annotations
@@ -38,6 +41,8 @@ from regolite.paper import queue, runner
 from regolite.paper.recipe_study import PROTOCOL, WEIGHTS
 from regolite.paper.statistics import read_results
 from regolite.training import RunConfig
+from regolite.types import ImageBatch
+from regolite.utils.devices import constant
 
 SEEDS = (0, 1)
 EVERYDAY = configure("rego_deformable_detr_everyday")
@@ -80,33 +85,44 @@ def detector(arm: str, num_classes: int) -> Detector:
     return model
 
 
+class RtDetrBackbone(nn.Module):
+    """Our own backbone as an RT-DETR of transformers calls it: on pixels in [0, 1], without a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Backbone("mobilenet_v2", (3, 4, 5), WEIGHTS, frozen_stages=2, mask_padding=False)
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> SimpleNamespace:
+        """The maps of strides 8, 16 and 32."""
+        mean, deviation = (
+            constant(values, pixels.device, pixels.dtype)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        mask = torch.zeros_like(pixels[:, 0], dtype=torch.bool)
+        sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
+        maps = self.network(ImageBatch((pixels - mean) / deviation, mask, sizes))
+        return SimpleNamespace(feature_maps=[one.tensor for one in maps])
+
+
 def rt_detr(num_classes: int) -> Detector:
     """RT-DETR of transformers, with the size and the backbone of our own detectors.
 
-    Its MobileNetV2 is timm's, whose layers come in the same order as torchvision's.
+    The backbone is put in place of a network of transformers with the same channels.
     """
     import transformers
 
-    network = transformers.TimmBackboneConfig(
-        backbone="mobilenetv2_100", out_indices=[2, 3, 4], use_pretrained_backbone=False
-    )
+    channels = [32, 96, 320]
+    network = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, *channels], depths=[1] * 4, layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
     model = transformers.RTDetrForObjectDetection(
         transformers.RTDetrConfig(
             backbone_config=network, num_labels=num_classes, num_queries=100, d_model=128, dropout=0.0, num_denoising=0,
-            encoder_hidden_dim=128, encoder_in_channels=[32, 96, 320], decoder_in_channels=[128] * 3,
+            encoder_hidden_dim=128, encoder_in_channels=channels, decoder_in_channels=[128] * 3,
             encoder_layers=1, decoder_layers=3, encoder_ffn_dim=512, decoder_ffn_dim=512,
         )
     )  # fmt: skip
-    theirs = model.model.backbone.model._backbone
-    with torch.no_grad():
-        ours = Backbone("mobilenet_v2", weights=WEIGHTS).body.state_dict().values()
-        own = [tensor for name, tensor in theirs.state_dict().items() if "num_batches_tracked" not in name]
-        for tensor, value in zip(own, ours, strict=True):
-            tensor.copy_(value)
-        # RT-DETR takes pixels in [0, 1]: normalize in the first convolution and its batch normalization.
-        mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        theirs.conv_stem.weight /= deviation
-        theirs.bn1.running_mean += (theirs.conv_stem.weight * mean).sum((1, 2, 3))
+    model.model.backbone.model = RtDetrBackbone()
     return adapt(model)
 
 
