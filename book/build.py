@@ -109,6 +109,11 @@ def gather() -> None:
         write(name, linked_pages(TERM.sub(anchored, text) if text == glossary else text))
         linked |= targets(text, name.parent)
         guides.append("/" + name.with_suffix("").as_posix())
+    from book.reproduction import render
+
+    report = render(SOURCE / "book")
+    write("book/reproduction.md", linked_pages(report))
+    linked |= targets(report, Path("book"))
     for name in linked:
         if (ROOT / name).is_file() and not (SOURCE / name).exists():
             (SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
@@ -314,6 +319,7 @@ def write(name: str | Path, text: str) -> None:
 
 def main() -> int:
     """Gather the sources and run Sphinx on them, its warnings being errors."""
+    sys.path.insert(0, str(ROOT))  # this file is run as a script, and imports its neighbors
     gather()
     gather_slides(BUILD / "slides")
     book = sphinx("html", SOURCE, BUILD / "html")
@@ -326,7 +332,6 @@ def main() -> int:
 
 def explainer(folder: Path) -> None:
     """Make REGO Explainer, which links to the chapters of the book around it."""
-    sys.path.insert(0, str(ROOT))  # this file is run as a script
     from book.explainer.build import build
 
     build(folder, book="../notebooks/")

@@ -382,6 +382,12 @@ class TestBookSite:
             linked += found
         assert len(linked) > 100 and set(linked) <= set(entries)
 
+    def test_has_the_reproduction_study_with_its_figures(self, book: Path):
+        page = (book / "book" / "reproduction.html").read_text("utf-8")
+        shown = re.findall(r'<img alt="([^"]{20,})"[^>]* src="([^"]+)"', page)
+        assert len(shown) == 2 and all((book / "book" / file).resolve().is_file() for _, file in shown)
+        assert "book/reproduction.html" in (book / "index.html").read_text("utf-8")
+
     def test_needs_no_network(self, book: Path):
         for page in book.rglob("*.html"):
             loaded = re.findall(
