@@ -1,11 +1,12 @@
-"""REGO on newer detectors: does it still help on top of DINO's training, and on an RT-DETR?
+"""REGO on newer detectors: does it still help on top of denoising, and on an RT-DETR?
 
 Every detector is trained alone and with REGO, on photographs, for the same CPU time and with the same settings. With
 REGO a step costs more, so that fewer steps are made: a gain of REGO here is a gain at equal cost. What the detector
 inside REGO reaches without its stages is reported too.
 
-- ``cards`` (``regolite data cards``): the two-stage Deformable DETR, and the same with DINO's training (query
-  denoising, mixed query selection, look forward twice).
+- ``cards`` (``regolite data cards``): the two-stage Deformable DETR; the same with DINO's training (query denoising,
+  mixed query selection, look forward twice); and the everyday detector (denoising, queries from tokens, one decoder
+  layer).
 - ``everyday``: RT-DETR of transformers at laptop size, with the backbone and the backbone weights of our own detectors.
   What transformers does in training only (its own denoising) is left out; losses and matching are ours.
 
@@ -68,6 +69,7 @@ class Pair:
 PAIRS: dict[str, Pair] = {
     "two_stage": Pair("two-stage Deformable DETR", "cards", 8.0, "deformable_detr_two_stage_tiny"),
     "dino": Pair("the same with DINO's training", "cards", 8.0, "dino_tiny"),
+    "tokens": Pair("the everyday detector", "cards", 8.0, "deformable_detr_everyday"),
     "rt_detr": Pair("RT-DETR of transformers", "everyday", 20.0),
 }
 ARMS = {f"{prefix}{name}": pair for name, pair in PAIRS.items() for prefix in ("", "rego_")}
