@@ -232,16 +232,13 @@ def from_config(config: TransformersConfig, num_classes: int) -> TransformersDet
     """
     transformers = _transformers()
     try:
-        described = json.loads(config.json)
+        described = json.loads(config.json, object_hook=_offline)
         if not isinstance(described, dict):
             raise UserError(f"it is {shown(described)}, and no JSON object")
         _check_numbers(described, "it")
     except (ValueError, RecursionError) as error:
         raise UserError(f"the configuration of this {shown(config.model_type)} cannot be used: {error}") from error
     try:
-        for part in (described, described.get("backbone_config") or {}):
-            if "use_pretrained_backbone" in part:
-                part["use_pretrained_backbone"] = False
         theirs = transformers.AutoConfig.for_model(config.model_type, **_without(described, "model_type"))
         if theirs.num_labels != num_classes:
             theirs.num_labels = num_classes
@@ -251,6 +248,12 @@ def from_config(config: TransformersConfig, num_classes: int) -> TransformersDet
             f"transformers {transformers.__version__} can't build this {config.model_type} ({error}); install the "
             f"version that it was saved with ({described.get('transformers_version', 'unknown')})"
         ) from error
+
+
+def _offline(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a configuration, changed so that no weights and no attention kernel are downloaded."""
+    part = _without(part, "attn_implementation", "_attn_implementation")
+    return part | {"use_pretrained_backbone": False} if "use_pretrained_backbone" in part else part
 
 
 def _check_numbers(value: Any, name: str) -> None:

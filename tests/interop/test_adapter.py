@@ -439,6 +439,13 @@ def test_detects_in_a_image():
     assert len(found) == 5 and found.boxes_xyxy.isfinite().all()
 
 
+def test_a_checkpoint_downloads_no_attention_kernel():
+    config = adapt(make(detr())).model_config.detector
+    described = json.loads(config.json) | {"attn_implementation": "someone/kernel"}
+    again = from_config(replace(config, json=json.dumps(described)), CLASSES)
+    assert again.model.config._attn_implementation == "sdpa"
+
+
 def test_category_ids_are_cocos():
     assert adapt(make(detr(num_labels=91))).model_config.category_ids == tuple(range(91))
     names = {i: "person" if i == 0 else f"class {i}" for i in range(80)}
