@@ -19,6 +19,16 @@ Families differ in three respects, listed in :data:`FAMILIES`:
   beyond 1. Vision transformers whose attention is split into windows (LW-DETR, RF-DETR) divide the whole batch among
   their windows, so that the wrapper pads it further.
 
+The classes of an image-text detector (Grounding DINO) are words of a prompt. With a fixed prompt it is a detector of
+these classes like any other; its text encoder runs in every forward pass::
+
+    base = regolite.interop.adapt(model, classes=("cat", "traffic light"), tokenizer=processor.tokenizer)
+
+Such a model predicts a logit for each token of "cat. traffic light.". The wrapper takes the mean probability of the
+tokens of a class as its probability, as Grounding DINO (``demo/test_ap_on_coco.py``), MM Grounding DINO (mmdetection)
+and GLIP do to evaluate AP. The post-processing of transformers has no classes: it scores a box by the maximum over all
+tokens.
+
 What transformers does in training only is left out: RT-DETR's noised queries, and the groups of queries of LW-DETR and
 RF-DETR, of which the first one is used, as at inference. So are the reading order and the masks of PP-DocLayout.
 """
@@ -29,14 +39,14 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from regolite.boxes import inverse_sigmoid
@@ -54,6 +64,9 @@ from regolite.utils.validation import shown, whole
 HuggingFaceModel = Any
 """A ``transformers.PreTrainedModel``; transformers is optional and does not type the parts of its models."""
 
+Tokenizer = Callable[[str], Mapping[str, Any]]
+"""A tokenizer of transformers: from a text, ``input_ids`` among others."""
+
 
 @dataclass(frozen=True)
 class TransformersConfig(DetectorConfig):
@@ -62,13 +75,22 @@ class TransformersConfig(DetectorConfig):
     Attributes:
         model_type: its family by transformers' name: ``detr``, ``conditional_detr``, ...
         json: its complete configuration as written by transformers.
+        tokens: of an image-text detector, the token ids of its prompt.
+        token_labels: of each token the label of its class, or -1 between classes.
     """
 
     model_type: str
     json: str
+    tokens: tuple[int, ...] = ()
+    token_labels: tuple[int, ...] = ()
 
 
-def adapt(model: HuggingFaceModel, num_classes: int | None = None) -> TransformersDetector:
+def adapt(
+    model: HuggingFaceModel,
+    num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> TransformersDetector:
     """Wrap a detector of transformers as a base detector of REGO.
 
     Args:
@@ -76,15 +98,31 @@ def adapt(model: HuggingFaceModel, num_classes: int | None = None) -> Transforme
             the model.
         num_classes: number of classes. If the model has another number, it is copied and the class heads of the copy
             are re-initialized, with a warning: an initialization for fine-tuning.
+        classes: of an image-text detector only, the names of the classes, which make its prompt. A checkpoint contains
+            their tokens, so that it can be loaded without the tokenizer.
+        tokenizer: of an image-text detector only, its tokenizer: ``processor.tokenizer``.
 
     Returns:
         The detector, with a ``model_config`` of the model's own classes, so that it can detect, be evaluated, trained,
         saved and loaded. Classes without names are called ``LABEL_0``, ..., as in transformers.
 
     Raises:
-        UserError: the model is not a detector of transformers, or its family is not supported.
+        UserError: the model is not a detector of transformers, or its family is not supported; or the classes cannot be
+            a prompt of the model.
     """
     family = _family(model)
+    if family.prompted:
+        if classes is None or tokenizer is None or num_classes is not None:
+            raise UserError(
+                f"the classes of transformers' {model.config.model_type!r} are words of a prompt: give adapt(model, "
+                "classes=('cat', 'traffic light'), tokenizer=processor.tokenizer), without num_classes"
+            )
+        return TransformersDetector(model, *_prompt(model, classes, tokenizer), classes)
+    if classes is not None or tokenizer is not None:
+        raise UserError(
+            "classes and tokenizer make the prompt of an image-text detector, and transformers' "
+            f"{model.config.model_type!r} has none: leave them out"
+        )
     if num_classes is not None and num_classes != model.config.num_labels:
         model = _with_fresh_heads(model, num_classes, family)
     return TransformersDetector(model)
@@ -95,6 +133,9 @@ class TransformersDetector(Detector):
 
     Args:
         model: the model of transformers.
+        tokens: of an image-text detector, the token ids of its prompt.
+        token_labels: of each token the label of its class, or -1 between classes.
+        classes: of an image-text detector, the names of the classes.
 
     Its attributes are those of :class:`~regolite.models.detector.Detector`.
 
@@ -104,25 +145,39 @@ class TransformersDetector(Detector):
 
     family: Family
     model: HuggingFaceModel
+    tokens: Int[Tensor, "T"]
+    positions: Int[Tensor, "K n"]
+    absent: Bool[Tensor, "K n"]
 
-    def __init__(self, model: HuggingFaceModel) -> None:
+    def __init__(
+        self,
+        model: HuggingFaceModel,
+        tokens: Sequence[int] = (),
+        token_labels: Sequence[int] = (),
+        classes: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.family = family = _family(model)
         self.model, config = model, model.config
+        if family.prompted:
+            self._set_prompt(tokens, token_labels)
+        else:
+            classes = [str(config.id2label.get(label, label)) for label in range(config.num_labels)]
         self.dim = getattr(config, "d_model", None) or config.hidden_size
         self.heads = getattr(config, "decoder_attention_heads", None) or config.decoder_self_attention_heads
         self.scoring = family.scoring
-        self.num_logits = config.num_labels + (family.scoring == "softmax")
+        self.num_logits = len(self.positions) if family.prompted else len(classes) + (family.scoring == "softmax")
         self.projected = family.pyramid is not None
         self.has_unused_parameters = any(re.search(family.unused, name) for name, _ in model.named_parameters())
         self.feature_channels = [channels for _, channels in self._map_makers()]
-        classes = tuple(str(config.id2label.get(label, label)) for label in range(config.num_labels))
         self.model_config = ModelConfig(
             f"transformers:{config.model_type}",
-            TransformersConfig(config.model_type, json.dumps(config.to_dict(), sort_keys=True)),
+            TransformersConfig(
+                config.model_type, json.dumps(config.to_dict(), sort_keys=True), tuple(tokens), tuple(token_labels)
+            ),
             loss=LossConfig(label=1.0, label_cost=1.0) if family.scoring == "softmax" else LossConfig(),
             image_size=family.image_size,
-            classes=classes,
+            classes=tuple(classes),
             category_ids=_category_ids(classes),
         )
 
@@ -139,18 +194,59 @@ class TransformersDetector(Detector):
                 constant(v, pixels.device, pixels.dtype)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
             )
             pixels = (pixels * deviation + mean).masked_fill(images.mask[:, None], 0.0)
-        options = {"output_hidden_states": True} if family.asks_states else {}
+        options: dict[str, Any] = {"output_hidden_states": True} if family.asks_states else {}
+        if family.prompted:
+            options["input_ids"] = self.tokens.expand(len(pixels), -1)
         with (
             _recorded_outputs([module for module, _ in self._map_makers()]) as outputs,
             _training_flags(family.training_flags(self.model.model)),
         ):
             out = self.model.model(pixels, pixel_mask=(~images.mask).long(), return_dict=True, **options)
         layers, proposals, references = family.read(self.model, out)
+        if family.prompted:
+            layers = [replace(p, logits=self._class_logits(p.logits)) for p in layers]
         if not family.masks_padding:
             layers = [Prediction(p.logits, _unpad(p.boxes, images)) for p in layers]
             references = None if references is None else _unpad(references, images)
         maps = _feature_maps(outputs, images, family.patch(self.model.config))
         return DetectorOutput(layers, out.last_hidden_state, maps, proposals, references=references)
+
+    def _set_prompt(self, tokens: Sequence[int], token_labels: Sequence[int]) -> None:
+        """Keep the tokens of the prompt, and the positions of those of each class.
+
+        Raises:
+            UserError: they are no prompt of this model.
+        """
+        config = self.model.config
+        vocabulary = config.text_config.vocab_size
+        longest = min(config.max_text_len, config.text_config.max_position_embeddings)
+        if len(tokens) > longest:
+            raise UserError(f"the prompt of the classes has {len(tokens)} tokens, and the model takes {longest}")
+        if len(tokens) != len(token_labels) or not all(0 <= token < vocabulary for token in tokens):
+            raise UserError(f"each token of a prompt has a label, and a number from 0 to {vocabulary - 1}")
+        rows = [
+            [position for position, other in enumerate(token_labels) if other == label]
+            for label in range(max(token_labels, default=-1) + 1)
+        ]
+        if not rows or not all(rows):
+            raise UserError("each class needs a token of the prompt")
+        most = max(map(len, rows))
+        buffers = {
+            "tokens": list(tokens),
+            "positions": [row + [0] * (most - len(row)) for row in rows],
+            "absent": [[i >= len(row) for i in range(most)] for row in rows],
+        }
+        for name, values in buffers.items():  # the configuration has them, so that the weights need not
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+
+    def _class_logits(self, logits: Float[Tensor, "B Q _t"]) -> Float[Tensor, "B Q K"]:
+        """The logit of the mean probability of the tokens of each class, from the logits of all tokens."""
+
+        def log_sum(x: Tensor) -> Tensor:  # of probabilities; no precision is lost where they are nearly 0 or 1
+            return F.logsigmoid(x).masked_fill(self.absent, -math.inf).logsumexp(-1)
+
+        logits = logits[..., self.positions]  # [B, Q, K, tokens]
+        return log_sum(logits) - log_sum(-logits)
 
     def padded(self, images: ImageBatch) -> ImageBatch:
         """The batch, padded further at the right and at the bottom where the model's windows need it."""
@@ -232,25 +328,38 @@ def from_config(config: TransformersConfig, num_classes: int) -> TransformersDet
     """
     transformers = _transformers()
     try:
-        described = json.loads(config.json)
+        described = json.loads(config.json, object_hook=_offline)
         if not isinstance(described, dict):
             raise UserError(f"it is {shown(described)}, and no JSON object")
         _check_numbers(described, "it")
+        text = described.get("text_config")
+        if text is not None and not (isinstance(text, dict) and text.get("model_type") == "bert"):
+            raise UserError("its text encoder is not BERT, whose tokens separate the classes of a prompt")
+        if config.token_labels and max(config.token_labels) + 1 != num_classes:
+            raise UserError(f"its prompt has {max(config.token_labels) + 1} classes, not {num_classes}")
     except (ValueError, RecursionError) as error:
         raise UserError(f"the configuration of this {shown(config.model_type)} cannot be used: {error}") from error
     try:
-        for part in (described, described.get("backbone_config") or {}):
-            if "use_pretrained_backbone" in part:
-                part["use_pretrained_backbone"] = False
         theirs = transformers.AutoConfig.for_model(config.model_type, **_without(described, "model_type"))
         if theirs.num_labels != num_classes:
             theirs.num_labels = num_classes
-        return TransformersDetector(transformers.AutoModelForObjectDetection.from_config(theirs))
+        family = FAMILIES.get(config.model_type)
+        task = "ZeroShotObjectDetection" if family is not None and family.prompted else "ObjectDetection"
+        model = getattr(transformers, f"AutoModelFor{task}").from_config(theirs)
+        return TransformersDetector(model, config.tokens, config.token_labels)
+    except UserError:
+        raise
     except Exception as error:  # an unchecked configuration may raise anything in their code
         raise UserError(
             f"transformers {transformers.__version__} can't build this {config.model_type} ({error}); install the "
             f"version that it was saved with ({described.get('transformers_version', 'unknown')})"
         ) from error
+
+
+def _offline(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a configuration, changed so that no weights and no attention kernel are downloaded."""
+    part = _without(part, "attn_implementation", "_attn_implementation")
+    return part | {"use_pretrained_backbone": False} if "use_pretrained_backbone" in part else part
 
 
 def _check_numbers(value: Any, name: str) -> None:
@@ -282,9 +391,9 @@ ATTENTIONS = (
 
 
 def _attention_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module | None]]:
-    """The layers of encoders and decoders with their attention modules; layers of a backbone are excluded."""
+    """The layers of encoders and decoders with their attention modules, without those of backbones and of text."""
     for name, child in model.named_children():
-        if name == "backbone":
+        if name in ("backbone", "text_backbone", "text_enhancer_layer"):
             continue
         parts = dict(child.named_children())
         for among, cross in ATTENTIONS:
@@ -323,6 +432,7 @@ class Family:
         unused: pattern of the names of parameters that get no gradient, because ours trains without what they do.
         training_flags: of a base model, modules whose flag ``training`` is set during its forward pass, in training and
             at inference alike.
+        prompted: whether its classes are words of a prompt. The logits of ``read`` are then of the prompt's tokens.
     """
 
     read: Read
@@ -334,8 +444,9 @@ class Family:
     image_size: int = 800
     canvas: Callable[[Any, int, int], tuple[int, int]] = lambda config, height, width: (height, width)
     patch: Callable[[Any], int | None] = lambda config: None
-    unused: str = "denoising"
+    unused: str = r"denoising|\.swin\.layernorm\."
     training_flags: Callable[[HuggingFaceModel], dict[nn.Module, bool]] = lambda base: {}
+    prompted: bool = False
 
 
 def _read_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None, None]:
@@ -404,6 +515,23 @@ def _read_lw_detr(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], 
     return layers, None, references
 
 
+def _read_grounding_dino(model: HuggingFaceModel, out: Any) -> tuple[list[Prediction], None, References]:
+    """Each layer corrects the box of the previous layer, and compares its queries with the tokens of the prompt.
+
+    The first prediction is that of the encoder's selected proposals, which DINO trains like a decoder layer.
+    """
+    text, scores = out.encoder_last_hidden_state_text, out.enc_outputs_class
+    selected = scores.amax(-1).topk(model.config.num_queries).indices[..., None]
+    boxes = out.enc_outputs_coord_logits.take_along_dim(selected, 1).sigmoid()
+    layers = [Prediction(scores.take_along_dim(selected, 1), boxes)]
+    unmasked = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    references = [out.init_reference_points, *out.intermediate_reference_points.unbind(1)]
+    for i, (h, reference) in enumerate(zip(out.intermediate_hidden_states.unbind(1), references)):
+        boxes = (model.bbox_embed[i](h) + torch.special.logit(reference, eps=1e-5)).sigmoid()
+        layers.append(Prediction(model.class_embed[i](h, text, unmasked), boxes))
+    return layers, None, out.init_reference_points
+
+
 def _first_group(base: HuggingFaceModel) -> dict[nn.Module, bool]:
     """LW-DETR's model and self-attention split queries into groups where they train."""
     return {base: False, **{layer.self_attn: False for layer in base.decoder.layers}}
@@ -436,6 +564,7 @@ _RT_DETR = Family(
 )
 # Their decoders predict after each layer if they train, otherwise after the last one only.
 _D_FINE = replace(_RT_DETR, training_flags=lambda base: {base.decoder: True})
+_GROUNDING_DINO = Family(_read_grounding_dino, pyramid="input_proj_vision", prompted=True)
 _LW_DETR = Family(
     _read_lw_detr,
     pyramid="backbone.projector.scale_layers",
@@ -465,13 +594,16 @@ FAMILIES = {
         canvas=_square_windows,
         patch=lambda config: config.backbone_config.patch_size,
     ),
+    "grounding-dino": _GROUNDING_DINO,
+    "mm-grounding-dino": _GROUNDING_DINO,
 }
 """The families of detectors that :func:`adapt` supports, by transformers' ``model_type``."""
 
 UNSUPPORTED = {
     "yolos": "it has no decoder",
     "pp_doclayout_v4": "it predicts classes after its last layer only",
-} | dict.fromkeys(("grounding-dino", "mm-grounding-dino", "omdet-turbo"), "its classes are words of a prompt")
+    "omdet-turbo": "its classes and its task are separate prompts",
+}
 """Other detectors of transformers, and why they are not supported."""
 
 
@@ -563,10 +695,46 @@ def _family(model: HuggingFaceModel) -> Family:
     if kind not in FAMILIES:
         reason = f", since {UNSUPPORTED[kind]}" if kind in UNSUPPORTED else ""
         raise UserError(f"transformers' {kind!r} is not supported{reason}; choose one of {', '.join(FAMILIES)}")
-    wanted = transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING[type(model.config)]
+    task = "ZERO_SHOT_OBJECT_DETECTION" if FAMILIES[kind].prompted else "OBJECT_DETECTION"
+    wanted = getattr(transformers, f"MODEL_FOR_{task}_MAPPING")[type(model.config)]
     if not isinstance(model, wanted):
         raise UserError(f"a {type(model).__name__} has no heads for detection: give a {wanted.__name__}")
     return FAMILIES[kind]
+
+
+def _prompt(model: HuggingFaceModel, classes: Sequence[str], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt "cat. traffic light.", and of each the label of its class, or -1 between classes.
+
+    The model itself separates phrases at these tokens: words of different classes do not attend to each other.
+
+    Raises:
+        UserError: the classes are not different names, a name is not one phrase, or the tokenizer is another model's.
+    """
+    if not callable(tokenizer) or hasattr(tokenizer, "image_processor"):
+        raise UserError(f"tokenizer={shown(tokenizer)} is not the model's tokenizer: give processor.tokenizer")
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"classes={shown(classes)} is not a list of names, as ('cat', 'traffic light')")
+    phrases = [name.strip().lower() for name in classes]  # as their processor prepares them
+    if not phrases or len(set(phrases)) < len(phrases):
+        raise UserError(f"classes={shown(classes)} must be one or more different names")
+    delimiters = set(model.model.special_tokens.tolist())
+
+    def tokenized(text: str) -> tuple[list[int], list[int]]:
+        tokens = [int(token) for token in tokenizer(text)["input_ids"]]
+        labels, label, inside = [], -1, False
+        for token in tokens:
+            label += not inside and token not in delimiters
+            inside = token not in delimiters
+            labels.append(label if inside else -1)
+        return tokens, labels
+
+    for name, phrase in zip(classes, phrases):
+        if max(tokenized(f"{phrase}.")[1], default=-1) != 0:
+            raise UserError(f"the class {shown(name)} is not one phrase of a prompt: give words without '.' and '?'")
+    tokens, labels = tokenized(" ".join(f"{phrase}." for phrase in phrases))
+    if max(labels) + 1 != len(phrases):
+        raise UserError("the tokenizer does not separate the classes of a prompt: give the model's own")
+    return tokens, labels
 
 
 def _untie(model: nn.Module, together: Callable[[str, str], bool]) -> None:

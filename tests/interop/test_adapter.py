@@ -1,6 +1,7 @@
 """REGO on detectors of transformers: the adapter says what the model says, and REGO trains on top of it."""
 
 import copy
+import functools
 import json
 import logging
 import re
@@ -129,22 +130,70 @@ def rf_detr(**changes):
     return transformers.RfDetrConfig(**(GROUPED | {"backbone_config": vit, "dropout": 0.0} | changes))
 
 
+WORDS = dict(enumerate(("ant", "bee", "eater", "cat", "light", "##house", "eel"), start=1030))
+SPECIAL = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 1012: ".", 1029: "?"}
+NAMES = ("ant", "bee eater", "cat", "Lighthouse", "eel")
+POSITIONS = ([1], [3, 4], [6], [8, 9], [11])
+"""Of each class in the tokens of "[CLS] ant. bee eater. cat. light ##house. eel. [SEP]"."""
+
+
+@functools.cache
+def tokenizer():
+    """With the numbers that BERT's special tokens have in transformers' code."""
+    words = (SPECIAL | WORDS).get
+    return transformers.BertTokenizer({words(i, f"[unused{i}]"): i for i in range(1037)})
+
+
+def grounding_dino(config=transformers.GroundingDinoConfig, backbone=None, **changes):
+    text = transformers.BertConfig(
+        vocab_size=1037, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    backbone = backbone or transformers.ResNetConfig(**NETWORK, out_features=THREE)
+    return config(**(SIZES | {"d_model": DIM, "backbone_config": backbone, "text_config": text} | changes))
+
+
+def mm_grounding_dino(**changes):
+    swin = transformers.SwinConfig(
+        embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2, out_features=["stage2", "stage3", "stage4"]
+    )
+    return grounding_dino(transformers.MMGroundingDinoConfig, swin, **changes)
+
+
+PROMPTED = (grounding_dino, mm_grounding_dino)
 WITH_GROUPS = (lw_detr, rf_detr)
-FURTHER = r"\.enc_out[a-z_]*\.[12]\.|mask|order|pointer"
-"""Parameters of further groups of queries, of the pre-training of RF-DETR's backbone, of masks and reading orders."""
+FURTHER = r"\.enc_out[a-z_]*\.[12]\.|mask|order|pointer|swin\.layernorm"
+"""Parameters of further groups of queries, of the pre-training of RF-DETR's backbone, of masks and reading orders; and
+a norm of Swin's last output, which a backbone does not return."""
 DISTRIBUTIONS = (d_fine, deimv2)
 LAYOUT = (pp_doclayout_v2, pp_doclayout_v3)
 RAW_PIXELS = (rt_detr, rt_detr_v2, *DISTRIBUTIONS, *LAYOUT)
-MULTI_SCALE = (deformable_detr, refined, two_stage, *RAW_PIXELS, *WITH_GROUPS)
+MULTI_SCALE = (deformable_detr, refined, two_stage, *RAW_PIXELS, *WITH_GROUPS, *PROMPTED)
 KINDS = (detr, conditional_detr, dab_detr, table_transformer, *MULTI_SCALE)
-MORE_LAYERS = dict.fromkeys((*RAW_PIXELS, *WITH_GROUPS), 1) | dict.fromkeys(DISTRIBUTIONS, 2)
+MORE_LAYERS = dict.fromkeys((*RAW_PIXELS, *WITH_GROUPS, *PROMPTED), 1) | dict.fromkeys(DISTRIBUTIONS, 2)
 """Predictions that are trained like those of the decoder layers and come before them."""
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
 def make(config):
     """A random model in evaluation mode whose every output depends on every input."""
-    return shake(transformers.AutoModelForObjectDetection.from_config(config)).eval()
+    task = "ZeroShotObjectDetection" if is_prompted(config) else "ObjectDetection"
+    return shake(getattr(transformers, f"AutoModelFor{task}").from_config(config)).eval()
+
+
+def is_prompted(config):
+    return config.model_type in ("grounding-dino", "mm-grounding-dino")
+
+
+def adapted(model):
+    """The detector; one with a prompt has that of NAMES."""
+    return adapt(model, **({"classes": NAMES, "tokenizer": tokenizer()} if is_prompted(model.config) else {}))
+
+
+def class_logits(logits):
+    """Those of NAMES: the probability of a class is the mean probability of its tokens."""
+    tokens = logits.double().sigmoid()
+    return torch.stack([tokens[..., positions].mean(-1) for positions in POSITIONS], dim=-1).logit().float()
 
 
 def ask(model, images, **more):
@@ -153,6 +202,9 @@ def ask(model, images, **more):
     if model.config.model_type in [kind.__name__ for kind in RAW_PIXELS]:
         mean, deviation = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         pixels = (pixels * deviation + mean).masked_fill(images.mask[:, None], 0.0)
+    if is_prompted(model.config):
+        tokens = tokenizer()([". ".join(NAMES).lower() + "."] * len(images), return_tensors="pt")
+        more |= dict(tokens)
     return model(pixel_values=pixels, pixel_mask=(~images.mask).long(), **more)
 
 
@@ -180,7 +232,7 @@ def images():
 
 @each_kind
 def test_it_satisfies_the_contract_of_detectors(kind, images):
-    detector = adapt(make(kind()))
+    detector = adapted(make(kind()))
     output = check_contract(detector, CLASSES, images)
     assert (output.references is None) == (detector.model.config.model_type in ("detr", "table-transformer"))
     rego = Rego(detector, stages=2, ffn_dim=48).eval()
@@ -193,9 +245,12 @@ def test_it_satisfies_the_contract_of_detectors(kind, images):
 def test_last_layer_is_their_answer_bit_for_bit(kind, images):
     model = make(kind())
     with torch.no_grad():
-        detector = adapt(model)
+        detector = adapted(model)
         theirs, ours = ask(model, detector.padded(images)), detector(images)
-    assert torch.equal(ours.layers[-1].logits, theirs.logits)
+    if kind in PROMPTED:
+        torch.testing.assert_close(ours.layers[-1].logits, class_logits(theirs.logits))
+    else:
+        assert torch.equal(ours.layers[-1].logits, theirs.logits)
     assert torch.equal(ours.layers[-1].boxes, in_image(theirs.pred_boxes, model, images))
     assert torch.equal(ours.queries, theirs.last_hidden_state)
     assert len(ours.layers) == LAYERS + MORE_LAYERS.get(kind, 0)
@@ -210,7 +265,9 @@ def test_layers_are_their_auxiliary_outputs(kind, images):
     model = make(kind(auxiliary_loss=True))
     labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets()]
     with torch.no_grad():
-        theirs, ours = ask(model, images, labels=labels).auxiliary_outputs, adapt(model)(images).layers
+        theirs, ours = ask(model, images, labels=labels).auxiliary_outputs, adapted(model)(images).layers
+    if kind in PROMPTED:  # the encoder's selection has a test of its own
+        theirs, ours = [their | {"logits": class_logits(their["logits"])} for their in theirs], ours[1:]
     if kind in RAW_PIXELS:  # they put the encoder's choice behind the layers, and it comes before them
         theirs = [theirs[-1], *theirs[:-1]]
     assert len(theirs) == len(ours) - 1
@@ -288,6 +345,36 @@ def test_proposals_are_the_encoders(images):
     assert torch.equal(ours.boxes, theirs.enc_outputs_coord_logits.sigmoid())
 
 
+@pytest.mark.parametrize("kind", PROMPTED)
+def test_the_selected_proposals_come_first(kind, images):
+    model = make(kind())
+    with torch.no_grad():
+        theirs, ours = ask(model, images), adapted(model)(images)
+    first = ours.layers[0]
+    assert torch.equal(first.boxes, theirs.encoder_pred_boxes) and torch.equal(ours.references, first.boxes)
+    cells = (first.boxes[:, :, None] - theirs.enc_outputs_coord_logits.sigmoid()[:, None]).abs().sum(-1).argmin(-1)
+    logits = torch.stack([logits[row] for logits, row in zip(theirs.enc_outputs_class, cells)])
+    torch.testing.assert_close(first.logits, class_logits(logits))
+
+
+def test_the_text_encoder_learns_as_slowly_as_the_backbone():
+    detector = adapted(make(grounding_dino()))
+    groups = {name: detector.parameter_group(name) for name, _ in detector.named_parameters()}
+    assert {group for name, group in groups.items() if "text_backbone" in name} == {"backbone"}
+    assert groups["model.model.text_projection.weight"] == "rest"
+
+
+def test_certain_tokens_have_finite_class_logits():
+    """Where a probability rounds to 0 or 1; of "bee eater", the mean of 1 and 0 is a half."""
+    detector, logits = adapted(make(grounding_dino())), torch.zeros(1, 1, 14)
+    logits[..., [1, 3, 4, 8, 9]] = torch.tensor([300.0, 300, -300, -300, -300])
+    logits.requires_grad_(True)
+    found = detector._class_logits(logits)
+    torch.testing.assert_close(found[0, 0], torch.tensor([300.0, 0, 0, -300, 0]))
+    found.sum().backward()
+    assert logits.grad.isfinite().all() and (logits.grad[..., [0, 2, 13]] == 0).all()
+
+
 def test_boxes_of_rt_detr_are_put_into_the_frame_of_the_image():
     """A box that covers the left half of a padded batch covers an image of that half's width wholly."""
     model = make(rt_detr())
@@ -304,7 +391,7 @@ def test_boxes_of_rt_detr_are_put_into_the_frame_of_the_image():
 
 @each_kind
 def test_maps_double_their_strides_and_carry_the_mask(kind, images):
-    detector = adapt(make(kind()))
+    detector = adapted(make(kind()))
     with torch.no_grad():
         maps = detector(images).features
     first = 14 if kind is rf_detr else 8 if kind in MULTI_SCALE else 4
@@ -377,7 +464,7 @@ def test_the_model_is_left_as_it_was(images):
 def test_rego_on_top_trains_stages_and_base(kind, images):
     model = make(kind())
     model.requires_grad_(True)  # transformers freezes its own ResNets wholly
-    rego = shake(Rego(adapt(model), stages=2, ffn_dim=32)).train()
+    rego = shake(Rego(adapted(model), stages=2, ffn_dim=32)).train()
     loss, terms = SetLoss(rego.model_config.loss, rego.scoring)(rego(images), targets())
     loss.backward()
     assert {"base/giou", "base.1/label", "stage1/l1", "stage2/label"} <= set(terms)
@@ -397,12 +484,12 @@ def test_rego_on_top_trains_stages_and_base(kind, images):
 @each_kind
 def test_saved_and_loaded_it_answers_the_same(kind, images, tmp_path):
     config = kind()
-    config.id2label = {label: name for label, name in enumerate(("ant", "bee", "cat", "dog", "eel"))}
-    rego = Rego(adapt(make(config)), stages=2, ffn_dim=32).eval()
+    config.id2label = dict(enumerate(NAMES))
+    rego = Rego(adapted(make(config)), stages=2, ffn_dim=32).eval()
     save_model(rego, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors")
     assert loaded.model_config == rego.model_config
-    assert loaded.model_config.classes == ("ant", "bee", "cat", "dog", "eel")
+    assert loaded.model_config.classes == NAMES
     with torch.no_grad():
         for ours, again in zip(rego(images).by_stage, loaded(images).by_stage):
             assert torch.equal(ours.logits, again.logits) and torch.equal(ours.boxes, again.boxes)
@@ -437,6 +524,13 @@ def test_detects_in_a_image():
     model.model_config = replace(model.model_config, image_size=64)
     [found] = detect(model, Image.new("RGB", (100, 80)), threshold=0.0, top_k=5)
     assert len(found) == 5 and found.boxes_xyxy.isfinite().all()
+
+
+def test_a_checkpoint_downloads_no_attention_kernel():
+    config = adapt(make(detr())).model_config.detector
+    described = json.loads(config.json) | {"attn_implementation": "someone/kernel"}
+    again = from_config(replace(config, json=json.dumps(described)), CLASSES)
+    assert again.model.config._attn_implementation == "sdpa"
 
 
 def test_category_ids_are_cocos():
@@ -484,11 +578,12 @@ def test_frozen_survives_saving(tmp_path):
 @each_kind
 def test_parameters_without_gradients_are_announced(kind, images):
     """Several processes would wait for them: embeddings of noised queries and groups that our training does not use."""
-    detector = Rego(adapt(make(kind())), stages=1, ffn_dim=48).train()
+    detector = Rego(adapted(make(kind())), stages=1, ffn_dim=48).train()
     loss, _ = SetLoss(detector.base_detector.model_config.loss, detector.scoring)(detector(images), targets())
     loss.backward()
     unused = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
-    assert bool(unused) == detector.has_unused_parameters == (kind in (*RAW_PIXELS, *WITH_GROUPS)), unused
+    expected = kind in (*RAW_PIXELS, *WITH_GROUPS, mm_grounding_dino)
+    assert bool(unused) == detector.has_unused_parameters == expected, unused
     assert all("denoising" in name or re.search(FURTHER, name) for name in unused)
 
 
@@ -653,6 +748,69 @@ def test_what_is_no_supported_detector_is_named():
         adapt(transformers.YolosForObjectDetection(yolos))
     with pytest.raises(UserError, match="a DetrModel has no heads for detection: give a DetrForObjectDetection"):
         adapt(transformers.DetrModel(detr()))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {},
+            r"words of a prompt: give adapt\(model, classes=\('cat', 'traffic light'\), tokenizer=processor.tokenizer",
+        ),
+        ({"classes": NAMES}, "words of a prompt: give adapt"),
+        ({"tokenizer": None, "num_classes": 2}, "words of a prompt: give adapt"),
+        ({"classes": NAMES, "tokenizer": "bert", "num_classes": 5}, "without num_classes"),
+        ({"classes": "cat", "tokenizer": "bert"}, "classes='cat' is not a list of names"),
+        ({"classes": ["cat", 3], "tokenizer": "bert"}, r"classes=\['cat', 3\] is not a list of names"),
+        ({"classes": (), "tokenizer": "bert"}, r"classes=\(\) must be one or more different names"),
+        ({"classes": ("cat", "Cat "), "tokenizer": "bert"}, "must be one or more different names"),
+        ({"classes": ("cat", " "), "tokenizer": "bert"}, "the class ' ' is not one phrase of a prompt"),
+        ({"classes": ("ant", "bee. eel"), "tokenizer": "bert"}, "the class 'bee. eel' is not one phrase"),
+        ({"classes": NAMES, "tokenizer": "words"}, "the tokenizer does not separate the classes .* the model's own"),
+        ({"classes": NAMES, "tokenizer": "a name"}, "tokenizer='bert-base-uncased' is not the model's tokenizer: give"),
+        ({"classes": NAMES, "tokenizer": "processor"}, "is not the model's tokenizer: give processor.tokenizer"),
+        ({"classes": ("ant " * 70, "eel"), "tokenizer": "bert"}, "has 75 tokens, and the model takes 64"),
+    ],
+)
+def test_what_is_no_prompt_is_one_clear_error(given, said):
+    known = {
+        "bert": tokenizer(),
+        "words": lambda text: {"input_ids": [5 for _ in text.split()]},
+        "a name": "bert-base-uncased",
+        "processor": transformers.ProcessorMixin(),
+    }
+    known["processor"].image_processor = None
+    tokens = known.get(given.get("tokenizer"))
+    with unchecked(), pytest.raises(UserError, match=said):
+        adapt(make(grounding_dino()), **(given | {"tokenizer": tokens}))
+
+
+def test_a_detector_with_classes_takes_no_prompt():
+    with pytest.raises(UserError, match="'detr' has none: leave them out"):
+        adapt(make(detr()), classes=NAMES, tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("forged", "said"),
+    [
+        ({"tokens": (), "token_labels": ()}, "each class needs a token"),
+        ({"token_labels": (-1,) * 14}, "its prompt has 0 classes, not 5"),
+        ({"token_labels": (0, 1, 2, 4, *(-1,) * 10)}, "each class needs a token"),
+        ({"token_labels": (0, 1, 2, 3, 4)}, "each token of a prompt has a label"),
+        ({"tokens": (101, 1037, *(-1,) * 12)}, "a number from 0 to 1036"),
+        ({"tokens": (101,) * 65}, "has 65 tokens, and the model takes 64"),
+        ({"token_labels": (10**9, *(-1,) * 13)}, "its prompt has 1000000001 classes, not 5"),
+        ({"text": "roberta"}, "its text encoder is not BERT"),
+    ],
+)
+def test_a_forged_prompt_is_one_clear_error(forged, said):
+    config = adapted(make(grounding_dino())).model_config
+    if "text" in forged:
+        described = json.loads(config.detector.json)
+        described["text_config"]["model_type"] = forged["text"]
+        forged = {"json": json.dumps(described)}
+    with pytest.raises(UserError, match=said):
+        build(replace(config, detector=replace(config.detector, **forged)))
 
 
 def test_without_transformers_there_is_one_error(monkeypatch):

@@ -10,8 +10,11 @@ from test_adapter import (
     LAYERS,
     MORE_LAYERS,
     MULTI_SCALE,
+    NAMES,
+    PROMPTED,
     RAW_PIXELS,
     WITH_GROUPS,
+    adapted,
     ask,
     dab_detr,
     detr,
@@ -51,9 +54,9 @@ def test_recording_changes_nothing(kind, attention, images):
     model = make(kind())
     if attention:
         model.set_attn_implementation(attention)
-    elif kind not in (dab_detr, table_transformer):  # those two have no other
+    elif kind not in (dab_detr, table_transformer, *PROMPTED):  # those have no other
         assert model.config._attn_implementation == "sdpa"
-    rego = shake(Rego(adapt(model), stages=1, ffn_dim=32)).eval()
+    rego = shake(Rego(adapted(model), stages=1, ffn_dim=32)).eval()
     with torch.inference_mode():
         wanted = rego(images)
         how, hooks = model.config._attn_implementation, hooks_of(rego)  # transformers leaves some of its own
@@ -70,7 +73,7 @@ def test_recording_changes_nothing(kind, attention, images):
     for layer, prediction in enumerate(output.layers[-LAYERS:]):
         assert torch.equal(trace[f"decoder.{layer}.boxes"].boxes, prediction.boxes)
     assert ("proposals" in trace) == (len(output.layers) > LAYERS or output.proposals is not None)
-    assert trace.classes == tuple(f"LABEL_{i}" for i in range(CLASSES))
+    assert trace.classes == (NAMES if kind in PROMPTED else tuple(f"LABEL_{i}" for i in range(CLASSES)))
 
 
 @pytest.mark.parametrize("kind", DENSE, ids=lambda kind: kind.__name__)
@@ -121,11 +124,11 @@ def test_sampling_points_are_those_that_they_read(kind, images, monkeypatch):
         for part in model.modules():
             if type(part).__name__ == "MultiScaleDeformableAttention":
                 part.register_forward_pre_hook(lambda m, args: read.append(args[4:6]))
-    detector = adapt(model)
+    detector = adapted(model)
     with record(detector) as trace, torch.no_grad():
         output = detector(images)
     names = [name for name in names_of(trace) if hasattr(trace[name], "locations")]
-    assert len(names) == len(read) == LAYERS + (kind not in MORE_LAYERS)
+    assert len(names) == len(read) == LAYERS + (kind in PROMPTED or kind not in MORE_LAYERS)
     for name, (locations, weights) in zip(names, read):
         if kind in DISTRIBUTIONS:  # 3, 6 and 3 points: the missing ones have weight 0
             for level, (points, shares) in enumerate(zip(locations, weights)):
@@ -146,6 +149,25 @@ def test_sampling_points_are_those_that_they_read(kind, images, monkeypatch):
     on_map = trace["decoder.0.cross"].references[:, :, 0, :2]
     if kind in RAW_PIXELS:
         torch.testing.assert_close(on_map * scale[:, None], references[..., :2])
+
+
+@pytest.mark.parametrize("kind", PROMPTED, ids=lambda kind: kind.__name__)
+def test_attention_among_queries_is_that_of_a_model_with_text(kind, images):
+    """Attention to text and among text is left out: it has neither names nor records."""
+    model = make(kind())
+    detector = adapted(model)
+    with record(detector) as trace, torch.no_grad():
+        detector(images)
+        among, to_text, to_images = ask(model, images, output_attentions=True).decoder_attentions
+    for layer in range(LAYERS):
+        torch.testing.assert_close(trace[f"decoder.{layer}.self"].weights, among[layer])
+        torch.testing.assert_close(trace[f"decoder.{layer}.cross"].weights, to_images[layer])
+    assert len(names_of(trace)) == 1 + 2 * LAYERS
+    with (
+        pytest.raises(UserError, match=r"names='decoder.0.text' matches no record"),
+        record(detector, "decoder.0.text"),
+    ):
+        pass
 
 
 def test_a_kernel_that_cannot_be_seen_is_refused():
