@@ -325,7 +325,8 @@ def pytest(python, *words):
         # Two workers of one thread each: two cores are busy, and sums come out in the same order on every machine.
         # The files go to the workers in the order of tests/conftest.py, the long ones first.
         words = ["-n", 2, "--dist", "loadfile", "--no-loadscope-reorder", "-q", *words]
-        module(python, "pytest", *words, OMP_NUM_THREADS="1", TMPDIR=folder)
+        path = os.pathsep.join([str(ROOT / "tests" / "without"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        module(python, "pytest", *words, OMP_NUM_THREADS="1", TMPDIR=folder, PYTHONPATH=path)
 
 
 def test(args, rest):

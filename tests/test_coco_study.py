@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import train_in_two
 from test_recipes_dry_run import laptop
 
-from regolite import UserError, train
+from regolite import UserError
 from regolite.cli import main
 from regolite.paper import coco_study
 from regolite.paper.coco_study import CLAIMS, chance, command, order
@@ -87,10 +88,10 @@ def test_a_run_that_fails_ends_the_study_and_what_is_done_is_left_out(
 def test_two_processes_at_laptop_size_and_the_verdicts_of_their_metrics(
     tmp_path: Path, hours: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("regolite.plots.run.draw_run", lambda *_, **__: [])
     monkeypatch.setattr(coco_study, "hours", lambda name, tflops: hours[name])
     for name in (BASE, REGO):
-        train(laptop(name, tmp_path / name / "0", processes=2))
+        (tmp_path / name).mkdir()
+        train_in_two(laptop(name, tmp_path / name / "0"))
     assert main(["coco-study", "--print", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "undecided with 1 seed, which has no interval" in said and "no runs yet" in said

@@ -1,10 +1,9 @@
 """Strict torch.export of every family of detectors; torch.compile of some, with REGO, as one graph."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from small_models import DETECTORS
 
 
@@ -19,6 +18,7 @@ from small_models import DETECTORS
 )
 def test_compiled_and_exported_models_give_the_same_numbers(check, families):
     program = Path(__file__).with_name("compiled.py")
-    done = subprocess.run([sys.executable, str(program), check], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(families)
+    process = Forked(f"import runpy; runpy.run_path({str(program)!r}, run_name='__main__')", check)
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert said.split() == list(families)

@@ -19,6 +19,8 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
+from forked import REGOLITE, Forked
+from small_runs import WITHOUT_FIGURES, fork_two
 
 from regolite.checkpoint import EVERYDAY
 from regolite.cli import main
@@ -141,12 +143,13 @@ def coco(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(place: Path, coco: Path) -> Path:
-    """The run that nothing interrupts, from the command line."""
+    """The run that nothing interrupts, from the command line, by torchrun's rules but without its three Pythons."""
     words = ["train", "--data", str(coco), "--output", str(place / "whole")]
     for name, value in SETTINGS.items():
         if value is not None and value is not False:
             words += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
-    assert main(words) == 0
+    errors = fork_two(WITHOUT_FIGURES + REGOLITE, *words)
+    assert (place / "whole" / "model.safetensors").exists(), errors
     return place / "whole"
 
 
@@ -208,9 +211,9 @@ def test_killed_it_is_dead_and_has_kept_what_it_had(place: Path, broken: Path):
 def test_what_is_left_alone_saves_and_ends(place: Path, coco: Path):
     """When only the one who has started it is killed, nobody would see it go on, and who resumes it would meet it."""
     run = place / "alone"
-    words = ["--data", str(coco), "--output", str(run), "--model", EVERYDAY.stem, "--image-size", "64"]
+    words = ["train", "--data", str(coco), "--output", str(run), "--model", EVERYDAY.stem, "--image-size", "64"]
     words += ["--epochs", "1000", "--evaluate-every", "0", "--log-every", "1", "--batch-size", "2", "--processes", "2"]
-    running = start(place, "regolite", "train", *words)
+    running = Forked(REGOLITE, *words, DRY_RUN=str(place))
     while not ((run / "metrics.jsonl").exists() and '"step": 3,' in (run / "metrics.jsonl").read_text()):
         assert running.poll() is None, running.communicate()[0]
         time.sleep(0.01)

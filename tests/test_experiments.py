@@ -176,7 +176,8 @@ def test_the_chapter_runs_an_experiment_again(tmp_path: Path) -> None:
     chapter, done = ROOT / "notebooks" / "14_paper_in_miniature.ipynb", tmp_path / "14.ipynb"
     words = [sys.executable, "-m", "papermill", str(chapter), str(done), "--cwd", str(tmp_path / "notebooks")]
     words += ["-p", "results", str(RESULTS), "-p", "rerun", "inference", "--no-progress-bar"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
     finished = subprocess.run(words, env=env, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-2000:]
     [cell] = [cell for cell in nbformat.read(done, as_version=4).cells if "if rerun:" in cell.source]

@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from forked import REGOLITE, Forked
 from small_runs import SMALL_RUN
 
 from regolite import UserError, train
@@ -55,26 +56,27 @@ def mark(tmp_path: Path) -> Iterator[str]:
 
 
 def start(mark: str, *words: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: mark, "JUPYTER_PLATFORM_DIRS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, MARK: mark, "JUPYTER_PLATFORM_DIRS": "1"}
     command = [sys.executable, "-c", MAIN, *words]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
-def wait_for_step(run: Path, step: int, running: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, running: subprocess.Popen[str] | Forked) -> None:
     log = run / "metrics.jsonl"
     while not (log.exists() and f'"step": {step},' in log.read_text()):
         assert running.poll() is None, running.communicate()
         time.sleep(0.05)
 
 
-def start_two(mark: str, run: Path, checkpoint_minutes: str) -> subprocess.Popen[str]:
+def start_two(mark: str, run: Path, checkpoint_minutes: str) -> Forked:
     """Two processes that train, some steps after their start."""
-    words = ["regolite", "train", "--data", CONFIG.data, "--model", CONFIG.model, "--output", str(run)]
+    words = ["train", "--data", CONFIG.data, "--model", CONFIG.model, "--output", str(run)]
     words += ["--set", *CONFIG.overrides, "--image-size", "64", "--batch-size", "2", "--processes", "2"]
     words += ["--log-every", "1", "--evaluate-every", "0", "--checkpoint-minutes", checkpoint_minutes]
-    running = start(mark, *words, "--device", "cpu")
+    running = Forked(REGOLITE, *words, "--device", "cpu", **{MARK: mark})
     wait_for_step(run, 3, running)
     return running
 

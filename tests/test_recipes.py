@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import REGOLITE, Forked
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -394,13 +394,12 @@ class TestTable:
 
     @pytest.mark.slow
     def test_whole(self):
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        words = [sys.executable, "-m", "regolite", "recipes", "--data", "coco"]
-        done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=ROOT)
-        assert (done.returncode, done.stderr) == (0, "")
+        process = Forked(REGOLITE, "recipes", "--data", "coco")
+        said, errors = process.communicate()
+        assert (process.returncode, errors) == (0, "")
         for one in RECIPES.values():
-            assert done.stdout.count(one.command("coco") + "\n") == 1
-        wide = [line for line in done.stdout.splitlines() if "--recipe" not in line and len(line) > 112]
+            assert said.count(one.command("coco") + "\n") == 1
+        wide = [line for line in said.splitlines() if "--recipe" not in line and len(line) > 112]
         assert not wide
 
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from forked import Forked
 from safetensors.torch import load_file
 from small_models import CLASSES, DETECTORS, batch, unchecked
+from small_runs import TRAIN, WITHOUT_FIGURES, fork_two
 from torch.utils._pytree import tree_leaves
 
 from regolite import Rego, RunConfig, UserError, build, evaluate, train
@@ -31,7 +27,6 @@ from regolite.training.metrics import MEASURED, Meter, peak_memory, timed
 from regolite.types import DetectorOutput, Prediction, Target
 from regolite.utils import distributed
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "dim=32", "heads=4", "detector.ffn_dim=32", "detector.encoder_layers=1", "detector.decoder_layers=1", "queries=8",
     "rego.ffn_dim=32", "stages=1", "detector.dropout=0.0", "rego.dropout=0.0",
@@ -459,28 +454,23 @@ def test_two_tasks_of_slurm_in_parts_train_as_one(config, tmp_path):
     whole = train(config("whole", **changes))
     plan, folder = config(accumulate=2, **changes), tmp_path / "run"
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
-    code = "import json, sys, regolite as r; r.train(r.RunConfig.of(json.load(open(sys.argv[1]))))"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in "01":
+
+    def told(rank, port):
         slurm = SLURM | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2"}
-        slurm |= {"SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        started.append(Forked(code, str(tmp_path / "plan.json"), **slurm))
-    for process in started:
-        process.wait(timeout=300)  # by its result and not by its code: gloo may abort when Python ends
+        return slurm | {"SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    fork_two(TRAIN, str(tmp_path / "plan.json"), told=told)
     same(folder, whole, steps=4)
     assert lines(folder, "evaluation") == lines(whole, "evaluation")
 
 
-SPARE = """
+SPARE = f"""{WITHOUT_FIGURES}
 import json, sys
 import torch, regolite
 from regolite.data import open_data
 
 plan = regolite.RunConfig.of(json.load(open(sys.argv[1])))
-sizes = {"dim": 32, "heads": 4, "ffn_dim": 32, "queries": 8, "weights": None, "encoder_layers": 1, "decoder_layers": 1}
+sizes = dict(dim=32, heads=4, ffn_dim=32, queries=8, weights=None, encoder_layers=1, decoder_layers=1)
 model = regolite.build("deformable_detr_scenes", len(open_data("scenes:1").classes), **sizes)
 model.spare = torch.nn.Parameter(torch.zeros(1))  # as RT-DETR has, whose own training alone needs it
 model.has_unused_parameters = True
@@ -495,12 +485,8 @@ finally:
 def test_two_processes_train_a_model_with_parameters_without_gradients(config, tmp_path):
     plan = config(overrides=(), epochs=1)
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
-    (tmp_path / "spare.py").write_text(SPARE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "spare.py"), str(tmp_path / "plan.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert len(lines(tmp_path / "run", "train")) == 4, done.stderr
+    errors = fork_two(SPARE, str(tmp_path / "plan.json"))
+    assert len(lines(tmp_path / "run", "train")) == 4, errors
     assert float(load_file(tmp_path / "run" / "model.safetensors")["spare"]) == 0.0
 
 

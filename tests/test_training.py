@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def save_only_at(monkeypatch, *steps):
     monkeypatch.setattr(State, "save", chosen)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A finished run of one epoch, three steps, that tests may read or copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regolite.plots.run.draw_run", lambda *args, **kwargs: [])
+        return train(replace(CONFIG, output=str(tmp_path_factory.mktemp("once")), epochs=1))
+
+
+@pytest.fixture
+def done(config, once):
+    """A copy of it, in the folder of :func:`config`."""
+    return shutil.copytree(once, Path(config().output))
+
+
 # ------------------------------------------------------------------------------------------------- a run as a whole
 
 
@@ -119,12 +134,11 @@ def test_loss_falls_and_the_run_leaves_what_it_should(config):
     ]  # fmt: skip
 
 
-def test_the_weights_that_a_run_starts_from_are_evaluated_once(config):
-    base = train(config("base", epochs=1))
-    start = {"checkpoint": str(base / "model.safetensors"), "evaluate_start": True}
+def test_the_weights_that_a_run_starts_from_are_evaluated_once(config, once):
+    start = {"checkpoint": str(once / "model.safetensors"), "evaluate_start": True}
     folder = train(config("tuned", epochs=1, **start))
     first, *_, last = lines(folder)
-    [measured] = [line for line in lines(base) if line["kind"] == "evaluation"]
+    [measured] = [line for line in lines(once) if line["kind"] == "evaluation"]
     assert (first["step"], first["split"], last["kind"]) == (0, "val", "evaluation")
     assert first["stages"] == measured["stages"], "the same weights, and the same images"
     train(config("tuned", epochs=2, resume=True, **start))
@@ -138,8 +152,7 @@ def test_same_run_twice_gives_the_same_bytes(config):
     assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
 
 
-def test_a_run_is_not_overwritten(config):
-    train(config(epochs=1))
+def test_a_run_is_not_overwritten(config, done):
     with pytest.raises(UserError, match="holds a run already; go on with it .resume. or give another output folder"):
         train(config(epochs=1))
     (file := config("file").output) and open(file, "w").close()
@@ -147,12 +160,10 @@ def test_a_run_is_not_overwritten(config):
         train(config("file"))
 
 
-def test_validation_and_training_leave_the_callers_generator_to_the_seed_alone(config):
+def test_validation_and_training_leave_the_callers_generator_to_the_seed_alone(config, once):
     """What was drawn before a run does not change it."""
-    torch.rand(7)
-    first = train(config("a", epochs=1))
-    torch.rand(11)
-    assert losses(first) == losses(train(config("b", epochs=1)))
+    torch.manual_seed(1)
+    assert losses(once) == losses(train(config(epochs=1)))
 
 
 def test_average_of_the_weights(config):
@@ -171,8 +182,8 @@ def test_without_clipping_no_norm_is_logged(config):
     assert {line["gradient_norm"] for line in lines(train(config(epochs=1, clip=0.0)))[:3]} == {None}
 
 
-def test_starting_from_another_runs_weights(config):
-    start = train(config("a", epochs=1)) / "model.safetensors"
+def test_starting_from_another_runs_weights(config, once):
+    start = once / "model.safetensors"
     tuned = train(config("b", epochs=1, lr=1e-12, checkpoint=str(start))) / "model.safetensors"
     for name, value in load_file(tuned).items():
         torch.testing.assert_close(value, load_file(start)[name], rtol=0, atol=1e-9)
@@ -239,9 +250,8 @@ def test_damaged_checkpoint_is_passed_over(config, monkeypatch, whole):
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_when_every_checkpoint_is_damaged(config):
-    folder = train(config(epochs=1))
-    for file in (folder / "checkpoints").iterdir():
+def test_when_every_checkpoint_is_damaged(config, done):
+    for file in (done / "checkpoints").iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint in .*checkpoints can be read; delete .* to start anew"):
         train(config(epochs=1, resume=True))
@@ -273,11 +283,9 @@ def test_resuming_with_another_learning_rate_means_it(config):
     assert [line["lr"] for line in lines(folder) if line["kind"] == "train"] == [1e-3] * 3 + [2e-4] * 3
 
 
-def test_resuming_with_another_model_is_refused(config):
-    plan = config(epochs=1)
-    train(plan)
+def test_resuming_with_another_model_is_refused(config, done):
     with pytest.raises(UserError, match="holds a run of another model"):
-        train(replace(plan, overrides=(*SMALL[:5], "queries=9", *SMALL[6:]), resume=True))
+        train(config(epochs=1, overrides=(*SMALL[:5], "queries=9", *SMALL[6:]), resume=True))
 
 
 # -------------------------------------------------------------------------------------------- losses that explode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,11 +16,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.slow
 
-VIEWER = """
-import pathlib, regolite
+# One Python for all, since each imports PyTorch for seconds.
+PROGRAM = """
+import pathlib, runpy, sys
+import regolite
 from ipywidgets.embed import embed_minimal_html
 from regolite.viewers import Explorer
-assert pathlib.Path(regolite.__file__).is_relative_to("SITE"), regolite.__file__
+
+assert pathlib.Path(regolite.__file__).is_relative_to(sys.argv[1]), regolite.__file__
+train = "train --data scenes:4:val=1:size=64 --model rego_deformable_detr_scenes --image-size 64 --batch-size 2 "
+train += "--epochs 1 --device cpu --output run --set queries=8 dim=32 detector.ffn_dim=32 "
+train += "detector.encoder_layers=1 detector.decoder_layers=1 rego.ffn_dim=32"
+for words in (train, "detect photo.png", "explain photo.png --html page.html"):
+    sys.argv[1:] = words.split()
+    try:
+        runpy.run_module("regolite", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, words
 embed_minimal_html("explorer.html", [Explorer(regolite.load(), "photo.png")], drop_defaults=False)
 """
 
@@ -44,20 +57,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-@pytest.fixture
-def run(site: Path, tmp_path: Path):
-    """Run Python in an empty folder with the installed wheel before everything else."""
-    Image.effect_noise((120, 90), 60).convert("RGB").save(tmp_path / "photo.png")
-
-    def python(*words: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(site)}
-        done = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return python
+@pytest.fixture(scope="module")
+def used(site: Path) -> tuple[Path, str]:
+    """An empty folder in which the installed wheel, before everything else, has done its work; and what it said."""
+    folder = site.parent / "used"
+    folder.mkdir()
+    Image.effect_noise((120, 90), 60).convert("RGB").save(folder / "photo.png")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(site)], cwd=folder, env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
 def test_it_holds_the_package_alone(site: Path):
@@ -71,26 +82,18 @@ def test_it_holds_the_package_alone(site: Path):
         assert f"regolite/{name}" in names
 
 
-def test_it_trains_two_steps(run, tmp_path: Path):
-    run(
-        "-m", "regolite", "train", "--data", "scenes:4:val=1:size=64", "--model", "rego_deformable_detr_scenes",
-        "--set", "queries=8", "dim=32", "detector.ffn_dim=32",
-        "detector.encoder_layers=1", "detector.decoder_layers=1", "rego.ffn_dim=32",
-        "--image-size", "64", "--batch-size", "2", "--epochs", "1", "--device", "cpu", "--output", "run",
-    )  # fmt: skip
-    assert (tmp_path / "run" / "model.safetensors").stat().st_size > 0
+def test_it_trains_two_steps(used: tuple[Path, str]):
+    assert (used[0] / "run" / "model.safetensors").stat().st_size > 0
 
 
-def test_it_detects_with_the_weights_that_it_brings(run, tmp_path: Path):
-    assert "photo.png" in run("-m", "regolite", "detect", "photo.png")
-    assert (tmp_path / "found" / "photo.png").exists()
+def test_it_detects_with_the_weights_that_it_brings(used: tuple[Path, str]):
+    folder, said = used
+    assert re.search(r"photo\.png: \d+ objects", said) and (folder / "found" / "photo.png").exists()
 
 
-def test_it_explains_an_image(run, tmp_path: Path):
-    run("-m", "regolite", "explain", "photo.png", "--html", "page.html")
-    assert "createStore" in (tmp_path / "page.html").read_text("utf-8"), "the page brings its scripts"
+def test_it_explains_an_image(used: tuple[Path, str]):
+    assert "createStore" in (used[0] / "page.html").read_text("utf-8"), "the page brings its scripts"
 
 
-def test_it_writes_a_viewers_page(run, site: Path, tmp_path: Path):
-    run("-c", VIEWER.replace("SITE", str(site)))
-    assert "rg-image" in (tmp_path / "explorer.html").read_text("utf-8"), "the page brings the code of the canvas"
+def test_it_writes_a_viewers_page(used: tuple[Path, str]):
+    assert "rg-image" in (used[0] / "explorer.html").read_text("utf-8"), "the page brings the code of the canvas"
