@@ -53,13 +53,23 @@ LIST = """# {title}
 {text}
 
 ```{{toctree}}
-:maxdepth: 1
+:maxdepth: 2
+:includehidden:
+:titlesonly:
 
 {pages}
 ```
 """
 
+INSIDE = """```{{toctree}}
+:hidden:
+
+{pages}
+```"""
+
 PAGE = """# `{module}`
+
+{inside}
 
 {chapters}
 
@@ -125,9 +135,12 @@ def gather() -> None:
     for module in modules:
         name = ".".join(module.with_suffix("").parts).removesuffix(".__init__")
         code = (ROOT / module).read_text("utf-8")
-        write(page_of(module), PAGE.format(module=name, chapters=chapters_of(module, name), code=code))
+        below = [] if in_room(module) else [m for m in modules if in_room(m) and m.parent == module.parent]
+        inside = INSIDE.format(pages=toctree(below)) if below else ""
+        page = PAGE.format(module=name, inside=inside, chapters=chapters_of(module, name), code=code)
+        write(page_of(module), page)
     text = "The reference of the package: what each module offers, the chapters that build it, and its source."
-    pages = "\n".join("/" + page_of(module).removesuffix(".md") for module in modules)
+    pages = toctree([module for module in modules if not in_room(module)])
     write("package/index.md", LIST.format(title="API reference", text=text, pages=pages))
     index = (ROOT / "book" / "index.md").read_text("utf-8")
     image = SOURCE / "data" / "checkpoints" / "everyday_stages.png"
@@ -200,6 +213,16 @@ def course_table() -> str:
 def page_of(module: Path) -> str:
     """The page of a module: ``package/plots/detections.md`` for ``regolite/plots/detections.py``."""
     return "package/" + module.relative_to("regolite").with_suffix(".md").as_posix()
+
+
+def in_room(module: Path) -> bool:
+    """Whether the page of a module stands below that of its package: ``regolite/plots/detections.py``."""
+    return module.name != "__init__.py" and len(module.parts) > 2
+
+
+def toctree(modules: list[Path]) -> str:
+    """The pages of modules, as a table of contents lists them."""
+    return "\n".join("/" + page_of(module).removesuffix(".md") for module in modules)
 
 
 def prepared(notebook: dict, name: Path) -> dict:

@@ -15,6 +15,7 @@ release = metadata.version("regolite")
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design"]
 autodoc_typehints = "none"  # the docstrings say what arguments are; shapes stand in the source below
 autodoc_preserve_defaults = True
+autodoc_use_type_comments = False  # there are none, and the search for them reads every function's source
 napoleon_use_ivar = True
 exclude_patterns = ["course.md", "downloads"]  # a part of index.md; the notebooks as they are stored
 suppress_warnings = [

@@ -455,5 +455,12 @@ class TestBookSite:
         assert 'id="regolite.models.rego.Rego"' in page, "the reference of a class, by its docstring"
         assert 'notebooks/11_recurrent_decoder.html"' in page, "and the chapter that builds it"
         assert "cut_glimpses" in page, "and its source"
+        assert 'href="glimpse.html"' in page and 'href="../losses.html"' in page and "plots/drawing.html" not in page, (
+            "the sidebar has the modules of this room and those of none, not those of other rooms"
+        )
+        listed = (book / "package" / "index.html").read_text("utf-8").partition("<article")[2]
+        for module in FOLDER.parent.glob("regolite/**/*.py"):
+            place = module.relative_to(FOLDER.parent / "regolite").with_suffix(".html").as_posix()
+            assert f'href="{place}"' in listed or module.name == "__main__.py", place
         assert "glossary.html" in (book / "index.html").read_text("utf-8")
         assert 'href="notebooks/solutions/index.html"' in (book / "index.html").read_text("utf-8")
