@@ -192,7 +192,8 @@ def test_the_manifest_describes_the_files(tmp_path, monkeypatch):
 
     def small_runtime(folder, store):
         folder.mkdir(parents=True)
-        (folder / "ort.wasm.gz").write_bytes(b"wasm")
+        for provider in runtime.PROVIDERS:
+            (folder / f"ort.{provider}.gz").write_bytes(provider.encode())
 
     monkeypatch.setattr(build, "_exported", small_model)
     monkeypatch.setattr(build, "write_runtime", small_runtime)
@@ -201,7 +202,9 @@ def test_the_manifest_describes_the_files(tmp_path, monkeypatch):
     build.build(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest["models"]) == {"everyday", "scenes"} and manifest["onnxruntime-web"] == runtime.VERSION
-    for entry in [manifest["runtime"], *(about["file"] for about in manifest["models"].values())]:
+    models = manifest["models"].values()
+    files = [about["file"] for about in models] + [about["check"]["file"] for about in models]
+    for entry in [*manifest["runtimes"].values(), *files]:
         content = (folder / entry["path"]).read_bytes()
         assert entry["bytes"] == len(content) and entry["sha256"] == hashlib.sha256(content).hexdigest()
     model = manifest["models"]["scenes"]

@@ -8,8 +8,8 @@ const LONGEST = 1280; // pixels: larger images are reduced
 const THRESHOLD = 0.3; // least score of an object at first
 const EMPTY = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0); // the smallest WebAssembly module
 
-// `base` is the folder of the model's files, relative to the page.
-export function connect(base = "./") {
+// `base` is the folder of the model's files, relative to the page; `backend` is "webgpu" or "wasm" to force one.
+export function connect(base = "./", backend = null) {
   const folder = new URL(base, document.baseURI);
   const calls = new Map(); // sent to the worker, by number
   const loading = new Map(); // by name: the promise, and who listens to its progress
@@ -50,7 +50,7 @@ export function connect(base = "./") {
     if (!entry) {
       const listeners = [];
       const tell = (progress) => listeners.forEach((listener) => listener(progress));
-      entry = { listeners, promise: call({ call: "load", name }, { tell }) };
+      entry = { listeners, promise: call({ call: "load", name, backend }, { tell }) };
       entry.promise.catch(() => loading.delete(name)); // the next call tries again
       loading.set(name, entry);
     }
@@ -78,9 +78,9 @@ export function connect(base = "./") {
       const run = async () => {
         await load(name);
         const message = { call: "detect", name, pixels, width, height };
-        const { arrays, header, seconds } = await call(message, { transfer: [pixels.buffer] });
+        const { arrays, header, ...how } = await call(message, { transfer: [pixels.buffer] });
         const texts = { name: "image", credit: "", book: "", threshold: THRESHOLD, ...about };
-        return { ...header, ...texts, width, height, arrays, image, seconds };
+        return { ...header, ...texts, width, height, arrays, image, ...how };
       };
       return new Promise((resolve, reject) => {
         waiting?.reject(new DOMException("A newer image was given.", "AbortError"));

@@ -80,6 +80,7 @@ PHOTOS = (
 )
 """Chosen because the stages change something in them; that says nothing about photographs in general."""
 
+SCENES_DATA = "scenes:2000:val=300:context=0.5:max_objects=6"
 SCENES = (42, 53, 22, 1)
 """Images of the validation split that the scenes detector was evaluated on, with balls whose decider matters. In the
 last one the relations point at the decider too."""
@@ -148,7 +149,7 @@ def sources(folder: Path) -> dict[int, str]:
 def scene_examples(book: str) -> list[dict[str, Any]]:
     """Drawn scenes with what the scenes detector made of them, and what each removal changes."""
     model = regolite.load(SCENES_MODEL)
-    dataset = open_data("scenes:2000:val=300:context=0.5:max_objects=6", "val")
+    dataset = open_data(SCENES_DATA, "val")
     found = []
     for number, i in enumerate(SCENES, 1):
         scene = dataset.scene(i)

@@ -18,10 +18,19 @@ INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3j
 """Of the package, as npm's lock files state it."""
 
 FILES = {
-    "dist/ort.wasm.bundle.min.mjs": "ort.mjs",
+    "dist/ort.wasm.bundle.min.mjs": "ort.wasm.mjs",
     "dist/ort-wasm-simd-threaded.wasm": "ort.wasm.gz",
+    "dist/ort.jspi.bundle.min.mjs": "ort.webgpu.mjs",
+    "dist/ort-wasm-simd-threaded.jspi.wasm": "ort.webgpu.gz",
 }
-"""Files of the package that a page needs, and their names there; .gz is compressed, since not every server does it."""
+"""Files of the package that a page needs, and their names there; .gz is compressed, since not every server does it.
+
+A visitor gets one of the two runtimes. That for WebGPU is the build that suspends WebAssembly (JSPI): the one for
+browsers that cannot do this is 2.5 MB larger.
+"""
+
+PROVIDERS = ("wasm", "webgpu")
+"""The runtimes, as onnxruntime-web names what executes a model in them."""
 
 LICENSE = Path(onnxruntime.__file__).with_name("LICENSE")
 """Of the same project: MIT. The package for browsers states it, but does not contain the text."""

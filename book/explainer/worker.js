@@ -1,13 +1,15 @@
-// The model, off the page's thread: fetches the files, keeps them for the next visit, creates sessions and runs them.
+// The model, off the page's thread: fetches the files, keeps them for the next visit, creates sessions and runs them, on
+// the GPU by WebGPU where that works, otherwise on the CPU by WebAssembly.
 // Messages: { id, call: "load" | "detect", ... }; answers: { id, progress }, then { id, result } or { id, error }.
 
-import * as ort from "./runtime/ort.mjs";
 import { resized } from "./resize.js";
 
 const CACHE = "rego-explainer"; // of the browser
+const NEAR = { box: 0.5, score: 0.01 }; // what a side of a box, in pixels, and a score may be apart from PyTorch's
 
 let manifest = null;
-const sessions = new Map(); // by name: the promise of { session, size, provider, seconds }
+let failure = null; // why WebGPU is no longer used
+const sessions = new Map(); // by name: the promise of { session, size, ort, provider, seconds }
 
 self.onmessage = async ({ data: { id, call, ...given } }) => {
   try {
@@ -19,41 +21,82 @@ self.onmessage = async ({ data: { id, call, ...given } }) => {
 };
 
 const CALLS = {
-  async load({ name }, tell) {
-    if (!sessions.has(name)) {
-      const creating = create(name, tell);
-      sessions.set(name, creating);
-      creating.catch(() => sessions.delete(name)); // the next call tries again
-    }
+  async load({ name, backend }, tell) {
+    if (!sessions.has(name)) keep(name, create(name, backend, tell));
     const { provider, seconds } = await sessions.get(name);
-    return { provider, seconds };
+    return { provider, failure, seconds };
   },
 
   async detect({ name, pixels, width, height }) {
-    const { session, size } = await sessions.get(name); // after `load`
+    let made = await sessions.get(name); // after `load`
     const start = performance.now();
-    const { planes, rows, columns } = resized(pixels, width, height, size);
-    const outputs = await session.run({
-      pixels: new ort.Tensor("float32", planes, [1, 3, size, size]),
-      sizes: new ort.Tensor("int64", BigInt64Array.of(BigInt(rows), BigInt(columns)), [1, 2]),
+    const arrays = await answer(made, pixels, width, height).catch(async (error) => {
+      if (made.provider === "wasm") throw error;
+      failure = said(error); // such as a GPU that was reset
+      made = await keep(name, create(name, "wasm", () => {}));
+      return answer(made, pixels, width, height);
     });
-    const arrays = {};
-    for (const [array, { dims, data }] of Object.entries(outputs)) arrays[array] = { shape: [...dims], values: data };
-    return { arrays, header: manifest.models[name].header, seconds: (performance.now() - start) / 1000 };
+    const { provider } = made;
+    const { header } = manifest.models[name];
+    return { arrays, header, provider, failure, seconds: (performance.now() - start) / 1000 };
   },
 };
 
+const said = (error) => error.message || `${error}`; // exceptions of WebAssembly have no message
 const buffersOf = ({ arrays = {} }) => Object.values(arrays).map(({ values }) => values.buffer);
 
-async function create(name, tell) {
+function keep(name, creating) {
+  sessions.set(name, creating);
+  creating.catch(() => sessions.delete(name)); // the next call tries again
+  return creating;
+}
+
+async function answer({ session, size, ort }, pixels, width, height) {
+  const { planes, rows, columns } = resized(pixels, width, height, size);
+  const outputs = await session.run({
+    pixels: new ort.Tensor("float32", planes, [1, 3, size, size]),
+    sizes: new ort.Tensor("int64", BigInt64Array.of(BigInt(rows), BigInt(columns)), [1, 2]),
+  });
+  const arrays = {};
+  for (const [array, { dims, data }] of Object.entries(outputs)) arrays[array] = { shape: [...dims], values: data };
+  return arrays;
+}
+
+// `backend` is "webgpu" or "wasm" where the visitor chose one.
+async function create(name, backend, tell) {
   const start = performance.now();
   manifest ??= await readManifest();
-  const { file, size } = manifest.models[name];
-  const wanted = ort.env.wasm.wasmBinary ? [file] : [file, manifest.runtime];
+  let [made, reason] = [null, failure];
+  if (!failure && (backend === "webgpu" || (backend !== "wasm" && (await hasGPU())))) {
+    try {
+      made = await begin(name, "webgpu", tell);
+    } catch (error) {
+      reason = said(error);
+    }
+  }
+  made ??= await begin(name, "wasm", tell);
+  failure ??= reason; // not where this failed too, as without a network
+  await forgetOthers();
+  return { ...made, seconds: (performance.now() - start) / 1000 };
+}
+
+// Whether there is a GPU that the runtime for WebGPU can use: that runtime needs suspended WebAssembly, and an adapter
+// in software is slower than the other runtime.
+async function hasGPU() {
+  if (!navigator.gpu || !("Suspending" in WebAssembly)) return false;
+  const adapter = await navigator.gpu.requestAdapter().catch(() => null);
+  return adapter !== null && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
+}
+
+async function begin(name, provider, tell) {
+  const { file, size, check } = manifest.models[name];
+  const ort = await import(`./runtime/ort.${provider}.mjs`);
+  const wanted = [file, ...(ort.env.wasm.wasmBinary ? [] : [manifest.runtimes[provider]])];
+  if (provider === "webgpu") wanted.push(check.file);
   const total = wanted.reduce((sum, { bytes }) => sum + bytes, 0);
   const received = wanted.map(() => 0);
   let cached = true;
-  const [model, runtime] = await Promise.all(
+  const contents = await Promise.all(
     wanted.map((entry, n) =>
       read(entry, (bytes, stored) => {
         received[n] = bytes;
@@ -63,15 +106,36 @@ async function create(name, tell) {
     ),
   );
   tell({ phase: "prepare", received: total, total, cached });
-  ort.env.wasm.wasmBinary ??= runtime;
+  ort.env.wasm.wasmBinary ??= contents[1];
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
-  const session = await ort.InferenceSession.create(joined(model), {
-    executionProviders: ["wasm"],
+  const session = await ort.InferenceSession.create(joined(contents[0]), {
+    executionProviders: [provider],
     graphOptimizationLevel: "extended", // little is left to do: browser_model.py has optimized the file
+    logSeverityLevel: 3, // with WebGPU it warns that small operations stay on the CPU
   });
-  await forgetOthers();
+  const made = { session, size, ort, provider };
+  if (provider === "webgpu") await verify(made, check, contents.at(-1));
   tell({ phase: "ready", received: total, total, cached });
-  return { session, size, provider: "wasm", seconds: (performance.now() - start) / 1000 };
+  return made;
+}
+
+// Runs the model on a stored image; an error if its objects are not those of PyTorch (`check_of` in build.py).
+async function verify(made, { width, height, threshold, stages }, pixels) {
+  const { boxes, scores, labels } = await answer(made, pixels, width, height);
+  const [rows, queries] = scores.shape;
+  stages.forEach((objects, n) => {
+    const first = (rows - stages.length + n) * queries;
+    const found = [...scores.values.subarray(first, first + queries).keys()].filter(
+      (query) => scores.values[first + query] >= threshold,
+    );
+    const same = objects.every(({ query, label, score, box }, k) => {
+      const [x, y, w, h] = box.map((side, i) => Math.abs(side - boxes.values[4 * (first + query) + i]));
+      const apart = Math.max((x + w / 2) * width, (y + h / 2) * height);
+      const near = apart < NEAR.box && Math.abs(score - scores.values[first + query]) < NEAR.score;
+      return found[k] === query && labels.values[first + query] === label && near;
+    });
+    if (!same || found.length !== objects.length) throw new Error("this GPU gives another answer than PyTorch.");
+  });
 }
 
 async function readManifest() {
@@ -136,7 +200,8 @@ const openCache = async () => self.caches?.open(CACHE).catch(() => null);
 // Deletes older versions of the files.
 async function forgetOthers() {
   const cache = await openCache();
-  const current = [manifest.runtime, ...Object.values(manifest.models).map(({ file }) => file)].map(addressOf);
+  const models = Object.values(manifest.models).flatMap(({ file, check }) => [file, check.file]);
+  const current = [...Object.values(manifest.runtimes), ...models].map(addressOf);
   for (const request of (await cache?.keys()) ?? []) {
     if (!current.some((address) => request.url.endsWith(`/${address}`))) await cache.delete(request);
   }

@@ -29,7 +29,7 @@ IMAGES = Path(__file__).parents[2] / "data/coco_tiny/images"
 OWN = (433998, 565248)  # two photographs that are not among the examples
 SCENE = 42
 NEAR = 0.5  # pixels
-MOST = 25e6  # bytes of the folder, compressed
+MOST = 25e6  # bytes that a visitor downloads, compressed
 WAIT = 60_000  # milliseconds; two slow cores may be shared
 FIRST, LATER = 15, {"photos": 3, "scenes": 1.5}  # seconds on two cores that are not shared; four times as long may pass
 WINDOW = {"viewport": {"width": 1200, "height": 900}, "reduced_motion": "reduce"}
@@ -346,10 +346,15 @@ def test_it_fits_every_screen_and_anyone_can_use_it(stored, width, scheme):
 # ---------------------------------------------------------------------------------------------------- live, in Chromium
 
 
-def test_the_folder_is_small(explainer):
-    files = [path for path in explainer.rglob("*") if path.is_file()]
+@pytest.mark.parametrize(("provider", "others"), [("wasm", (".webgpu.", ".check.")), ("webgpu", (".wasm.",))])
+def test_a_visitor_downloads_little(explainer, provider, others):
+    """All files but those of the runtime that a visitor does not get."""
+    files = [path for path in explainer.rglob("*") if path.is_file() and not any(part in path.name for part in others)]
+    assert {f"ort.{provider}.gz", f"ort.{provider}.mjs"} == {
+        path.name for path in files if path.name.startswith("ort.")
+    }
     size = sum(len(path.read_bytes() if path.suffix == ".gz" else gzip.compress(path.read_bytes())) for path in files)
-    print(f"\n{size / 1e6:.1f} MB in {len(files)} files")
+    print(f"\n{provider}: {size / 1e6:.2f} MB in {len(files)} files")
     assert size <= MOST
 
 
@@ -647,6 +652,18 @@ def test_where_no_model_runs_that_is_said_and_examples_are_shown(visitor, explai
         page.locator("#choices button").first.click()
         page.locator("#again").wait_for()
         assert not [path for path in server.asked if path.startswith("/worker")]
+
+
+def test_the_page_says_what_the_model_runs_on(visitor, server):
+    """This Chromium has no adapter for WebGPU, so that its runtime fails."""
+    server.asked.clear()
+    with visitor() as context:
+        page = opened(context, f"{server.address}?backend=webgpu#scenes")
+        page.wait_for_selector(MODEL_READY)
+        said, failed = (page.locator(selector).inner_text() for selector in ("#model-said", "#model-failed"))
+    assert re.fullmatch(r"Model: ready in your browser \(wasm, \d+\.\d s\)", said)
+    assert failed.startswith("· WebGPU is not used: ")
+    assert any("ort.webgpu.gz" in path for path in server.asked)
 
 
 # ------------------------------------------------------------------------------------------------------------- Firefox

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from regolite.tracing.recorder import record
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+
+from test_viewers_browser import CHROMIUM, FLAGS  # noqa: E402
 
 from book.explainer import build  # noqa: E402
 from book.explainer.browser_model import RECORDS  # noqa: E402
@@ -44,7 +47,7 @@ def visit(browser, server, folder):
     """Open an empty page of the folder that has the model; the console stays empty."""
     problems, contexts = [], []
 
-    def visit(context=None):
+    def visit(context=None, backend=None):
         if context is None:
             context = browser.new_context()
             contexts.append(context)
@@ -53,8 +56,9 @@ def visit(browser, server, folder):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text))
         page.goto(f"{server.address}blank.html")
-        page.evaluate("""async () => {
-          window.model = (await import("./model.js")).connect();
+        page.evaluate(
+            """async (backend) => {
+          window.model = (await import("./model.js")).connect("./", backend);
           window.told = [];
           window.photo = async (source) => {
             const image = new Image();
@@ -62,7 +66,9 @@ def visit(browser, server, folder):
             await image.decode();
             return image;
           };
-        }""")
+        }""",
+            backend,
+        )
         return page
 
     yield visit
@@ -157,7 +163,7 @@ def test_scenes(visit, tmp_path):
 
 def test_files_are_fetched_once(visit, folder):
     manifest = json.loads((folder / "manifest.json").read_text())
-    files = [manifest["runtime"], *(about["file"] for about in manifest["models"].values())]
+    files = [manifest["runtimes"]["wasm"], *(about["file"] for about in manifest["models"].values())]
     page = visit()
     load(page, "scenes")
     told = page.evaluate("told")
@@ -219,3 +225,126 @@ def test_threads_are_used_where_the_server_allows(visit, headers):
     image = image_of(header)
     print(f"{header['seconds']:.2f} s")
     assert compare(found, expected(regolite.load(), image)[0], image.size) < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------- WebGPU
+
+IN_SOFTWARE = [
+    *(flag for flag in FLAGS if flag != "--disable-gpu"), "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader",
+    "--enable-features=Vulkan",
+]  # fmt: skip
+"""Of Chromium, for WebGPU without a GPU."""
+
+SECONDS = {"scenes": 30, "everyday": 80}
+"""Of CPU time that a model takes there until it is ready."""
+
+COMPUTED_ON_CPU = """
+import * as ort from "./ort.wasm.mjs";
+export const { Tensor, env } = ort;
+let runs = 0;
+export const InferenceSession = {
+  async create(model, options) {
+    if (options.executionProviders[0] !== "webgpu") throw new Error("This is the runtime for WebGPU.");
+    const session = await ort.InferenceSession.create(model, { ...options, executionProviders: ["wasm"] });
+    return {
+      async run(inputs) {
+        const outputs = await session.run(inputs);
+        const change = (name, f) => outputs[name].data.forEach((value, n, all) => (all[n] = f(value)));
+        runs += 1;
+        FAULT;
+        return outputs;
+      },
+    };
+  },
+};
+"""
+"""In place of the runtime for WebGPU: it computes on the CPU, with a fault of a GPU."""
+
+
+def with_gpu(page, folder, fault=""):
+    """Let the page have a runtime for WebGPU that works here, but for a fault."""
+    code, binary = COMPUTED_ON_CPU.replace("FAULT", fault), (folder / "runtime/ort.wasm.gz").read_bytes()
+    page.context.route("**/ort.webgpu.mjs", lambda route: route.fulfill(body=code, content_type="text/javascript"))
+    page.context.route("**/ort.webgpu.gz?*", lambda route: route.fulfill(body=binary))
+
+
+def check_scene(page, tmp_path):
+    """The page answers as PyTorch does; the header of the answer."""
+    SCENES.image(0).save(tmp_path / "scene.png")
+    header, found = detect(page, "scenes", "image/png", (tmp_path / "scene.png").read_bytes())
+    wanted, _ = expected(regolite.load(build.WEIGHTS["scenes"]), SCENES.image(0))
+    assert compare(found, wanted, (128, 128)) < 0.05
+    return header
+
+
+@pytest.fixture(scope="module")
+def in_software(browser):
+    browser = browser.browser_type.launch(executable_path=CHROMIUM, args=IN_SOFTWARE)
+    yield browser
+    browser.close()
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_webgpu_answers_as_torch_does(visit, request, name):
+    """A model is ready with WebGPU only after it has found the objects of an example as PyTorch has."""
+    if not os.environ.get("REGOLITE_WEBGPU") and not (os.environ.get("CI") and name == "scenes"):
+        pytest.skip(f"{SECONDS[name]} seconds of CPU time: set REGOLITE_WEBGPU=1 to run WebGPU in software")
+    in_software = request.getfixturevalue("in_software")
+    with in_software.new_context() as context:
+        page = visit(context, "webgpu")
+        if not page.evaluate("navigator.gpu?.requestAdapter().then(Boolean)"):
+            pytest.skip("this Chromium has no adapter for WebGPU, not even one in software")
+        loaded = load(page, name)
+        print(f"\n{name} with WebGPU in software: ready after {loaded['seconds']:.1f} s")
+        assert (loaded["provider"], loaded["failure"]) == ("webgpu", None)
+
+
+ADAPTER = "Object.defineProperty(navigator, 'gpu', { value: { requestAdapter: async () => (%s) } });"
+GPU = ADAPTER % "{ info: { isFallbackAdapter: false } }"
+
+
+@pytest.mark.parametrize(
+    ("machine", "backend", "tried"),
+    [
+        ("Object.defineProperty(navigator, 'gpu', { value: undefined });", None, ["wasm"]),
+        (ADAPTER % "null", None, ["wasm"]),
+        (ADAPTER % "{ info: { isFallbackAdapter: true } }", None, ["wasm"]),
+        (ADAPTER % "{ info: {}, isFallbackAdapter: true }", None, ["wasm"]),
+        (GPU + "delete WebAssembly.Suspending;", None, ["wasm"]),
+        (GPU, "wasm", ["wasm"]),
+        (GPU, None, ["webgpu", "wasm"]),
+    ],
+)
+def test_which_runtime_is_fetched(visit, server, folder, machine, backend, tried):
+    page = visit(backend=backend)
+    code = machine + (folder / "worker.js").read_text()
+    page.context.route("**/worker.js", lambda route: route.fulfill(body=code, content_type="text/javascript"))
+    page.context.route("**/models/*", lambda route: route.abort())
+    server.asked.clear()
+    said = page.evaluate("model.load('scenes').catch((error) => error.message)")
+    assert said == "models/scenes.onnx.gz could not be fetched: the server does not answer."
+    assert [path for path in server.asked if path.endswith(".mjs")] == [f"/runtime/ort.{name}.mjs" for name in tried]
+
+
+@pytest.mark.parametrize(
+    ("fault", "failure"),
+    [
+        ("change('boxes', (side) => side + 0.005)", "this GPU gives another answer than PyTorch."),  # 0.64 pixels
+        ("throw new Error('the first run failed.')", "the first run failed."),
+    ],
+)
+def test_webgpu_is_left_for_wasm_where_it_fails(visit, folder, fault, failure):
+    page = visit(backend="webgpu")
+    with_gpu(page, folder, fault)
+    loaded = load(page, "scenes")
+    assert (loaded["provider"], loaded["failure"]) == ("wasm", failure)
+
+
+def test_webgpu_that_works_is_used_until_it_fails(visit, folder, tmp_path):
+    page = visit(backend="webgpu")
+    with_gpu(page, folder, "if (runs > 2) throw new Error('the GPU was reset.')")
+    loaded = load(page, "scenes")
+    for found in (loaded, check_scene(page, tmp_path)):
+        assert (found["provider"], found["failure"]) == ("webgpu", None)
+    header = check_scene(page, tmp_path)
+    assert (header["provider"], header["failure"]) == ("wasm", "the GPU was reset.")
