@@ -54,6 +54,9 @@ def offer(folder: Path) -> None:
         json.dumps({"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}), encoding="utf-8"
     )
     (folder / "owner").write_text(str(os.getpid()))
+    # A server has this environment: that of the test which starts it may mark processes that the test kills.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    (folder / "environment").write_text(json.dumps(environment), encoding="utf-8")
     os.environ[FOLDER] = str(folder)
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_PATH")]))
 
@@ -77,7 +80,7 @@ def ask(words: list[str]) -> int:
     with open(f"{words[0]}.lock", "w") as lock, socket.socket(socket.AF_UNIX) as server:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.exists(words[0]):
-            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            environment = json.loads(Path("environment").read_text("utf-8"))
             with log.open("w") as file:
                 subprocess.Popen(
                     [sys.executable, __file__, "--serve", words[0]], env=environment, start_new_session=True,

@@ -350,8 +350,9 @@ def from_config(config: TransformersConfig, num_classes: int) -> TransformersDet
     except UserError:
         raise
     except Exception as error:  # an unchecked configuration may raise anything in their code
+        said = " ".join(str(error).split())  # theirs may have several lines
         raise UserError(
-            f"transformers {transformers.__version__} can't build this {config.model_type} ({error}); install the "
+            f"transformers {transformers.__version__} can't build this {config.model_type} ({said}); install the "
             f"version that it was saved with ({described.get('transformers_version', 'unknown')})"
         ) from error
 
