@@ -334,7 +334,7 @@ def test(args, rest):
     python = activate(args, "1/3")
     style(python, "2/3")
     step("3/3", "tests, and the notebooks by nbval; types by mypy at the same time")
-    words = ["tests", "notebooks", "--nbval", "--nbval-cell-timeout=300"]
+    words = ["tests", "notebooks", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=300"]
     with types(python):
         pytest(python, *words, "--nbval-sanitize-with", "tests/nbval_sanitize.cfg", *rest)
 

@@ -11,13 +11,10 @@ os.environ["REGOLITE_MINE"] = os.devnull  # notebooks use the package's modules,
 
 import importlib.util
 import random
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
-import fork_server
 import matplotlib
 import numpy as np
 import pytest
@@ -53,14 +50,6 @@ def _refuse_network(event: str, args: tuple) -> None:
 
 
 sys.addaudithook(_refuse_network)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Offer quick kernels to all workers, which inherit the environment of the first process."""
-    if not hasattr(config, "workerinput"):
-        folder = tempfile.mkdtemp(prefix="kernels-")
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-        fork_server.offer(Path(folder))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

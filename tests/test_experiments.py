@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fork_server
 import nbformat
 import numpy as np
 import psutil
@@ -175,7 +174,7 @@ def test_the_chapter_runs_an_experiment_again(tmp_path: Path) -> None:
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "data").symlink_to(ROOT / "data")
     chapter, done = ROOT / "notebooks" / "14_paper_in_miniature.ipynb", tmp_path / "14.ipynb"
-    words = fork_server.command("papermill", str(chapter), str(done), "--cwd", str(tmp_path / "notebooks"))
+    words = [sys.executable, "-m", "papermill", str(chapter), str(done), "--cwd", str(tmp_path / "notebooks")]
     words += ["-p", "results", str(RESULTS), "-p", "rerun", "inference", "--no-progress-bar"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}

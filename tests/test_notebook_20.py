@@ -137,9 +137,7 @@ def test_papermill_refuses_a_misspelt_parameter(tmp_path: Path):
     command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(tmp_path / "done.ipynb"), "-p", "epohcs", "3"]
     command += ["--cwd", str(NOTEBOOK.parent), "--no-progress-bar"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path}
-    env.pop("JUPYTER_PATH", None)  # the kernel that everybody has, unlike that of tests/fork_server.py
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "UserError: unknown parameter 'epohcs'; did you mean 'epochs'?"
     assert not (tmp_path / "runs").exists()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import typing
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Optional
 
-import fork_server
 import nbformat
 import papermill
 import pytest
@@ -116,7 +116,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the notebook by papermill in a folder of its own."""
-    command = fork_server.command("papermill", str(NOTEBOOK), str(folder / "done.ipynb"), *words)
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(folder / "done.ipynb"), *words]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
     command += ["--cwd", str(folder), "--no-progress-bar"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import typing
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Optional
 
-import fork_server
 import nbformat
 import papermill
 import pytest
@@ -103,7 +103,7 @@ def test_a_run_that_is_not_there_is_one_clear_error():
 
 
 def papermill_it(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
-    command = fork_server.command("papermill", str(NOTEBOOK), str(tmp_path / "done.ipynb"), *words)
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(tmp_path / "done.ipynb"), *words]
     command += ["--cwd", str(NOTEBOOK.parent), "--no-progress-bar"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=tmp_path)

@@ -58,7 +58,6 @@ def mark(tmp_path: Path) -> Iterator[str]:
 def start(mark: str, *words: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, MARK: mark, "JUPYTER_PLATFORM_DIRS": "1"}
-    environment.pop("JUPYTER_PATH", None)  # a kernel that is a fork of a server shows the server's environment
     command = [sys.executable, "-c", MAIN, *words]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -80,8 +80,7 @@ def jupyterlab(folder):
         f"--ServerApp.root_dir={folder / 'root'}",
     ]  # fmt: skip
     env = os.environ | {name: str(place) for name, place in places.items()} | {"PYTHONPATH": str(ROOT)}
-    for name in ("JUPYTER_TOKEN", "JUPYTER_PATH"):  # its kernel is everybody's, not that of tests/fork_server.py
-        env.pop(name, None)
+    env.pop("JUPYTER_TOKEN", None)
     log = folder / "server.log"
     with log.open("w") as file:
         server = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
