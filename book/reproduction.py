@@ -135,21 +135,18 @@ def _real_table(real: dict[str, Any]) -> str:
 
 def _newer(results: Path) -> tuple[str, Callable[[str], str]]:
     """The table of the study of newer detectors, and the mean gain of REGO on one of them."""
-    found = read_results(results, list(newer_study.ARMS)) if any(results.glob("*.json")) else {}
-    rows, gains = [], {}
-    for name, pair in newer_study.PAIRS.items():
-        alone, rego = found.get(name, {}), found.get(f"rego_{name}", {})
-        for seed in sorted(set(alone) & set(rego)):
-            aps = [alone[seed]["stages"][-1]["AP"], *(rego[seed]["stages"][stage]["AP"] for stage in (0, -1))]
-            gains.setdefault(name, []).append(aps[2] - aps[0])
-            rows.append((pair.about, pair.data, seed, *(f"{ap:.1f}" for ap in aps), f"{aps[2] - aps[0]:+.1f}"))
+    compared = newer_study.compare(results)
+    rows = [
+        (pair.about, pair.data, seed, *(f"{ap:.1f}" for ap in aps), f"{aps[2] - aps[0]:+.1f}")
+        for name, pair in newer_study.PAIRS.items()
+        for seed, aps in compared[name].items()
+    ]
 
     def mean(name: str) -> str:
-        values = gains.get(name, [])
-        return f"{sum(values) / len(values):+.1f}" if values else "not run"
+        gains = [rego - alone for alone, _, rego in compared[name].values()]
+        return f"{sum(gains) / len(gains):+.1f}" if gains else "not run"
 
-    header = ("detector", "data", "seed", "alone", "inside REGO", "with REGO", "gain")
-    return _table(header, rows), mean
+    return _table(("detector", "data", "seed", "alone", "inside REGO", "with REGO", "gain"), rows), mean
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -75,7 +75,7 @@ def outline(name, num_classes=91, **overrides):
 
 
 @cache
-def anew(name):
+def recount(name):
     """The row of a preset, counted once for all tests."""
     [row] = rows([name])
     return row
@@ -267,14 +267,14 @@ class TestTable1:
 
     @pytest.mark.parametrize("name", SAMPLE)
     def test_stored_figures_are_counted_anew(self, counted, name):
-        assert anew(name) == counted[name]
+        assert recount(name) == counted[name]
 
     @pytest.mark.slow
     def test_all_stored_figures_are_counted_anew(self, counted):
         """A base detector is counted as part of its REGO, where there is one: see test_parts_add_up."""
         whole = [name for name in presets() if f"rego_{name}" not in presets()]
         assert {name.removeprefix("rego_") for name in whole} | set(whole) == set(presets())
-        for row in map(anew, whole):
+        for row in map(recount, whole):
             assert row == counted[row["model"]]
             if row["model"].startswith("rego_"):
                 base, rego = (configure(row["model"].removeprefix(prefix)) for prefix in ("rego_", ""))

@@ -230,20 +230,30 @@ def run(arm: str, seed: int, folder: str | Path, root: str | Path, small: bool =
     return runner.once(config, describe, measure, lambda: detector(arm, classes))
 
 
+def compare(results: str | Path) -> dict[str, dict[int, tuple[float, float, float]]]:
+    """AP alone, inside REGO and with REGO, by detector and by the seeds of which both runs are there."""
+    found = read_results(results, list(ARMS)) if any(Path(results).glob("*.json")) else {}
+    pairs = {name: (found.get(name, {}), found.get(f"rego_{name}", {})) for name in PAIRS}
+    return {
+        name: {
+            seed: (alone[seed]["stages"][-1]["AP"], rego[seed]["stages"][0]["AP"], rego[seed]["stages"][-1]["AP"])
+            for seed in sorted(set(alone) & set(rego))
+        }
+        for name, (alone, rego) in pairs.items()
+    }
+
+
 def report(results: str | Path) -> str:
     """The table of the study: AP alone, inside REGO and with REGO, for each detector and seed."""
-    found = read_results(results, list(ARMS)) if any(Path(results).glob("*.json")) else {}
     lines = [f"{'detector':<30}{'data':<10}{'seed':>5}{'alone':>8}{'inside':>8}{'REGO':>8}{'gain':>8}{'steps':>14}"]
-    for name, pair in PAIRS.items():
-        alone, rego = found.get(name, {}), found.get(f"rego_{name}", {})
-        gains = []
-        for seed in sorted(set(alone) & set(rego)):
-            one, other = alone[seed], rego[seed]
-            aps = [one["stages"][-1]["AP"], other["stages"][0]["AP"], other["stages"][-1]["AP"]]
-            gains.append(aps[2] - aps[0])
-            steps = f"{one['steps']} / {other['steps']}"
+    for name, seeds in compare(results).items():
+        pair = PAIRS[name]
+        gains = [rego - alone for alone, _, rego in seeds.values()]
+        runs = read_results(results, [name, f"rego_{name}"]) if seeds else {}
+        for (seed, aps), gain in zip(seeds.items(), gains):
+            steps = " / ".join(str(runs[arm][seed]["steps"]) for arm in (name, f"rego_{name}"))
             row = "".join(f"{ap:8.1f}" for ap in aps)
-            lines.append(f"{pair.about:<30}{pair.data:<10}{seed:5}{row}{gains[-1]:+8.1f}{steps:>14}")
+            lines.append(f"{pair.about:<30}{pair.data:<10}{seed:5}{row}{gain:+8.1f}{steps:>14}")
         if len(gains) > 1:
             lines.append(f"{'':<45}{'mean':>24}{np.mean(gains):+8.1f}")
         if not gains:
