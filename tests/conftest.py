@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import forked
 import matplotlib
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ def _refuse_network(event: str, args: tuple) -> None:
 
 
 sys.addaudithook(_refuse_network)
+forked.fork_kernels()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,8 @@
 """Processes for the tests in which the process itself matters: it is killed, gets a signal, or ends with a code.
 
 A new Python imports PyTorch for seconds. Here a server of the standard library's :mod:`multiprocessing` imports it
-once, and each process is a fork of that server: a process of its own in everything but its imports.
+once, and each process is a fork of that server: a process of its own in everything but its imports. The kernels of the
+notebooks that nbval runs are such processes too.
 """
 
 from __future__ import annotations
@@ -12,16 +13,31 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import weakref
 from pathlib import Path
+
+from jupyter_client.provisioning import local_provisioner
 
 _SERVED = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
 _CONTEXT = multiprocessing.get_context("forkserver" if _SERVED else "spawn")
 if _SERVED:
-    _CONTEXT.set_forkserver_preload(["regolite.cli", "regolite.paper.queue", "regolite.training", "regolite.plots"])
+    _CONTEXT.set_forkserver_preload(
+        ["regolite.cli", "regolite.paper.queue", "regolite.training", "regolite.plots", "ipykernel.kernelapp"]
+    )
 
 REGOLITE = "import runpy; runpy.run_module('regolite', run_name='__main__', alter_sys=True)"
 """The code of ``python -m regolite``."""
+
+
+KERNEL = """
+import os, runpy, sys
+os.setsid()
+os.chdir(sys.argv.pop(1))
+import matplotlib
+matplotlib.use("module://matplotlib_inline.backend_inline")  # a kernel says so before anything imports Matplotlib
+runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
+"""
 
 
 class Forked:
@@ -82,6 +98,29 @@ class Forked:
         self.wait(timeout)
         stdout, stderr = (file.read_text("utf-8", errors="replace") for file in self._said)
         return stdout, stderr
+
+
+class ForkedKernel(Forked):
+    """The kernel of a notebook.
+
+    Args:
+        command: how Jupyter starts a kernel: ``[python, "-m", "ipykernel_launcher", *words]``.
+        cwd: its folder.
+        env: its environment.
+    """
+
+    stdin = stdout = stderr = None  # Jupyter would close them
+
+    def __init__(self, command: list[str], cwd: str | None = None, env: dict[str, str] | None = None, **_: object):
+        super().__init__(KERNEL, cwd or os.getcwd(), *command[3:], **(env or {}))
+        while self.poll() is None and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.001)  # Jupyter kills the group of a kernel: it must have its own by then
+
+
+def fork_kernels() -> None:
+    """Let the kernels that this process starts be forks."""
+    if _SERVED:
+        local_provisioner.launch_kernel = ForkedKernel
 
 
 def _run(said: list[Path], environment: dict[str, str], folder: str, code: str, words: tuple[str, ...]) -> None:
