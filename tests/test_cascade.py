@@ -216,6 +216,7 @@ def test_evaluate_and_detect():
 @pytest.mark.slow
 def test_it_learns_its_images(tmp_path, monkeypatch):
     monkeypatch.setattr("regolite.plots.run.draw_run", lambda *_: [])
+    monkeypatch.setattr("regolite.models.cascade.HIDDEN", 128)  # at full width, most of the time goes to these layers
     data = "scenes:2:val=1:size=96"
     sizes = {"backbone": "tiny", "weights": None, "frozen_stages": 0, "dim": 64}
     model = build("cascade_mask_rcnn_tiny", len(open_data(data, "train").classes), **sizes)
