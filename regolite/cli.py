@@ -885,7 +885,7 @@ def _export_options(parser: Parser) -> None:
     parser.add_argument("--with-traces", action="store_true", help=about)
     about = "of the weights: fp16 halves the file, int8 quantizes matrix products (default: fp32)"
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help=about)
-    about = "photographs to check the file with (default: random colors)"
+    about = "photographs to check the file with (default: two of data/coco_tiny; without it, random colors)"
     parser.add_argument("--images", nargs="*", metavar="IMAGE", help=about)
     about = "license of the weights, for the card (default: Apache-2.0 for the shipped ones, none for others)"
     parser.add_argument("--license", metavar="NAME", help=about)
