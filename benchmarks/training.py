@@ -320,7 +320,7 @@ def main() -> None:
     report["comparisons"] = rows
     size = f"{SIZE[0]}x{SIZE[1]}"
     print_ratios(f"Training, {size}, batch {BATCH}", "steps/s", {row: found["training"] for row, found in rows.items()})
-    print_ratios(f"Inference, {size}, batch 1", "pict./s", {row: found["inference"] for row, found in rows.items()})
+    print_ratios(f"Inference, {size}, batch 1", "images/s", {row: found["inference"] for row, found in rows.items()})
     print("\nMemory of the process at its peak in GB (and before the first step)")
     for row, found in rows.items():
         theirs, ours = (
