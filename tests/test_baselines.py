@@ -456,7 +456,7 @@ def test_the_command_trains_and_draws(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "images", "epochs"), [("fcos", 8, 100), ("faster_rcnn", 2, 120), ("mask_rcnn", 2, 160)]
+    ("kind", "images", "epochs"), [("fcos", 8, 100), ("faster_rcnn", 2, 120), ("mask_rcnn", 2, 120)]
 )
 def test_it_learns_its_images(kind, images, epochs, tmp_path, without_images):
     preset = {"mask_rcnn": "mask_rcnn_x101"}.get(kind, f"{kind}_tiny")
