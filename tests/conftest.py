@@ -9,11 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order on every machine; the w
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["REGOLITE_MINE"] = os.devnull  # notebooks use the package's modules, not what somebody wrote in mine/
 
-import contextlib
 import importlib.util
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -34,14 +32,6 @@ LONG = (
     "test_nothing_lost", "test_orphans", "06_detr", "test_shipped", "test_complexity", "test_explainer_browser",
     "test_explainer_engine", "test_recipes", "test_scale", "test_adapter", "test_chapter_12", "00_start_here",
     "11_recurrent_decoder", "18_from_detr_to_today", "20_train_coco", "21_evaluate_coco",
-)  # fmt: skip
-
-# Files whose subject is the run. They repeat whole trainings, and a fifth of their time would go to checks of shapes.
-# The functions that they call are checked in the tests of each.
-RUNS = (
-    "test_cli", "test_experiments", "test_lock", "test_newer_study", "test_nothing_lost", "test_orphans",
-    "test_real_study", "test_recipe_study", "test_relations", "test_resume", "test_run_comparison", "test_scale",
-    "test_shipped", "test_training",
 )  # fmt: skip
 
 LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")
@@ -76,15 +66,6 @@ def seed() -> int:
     np.random.seed(0)
     torch.manual_seed(0)
     return 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Check shapes and types in every call, but for the files that repeat whole trainings."""
-    from small_models import unchecked  # the package must not be imported before its checks are in place
-
-    with unchecked() if request.path.stem in RUNS else contextlib.nullcontext():
-        yield
 
 
 @pytest.fixture

@@ -152,12 +152,11 @@ def random_images(*sizes):
 @contextmanager
 def unchecked():
     """Without the checker of annotations, which finds values of a wrong type before the package does."""
-    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
     finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def batch(*sizes, multiple=32):
