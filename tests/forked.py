@@ -29,7 +29,6 @@ if _SERVED:
 REGOLITE = "import runpy; runpy.run_module('regolite', run_name='__main__', alter_sys=True)"
 """The code of ``python -m regolite``."""
 
-
 KERNEL = """
 import os, runpy, sys
 os.setsid()
@@ -38,6 +37,7 @@ import matplotlib
 matplotlib.use("module://matplotlib_inline.backend_inline")  # a kernel says so before anything imports Matplotlib
 runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
 """
+"""The code of a notebook's kernel; its first argument is the folder."""
 
 
 class Forked:
